@@ -1,0 +1,18 @@
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("JAX_ENABLE_X64", "1")  # for the comparisons in float64
+
+import keras
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def fresh_state():
+    """The same seeds and names for every test; no floatx or policy leaks out."""
+    keras.backend.clear_session()
+    keras.utils.set_random_seed(7)
+    yield
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
+    keras.config.enable_traceback_filtering()

@@ -1,0 +1,49 @@
+"""Gradients of a scalar function of a layer's outputs, on every backend."""
+
+import keras
+import numpy as np
+from layer_cases import to_numpy
+
+
+def gradients(layer, inputs, weights, training=True):
+    """d sum(weights * layer(inputs)) with respect to A, B and the inputs."""
+    return _BACKENDS[keras.backend.backend()](layer, inputs, weights, training)
+
+
+def _tensorflow(layer, inputs, weights, training):
+    import tensorflow as tf
+
+    x = tf.constant(inputs)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        loss = tf.reduce_sum(layer(x, training=training) * weights)
+    sources = [layer.lora.a.value, layer.lora.b.value, x]
+    return [np.asarray(tf.convert_to_tensor(g)) for g in tape.gradient(loss, sources)]
+
+
+def _torch(layer, inputs, weights, training):
+    import torch
+
+    x = torch.tensor(inputs, requires_grad=True)
+    loss = (layer(x, training=training) * torch.tensor(weights)).sum()
+    sources = [layer.lora.a.value, layer.lora.b.value, x]
+    return [to_numpy(g) for g in torch.autograd.grad(loss, sources)]
+
+
+def _jax(layer, inputs, weights, training):
+    import jax
+
+    trained = [v.value for v in layer.trainable_variables]
+    other = [v.value for v in layer.non_trainable_variables]
+
+    def loss(trained, x):
+        outputs, _ = layer.stateless_call(trained, other, x, training=training)
+        return (outputs * weights).sum()
+
+    of_trained, of_inputs = jax.grad(loss, argnums=(0, 1))(trained, inputs)
+    ids = [id(v) for v in layer.trainable_variables]
+    a, b = (of_trained[ids.index(id(v))] for v in (layer.lora.a, layer.lora.b))
+    return [np.asarray(g) for g in (a, b, of_inputs)]
+
+
+_BACKENDS = {"tensorflow": _tensorflow, "torch": _torch, "jax": _jax}
