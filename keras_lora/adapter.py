@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import keras
+import numpy as np
 from keras import ops
 
 
@@ -94,7 +95,11 @@ class LowRankAdapter(keras.layers.Layer):
         self.alpha = checked_alpha(alpha)
         self.use_rslora = bool(use_rslora)
         if self._scaling.variable is not None:
-            self._scaling.variable.assign(self.scaling)
+            self._scaling.variable.assign(self._scaling_value())
+
+    def _scaling_value(self, shape=(), dtype=None):
+        # By way of NumPy: TensorFlow takes a Python number for a float32.
+        return np.full(shape, self.scaling, self.variable_dtype)
 
     def build(self, factorization, regularizer=None):
         self.factorization = factorization
@@ -119,7 +124,7 @@ class LowRankAdapter(keras.layers.Layer):
             autocast=False,
         )
         self._scaling.variable = keras.Variable(
-            keras.initializers.Constant(self.scaling),
+            self._scaling_value,
             shape=(),
             dtype=self.variable_dtype,
             trainable=False,
@@ -129,8 +134,10 @@ class LowRankAdapter(keras.layers.Layer):
 
     @property
     def variables(self):
-        # Where state is passed by hand (JAX), the scaling must be among it.
-        return [*super().variables, self._scaling.variable] if self.built else []
+        # JAX passes state by hand, and what is not passed becomes a constant.
+        if self.built and keras.backend.backend() == "jax":
+            return [*super().variables, self._scaling.variable]
+        return super().variables
 
     def factors(self, dtype):
         """A and scaling * B, scaled in the adapter's dtype, then cast."""

@@ -1,0 +1,43 @@
+"""Keras's own test of a layer: serialization, training, symbolic calls, policies."""
+
+import keras
+import numpy as np
+import pytest
+from keras.src import testing
+from layer_cases import CASES
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.filterwarnings("ignore")  # Keras's own test is not free of warnings
+def test_run_layer_test(case):
+    layer = case.layer()
+    data = {}
+    if case.vocabulary:
+        data["input_data"] = case.inputs()
+    else:
+        data["input_shape"] = (3, *case.input_shape)
+    has_bias = getattr(layer, "bias", None) is not None
+    testing.TestCase().run_layer_test(
+        case.layer_class,
+        init_kwargs={**case.arguments, **case.lora},
+        expected_output_shape=layer.compute_output_shape((3, *case.input_shape)),
+        expected_num_trainable_weights=2 + has_bias,
+        expected_num_non_trainable_weights=1,
+        expected_num_seed_generators=int(case.lora.get("dropout", 0) > 0),
+        expected_num_losses=0,
+        supports_masking=layer.supports_masking,
+        **data,
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_symbolic_call_has_the_shape_of_the_plain_layer(case):
+    dtype = "int32" if case.vocabulary else "float32"
+    inputs = keras.Input(case.input_shape, dtype=dtype)
+    layer = case.layer()
+    plain = case.plain_layer(layer, layer.frozen_kernel)
+    for training in (True, False, None):
+        symbolic = layer(inputs, training=training)
+        assert symbolic.shape == plain(inputs).shape
+        assert symbolic.dtype == plain(inputs).dtype
+    assert np.shape(layer(case.inputs()))[1:] == symbolic.shape[1:]
