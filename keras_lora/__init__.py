@@ -1,3 +1,9 @@
 """LoRA for Keras 3: low-rank adaptation as layers and on whole models."""
 
+from keras_lora.contexts import disabled
+from keras_lora.contexts import merged
+from keras_lora.conversion import merge_lora
+from keras_lora.conversion import remove_lora
 from keras_lora.dense import LoRADense
+from keras_lora.export import export
+from keras_lora.report import summary

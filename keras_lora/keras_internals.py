@@ -5,6 +5,7 @@ it away again, or to freeze one variable of a layer for good.
 """
 
 import contextlib
+import inspect
 from typing import NamedTuple
 
 
@@ -48,8 +49,105 @@ def unfreeze(layer, variable, place):
     """The inverse of `freeze`: same order of weights, same flags."""
     layer._untrack_variable(variable)
     variable.trainable = True
+    if getattr(variable._value, "_trainable", None) is False:
+        # The TensorFlow variable was made after Keras's was frozen, as happens when
+        # a subclassed model is built by its first call.
+        variable._value._trainable = True
     variable._autocast = place.autocast
     with unlocked(layer):
         layer._track_variable(variable)  # not trainable in a frozen layer
     tracked = layer._trainable_variables
     tracked.insert(place.index, tracked.pop())
+
+
+def flatten_layers(model):
+    """The model itself and every layer inside it, each once."""
+    return model._flatten_layers(include_self=True, recursive=True)
+
+
+def attach(layer, name, sublayer):
+    with unlocked(layer):
+        setattr(layer, name, sublayer)
+
+
+def detach(layer, name):
+    with unlocked(layer):
+        layer._tracker.untrack(getattr(layer, name))
+        delattr(layer, name)
+
+
+def replace_kernel(layer, kernel_name, variable):
+    """Puts another variable in the place of the layer's kernel, list and all."""
+    old = getattr(layer, f"_{kernel_name}")
+    for tracked in (layer._trainable_variables, layer._non_trainable_variables):
+        place = [index for index, v in enumerate(tracked) if v is old]
+        if place:
+            layer._untrack_variable(old)
+            with unlocked(layer):
+                setattr(layer, f"_{kernel_name}", variable)
+            tracked.insert(place[0], tracked.pop())
+            return old
+    raise AssertionError("a kernel is tracked by its layer")
+
+
+def change_class(layer, new_class):
+    """Gives a layer another class, and renews what Keras cached of the old one."""
+    for name in ("build", "quantize"):
+        # `Layer.__new__` hides the method in a closure of the instance.
+        wrapper = vars(layer)[name]
+        method = getattr(new_class, name).__get__(layer)
+        for cell in wrapper.__closure__:
+            if cell.cell_contents == wrapper.__wrapped__:
+                cell.cell_contents = method
+        wrapper.__wrapped__ = method
+    layer.__class__ = new_class
+    layer._call_signature = inspect.signature(layer.call)
+    parameters = list(layer._call_signature.parameters)
+    layer.call_signature_parameters = parameters
+    layer._call_has_training_arg = "training" in parameters
+    layer._call_has_mask_arg = "mask" in parameters
+    if hasattr(layer, "_call_has_context_arg"):
+        layer._call_has_context_arg = {
+            name: name in parameters for name in layer._call_has_context_arg
+        }
+
+
+COMPILED_FUNCTIONS = ("train_function", "test_function", "predict_function")
+
+
+def take_compiled_functions(model):
+    """Removes the traced functions of a model and of models in it; returns them."""
+    taken = []
+    for layer in flatten_layers(model):
+        for name in COMPILED_FUNCTIONS:
+            if getattr(layer, name, None) is not None:
+                taken.append((layer, name, getattr(layer, name)))
+                setattr(layer, name, None)
+    return taken
+
+
+def compile_again(model):
+    """Compiles a compiled model anew, same settings: its variables have changed."""
+    for layer in flatten_layers(model):
+        if getattr(layer, "compiled", False):
+            settings = dict(layer._compile_config.config)
+            optimizer = settings["optimizer"]
+            settings["optimizer"] = type(optimizer).from_config(optimizer.get_config())
+            layer.compile(**settings)
+            if layer.built:
+                layer.optimizer.build(layer.trainable_variables)
+    take_compiled_functions(model)
+    refresh_torch_parameters(model)
+
+
+def refresh_torch_parameters(model):
+    """The torch backend keeps a second register of parameters in every layer."""
+    for layer in flatten_layers(model):
+        if hasattr(layer, "_torch_params"):
+            layer._track_variables()
+
+
+def sublayers(layer):
+    """The layers that a layer holds itself, in the order in which it got them."""
+    wrapped = getattr(layer, "_functional", None)  # a Sequential's second view
+    return [sublayer for sublayer in layer._layers if sublayer is not wrapped]

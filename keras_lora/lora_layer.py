@@ -61,6 +61,7 @@ class LoRALayer:
 
     plain_class = None  # the Keras class this kind extends
     kernel_name = "kernel"
+    own_attributes = ("lora", "merge_weights", "_fixed_kernel")
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -141,7 +142,8 @@ class LoRALayer:
             return super().call(inputs)
         dtype = self.compute_dtype
         if self._fixed_kernel is not None:  # inside merged() or disabled()
-            outputs = self.linear(inputs, self._fixed_kernel)
+            kernel = ops.stop_gradient(self._fixed_kernel.kernel)
+            outputs = self.linear(inputs, ops.cast(kernel, dtype))
         elif training or not self.merge_weights:
             kernel = ops.cast(ops.stop_gradient(self.frozen_kernel), dtype)
             outputs = ops.add(
@@ -207,11 +209,17 @@ def refuse_foreign_keywords(class_name, kwargs):
 
 
 def default_name(cls):
-    """lora_dense for LoRADense; Keras's own rule would give lo_ra_dense."""
-    words = cls.__name__.replace("LoRA", "Lora")
-    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", words).lower()
+    """lora_dense, lora_dense_1, ..., counted as Keras counts."""
+    name = snake_case(cls.__name__)
     count = keras.backend.get_uid(name)
     return name if count == 1 else f"{name}_{count - 1}"
+
+
+def snake_case(class_name):
+    """Keras's rule for names, but lora_dense where that gives lo_ra_dense."""
+    name = class_name.replace("LoRA", "Lora")
+    name = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)
+    return re.sub("([a-z])([A-Z])", r"\1_\2", name).lower()
 
 
 def full_signature(cls):

@@ -1,0 +1,149 @@
+"""From LoRA layers back to plain Keras layers, in place, on the same objects."""
+
+import contextlib
+
+import keras
+from keras import ops
+
+from keras_lora.keras_internals import attach
+from keras_lora.keras_internals import change_class
+from keras_lora.keras_internals import compile_again
+from keras_lora.keras_internals import detach
+from keras_lora.keras_internals import flatten_layers
+from keras_lora.keras_internals import refresh_torch_parameters
+from keras_lora.keras_internals import replace_kernel
+from keras_lora.keras_internals import unfreeze
+from keras_lora.lora_layer import LoRALayer
+
+
+def lora_layers(model) -> list:
+    """The LoRA layers of a model that hold an adapter, each once."""
+    return [
+        layer
+        for layer in flatten_layers(model)
+        if isinstance(layer, LoRALayer) and layer.lora is not None
+    ]
+
+
+def merge_lora(model):
+    """Folds every adapter into its kernel, for good.
+
+        W <- round(W + scaling * A @ B)
+
+    The sum is formed in float32 and rounded once. The layers are plain Keras
+    layers again, whose kernels train; the optimizer of a compiled model starts
+    anew, as its variables are others.
+
+    Args:
+        model: Any Keras model or layer that holds LoRA layers.
+
+    Raises:
+        ValueError: If there is no LoRA layer, if A, B or a merged kernel is not
+            finite, or inside `merged()` or `disabled()`. The model is then as
+            before.
+    """
+    layers = checked_lora_layers(model)
+    for layer in layers:
+        checked_merged_kernel(layer)
+    for layer in layers:
+        layer.frozen_kernel.assign(layer.merged_kernel(layer.frozen_kernel.dtype))
+    _make_plain(model)
+
+
+def remove_lora(model):
+    """Drops every adapter: the model is the one that W alone makes.
+
+    The layers are plain Keras layers again, whose kernels train.
+
+    Args:
+        model: Any Keras model or layer that holds LoRA layers.
+
+    Raises:
+        ValueError: If there is no LoRA layer, or inside `merged()` or
+            `disabled()`.
+    """
+    checked_lora_layers(model)
+    _make_plain(model)
+
+
+def _make_plain(model):
+    for layer in flatten_layers(model):
+        if not isinstance(layer, LoRALayer):
+            continue
+        if layer.lora is not None:
+            unfreeze(layer, layer.frozen_kernel, layer._kernel_place)
+            detach(layer, "lora")
+            del layer._kernel_place
+        for name in vars(layer).keys() & set(layer.own_attributes):
+            delattr(layer, name)
+        change_class(layer, layer.plain_class)
+    compile_again(model)
+
+
+@contextlib.contextmanager
+def folded(model):
+    """The model with merged plain layers inside, and as it was outside.
+
+    W itself is not written: another variable stands in its place meanwhile.
+    """
+    undo = contextlib.ExitStack()
+    with undo:
+        for layer in checked_lora_layers(model):
+            kernel = kernel_variable(layer, checked_merged_kernel(layer))
+            old = replace_kernel(layer, layer.kernel_name, kernel)
+            undo.callback(replace_kernel, layer, layer.kernel_name, old)
+            undo.callback(attach, layer, "lora", layer.lora)
+            detach(layer, "lora")
+            undo.callback(change_class, layer, type(layer))
+            change_class(layer, layer.plain_class)
+        refresh_torch_parameters(model)
+        yield model
+    refresh_torch_parameters(model)
+
+
+def kernel_variable(layer, values):
+    """A variable that can stand in for the layer's kernel."""
+    return keras.Variable(
+        values,
+        dtype=layer.frozen_kernel.dtype,
+        trainable=False,
+        name=layer.kernel_name,
+    )
+
+
+def checked_lora_layers(model):
+    layers = lora_layers(model)
+    if not layers:
+        raise ValueError(
+            f"{getattr(model, 'name', model)!r} holds no LoRA layer with an adapter "
+            "(rank > 0)."
+        )
+    for layer in layers:
+        if not layer.lora.built:
+            raise ValueError(
+                f"The LoRA layer {layer.name!r} is not built yet. Build the model "
+                "first, for example with `model.build(input_shape)`, or call it once."
+            )
+        if layer._fixed_kernel is not None:
+            raise ValueError(
+                f"The adapter of {layer.name!r} is inside `merged()` or `disabled()`. "
+                "Leave that context first."
+            )
+    return layers
+
+
+def checked_merged_kernel(layer):
+    """W + delta in the kernel's dtype, which must be finite."""
+    kernel = layer.merged_kernel(layer.frozen_kernel.dtype)
+    for name, values in (
+        ("A", layer.lora.a),
+        ("B", layer.lora.b),
+        ("W + delta", kernel),
+    ):
+        if not bool(ops.all(ops.isfinite(values))):
+            raise ValueError(
+                f"{name} of layer {layer.name!r} holds values that are not finite. "
+                "Nothing was merged. Load an earlier adapter, or train with a lower "
+                "learning rate."
+            )
+    return kernel

@@ -1,0 +1,72 @@
+"""Names for layers that are the same in every process and every instance."""
+
+import collections
+import re
+
+import keras
+
+from keras_lora.keras_internals import sublayers
+from keras_lora.lora_layer import LoRALayer
+from keras_lora.lora_layer import snake_case
+
+# What Keras's own models keep their layers in says nothing about the layers.
+BOOKKEEPING = ("_layers", "_operations", "_functional")
+
+
+def layer_paths(model) -> dict:
+    """Path -> layer for every layer inside a model, each once, outermost first.
+
+    A part of a path is the name that somebody gave to the layer, else the
+    attribute that holds it, else its kind; Keras's automatic names (dense_7) count
+    instances in the process and say nothing. Equal parts are numbered in order.
+    """
+    paths, seen = {}, {id(model)}
+
+    def walk(parent, prefix):
+        used = collections.Counter()
+        attributes = {id(layer): name for name, layer in attributes_of(parent)}
+        for layer in sublayers(parent):
+            if id(layer) in seen:
+                continue
+            seen.add(id(layer))
+            part = given_name(layer) or attributes.get(id(layer)) or kind_of(layer)
+            used[part] += 1
+            if used[part] > 1:
+                part = f"{part}_{used[part] - 1}"
+            paths[prefix + part] = layer
+            walk(layer, f"{prefix}{part}/")
+
+    walk(model, "")
+    return paths
+
+
+def given_name(layer):
+    """The layer's name, or None where Keras made it from the class."""
+    base = re.sub(r"_\d+$", "", layer.name)
+    automatic = {snake_case(cls.__name__) for cls in type(layer).__mro__}
+    return None if base in automatic | {f"lora_{kind_of(layer)}"} else layer.name
+
+
+def kind_of(layer):
+    """The layer's kind as a word, the same with and without an adapter."""
+    cls = type(layer)
+    while issubclass(cls, LoRALayer):
+        cls = cls.plain_class
+    return snake_case(cls.__name__)
+
+
+def attributes_of(parent):
+    """(name, layer) for the layers that a layer holds by attribute or container."""
+    for name, value in vars(parent).items():
+        if name in BOOKKEEPING:
+            continue
+        name = name.strip("_")
+        if isinstance(value, dict):
+            held = value.items()
+        elif isinstance(value, (list, tuple)):
+            held = enumerate(value)
+        else:
+            held = [(None, value)]
+        for key, layer in held:
+            if isinstance(layer, keras.layers.Layer):
+                yield (name if key is None else f"{name}/{key}"), layer

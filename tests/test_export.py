@@ -1,0 +1,159 @@
+"""The merged artefact: its predictions, its contents, and what a failure leaves."""
+
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from layer_cases import to_numpy
+from models import MODELS
+from models import sequential
+from models import trained
+from models import x
+from test_merging import assert_same_state
+from test_merging import optimizer_state
+from test_merging import predict
+from test_merging import state
+
+import keras_lora
+from keras_lora.conversion import lora_layers
+
+tensorflow_format = pytest.mark.skipif(
+    keras.backend.backend() == "torch",
+    reason="Keras writes no SavedModel from the torch backend without torch_xla",
+)
+# jax2tf's own parameter, which Keras passes.
+pytestmark = pytest.mark.filterwarnings("ignore:The `native_serialization`")
+over_models = pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)
+
+
+def serve(path):
+    import tensorflow as tf
+
+    artefact = tf.saved_model.load(path)
+    return artefact.serve(x()).numpy()
+
+
+def stored_variables(path):
+    import tensorflow as tf
+
+    variables = tf.train.list_variables(str(path / "variables/variables"))
+    return [pair for pair in variables if pair[0].startswith("variables/")]
+
+
+@tensorflow_format
+@over_models
+def test_saved_model_predicts_the_same_and_holds_no_factors(build, tmp_path):
+    model = trained(build)
+    before, outputs, optimizer = state(model), predict(model), optimizer_state(model)
+    keras_lora.export(model, tmp_path / "artefact")
+    served = serve(tmp_path / "artefact")
+    if keras.backend.backend() == "tensorflow":
+        np.testing.assert_array_equal(served, outputs)
+    else:  # another compiler
+        np.testing.assert_allclose(served, outputs, rtol=0, atol=1e-6)
+    shapes = [shape for _, shape in stored_variables(tmp_path / "artefact")]
+    adapters = {id(w) for layer in lora_layers(model) for w in layer.lora.weights}
+    plain = [list(w.shape) for w in model.weights if id(w) not in adapters]
+    assert sorted(shapes) == sorted(plain)
+    assert_same_state(before, state(model))
+    np.testing.assert_array_equal(predict(model), outputs)
+    for old, new in zip(optimizer, optimizer_state(model), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+@tensorflow_format
+def test_saved_model_needs_no_keras_lora(tmp_path):
+    model = trained(sequential)
+    keras_lora.export(model, tmp_path / "artefact")
+    np.savez(tmp_path / "data.npz", x=x(), outputs=predict(model))
+    program = (
+        "import sys; sys.modules['keras_lora'] = None; sys.modules['keras'] = None\n"
+        "import numpy as np, tensorflow as tf\n"
+        "data = np.load('data.npz')\n"
+        "artefact = tf.saved_model.load('artefact')\n"
+        "served = artefact.serve(data['x']).numpy()\n"
+        "np.testing.assert_allclose(served, data['outputs'], rtol=0, atol=1e-6)\n"
+        "print('same')"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert run.stdout.strip() == "same", run.stderr
+
+
+@tensorflow_format
+def test_second_export_replaces_the_first(tmp_path):
+    model = trained(sequential)
+    keras_lora.export(model, tmp_path / "artefact")
+    lora_layers(model)[0].lora.set_alpha(60)
+    keras_lora.export(model, tmp_path / "artefact")
+    served = serve(tmp_path / "artefact")
+    np.testing.assert_allclose(served, predict(model), rtol=0, atol=1e-5)
+    assert [p.name for p in tmp_path.iterdir()] == ["artefact"]
+
+
+@pytest.mark.parametrize("moment", ["writing", "renaming"])
+def test_failed_export_changes_nothing(moment, tmp_path, monkeypatch):
+    model = trained(sequential)
+    (tmp_path / "artefact").mkdir()
+    (tmp_path / "artefact" / "old").write_text("old")
+    before, outputs, optimizer = state(model), predict(model), optimizer_state(model)
+
+    def fail(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    if moment == "writing":
+        monkeypatch.setattr(keras.Model, "export", fail)
+    else:
+
+        def write(self, path, **kwargs):
+            with open(path, "w") as file:
+                file.write("new")
+
+        rename = keras_lora.export.__globals__["os"].rename
+        monkeypatch.setattr(keras.Model, "export", write)
+        monkeypatch.setattr(
+            "os.rename", lambda a, b: rename(a, b) if "old" in str((a, b)) else fail()
+        )
+    with pytest.raises(OSError, match="no space"):
+        keras_lora.export(model, tmp_path / "artefact")
+    monkeypatch.undo()
+    assert (tmp_path / "artefact" / "old").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["artefact"]
+    assert_same_state(before, state(model))
+    np.testing.assert_array_equal(predict(model), outputs)
+    for old, new in zip(optimizer, optimizer_state(model), strict=True):
+        np.testing.assert_array_equal(old, new)
+    assert all(isinstance(x, keras_lora.LoRADense) for x in lora_layers(model))
+
+
+def test_unbuilt_model_is_refused(tmp_path):
+    model = keras.Sequential([keras_lora.LoRADense(3)])
+    with pytest.raises(ValueError, match="not built"):
+        keras_lora.export(model, tmp_path / "artefact")
+
+
+@tensorflow_format
+def test_merge_weights_false_exports_merged_too(tmp_path):
+    model = trained(sequential)
+    for layer in lora_layers(model):
+        layer.merge_weights = False
+    keras_lora.export(model, tmp_path / "artefact")
+    served = serve(tmp_path / "artefact")
+    np.testing.assert_allclose(served, predict(model), rtol=0, atol=1e-5)
+    names = [name for name, _ in stored_variables(tmp_path / "artefact")]
+    assert len(names) == len(model.weights) - 4
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="torch's own format")
+def test_torch_format(tmp_path):
+    import torch
+
+    model = trained(sequential)
+    signature = [keras.InputSpec(shape=(16, 6), dtype="float32")]
+    path = tmp_path / "artefact.pt2"
+    keras_lora.export(model, path, format="torch", input_signature=signature)
+    served = torch.export.load(path).module()(torch.tensor(x()))
+    np.testing.assert_allclose(to_numpy(served), predict(model), rtol=0, atol=1e-6)

@@ -1,0 +1,180 @@
+"""merge_lora, remove_lora, merged and disabled on whole models."""
+
+import keras
+import numpy as np
+import pytest
+from layer_cases import to_numpy
+from models import MODELS
+from models import sequential
+from models import trained
+from models import x
+from models import y
+
+import keras_lora
+from keras_lora.conversion import lora_layers
+
+over_models = pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)
+
+
+def predict(model):
+    return model.predict(x(), verbose=0)
+
+
+def state(model):
+    return [(v.path, v.trainable, to_numpy(v)) for v in model.weights]
+
+
+def optimizer_state(model):
+    return [to_numpy(v) for v in model.optimizer.variables]
+
+
+def assert_same_state(before, after):
+    for (path, trainable, value), now in zip(before, after, strict=True):
+        assert (path, trainable) == now[:2]
+        np.testing.assert_array_equal(value, now[2])
+
+
+@over_models
+def test_merge_lora_leaves_plain_layers_and_the_predictions(build):
+    model = trained(build)
+    before = predict(model)
+    adapted = lora_layers(model)
+    keras_lora.merge_lora(model)
+    np.testing.assert_array_equal(predict(model), before)
+    for layer in model._flatten_layers():
+        assert type(layer).__module__.startswith("keras.") or layer is model
+    for layer in adapted:
+        assert type(layer) is keras.layers.Dense
+        assert not hasattr(layer, "lora")
+        plain = keras.layers.Dense(layer.units, use_bias=layer.use_bias)
+        plain.build(layer._build_shapes_dict["input_shape"])
+        assert [w.name for w in layer.weights] == [w.name for w in plain.weights]
+        assert layer.get_config().keys() == plain.get_config().keys()
+
+
+@over_models
+def test_merged_model_trains_its_kernels(build):
+    model = trained(build)
+    layer = lora_layers(model)[0]
+    keras_lora.merge_lora(model)
+    kernel = to_numpy(layer.kernel)
+    model.fit(x(), y(), epochs=1, verbose=0)
+    assert np.abs(to_numpy(layer.kernel) - kernel).max() > 0
+    assert {id(w) for w in layer.weights} == {id(w) for w in layer.trainable_weights}
+
+
+@over_models
+def test_merged_model_can_be_saved_as_a_plain_one(build, tmp_path):
+    model = trained(build)
+    if not isinstance(model, (keras.Sequential, keras.src.models.Functional)):
+        return  # its own configuration makes LoRA layers
+    keras_lora.merge_lora(model)
+    model.save(tmp_path / "plain.keras")
+    loaded = keras.models.load_model(tmp_path / "plain.keras")
+    np.testing.assert_array_equal(predict(loaded), predict(model))
+    assert b"keras_lora" not in (tmp_path / "plain.keras").read_bytes()
+
+
+@over_models
+def test_remove_lora_gives_the_base_model(build):
+    model = trained(build)
+    with keras_lora.disabled(model):
+        base = predict(model)
+    assert np.abs(base - predict(model)).max() > 1e-3
+    kernels = [to_numpy(layer.kernel) for layer in lora_layers(model)]
+    adapted = lora_layers(model)
+    keras_lora.remove_lora(model)
+    np.testing.assert_array_equal(predict(model), base)
+    for layer, kernel in zip(adapted, kernels, strict=True):
+        np.testing.assert_array_equal(to_numpy(layer.kernel), kernel)
+
+
+@over_models
+def test_contexts_leave_the_model_to_the_bit(build):
+    model = trained(build)
+    before, outputs, optimizer = state(model), predict(model), optimizer_state(model)
+    eager = to_numpy(model(x()))
+    for _ in range(20):
+        with keras_lora.merged(model):
+            pass
+        with keras_lora.disabled(model):
+            pass
+    with keras_lora.merged(model):
+        np.testing.assert_array_equal(predict(model), outputs)
+        np.testing.assert_array_equal(to_numpy(model(x())), eager)
+    with pytest.raises(KeyError), keras_lora.disabled(model):
+        raise KeyError
+    np.testing.assert_array_equal(predict(model), outputs)
+    assert_same_state(before, state(model))
+    for old, new in zip(optimizer, optimizer_state(model), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_kernel_survives_a_thousand_merges():
+    model = trained(sequential)
+    kernel = to_numpy(lora_layers(model)[0].kernel)
+    for _ in range(1000):
+        with keras_lora.merged(model):
+            pass
+    np.testing.assert_array_equal(to_numpy(lora_layers(model)[0].kernel), kernel)
+
+
+def test_disabled_is_the_base_model_while_training_too():
+    model = trained(sequential)
+    layer = lora_layers(model)[0]
+    plain = keras.layers.Dense(8, activation="relu")
+    plain.build((None, 6))
+    plain.set_weights([to_numpy(layer.kernel), to_numpy(layer.bias)])
+    with keras_lora.disabled(model):
+        outputs = to_numpy(layer(x(), training=True))
+    np.testing.assert_array_equal(outputs, to_numpy(plain(x())))
+
+
+@pytest.mark.parametrize("operation", ["merge_lora", "merged", "export"])
+@pytest.mark.parametrize("factor", ["a", "b"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_non_finite_adapter_is_refused(operation, factor, bad, tmp_path):
+    model = trained(sequential)
+    last = lora_layers(model)[-1]
+    values = to_numpy(getattr(last.lora, factor))
+    values[0, 0] = bad
+    getattr(last.lora, factor).assign(values)
+    before = state(model)
+    arguments = [tmp_path / "artefact"] if operation == "export" else []
+    with pytest.raises(ValueError, match=f"{factor.upper()} of layer 'last'"):
+        getattr(keras_lora, operation)(model, *arguments)
+    assert_same_state(before, state(model))
+    assert len(lora_layers(model)) == 2
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("operation", ["merge_lora", "remove_lora", "merged"])
+def test_structure_does_not_change_inside_a_context(operation):
+    model = trained(sequential)
+    with keras_lora.merged(model), pytest.raises(ValueError, match="Leave that"):
+        getattr(keras_lora, operation)(model)
+    assert len(lora_layers(model)) == 2
+
+
+@pytest.mark.parametrize("operation", ["merge_lora", "remove_lora", "merged"])
+def test_model_without_adapters_is_an_error(operation):
+    plain = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    with pytest.raises(ValueError, match="holds no LoRA layer"):
+        getattr(keras_lora, operation)(plain)
+
+
+def test_unbuilt_layer_is_an_error():
+    model = keras.Sequential([keras_lora.LoRADense(3)])
+    with pytest.raises(ValueError, match="not built yet"):
+        keras_lora.merge_lora(model)
+
+
+def test_quantize_works_once_merged():
+    model = trained(sequential)
+    layer = lora_layers(model)[0]
+    with pytest.raises(ValueError, match="merge_lora"):
+        layer.quantize("int8")
+    before = predict(model)
+    keras_lora.merge_lora(model)
+    layer.quantize("int8")
+    assert np.abs(predict(model) - before).max() < 0.5
