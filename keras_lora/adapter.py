@@ -99,7 +99,8 @@ class LowRankAdapter(keras.layers.Layer):
 
     def _scaling_value(self, shape=(), dtype=None):
         # By way of NumPy: TensorFlow takes a Python number for a float32.
-        return np.full(shape, self.scaling, self.variable_dtype)
+        value = np.full(shape, self.scaling, self.variable_dtype)
+        return ops.convert_to_tensor(value)
 
     def build(self, factorization, regularizer=None):
         self.factorization = factorization
@@ -159,15 +160,21 @@ class LowRankAdapter(keras.layers.Layer):
 
     def save_own_variables(self, store):
         super().save_own_variables(store)
-        # Without alpha the tensors mean nothing: the file brings its own.
+        # Without alpha the tensors mean nothing: the file brings its own. And with
+        # the seed's state the next dropout masks are those of a run never stopped.
         store["alpha"] = self.alpha
         store["use_rslora"] = self.use_rslora
+        if self.seed_generator is not None:
+            store["seed"] = self.seed_generator.state
 
     def load_own_variables(self, store):
         values = {key: store[key] for key in store.keys()}  # noqa: SIM118
         if "alpha" in values:
             alpha = values.pop("alpha")[()]
             self.set_alpha(alpha, values.pop("use_rslora")[()])
+        seed = values.pop("seed", None)
+        if seed is not None and self.seed_generator is not None:
+            self.seed_generator.state.assign(seed)
         super().load_own_variables(values)
 
     def options(self):

@@ -1,0 +1,82 @@
+"""Every wrong argument is a ValueError that names it, what is allowed, what to do."""
+
+import keras
+import pytest
+from layer_cases import CASES
+
+from keras_lora import LoRADense
+
+KINDS = {case.layer_class: case for case in CASES}
+over_kinds = pytest.mark.parametrize(
+    "case", KINDS.values(), ids=lambda case: case.layer_class.__name__
+)
+
+
+@over_kinds
+@pytest.mark.parametrize("rank", [-1, 1.5, "8", True, None])
+def test_rank(case, rank):
+    with pytest.raises(ValueError, match=r"whole number >= .*rank="):
+        case.layer(rank=rank)
+
+
+@over_kinds
+@pytest.mark.parametrize("alpha", [0, -1, float("nan"), float("inf"), "16", True])
+def test_alpha(case, alpha):
+    with pytest.raises(ValueError, match=r"finite number > 0.*alpha="):
+        case.layer(alpha=alpha)
+
+
+@over_kinds
+@pytest.mark.parametrize("dropout", [-0.1, 1, 1.5, "0.5", None])
+def test_dropout(case, dropout):
+    with pytest.raises(ValueError, match=r"in \[0, 1\).*dropout="):
+        case.layer(dropout=dropout)
+
+
+@over_kinds
+@pytest.mark.parametrize(
+    "keyword, ours",
+    [
+        ("r", "rank"),
+        ("lora_rank", "rank"),
+        ("lora_alpha", "alpha"),
+        ("lora_dropout", "dropout"),
+    ],
+)
+def test_keywords_of_other_libraries(case, keyword, ours):
+    with pytest.raises(ValueError, match=f"the keyword here is `{ours}`"):
+        case.layer(**{keyword: 4})
+
+
+@over_kinds
+def test_unknown_keyword(case):
+    with pytest.raises((ValueError, TypeError), match="rnak"):
+        case.layer(rnak=4)
+
+
+@over_kinds
+def test_kernel_constraint(case):
+    name = f"{case.layer_class.kernel_name}_constraint"
+    constraint = keras.constraints.NonNeg()
+    with pytest.raises(ValueError, match=f"{name}.*rank=0"):
+        case.layer(**{name: constraint})
+    assert case.layer(**{name: constraint}, rank=0).lora is None
+
+
+@over_kinds
+def test_enable_lora(case):
+    with pytest.raises(ValueError, match="brings its own adapter"):
+        case.layer().enable_lora(4)
+
+
+def test_quantized_policy():
+    with pytest.raises(ValueError, match="float policy"):
+        LoRADense(4, dtype="int8_from_float32")
+
+
+@over_kinds
+def test_nothing_is_left_of_a_refused_call(case):
+    layer = case.layer()
+    with pytest.raises(ValueError):
+        layer.lora.set_alpha(-1)
+    assert layer.lora.alpha == case.lora.get("alpha", layer.lora.rank)
