@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import random
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -78,7 +79,8 @@ class LowRankAdapter(keras.layers.Layer):
         self.b_initializer = keras.initializers.get(b_initializer)
         self.seed_generator = None
         if self.dropout > 0:
-            self.seed_generator = keras.random.SeedGenerator()
+            # With a seed of its own: torch ignores the state of one that has none.
+            self.seed_generator = keras.random.SeedGenerator(random.randrange(2**31))
         # Compiled functions read the scaling from a variable, so that an adapter
         # with another alpha can be loaded without tracing anew. It is no weight:
         # the namespace keeps it out of Keras's tracking and parameter counts.
