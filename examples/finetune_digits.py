@@ -1,0 +1,211 @@
+"""Adapts a network that knows the handwritten digits 0-4 to the digits 5-9.
+
+Three ways side by side: training everything, LoRA, and the last layer alone. The
+adapted network is then exported as a merged SavedModel and served by plain
+TensorFlow in a process of its own.
+
+    python examples/finetune_digits.py
+"""
+
+import argparse
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import matplotlib
+import numpy as np
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+import keras_lora
+from keras_lora import LoRADense
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+HIDDEN = (512, 64)
+RANK = 4
+
+SERVE = """
+import sys
+sys.modules["keras"] = sys.modules["keras_lora"] = None  # neither can be imported
+import numpy as np
+import tensorflow as tf
+artefact = tf.saved_model.load(sys.argv[1])
+images = np.load(sys.argv[2])
+np.save(sys.argv[3], artefact.serve(images).numpy())
+"""
+
+
+def digits(classes):
+    """Images (rows, 64) in [0, 1] and labels 0-4 of five classes, split in two."""
+    images, labels = load_digits(return_X_y=True)
+    chosen = np.isin(labels, classes)
+    return train_test_split(
+        (images[chosen] / 16).astype("float32"),
+        labels[chosen] - min(classes),
+        test_size=0.3,
+        random_state=0,
+    )
+
+
+def network(lora=False, trainable=True):
+    """Two hidden layers and a head of five classes."""
+    make = LoRADense if lora else keras.layers.Dense
+    options = {"rank": RANK, "alpha": 2 * RANK} if lora else {}
+    hidden = [make(n, activation="relu", **options) for n in HIDDEN]
+    for layer in hidden:
+        layer.trainable = trainable
+    return keras.Sequential([keras.Input((64,)), *hidden, keras.layers.Dense(5)])
+
+
+def train(model, title, data, epochs, learning_rate):
+    bar = keras.utils.Progbar(
+        epochs, width=24, unit_name="epoch", stateful_metrics=["accuracy", "loss"]
+    )
+    print(title)
+
+    def show(epoch, logs):
+        bar.update(epoch + 1, list(logs.items()))
+
+    model.compile(
+        keras.optimizers.Adam(learning_rate),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        jit_compile=False,
+    )
+    show_progress = keras.callbacks.LambdaCallback(on_epoch_end=show)
+    model.fit(*data, epochs=epochs, batch_size=64, verbose=0, callbacks=[show_progress])
+    return model
+
+
+def start_from(pretrained, model):
+    """Copies the hidden layers' kernels and biases; the head starts anew."""
+    for old, new in zip(pretrained.layers[:-1], model.layers[:-1], strict=True):
+        new.kernel.assign(old.kernel)
+        new.bias.assign(old.bias)
+    return model
+
+
+def trained_parameters(model):
+    return sum(math.prod(weight.shape) for weight in model.trainable_weights)
+
+
+def bytes_on_disk(model, folder):
+    """The size of a file that holds what was trained, and nothing else."""
+    path = Path(folder, "trained.npz")
+    values = [keras.ops.convert_to_numpy(w.value) for w in model.trainable_weights]
+    np.savez(path, *values)
+    return path.stat().st_size
+
+
+def serve_elsewhere(model, images, folder):
+    """Exports the model, and predicts with plain TensorFlow in a fresh process."""
+    paths = [Path(folder, name) for name in ("served", "images.npy", "outputs.npy")]
+    keras_lora.export(model, paths[0])
+    np.save(paths[1], images)
+    subprocess.run([sys.executable, "-c", SERVE, *map(str, paths)], check=True)
+    return np.load(paths[2])
+
+
+def draw(rows, images, labels, predicted, path):
+    """Accuracy against trained parameters; some digits as the LoRA network reads."""
+    figure = plt.figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=[1.1, 1])
+    axes = left.subplots()
+    for name, accuracy, parameters, _ in rows:
+        axes.scatter(parameters, 100 * accuracy, s=90, zorder=3)
+        axes.annotate(
+            f"{name}\n{100 * accuracy:.1f}%\n{parameters:,} parameters",
+            (parameters, 100 * accuracy),
+            xytext=(0, -14),
+            textcoords="offset points",
+            ha="center",
+            va="top",
+        )
+    accuracies = [100 * row[1] for row in rows]
+    spread = max(accuracies) - min(accuracies)
+    axes.set(
+        xscale="log",
+        xlim=(80, 6e5),
+        ylim=(min(accuracies) - 0.4 * spread, max(accuracies) + 0.12 * spread),
+        xlabel="trained parameters",
+        ylabel="accuracy on unseen images of 5-9 (%)",
+        title="Digits 5-9, after pretraining on 0-4",
+    )
+    axes.grid(alpha=0.3)
+    wrong = np.flatnonzero(labels != predicted)[:6]
+    right_ones = np.flatnonzero(labels == predicted)[: 24 - len(wrong)]
+    cells = right.subplots(4, 6).flat
+    for cell, index in zip(cells, [*right_ones, *wrong], strict=True):
+        cell.imshow(images[index].reshape(8, 8), cmap="gray_r")
+        correct = labels[index] == predicted[index]
+        text = f"{predicted[index] + 5}"
+        cell.set_title(
+            text if correct else f"{text}, is {labels[index] + 5}",
+            color="black" if correct else "crimson",
+            fontsize=10,
+        )
+        cell.set_axis_off()
+    right.suptitle("What the LoRA network reads (in red: its errors)", fontsize=12)
+    figure.savefig(path, dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    picture = Path(__file__).parents[1] / "docs" / "finetune_digits.png"
+    parser.add_argument("--picture", type=Path, default=picture)
+    picture = parser.parse_args().picture
+    picture.parent.mkdir(parents=True, exist_ok=True)
+
+    keras.utils.set_random_seed(0)
+    images, unseen, labels, unseen_labels = digits(range(5))
+    pretrained = train(
+        network(), "Pretraining on the digits 0-4", (images, labels), 15, 1e-3
+    )
+    known = pretrained.evaluate(unseen, unseen_labels, verbose=0)[1]
+    print(f"accuracy on unseen images of 0-4: {known:.1%}\n")
+
+    images, unseen, labels, unseen_labels = digits(range(5, 10))
+    ways = [
+        ("Full fine-tuning", network(), 1e-3),
+        (f"LoRA, rank {RANK}", network(lora=True), 5e-3),
+        ("Head alone", network(trainable=False), 5e-3),
+    ]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, model, learning_rate in ways:
+            start_from(pretrained, model)
+            train(model, name, (images, labels), 25, learning_rate)
+            accuracy = model.evaluate(unseen, unseen_labels, verbose=0)[1]
+            size = bytes_on_disk(model, folder)
+            rows.append((name, accuracy, trained_parameters(model), size))
+
+        print(f"\n{'':18}{'accuracy':>9}{'trained parameters':>20}{'on disk':>12}")
+        for name, accuracy, parameters, size in rows:
+            print(f"{name:18}{accuracy:>9.1%}{parameters:>20,}{size / 1024:>8.0f} KiB")
+        print()
+
+        adapted = ways[1][1]
+        keras_lora.summary(adapted)
+        outputs = adapted.predict(unseen, verbose=0)
+        served = serve_elsewhere(adapted, unseen, folder)
+    difference = np.abs(served - outputs).max()
+    print(
+        "\nThe merged SavedModel, served without Keras and keras_lora, differs by at "
+        f"most {difference:.1e} in {outputs.size:,} outputs."
+    )
+    if difference > 1e-5 * np.abs(outputs).max():
+        sys.exit("The served predictions are not those of the model.")
+    draw(rows, unseen, unseen_labels, outputs.argmax(-1), picture)
+    print(f"Picture: {picture}")
+
+
+if __name__ == "__main__":
+    main()
