@@ -2,8 +2,14 @@
 
 from keras_lora.contexts import disabled
 from keras_lora.contexts import merged
+from keras_lora.conv import LoRAConv1D
+from keras_lora.conv import LoRAConv2D
+from keras_lora.conv import LoRAConv3D
 from keras_lora.conversion import merge_lora
 from keras_lora.conversion import remove_lora
 from keras_lora.dense import LoRADense
+from keras_lora.einsum_dense import LoRAEinsumDense
+from keras_lora.embedding import LoRAEmbedding
 from keras_lora.export import export
+from keras_lora.merged_dense import LoRAMergedDense
 from keras_lora.report import summary

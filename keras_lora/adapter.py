@@ -13,7 +13,7 @@ from keras import ops
 
 
 @dataclass(frozen=True)
-class Factorization:
+class LowRankForm:
     """How one layer's kernel is made of A and B: all that differs between kinds.
 
     Attributes:
@@ -104,25 +104,23 @@ class LowRankAdapter(keras.layers.Layer):
         value = np.full(shape, self.scaling, self.variable_dtype)
         return ops.convert_to_tensor(value)
 
-    def build(self, factorization, regularizer=None):
-        self.factorization = factorization
+    def build(self, form, regularizer=None):
+        self.form = form
         # autocast=False: merging needs the stored float32 values, also inside a
         # mixed-precision call; the training path casts where it means to.
         self.a = self.add_weight(
             name="a",
-            shape=factorization.a_shape,
+            shape=form.a_shape,
             initializer=(
-                self.a_initializer
-                or factorization.a_initializer
-                or uniform(factorization.fan_in)
+                self.a_initializer or form.a_initializer or uniform(form.fan_in)
             ),
             regularizer=regularizer,
             autocast=False,
         )
         self.b = self.add_weight(
             name="b",
-            shape=factorization.b_shape,
-            initializer=self.b_initializer or factorization.b_initializer,
+            shape=form.b_shape,
+            initializer=self.b_initializer or form.b_initializer,
             regularizer=regularizer,
             autocast=False,
         )
@@ -149,7 +147,7 @@ class LowRankAdapter(keras.layers.Layer):
 
     def delta(self):
         """The update scaling * A @ B, in the kernel's shape and A's dtype."""
-        return self.factorization.compose(*self.factors(self.variable_dtype))
+        return self.form.compose(*self.factors(self.variable_dtype))
 
     def bypass(self, inputs, dtype, training):
         """linear(drop(inputs), delta) by way of rank r: delta is never formed."""
@@ -158,7 +156,7 @@ class LowRankAdapter(keras.layers.Layer):
             inputs = keras.random.dropout(
                 inputs, self.dropout, seed=self.seed_generator
             )
-        return self.factorization.bypass(inputs, *self.factors(dtype))
+        return self.form.bypass(inputs, *self.factors(dtype))
 
     def save_own_variables(self, store):
         super().save_own_variables(store)

@@ -89,7 +89,9 @@ def folded(model):
     undo = contextlib.ExitStack()
     with undo:
         for layer in checked_lora_layers(model):
-            kernel = kernel_variable(layer, checked_merged_kernel(layer))
+            kernel = kernel_variable(
+                layer, checked_merged_kernel(layer), layer._kernel_place.autocast
+            )
             old = replace_kernel(layer, layer.kernel_name, kernel)
             undo.callback(replace_kernel, layer, layer.kernel_name, old)
             undo.callback(attach, layer, "lora", layer.lora)
@@ -101,12 +103,13 @@ def folded(model):
     refresh_torch_parameters(model)
 
 
-def kernel_variable(layer, values):
+def kernel_variable(layer, values, autocast=False):
     """A variable that can stand in for the layer's kernel."""
     return keras.Variable(
         values,
         dtype=layer.frozen_kernel.dtype,
         trainable=False,
+        autocast=autocast,
         name=layer.kernel_name,
     )
 

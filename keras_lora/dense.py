@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_lora.adapter import Factorization
+from keras_lora.adapter import LowRankForm
 from keras_lora.lora_layer import LoRALayer
 
 
@@ -35,9 +35,9 @@ class LoRADense(LoRALayer, keras.layers.Dense):
     def linear(self, inputs, kernel):
         return ops.matmul(inputs, kernel)
 
-    def factorization(self):
+    def low_rank_form(self):
         inputs, units = self.kernel.shape
-        return Factorization(
+        return LowRankForm(
             a_shape=(inputs, self.lora.rank),
             b_shape=(self.lora.rank, units),
             fan_in=inputs,

@@ -56,7 +56,7 @@ class LoRALayer:
         training=False   y = finish( linear(x, round(W + delta)) )
 
     A kind of layer is `class LoRAKind(LoRALayer, keras.layers.Kind)`. It answers
-    `linear` and `factorization`, and `finish` where a bias is not added last.
+    `linear` and `low_rank_form`, and `finish` where a bias is not added last.
     """
 
     plain_class = None  # the Keras class this kind extends
@@ -107,7 +107,7 @@ class LoRALayer:
         """The host's own operation: matmul, einsum, gather or convolution."""
         raise NotImplementedError
 
-    def factorization(self):
+    def low_rank_form(self):
         """How the kernel that has just been built is made of A and B."""
         raise NotImplementedError
 
@@ -135,7 +135,7 @@ class LoRALayer:
         """Freezes W, and makes A and B to fit it."""
         self._kernel_place = freeze(self, self.frozen_kernel)
         regularizer = getattr(self, f"{self.kernel_name}_regularizer")
-        self.lora.build(self.factorization(), regularizer)
+        self.lora.build(self.low_rank_form(), regularizer)
 
     def call(self, inputs, training=None):
         if self.lora is None:

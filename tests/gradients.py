@@ -6,7 +6,7 @@ from layer_cases import to_numpy
 
 
 def gradients(layer, inputs, weights, training=True):
-    """d sum(weights * layer(inputs)) with respect to A, B and the inputs."""
+    """d sum(weights * layer(inputs)) with respect to A, B and float inputs."""
     return _BACKENDS[keras.backend.backend()](layer, inputs, weights, training)
 
 
@@ -15,18 +15,20 @@ def _tensorflow(layer, inputs, weights, training):
 
     x = tf.constant(inputs)
     with tf.GradientTape() as tape:
-        tape.watch(x)
+        if x.dtype.is_floating:
+            tape.watch(x)
         loss = tf.reduce_sum(layer(x, training=training) * weights)
-    sources = [layer.lora.a.value, layer.lora.b.value, x]
+    sources = [layer.lora.a.value, layer.lora.b.value] + [x] * x.dtype.is_floating
     return [np.asarray(tf.convert_to_tensor(g)) for g in tape.gradient(loss, sources)]
 
 
 def _torch(layer, inputs, weights, training):
     import torch
 
-    x = torch.tensor(inputs, requires_grad=True)
+    x = torch.tensor(inputs)
+    x.requires_grad = x.is_floating_point()
     loss = (layer(x, training=training) * torch.tensor(weights)).sum()
-    sources = [layer.lora.a.value, layer.lora.b.value, x]
+    sources = [layer.lora.a.value, layer.lora.b.value] + [x] * x.is_floating_point()
     return [to_numpy(g) for g in torch.autograd.grad(loss, sources)]
 
 
@@ -40,10 +42,13 @@ def _jax(layer, inputs, weights, training):
         outputs, _ = layer.stateless_call(trained, other, x, training=training)
         return (outputs * weights).sum()
 
-    of_trained, of_inputs = jax.grad(loss, argnums=(0, 1))(trained, inputs)
+    floats = np.issubdtype(inputs.dtype, np.floating)
+    of_trained, *of_inputs = jax.grad(loss, argnums=(0, 1)[: 1 + floats])(
+        trained, inputs
+    )
     ids = [id(v) for v in layer.trainable_variables]
     a, b = (of_trained[ids.index(id(v))] for v in (layer.lora.a, layer.lora.b))
-    return [np.asarray(g) for g in (a, b, of_inputs)]
+    return [np.asarray(g) for g in (a, b, *of_inputs)]
 
 
 _BACKENDS = {"tensorflow": _tensorflow, "torch": _torch, "jax": _jax}

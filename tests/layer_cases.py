@@ -98,6 +98,59 @@ def dense(name, parameters, units=5, lora=None, **arguments):
     )
 
 
+def embedding(name, parameters, input_shape=(4,), **settings):
+    return Case(
+        f"embedding-{name}",
+        keras_lora.LoRAEmbedding,
+        {"input_dim": 9, "output_dim": 5, **settings.pop("arguments", {})},
+        input_shape=input_shape,
+        lora=settings,
+        vocabulary=9,
+        factor_parameters=parameters,
+    )
+
+
+def merged_dense(name, parameters, units, mask, **lora):
+    return Case(
+        f"merged-dense-{name}",
+        keras_lora.LoRAMergedDense,
+        {"units": units},
+        input_shape=(4, 6),
+        lora={"enable_lora": mask, **lora},
+        factor_parameters=parameters,
+    )
+
+
+def einsum_dense(name, parameters, equation, output_shape, input_shape, **settings):
+    return Case(
+        f"einsum-dense-{name}",
+        keras_lora.LoRAEinsumDense,
+        {
+            "equation": equation,
+            "output_shape": output_shape,
+            **settings.pop("arguments", {}),
+        },
+        input_shape=input_shape,
+        lora=settings,
+        factor_parameters=parameters,
+    )
+
+
+def conv(name, ndim, parameters, kernel_size, channels=4, filters=6, **settings):
+    return Case(
+        f"conv{ndim}d-{name}",
+        (keras_lora.LoRAConv1D, keras_lora.LoRAConv2D, keras_lora.LoRAConv3D)[ndim - 1],
+        {
+            "filters": filters,
+            "kernel_size": kernel_size,
+            **settings.pop("arguments", {}),
+        },
+        input_shape=settings.pop("input_shape", (*(7, 8, 6)[:ndim], channels)),
+        lora=settings,
+        factor_parameters=parameters,
+    )
+
+
 CASES = [
     dense("rank-8", 8 * (6 + 5)),
     dense("rank-1", 6 + 5, lora={"rank": 1, "alpha": 4}),
@@ -112,5 +165,83 @@ CASES = [
         input_shape=(4, 6),
         lora={"rank": 3, "alpha": 6},
         factor_parameters=3 * (6 + 5),
+    ),
+    embedding("rank-8", 8 * (9 + 5)),
+    embedding("rank-2", 2 * (9 + 5), rank=2, alpha=3),
+    embedding("mask", 9 + 5, rank=1, arguments={"mask_zero": True}),
+    embedding("two-axes", 2 * (9 + 5), input_shape=(3, 4), rank=2, use_rslora=True),
+    merged_dense("all", 3 * 2 * 6 + 3 * 2 * 4, 12, (True, True, True), rank=2),
+    merged_dense(
+        "query-value", 2 * 2 * 6 + 2 * 2 * 4, 12, (True, False, True), rank=2, alpha=5
+    ),
+    merged_dense("one", 8 * 6 + 8 * 5, 5, (True,)),
+    merged_dense(
+        "five", 3 * 6 + 3 * 2, 10, [True, False, True, True, False], rank=1, dropout=0.4
+    ),
+    einsum_dense(
+        "query",
+        2 * (6 + 3 * 4),
+        "abc,cde->abde",
+        (5, 3, 4),
+        (5, 6),
+        rank=2,
+        alpha=3,
+        arguments={"bias_axes": "de", "activation": "tanh"},
+    ),
+    einsum_dense(
+        "output",
+        8 * (3 * 4 + 5),
+        "abcd,cde->abe",
+        (5, 5),
+        (5, 3, 4),
+        arguments={"bias_axes": "e"},
+    ),
+    einsum_dense(
+        "ellipsis", 4 * (6 + 5), "...x,xy->...y", 5, (2, 6), rank=4, dropout=0.2
+    ),
+    einsum_dense("batch-axis", 3 * 2 * (6 + 5), "abc,bcd->abd", (3, 5), (3, 6), rank=2),
+    conv("plain", 1, 2 * (3 * 4 + 6), 3, rank=2, alpha=3),
+    conv(
+        "causal",
+        1,
+        2 * (3 * 4 + 6),
+        3,
+        rank=2,
+        dropout=0.3,
+        arguments={"padding": "causal", "dilation_rate": 2, "activation": "tanh"},
+    ),
+    conv("loralib", 1, 3 * 2 * (3 * 4 + 6), 3, rank=2, factorization="loralib"),
+    conv(
+        "plain", 2, 8 * (3 * 3 * 4 + 6), 3, arguments={"strides": 2, "padding": "same"}
+    ),
+    conv(
+        "tall-dilated",
+        2,
+        2 * (3 * 2 * 4 + 6),
+        (3, 2),
+        rank=2,
+        use_rslora=True,
+        arguments={"dilation_rate": 2, "use_bias": False, "activation": "relu"},
+    ),
+    conv("groups", 2, 3 * (9 * 2 + 6), 3, rank=3, arguments={"groups": 2}),
+    conv(
+        "loralib",
+        2,
+        2 * 3 * (3 * 4) + 2 * 3 * (3 * 6 // 2),
+        3,
+        rank=2,
+        alpha=4,
+        factorization="loralib",
+        arguments={"groups": 2, "padding": "same"},
+    ),
+    conv("plain", 3, 2 * (8 * 4 + 6), 2, rank=2, arguments={"strides": (1, 2, 1)}),
+    conv(
+        "loralib",
+        3,
+        2 * 2 * (2 * 4 + 6 * 4),
+        2,
+        factorization="loralib",
+        rank=2,
+        arguments={"padding": "same"},
     ),
 ]
