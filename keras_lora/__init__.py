@@ -11,5 +11,6 @@ from keras_lora.dense import LoRADense
 from keras_lora.einsum_dense import LoRAEinsumDense
 from keras_lora.embedding import LoRAEmbedding
 from keras_lora.export import export
+from keras_lora.freezing import mark_only_lora_as_trainable
 from keras_lora.merged_dense import LoRAMergedDense
 from keras_lora.report import summary

@@ -143,6 +143,8 @@ class LowRankAdapter(keras.layers.Layer):
     def factors(self, dtype):
         """A and scaling * B, scaled in the adapter's dtype, then cast."""
         scaled_b = ops.multiply(self.b, self._scaling.variable)
+        if dtype == self.variable_dtype:
+            return self.a, scaled_b  # the variable: rows of it can be looked up
         return ops.cast(self.a, dtype), ops.cast(scaled_b, dtype)
 
     def delta(self):

@@ -97,7 +97,7 @@ class LoRAEmbedding(LoRALayer, keras.layers.Embedding):
         if self._fixed_kernel is not None:  # inside merged() or disabled()
             outputs = self.linear(inputs, self._fixed_kernel.kernel)
         else:
-            rows = self.linear(inputs, ops.stop_gradient(self.embeddings))
+            rows = ops.stop_gradient(self.linear(inputs, self.embeddings))
             outputs = ops.add(
                 ops.cast(rows, dtype), self.lora.bypass(inputs, dtype, training)
             )

@@ -151,3 +151,8 @@ def sublayers(layer):
     """The layers that a layer holds itself, in the order in which it got them."""
     wrapped = getattr(layer, "_functional", None)  # a Sequential's second view
     return [sublayer for sublayer in layer._layers if sublayer is not wrapped]
+
+
+def own_variables(layer):
+    """The variables of a layer itself that `layer.trainable = True` would train."""
+    return layer._trainable_variables
