@@ -3,10 +3,10 @@
 import contextlib
 import types
 
-from keras_lora.conversion import checked_lora_layers
-from keras_lora.conversion import checked_merged_kernel
-from keras_lora.conversion import kernel_variable
 from keras_lora.keras_internals import take_compiled_functions
+from keras_lora.layer_conversion import checked_lora_layers
+from keras_lora.merging import checked_merged_kernel
+from keras_lora.merging import kernel_variable
 
 
 def merged(model):

@@ -1,6 +1,7 @@
 """LoRAConv1D, LoRAConv2D, LoRAConv3D: one mixin, three documented faces."""
 
 import math
+import types
 
 import keras
 from keras import ops
@@ -12,7 +13,9 @@ from keras_lora.lora_layer import LoRALayer
 class LoRAConv(LoRALayer):
     """What the three convolutions share. `self.rank` is Keras's: spatial axes."""
 
-    own_attributes = (*LoRALayer.own_attributes, "factorization")
+    own_attributes = types.MappingProxyType(
+        {**LoRALayer.own_attributes, "factorization": "standard"}
+    )
 
     def __init__(self, *args, factorization="standard", **kwargs):
         super().__init__(*args, **kwargs)
@@ -40,11 +43,10 @@ class LoRAConv(LoRALayer):
             data_format=self.data_format,
         )
 
-    def low_rank_form(self):
+    def low_rank_form(self, rank):
         if self.factorization == "loralib":
-            return self._loralib_form()
+            return self._loralib_form(rank)
         *window, filters = self.kernel.shape  # (*k, channels / groups, filters)
-        rank = self.lora.rank
         return LowRankForm(
             a_shape=(*window, rank),
             b_shape=(rank, filters),
@@ -64,10 +66,10 @@ class LoRAConv(LoRALayer):
             data_format=self.data_format,
         )
 
-    def _loralib_form(self):
+    def _loralib_form(self, rank):
         *kernel_size, group_channels, filters = self.kernel.shape
         last, others = kernel_size[-1], math.prod(kernel_size[:-1])
-        rank, channels = self.lora.rank, group_channels * self.groups
+        channels = group_channels * self.groups
 
         def compose(a, b):
             # microsoft/LoRA: (B @ A).view(filters, channels/groups, *kernel_size)

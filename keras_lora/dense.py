@@ -35,11 +35,11 @@ class LoRADense(LoRALayer, keras.layers.Dense):
     def linear(self, inputs, kernel):
         return ops.matmul(inputs, kernel)
 
-    def low_rank_form(self):
+    def low_rank_form(self, rank):
         inputs, units = self.kernel.shape
         return LowRankForm(
-            a_shape=(inputs, self.lora.rank),
-            b_shape=(self.lora.rank, units),
+            a_shape=(inputs, rank),
+            b_shape=(rank, units),
             fan_in=inputs,
             compose=ops.matmul,
             bypass=lambda inputs, a, b: ops.matmul(ops.matmul(inputs, a), b),

@@ -55,14 +55,13 @@ class LoRAEinsumDense(LoRALayer, keras.layers.EinsumDense):
     def linear(self, inputs, kernel):
         return ops.einsum(self.equation, inputs, kernel)
 
-    def low_rank_form(self):
+    def low_rank_form(self, rank):
         split = split_equation(self.equation)
         size = dict(zip(split.kernel, self.kernel.shape, strict=True))
         batch, contracted, new = (
             tuple(size[axis] for axis in axes)
             for axes in (split.batch, split.contracted, split.new)
         )
-        rank = self.lora.rank
         return LowRankForm(
             a_shape=(*batch, *contracted, rank),
             b_shape=(*batch, rank, *new),

@@ -75,8 +75,7 @@ class LoRAEmbedding(LoRALayer, keras.layers.Embedding):
     def linear(self, inputs, kernel):
         return ops.take(kernel, inputs, axis=0)
 
-    def low_rank_form(self):
-        rank = self.lora.rank
+    def low_rank_form(self, rank):
         return LowRankForm(
             a_shape=(self.input_dim, rank),
             b_shape=(rank, self.output_dim),

@@ -5,7 +5,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from keras_lora.conversion import folded
+from keras_lora.merging import folded
 
 
 def export(model, path, format="tf_saved_model", **kwargs):

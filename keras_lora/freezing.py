@@ -1,9 +1,9 @@
 """Which variables train beside the adapters."""
 
-from keras_lora.conversion import checked_lora_layers
 from keras_lora.keras_internals import compile_again
 from keras_lora.keras_internals import flatten_layers
 from keras_lora.keras_internals import own_variables
+from keras_lora.layer_conversion import checked_lora_layers
 
 BIAS = ("none", "all", "lora_only")
 

@@ -8,6 +8,8 @@ import contextlib
 import inspect
 from typing import NamedTuple
 
+import keras
+
 
 class Place(NamedTuple):
     """Where a variable stood before it was frozen."""
@@ -156,3 +158,32 @@ def sublayers(layer):
 def own_variables(layer):
     """The variables of a layer itself that `layer.trainable = True` would train."""
     return layer._trainable_variables
+
+
+def set_mask(tensor, mask):
+    keras.src.backend.set_keras_mask(tensor, mask)
+
+
+@contextlib.contextmanager
+def name_scope_of(layer):
+    """Variables made inside are called as if the layer had made them in `build`."""
+    with contextlib.ExitStack() as scopes:
+        for part in (layer.path or layer.name).split("/"):
+            scopes.enter_context(keras.name_scope(part))
+        yield
+
+
+def trainable_state(model) -> list:
+    """[layer.trainable, one flag per variable of its own] for every layer."""
+    return [
+        [layer.trainable, [v.trainable for v in own_variables(layer)]]
+        for layer in flatten_layers(model)
+    ]
+
+
+def restore_trainable_state(model, state):
+    """From the outside in: what is set on a layer reaches the layers inside it."""
+    for layer, (trainable, flags) in zip(flatten_layers(model), state, strict=True):
+        layer.trainable = trainable
+        for variable, flag in zip(own_variables(layer), flags, strict=True):
+            variable.trainable = flag

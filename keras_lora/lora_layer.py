@@ -3,6 +3,7 @@
 import inspect
 import re
 import textwrap
+import types
 
 import keras
 from keras import ops
@@ -61,7 +62,10 @@ class LoRALayer:
 
     plain_class = None  # the Keras class this kind extends
     kernel_name = "kernel"
-    own_attributes = ("lora", "merge_weights", "_fixed_kernel")
+    # What a plain layer gets when it is turned into this class, beside `lora`.
+    own_attributes = types.MappingProxyType(
+        {"merge_weights": True, "_fixed_kernel": None}
+    )
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -107,7 +111,7 @@ class LoRALayer:
         """The host's own operation: matmul, einsum, gather or convolution."""
         raise NotImplementedError
 
-    def low_rank_form(self):
+    def low_rank_form(self, rank):
         """How the kernel that has just been built is made of A and B."""
         raise NotImplementedError
 
@@ -132,10 +136,10 @@ class LoRALayer:
             self.build_adapter()
 
     def build_adapter(self):
-        """Freezes W, and makes A and B to fit it."""
-        self._kernel_place = freeze(self, self.frozen_kernel)
+        """Makes A and B to fit W, and freezes W."""
         regularizer = getattr(self, f"{self.kernel_name}_regularizer")
-        self.lora.build(self.low_rank_form(), regularizer)
+        self.lora.build(self.low_rank_form(self.lora.rank), regularizer)
+        self._kernel_place = freeze(self, self.frozen_kernel)
 
     def call(self, inputs, training=None):
         if self.lora is None:
@@ -185,17 +189,23 @@ def adapter_dtype(layer):
 
 
 def refuse_unsupported_host(layer, kernel_name):
+    """A ValueError where an adapter cannot do justice to the Keras layer."""
     constraint = getattr(layer, f"{kernel_name}_constraint")
     if constraint is not None:
         raise ValueError(
-            f"`{kernel_name}_constraint` cannot be kept by a low-rank update. "
-            f"Received: {constraint!r}. Leave it out, or use rank=0."
+            f"`{kernel_name}_constraint` of layer {layer.name!r} cannot be kept by a "
+            f"low-rank update. Received: {constraint!r}. Leave it out, or use rank=0."
         )
     if layer.quantization_mode is not None:
         raise ValueError(
-            f"{layer.name!r} is quantized, and its quantized call would leave the "
-            f"adapter out. Received: dtype={layer.dtype_policy.name!r}. Use a float "
-            "policy."
+            f"The layer {layer.name!r} is quantized, and its quantized call would "
+            f"leave the adapter out. Received: dtype={layer.dtype_policy.name!r}. Use "
+            "a float policy."
+        )
+    if getattr(layer, "lora_enabled", False):
+        raise ValueError(
+            f"The layer {layer.name!r} has Keras's own adapter (`enable_lora`). Save "
+            "the model and load it again, which folds that adapter, and start there."
         )
 
 

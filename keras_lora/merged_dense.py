@@ -1,5 +1,7 @@
 """LoRAMergedDense: several projections in one kernel, some of them adapted."""
 
+import types
+
 import keras
 import numpy as np
 from keras import ops
@@ -43,7 +45,9 @@ class LoRAMergedDense(LoRALayer, keras.layers.Dense):
     """
 
     plain_class = keras.layers.Dense
-    own_attributes = (*LoRALayer.own_attributes, "adapted_slices")
+    own_attributes = types.MappingProxyType(
+        {**LoRALayer.own_attributes, "adapted_slices": (True,)}
+    )
 
     def __init__(self, units, *args, enable_lora=(True,), **kwargs):
         super().__init__(units, *args, **kwargs)
@@ -52,9 +56,9 @@ class LoRAMergedDense(LoRALayer, keras.layers.Dense):
     def linear(self, inputs, kernel):
         return ops.matmul(inputs, kernel)
 
-    def low_rank_form(self):
+    def low_rank_form(self, rank):
         inputs, units = self.kernel.shape
-        rank, adapted = self.lora.rank, sum(self.adapted_slices)
+        adapted = sum(self.adapted_slices)
         return LowRankForm(
             a_shape=(inputs, adapted * rank),
             b_shape=(adapted, rank, units // len(self.adapted_slices)),

@@ -57,7 +57,9 @@ def kind_of(layer):
 
 def attributes_of(parent):
     """(name, layer) for the layers that a layer holds by attribute or container."""
-    for name, value in vars(parent).items():
+    attributes = dict(vars(parent))
+    attributes |= attributes.pop("_modules", {})  # where torch keeps submodules
+    for name, value in attributes.items():
         if name in BOOKKEEPING:
             continue
         name = name.strip("_")

@@ -9,17 +9,16 @@ from keras_lora.paths import layer_paths
 
 
 class Row(NamedTuple):
-    """One adapted layer."""
+    """One adapted layer; `parameters` counts A and B, `share` is theirs in it."""
 
     path: str
     layer: object
     rank: int
     alpha: float
-
-    @property
-    def parameters(self) -> int:
-        """The numbers in A and B."""
-        return count(self.layer.lora.weights)
+    scaling: float
+    kind: str
+    parameters: int
+    share: float
 
 
 class Report(Sequence):
@@ -28,10 +27,11 @@ class Report(Sequence):
     `print(report)` gives the table of `keras_lora.summary`.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, skipped=()):
         self.model_name = model.name
+        self.skipped = dict(skipped)
         self.rows = [
-            Row(path, layer, layer.lora.rank, layer.lora.alpha)
+            adapted_row(path, layer)
             for path, layer in layer_paths(model).items()
             if isinstance(layer, LoRALayer) and layer.lora is not None
         ]
@@ -54,12 +54,12 @@ class Report(Sequence):
             [
                 [
                     row.path,
-                    type(row.layer).__name__,
+                    row.kind,
                     str(row.rank),
                     f"{row.alpha:g}",
-                    f"{row.layer.lora.scaling:g}",
+                    f"{row.scaling:g}",
                     f"{row.parameters:,}",
-                    percent(row.parameters, count(row.layer.weights)),
+                    percent(row.share),
                 ]
                 for row in self
             ],
@@ -71,7 +71,11 @@ class Report(Sequence):
                 f"{len(self)} adapters: {adapters:,} parameters",
                 f"Also trained: {self.trained - adapters:,} parameters",
                 f"Trained: {self.trained:,} of {self.total:,} "
-                f"({percent(self.trained, self.total)})",
+                f"({percent(self.trained / max(self.total, 1))})",
+                "Optimizer memory (two moments, float32): "
+                f"{megabytes(8 * self.trained)}, full fine-tuning "
+                f"{megabytes(8 * (self.total - adapters))}",
+                *(f"Skipped {path}: {why}" for path, why in self.skipped.items()),
             ]
         )
 
@@ -90,12 +94,30 @@ def summary(model) -> Report:
     return report
 
 
+def adapted_row(path, layer):
+    lora, parameters = layer.lora, count(layer.lora.weights)
+    return Row(
+        path,
+        layer,
+        lora.rank,
+        lora.alpha,
+        lora.scaling,
+        type(layer).__name__,
+        parameters,
+        parameters / count(layer.weights),
+    )
+
+
+def megabytes(number):
+    return f"{number / 1e6:,.1f} MB"
+
+
 def count(weights):
     return sum(math.prod(weight.shape) for weight in weights)
 
 
-def percent(part, whole):
-    return f"{100 * part / whole:.2f}%" if whole else "-"
+def percent(share):
+    return f"{100 * share:.2f}%"
 
 
 def table(head, rows):

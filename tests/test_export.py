@@ -17,7 +17,7 @@ from test_merging import predict
 from test_merging import state
 
 import keras_lora
-from keras_lora.conversion import lora_layers
+from keras_lora.layer_conversion import lora_layers
 
 tensorflow_format = pytest.mark.skipif(
     keras.backend.backend() == "torch",

@@ -14,7 +14,7 @@ from keras_lora.paths import layer_paths
 def test_rows_and_table(capsys):
     model = sequential()
     report = keras_lora.summary(model)
-    assert [tuple(row) for row in report] == [
+    assert [(row.path, row.layer, row.rank, row.alpha) for row in report] == [
         ("dense", model.layers[0], 2, 6),
         ("last", model.layers[3], 3, 3),
     ]

@@ -5,6 +5,7 @@ import contextlib
 import keras
 from keras import ops
 
+from keras_lora.adapted_model import restore_models
 from keras_lora.keras_internals import attach
 from keras_lora.keras_internals import change_class
 from keras_lora.keras_internals import compile_again
@@ -12,17 +13,9 @@ from keras_lora.keras_internals import detach
 from keras_lora.keras_internals import flatten_layers
 from keras_lora.keras_internals import refresh_torch_parameters
 from keras_lora.keras_internals import replace_kernel
-from keras_lora.keras_internals import unfreeze
+from keras_lora.layer_conversion import checked_lora_layers
+from keras_lora.layer_conversion import make_plain
 from keras_lora.lora_layer import LoRALayer
-
-
-def lora_layers(model) -> list:
-    """The LoRA layers of a model that hold an adapter, each once."""
-    return [
-        layer
-        for layer in flatten_layers(model)
-        if isinstance(layer, LoRALayer) and layer.lora is not None
-    ]
 
 
 def merge_lora(model):
@@ -68,15 +61,9 @@ def remove_lora(model):
 
 def _make_plain(model):
     for layer in flatten_layers(model):
-        if not isinstance(layer, LoRALayer):
-            continue
-        if layer.lora is not None:
-            unfreeze(layer, layer.frozen_kernel, layer._kernel_place)
-            detach(layer, "lora")
-            del layer._kernel_place
-        for name in vars(layer).keys() & set(layer.own_attributes):
-            delattr(layer, name)
-        change_class(layer, layer.plain_class)
+        if isinstance(layer, LoRALayer):
+            make_plain(layer)
+    restore_models(model)
     compile_again(model)
 
 
@@ -112,27 +99,6 @@ def kernel_variable(layer, values, autocast=False):
         autocast=autocast,
         name=layer.kernel_name,
     )
-
-
-def checked_lora_layers(model):
-    layers = lora_layers(model)
-    if not layers:
-        raise ValueError(
-            f"{getattr(model, 'name', model)!r} holds no LoRA layer with an adapter "
-            "(rank > 0)."
-        )
-    for layer in layers:
-        if not layer.lora.built:
-            raise ValueError(
-                f"The LoRA layer {layer.name!r} is not built yet. Build the model "
-                "first, for example with `model.build(input_shape)`, or call it once."
-            )
-        if layer._fixed_kernel is not None:
-            raise ValueError(
-                f"The adapter of {layer.name!r} is inside `merged()` or `disabled()`. "
-                "Leave that context first."
-            )
-    return layers
 
 
 def checked_merged_kernel(layer):

@@ -1,0 +1,140 @@
+"""A Keras layer becomes a LoRA layer, and back, in place on the same object."""
+
+import contextlib
+import functools
+
+import keras
+
+from keras_lora.conv import LoRAConv1D
+from keras_lora.conv import LoRAConv2D
+from keras_lora.conv import LoRAConv3D
+from keras_lora.dense import LoRADense
+from keras_lora.einsum_dense import LoRAEinsumDense
+from keras_lora.embedding import LoRAEmbedding
+from keras_lora.keras_internals import attach
+from keras_lora.keras_internals import change_class
+from keras_lora.keras_internals import detach
+from keras_lora.keras_internals import flatten_layers
+from keras_lora.keras_internals import name_scope_of
+from keras_lora.keras_internals import refresh_torch_parameters
+from keras_lora.keras_internals import restore_trainable_state
+from keras_lora.keras_internals import trainable_state
+from keras_lora.keras_internals import unfreeze
+from keras_lora.lora_layer import LoRALayer
+
+LORA_CLASSES = {
+    keras.layers.Dense: LoRADense,
+    keras.layers.EinsumDense: LoRAEinsumDense,
+    keras.layers.Embedding: LoRAEmbedding,
+    keras.layers.Conv1D: LoRAConv1D,
+    keras.layers.Conv2D: LoRAConv2D,
+    keras.layers.Conv3D: LoRAConv3D,
+}
+if hasattr(keras.layers, "ReversibleEmbedding"):  # since Keras 3.13
+    from keras_lora.reversible_embedding import LoRAReversibleEmbedding
+
+    LORA_CLASSES[keras.layers.ReversibleEmbedding] = LoRAReversibleEmbedding
+
+
+def register_lora_layer(lora_class: type) -> type:
+    """Teaches `apply_lora` a kind of layer; can be used as a decorator.
+
+    Args:
+        lora_class: A subclass of `keras_lora.LoRALayer` whose `plain_class` is the
+            layer class that it adapts.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    plain_class = getattr(lora_class, "plain_class", None)
+    if not (isinstance(plain_class, type) and issubclass(lora_class, LoRALayer)):
+        raise ValueError(
+            "A LoRA layer is a subclass of keras_lora.LoRALayer with a `plain_class`. "
+            f"Received: {lora_class!r}."
+        )
+    LORA_CLASSES[plain_class] = lora_class
+    lora_class_of.cache_clear()
+    return lora_class
+
+
+@functools.cache
+def lora_class_of(cls):
+    """The LoRA class for a layer class; None where its call is not understood."""
+    for base in cls.__mro__:
+        if base in LORA_CLASSES:
+            if cls.call is not base.call:
+                return None
+            lora_class = LORA_CLASSES[base]
+            if base is cls:
+                return lora_class
+            name = f"LoRA{cls.__name__}"
+            return type(name, (lora_class, cls), {"plain_class": cls})
+    return None
+
+
+@contextlib.contextmanager
+def adopted(model, adapters):
+    """Path -> (layer, adapter): they are LoRA layers inside.
+
+    What is yielded can `pop_all()`: then they stay so. If anything fails before,
+    all of them are plain layers again.
+    """
+    with contextlib.ExitStack() as undo:
+        undo.callback(refresh_torch_parameters, model)
+        undo.callback(restore_trainable_state, model, trainable_state(model))
+        for layer, adapter in adapters.values():
+            undo.callback(make_plain, layer)
+            adopt(layer, adapter)
+        refresh_torch_parameters(model)
+        yield undo
+
+
+def adopt(layer, adapter):
+    lora_class = lora_class_of(type(layer))
+    change_class(layer, lora_class)
+    for name, default in layer.own_attributes.items():
+        setattr(layer, name, default)
+    attach(layer, "lora", adapter)
+    with name_scope_of(layer):
+        layer.build_adapter()
+
+
+def make_plain(layer):
+    """A LoRA layer becomes the Keras layer that it extends, with W for kernel."""
+    if hasattr(layer, "_kernel_place"):
+        unfreeze(layer, layer.frozen_kernel, layer._kernel_place)
+        del layer._kernel_place
+    detach(layer, "lora")
+    for name in layer.own_attributes:
+        delattr(layer, name)
+    change_class(layer, layer.plain_class)
+
+
+def lora_layers(model) -> list:
+    """The LoRA layers of a model that hold an adapter, each once."""
+    return [
+        layer
+        for layer in flatten_layers(model)
+        if isinstance(layer, LoRALayer) and layer.lora is not None
+    ]
+
+
+def checked_lora_layers(model):
+    layers = lora_layers(model)
+    if not layers:
+        raise ValueError(
+            f"{getattr(model, 'name', model)!r} holds no LoRA layer with an adapter "
+            "(rank > 0)."
+        )
+    for layer in layers:
+        if not layer.lora.built:
+            raise ValueError(
+                f"The LoRA layer {layer.name!r} is not built yet. Build the model "
+                "first, for example with `model.build(input_shape)`, or call it once."
+            )
+        if layer._fixed_kernel is not None:
+            raise ValueError(
+                f"The adapter of {layer.name!r} is inside `merged()` or `disabled()`. "
+                "Leave that context first."
+            )
+    return layers

@@ -1,0 +1,132 @@
+"""Which layers a rule means; a rule that means nothing is an error."""
+
+import difflib
+import re
+
+import keras
+
+# Layers between the last kernel and the model's outputs that hold no kernel.
+PASS_THROUGH = (
+    keras.layers.Activation,
+    keras.layers.Dropout,
+    keras.layers.Flatten,
+    keras.layers.Permute,
+    keras.layers.Reshape,
+    keras.layers.ReLU,
+    keras.layers.Softmax,
+)
+
+
+def matching(rule, paths, argument):
+    """The paths that a rule means, in the model's order.
+
+    Args:
+        rule: A string is a regular expression for the whole path; a class means
+            its instances; a function is called with (path, layer); a list or
+            tuple holds paths, ends of paths, names of layers, or classes.
+        paths: Path -> layer, the layers that there are.
+        argument: The argument's name, for errors.
+
+    Raises:
+        ValueError: If the rule, or an entry of a list, means no layer.
+    """
+    if isinstance(rule, str):
+        found = {p for p in paths if compiled(rule, argument).fullmatch(p)}
+        return ordered(found, paths, rule, argument)
+    if isinstance(rule, type):
+        found = {p for p, layer in paths.items() if isinstance(layer, rule)}
+        return ordered(found, paths, rule.__name__, argument)
+    if callable(rule):
+        found = {p for p, layer in paths.items() if rule(p, layer)}
+        return ordered(found, paths, rule, argument)
+    if not isinstance(rule, (list, tuple, set, frozenset)) or not rule:
+        raise ValueError(
+            f"`{argument}` must be a regular expression, a list of names, a layer "
+            f"class or a function of (path, layer). Received: {rule!r}."
+        )
+    found = set()
+    for entry in rule:
+        if isinstance(entry, str):
+            hits = {p for p, layer in paths.items() if named(entry, p, layer)}
+            hits = set(ordered(hits, paths, entry, argument))
+        else:
+            hits = set(matching(entry, paths, argument))
+        found |= hits
+    return [path for path in paths if path in found]
+
+
+def named(entry, path, layer):
+    entry = entry.replace(".", "/")
+    return path == entry or path.endswith(f"/{entry}") or layer.name == entry
+
+
+def ordered(found, paths, rule, argument):
+    if not found:
+        raise ValueError(f"`{argument}` {rule!r} matches no layer. {hint(rule, paths)}")
+    return [path for path in paths if path in found]
+
+
+def hint(rule, paths):
+    """What exists and comes close."""
+    ends = {path.rsplit("/", 1)[-1] for path in paths}
+    close = difflib.get_close_matches(str(rule), [*ends, *paths], n=5, cutoff=0.5)
+    if close:
+        return f"Did you mean {', '.join(map(repr, close))}?"
+    examples = ", ".join(map(repr, list(paths)[:8]))
+    return f"There are: {examples}{', ...' if len(paths) > 8 else '.'}"
+
+
+def pattern_values(pattern, paths, argument) -> dict:
+    """Path -> value by the first key that matches, as PEFT reads its patterns.
+
+    A key is a regular expression for the end of a path, from a part's beginning.
+    """
+    pattern = {} if pattern is None else pattern
+    if not isinstance(pattern, dict):
+        raise ValueError(f"`{argument}` must be a dict. Received: {pattern!r}.")
+    rules = {
+        key: compiled(rf"(.*/)?({key.replace(chr(92) + '.', '/')})", argument)
+        for key in pattern
+    }
+    values, used = {}, set()
+    for path in paths:
+        for key, rule in rules.items():
+            if rule.fullmatch(path):
+                values.setdefault(path, pattern[key])
+                used.add(key)
+    for key in pattern:
+        if key not in used:
+            raise ValueError(
+                f"`{argument}` key {key!r} matches no adapted layer. {hint(key, paths)}"
+            )
+    return values
+
+
+def compiled(rule, argument):
+    try:
+        return re.compile(rule)
+    except re.error as error:
+        raise ValueError(
+            f"`{argument}` {rule!r} is not a regular expression: {error}."
+        ) from error
+
+
+def output_layers(model):
+    """Ids of the layers that make the model's outputs, where the graph tells."""
+    found = set()
+    for output in keras.tree.flatten(getattr(model, "outputs", None) or []):
+        found |= _makers(output, model)
+    return found
+
+
+def _makers(tensor, model):
+    operation = tensor._keras_history.operation
+    inner = getattr(operation, "outputs", None)
+    if isinstance(operation, keras.Model) and inner:
+        return {id(operation)} | output_layers(operation)
+    if isinstance(operation, PASS_THROUGH):
+        inputs = keras.tree.flatten(
+            operation._inbound_nodes[tensor._keras_history.node_index].input_tensors
+        )
+        return set().union(*(_makers(t, model) for t in inputs))
+    return {id(operation)}

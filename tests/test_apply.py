@@ -1,0 +1,444 @@
+"""apply_lora: the same model at first, an adapter everywhere asked, and back."""
+
+import keras
+import numpy as np
+import pytest
+from layer_cases import fill
+from layer_cases import to_numpy
+from models import x
+from models import y
+from pretrained import PRETRAINED
+from pretrained import Pretrained
+from pretrained import convolutional
+from pretrained import sequential
+from pretrained import subclassed
+from pretrained import transformer
+from test_merging import predict
+
+import keras_lora
+from keras_lora import apply_lora
+
+over_models = pytest.mark.parametrize(
+    "build", PRETRAINED, ids=lambda build: build.__name__
+)
+HEADS = {subclassed: "head"}  # whose graph does not tell
+
+
+def adapt(build, **kwargs):
+    model = build()
+    if build in HEADS:
+        kwargs.setdefault("exclude", [HEADS[build]])
+    return model, apply_lora(model, **{"rank": 2, "alpha": 6, **kwargs})
+
+
+def fit(model, epochs=2):
+    history = model.fit(x(), y(), epochs=epochs, batch_size=8, verbose=0, shuffle=False)
+    return history.history["loss"]
+
+
+def assert_same(actual, expected):
+    """To the bit; torch's own bits depend on how a kernel lies in memory."""
+    tolerance = 0.0 if keras.backend.backend() != "torch" else 1e-6
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * scale)
+
+
+def compile_(model):
+    model.compile(keras.optimizers.Adam(0.02), "mse", jit_compile=False)
+    return model
+
+
+def flags(model):
+    return [
+        (type(layer), layer.trainable, [(w.path, w.trainable) for w in layer.weights])
+        for layer in model._flatten_layers()
+    ]
+
+
+@over_models
+def test_outputs_are_the_same_at_first(build):
+    model = build()
+    before, eager = predict(model), to_numpy(model(x()))
+    trained = to_numpy(model(x(), training=True)) if build is not sequential else None
+    apply_lora(model, rank=2, exclude=[HEADS[build]] if build in HEADS else None)
+    assert_same(to_numpy(model(x())), eager)
+    np.testing.assert_allclose(predict(model), before, rtol=0, atol=1e-6)
+    if trained is not None:
+        assert_same(to_numpy(model(x(), training=True)), trained)
+
+
+@over_models
+def test_every_adapter_trains_and_nothing_else(build):
+    model, report = adapt(build)
+    compile_(model)
+    before = [(w, to_numpy(w)) for w in model.weights]
+    fit(model)
+    factors = {id(w) for row in report for w in row.layer.lora.weights}
+    assert len(factors) == 2 * len(report) > 0
+    for weight, value in before:
+        moved = np.abs(to_numpy(weight) - value).max() > 0
+        assert moved == (id(weight) in factors), weight.path
+
+
+@over_models
+def test_merged_agrees_with_training_path(build):
+    model, report = adapt(build)
+    for seed, row in enumerate(report):
+        fill(row.layer.lora.b, seed, 0.3)
+    merged = to_numpy(model(x()))
+    for row in report:
+        row.layer.merge_weights = False
+    scale = np.abs(merged).max()
+    np.testing.assert_allclose(to_numpy(model(x())), merged, rtol=0, atol=1e-5 * scale)
+
+
+@over_models
+@pytest.mark.parametrize("undo", ["merge_lora", "remove_lora"])
+def test_undoing_gives_the_plain_model_back(build, undo, tmp_path):
+    plain = compile_(build())
+    plain.layers[1].trainable = False
+    fit(plain, 1)
+    plain.save_weights(tmp_path / "plain.weights.h5")
+    before, outputs = flags(plain), predict(plain)
+    apply_lora(plain, rank=2, exclude=[HEADS[build]] if build in HEADS else None)
+    fit(plain)
+    adapted = predict(plain)
+    getattr(keras_lora, undo)(plain)
+    assert flags(plain) == before
+    if undo == "remove_lora":
+        assert_same(predict(plain), outputs)
+    else:
+        assert_same(predict(plain), adapted)
+    plain.load_weights(tmp_path / "plain.weights.h5")
+    assert_same(predict(plain), outputs)
+    fit(plain)
+
+
+@over_models
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_reload_goes_on_as_if_never_stopped(build, bias, tmp_path):
+    model, report = adapt(build, bias=bias, dropout=0.3, also_train=["head"])
+    compile_(model)
+    fit(model)
+    model.save(tmp_path / "model.keras")
+    resumed = keras.models.load_model(tmp_path / "model.keras")
+    assert_same(predict(resumed), predict(model))
+    again = keras_lora.summary(resumed)
+    assert [row[2:] for row in again] == [row[2:] for row in report]
+    assert [row.path for row in again] == [row.path for row in report]
+    assert [w.trainable for w in resumed.weights] == [
+        w.trainable for w in model.weights
+    ]
+    assert fit(resumed) == fit(model)
+    keras_lora.remove_lora(resumed)
+    keras_lora.remove_lora(model)
+    assert [f[:2] for f in flags(resumed)] == [f[:2] for f in flags(model)]
+
+
+@over_models
+def test_export_of_an_adapted_model(build, tmp_path):
+    if keras.backend.backend() != "tensorflow":
+        return
+    import tensorflow as tf
+
+    model, report = adapt(build)
+    for seed, row in enumerate(report):
+        fill(row.layer.lora.b, seed, 0.3)
+    before = flags(model)
+    keras_lora.export(model, tmp_path / "artefact")
+    artefact = tf.saved_model.load(tmp_path / "artefact")
+    assert_same(artefact.serve(x()).numpy(), predict(model))
+    assert flags(model) == before
+
+
+@over_models
+def test_dry_run_changes_nothing(build):
+    model = compile_(build())
+    fit(model, 1)
+    before = flags(model), [to_numpy(w) for w in model.weights]
+    optimizer = model.optimizer
+    kwargs = {"exclude": [HEADS[build]] if build in HEADS else None}
+    planned = apply_lora(model, rank=2, dry_run=True, **kwargs)
+    assert flags(model) == before[0]
+    assert model.optimizer is optimizer
+    for old, new in zip(before[1], model.weights, strict=True):
+        np.testing.assert_array_equal(old, to_numpy(new))
+    real = apply_lora(model, rank=2, **kwargs)
+    assert str(planned) == str(real)
+
+
+def test_compiled_model_is_compiled_again():
+    model = compile_(sequential())
+    fit(model, 1)
+    apply_lora(model, rank=2)
+    kernel = to_numpy(model.layers[0].kernel)
+    fit(model, 1)  # without compiling
+    np.testing.assert_array_equal(to_numpy(model.layers[0].kernel), kernel)
+    assert np.abs(to_numpy(model.layers[0].lora.b)).max() > 0
+    assert float(model.optimizer.learning_rate) == pytest.approx(0.02)
+
+
+def test_all_linear_leaves_the_head_out():
+    expected = {
+        sequential: ["first", "dense"],
+        convolutional: ["conv1d_a", "conv2d_a", "conv3d_a"],
+    }
+    for build, paths in expected.items():
+        assert [row.path for row in apply_lora(build())] == paths
+    paths = [row.path for row in apply_lora(transformer())]
+    assert "head" not in paths
+    assert "tokens" not in paths
+    assert {"attention/query", "grouped/query", "shared", "inner/up"} <= set(paths)
+    assert any(path.startswith("steps/") for path in paths)
+
+
+@pytest.mark.parametrize(
+    "target, expected",
+    [
+        (["query"], ["attention/query", "grouped/query"]),
+        (["attention/query", "up"], ["attention/query", "inner/up"]),
+        (["attention.query"], ["attention/query"]),
+        (r"attention/(query|value)", ["attention/query", "attention/value"]),
+        (keras.layers.Embedding, ["tokens"]),
+        ([keras.layers.Embedding, "shared"], ["tokens", "shared"]),
+        (lambda path, layer: path.endswith("key"), ["attention/key", "grouped/key"]),
+    ],
+)
+def test_targets(target, expected):
+    assert [row.path for row in apply_lora(transformer(), target=target)] == expected
+
+
+def test_exclude():
+    report = apply_lora(transformer(), target=r".*(query|key)", exclude=r"grouped/.*")
+    assert [row.path for row in report] == ["attention/query", "attention/key"]
+
+
+def test_patterns():
+    report = apply_lora(
+        transformer(),
+        rank=4,
+        target=r".*(query|key)",
+        rank_pattern={"attention/query": 2, "query": 3},
+        alpha_pattern={r"grouped.key": 7},
+    )
+    assert {row.path: (row.rank, row.alpha) for row in report} == {
+        "attention/query": (2, 2),
+        "attention/key": (4, 4),
+        "grouped/query": (3, 3),
+        "grouped/key": (4, 7),
+    }
+
+
+def test_shared_layer_is_adapted_once():
+    report = apply_lora(transformer(), target=["shared"])
+    assert len(report) == 1
+
+
+def test_also_train():
+    model, _ = adapt(transformer, also_train=["head", "tokens"])
+    names = {w.path for w in model.trainable_weights if "lora" not in w.path}
+    assert names == {"head/kernel", "head/bias", "tokens/embeddings"}
+
+
+def test_bias():
+    model, report = adapt(transformer, target=["query"], bias="lora_only")
+    assert {w.path for w in model.trainable_weights if "lora" not in w.path} == {
+        "attention/query/bias",
+        "grouped/query/bias",
+    }
+    assert len(report) == 2
+
+
+def test_batch_normalization_is_frozen_as_a_layer():
+    model, _ = adapt(sequential)
+    assert not model.layers[1].trainable
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"target": ["querry"]}, "`target` 'querry'.*Did you mean.*'query'"),
+        ({"target": "querry"}, "`target` 'querry' matches no layer"),
+        ({"target": ["query", "kee"]}, "'kee'"),
+        ({"target": "("}, "not a regular expression"),
+        ({"target": []}, "`target` must be"),
+        ({"target": 7}, "`target` must be"),
+        ({"target": keras.layers.Conv2D}, "'Conv2D' matches no layer"),
+        ({"target": ["layer_normalization"]}, "a LayerNormalization. Supported are"),
+        ({"exclude": ["nothing"]}, "`exclude` 'nothing' matches no layer"),
+        ({"exclude": ".*"}, "leaves nothing"),
+        ({"rank_pattern": {"nothing": 2}}, "`rank_pattern` key 'nothing'"),
+        ({"alpha_pattern": {"nothing": 2}}, "`alpha_pattern` key 'nothing'"),
+        ({"rank_pattern": [2]}, "`rank_pattern` must be a dict"),
+        ({"rank_pattern": {"query": 0}}, "whole number >= 1"),
+        ({"alpha_pattern": {"query": -1}}, "finite number"),
+        ({"also_train": ["nothing"]}, "`also_train` 'nothing'"),
+        ({"target": ["head"], "also_train": ["head"]}, "in `also_train`"),
+        ({"rank": 0}, "whole number >= 1"),
+        ({"alpha": 0}, "finite number"),
+        ({"dropout": 1}, r"in \[0, 1\)"),
+        ({"bias": "some"}, "bias='some'"),
+    ],
+)
+def test_what_matches_nothing_is_an_error_and_changes_nothing(arguments, message):
+    model = transformer()
+    before, outputs = flags(model), to_numpy(model(x()))
+    with pytest.raises(ValueError, match=message):
+        apply_lora(model, **arguments)
+    assert flags(model) == before
+    np.testing.assert_array_equal(to_numpy(model(x())), outputs)
+
+
+def test_applying_twice_is_an_error():
+    model, _ = adapt(sequential)
+    with pytest.raises(ValueError, match="'first' has an adapter"):
+        apply_lora(model)
+
+
+def test_constraint_is_passed_over_and_named():
+    model = keras.Sequential(
+        [
+            keras.Input((6,)),
+            keras.layers.Dense(4, kernel_constraint="non_neg", name="bound"),
+            keras.layers.Dense(4, name="free"),
+            keras.layers.Dense(3),
+        ]
+    )
+    with pytest.raises(ValueError, match="kernel_constraint"):
+        apply_lora(model, target=["bound"])
+    report = apply_lora(model)
+    assert [row.path for row in report] == ["free"]
+    assert "kernel_constraint" in report.skipped["bound"]
+    assert "Skipped bound" in str(report)
+
+
+@pytest.mark.filterwarnings("ignore:`build")
+def test_layer_that_was_never_built_is_passed_over():
+    model = Pretrained()
+    model.spare = keras.layers.Dense(3)
+    model(np.zeros((1, 6), "float32"))
+    report = apply_lora(model, exclude=["head"])
+    assert report.skipped == {"spare": "it was never built."}
+    with pytest.raises(ValueError, match="not built"):
+        keras_lora.remove_lora(model)
+        apply_lora(model, target=["spare"])
+
+
+def test_failure_half_way_leaves_the_model_as_it_was(monkeypatch):
+    model = transformer()
+    before = flags(model)
+    build, calls = keras_lora.LoRALayer.build_adapter, []
+
+    def fail_at_third(layer):
+        calls.append(layer)
+        if len(calls) == 3:
+            raise MemoryError
+        build(layer)
+
+    monkeypatch.setattr(keras_lora.LoRALayer, "build_adapter", fail_at_third)
+    with pytest.raises(MemoryError):
+        apply_lora(model)
+    assert flags(model) == before
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class NamedDense(keras.layers.Dense):
+    """A subclass that leaves `call` as it is."""
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class DoubledDense(keras.layers.Dense):
+    def call(self, inputs, training=None):
+        return 2 * super().call(inputs)
+
+
+def with_subclass(cls):
+    return keras.Sequential(
+        [keras.Input((6,)), cls(4, name="own"), keras.layers.Dense(3, name="head")]
+    )
+
+
+def test_subclass_with_the_same_call_is_adapted(tmp_path):
+    model = with_subclass(NamedDense)
+    apply_lora(model)
+    assert isinstance(model.layers[0], NamedDense)
+    assert isinstance(model.layers[0], keras_lora.LoRADense)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(predict(loaded), predict(model))
+    keras_lora.merge_lora(model)
+    assert type(model.layers[0]) is NamedDense
+
+
+def test_subclass_with_another_call_is_refused_by_name():
+    with pytest.raises(ValueError, match="'own', a DoubledDense"):
+        apply_lora(with_subclass(DoubledDense), target=["own"])
+    with pytest.raises(ValueError, match="matches no layer"):
+        apply_lora(with_subclass(DoubledDense))
+
+
+def test_a_class_can_be_registered(monkeypatch):
+    from keras_lora import layer_conversion
+
+    monkeypatch.setattr(
+        layer_conversion, "LORA_CLASSES", dict(layer_conversion.LORA_CLASSES)
+    )
+
+    @keras_lora.register_lora_layer
+    class LoRADoubledDense(keras_lora.LoRADense, DoubledDense):
+        plain_class = DoubledDense
+
+        def finish(self, outputs):
+            return 2 * super().finish(outputs)
+
+    model = with_subclass(DoubledDense)
+    outputs = to_numpy(model(x()))
+    apply_lora(model, target=["own"])
+    np.testing.assert_array_equal(to_numpy(model(x())), outputs)
+    layer_conversion.lora_class_of.cache_clear()
+    with pytest.raises(ValueError, match="plain_class"):
+        keras_lora.register_lora_layer(keras.layers.Dense)
+
+
+@pytest.mark.skipif(
+    not hasattr(keras.layers, "ReversibleEmbedding"), reason="came with Keras 3.13"
+)
+@pytest.mark.parametrize("cap", [None, 5.0])
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+def test_reversible_embedding_shares_one_update(cap, policy):
+    ids = keras.Input((5,), dtype="int32")
+    layer = keras.layers.ReversibleEmbedding(
+        11, 6, logit_soft_cap=cap, name="tied", dtype=policy
+    )
+    model = keras.Model(ids, layer(layer(ids), reverse=True))
+    data = np.random.default_rng(1).integers(0, 11, (3, 5))
+    before = to_numpy(model(data))
+    report = apply_lora(model, target=["tied"], rank=2)
+    np.testing.assert_array_equal(to_numpy(model(data)), before)
+    fill(layer.lora.a, 1, 0.5)
+    merged = to_numpy(model(data))
+    assert np.abs(merged - before).max() > 0.1
+    tolerance = 1e-5 if policy == "float32" else 0.03
+    scale = np.abs(merged).max()
+    trained = to_numpy(model(data, training=True))
+    np.testing.assert_allclose(trained, merged, rtol=0, atol=tolerance * scale)
+    with keras_lora.merged(model):
+        inside = to_numpy(model(data))
+    keras_lora.merge_lora(model)
+    assert type(layer) is keras.layers.ReversibleEmbedding
+    np.testing.assert_array_equal(inside, to_numpy(model(data)))
+    np.testing.assert_allclose(
+        merged, to_numpy(model(data)), rtol=0, atol=tolerance * scale
+    )
+    assert len(report) == 1
+
+
+def test_thousand_layers_and_their_report():
+    inputs = keras.Input((4,))
+    outputs = inputs
+    for _ in range(200):
+        outputs = keras.layers.Dense(4)(outputs)
+    model = keras.Model(inputs, outputs)
+    report = apply_lora(model, rank=1)
+    assert len(report) == 199
+    assert len({row.path for row in report}) == 199
