@@ -1,10 +1,6 @@
 """Merged artefacts: what is served needs no keras_lora."""
 
-import os
-import shutil
-import tempfile
-from pathlib import Path
-
+from keras_lora.atomic import replacing
 from keras_lora.merging import folded
 
 
@@ -31,27 +27,5 @@ def export(model, path, format="tf_saved_model", **kwargs):
             "Call it once, or `model.build(input_shape)`, then export."
         )
     kwargs.setdefault("verbose", False)
-    path = Path(path).absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        prefix=f".{path.name}.", dir=path.parent
-    ) as folder:
-        # The same name in another folder: some formats insist on their ending.
-        new = Path(folder, path.name)
-        with folded(model):
-            model.export(str(new), format=format, **kwargs)
-        replace(new, path, Path(folder, "old"))
-
-
-def replace(new, path, aside):
-    """Puts `new` in the place of `path`; a folder cannot be renamed onto another."""
-    if path.is_dir() and not path.is_symlink():
-        os.rename(path, aside)
-        try:
-            os.rename(new, path)
-        except BaseException:
-            os.rename(aside, path)
-            raise
-        shutil.rmtree(aside)
-    else:
-        os.replace(new, path)
+    with replacing(path) as new, folded(model):
+        model.export(str(new), format=format, **kwargs)

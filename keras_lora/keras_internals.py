@@ -187,3 +187,16 @@ def restore_trainable_state(model, state):
         layer.trainable = trainable
         for variable, flag in zip(own_variables(layer), flags, strict=True):
             variable.trainable = flag
+
+
+def layer_state(layer):
+    """The layer's own variables: (those that can train, those that never do)."""
+    frozen = getattr(layer, "frozen_kernel", None) if hasattr(layer, "lora") else None
+    others = [v for v in layer._non_trainable_variables if v is not frozen]
+    return list(layer._trainable_variables), others
+
+
+def synchronize(model):
+    """On JAX the state of a model that is being fitted lies outside of it."""
+    if hasattr(model, "jax_state_sync"):
+        model.jax_state_sync()

@@ -63,17 +63,34 @@ class LoRAMergedDense(LoRALayer, keras.layers.Dense):
             a_shape=(inputs, adapted * rank),
             b_shape=(adapted, rank, units // len(self.adapted_slices)),
             fan_in=inputs,
-            compose=lambda a, b: ops.matmul(a, self._spread(b)),
+            compose=lambda a, b: ops.matmul(a, self.spread(b)),
             bypass=lambda inputs, a, b: ops.matmul(
-                ops.matmul(inputs, a), self._spread(b)
+                ops.matmul(inputs, a), self.spread(b)
             ),
         )
 
-    def _spread(self, b):
+    def spread(self, b):
         """B in block form, (G * rank, units): block g in the g-th adapted slice."""
         placement = np.eye(len(self.adapted_slices))[list(self.adapted_slices)]
         blocks = ops.einsum("grn,gs->grsn", b, ops.cast(placement, b.dtype))
         return ops.reshape(blocks, (-1, self.units))
+
+    def gather(self, blocks, where):
+        """The inverse of `spread`, on an array; what lies outside must be zero."""
+        rank = self.lora.rank
+        slots = np.flatnonzero(self.adapted_slices)
+        size = self.units // len(self.adapted_slices)
+        b, rest = np.empty(self.lora.b.shape, blocks.dtype), blocks.copy()
+        for g, slot in enumerate(slots):
+            place = np.s_[g * rank : (g + 1) * rank, slot * size : (slot + 1) * size]
+            b[g] = blocks[place]
+            rest[place] = 0
+        if rest.any():
+            raise ValueError(
+                f"B of {where!r} is not zero outside the blocks of the adapted "
+                f"slices {self.adapted_slices}: it is another layer's adapter."
+            )
+        return b
 
     def get_config(self):
         return {**super().get_config(), "enable_lora": list(self.adapted_slices)}

@@ -1,0 +1,398 @@
+"""save_adapter and load_adapter: everything comes back, and no bad file harms."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import keras
+import numpy as np
+import pytest
+import safetensors.numpy
+from layer_cases import CASES
+from layer_cases import fill
+from layer_cases import to_numpy
+from pretrained import PRETRAINED
+from pretrained import sequential
+from pretrained import transformer
+from test_apply import adapt
+from test_apply import assert_same
+from test_apply import compile_
+from test_apply import fit
+from test_apply import flags
+from test_merging import predict
+
+import keras_lora
+from keras_lora.adapter_config import CONFIG
+from keras_lora.adapter_files import TENSORS
+from keras_lora.layer_conversion import lora_layers
+
+over_models = pytest.mark.parametrize(
+    "build", PRETRAINED, ids=lambda build: build.__name__
+)
+over_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def same_base(model, build):
+    """A plain model with the weights of the given one."""
+    keras_lora.remove_lora(model)
+    plain = build()
+    plain.set_weights(model.get_weights())
+    return plain
+
+
+def adapted(build=transformer, **kwargs):
+    model, _ = adapt(build, **kwargs)
+    compile_(model)
+    fit(model, 1)
+    return model
+
+
+@over_models
+@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
+def test_adapter_onto_a_plain_model(build, bias, tmp_path):
+    model = adapted(build, bias=bias, use_rslora=bias == "all", also_train=["head"])
+    keras_lora.save_adapter(model, tmp_path / "adapter")
+    expected, trained = predict(model), len(model.trainable_weights)
+    plain = same_base(model, build)
+    # the trained heads and biases are in the file, so start them elsewhere
+    for layer in plain._flatten_layers():
+        if layer.name == "head" and hasattr(layer, "kernel"):
+            layer.kernel.assign(np.zeros(layer.kernel.shape))
+    keras_lora.load_adapter(plain, tmp_path / "adapter")
+    assert_same(predict(plain), expected)
+    assert len(plain.trainable_weights) == trained
+
+
+@over_cases
+def test_every_kind_comes_back(case, tmp_path):
+    model = case.model()
+    layer = model.layers[0]
+    for seed, factor in enumerate((layer.lora.a, layer.lora.b)):
+        fill(factor, seed, 0.3)
+    expected = model.predict(case.inputs(), verbose=0)
+    keras_lora.save_adapter(model, tmp_path / "adapter")
+    other = case.model()
+    other.layers[0].frozen_kernel.assign(layer.frozen_kernel)
+    other.layers[0].lora.set_alpha(77)
+    other.predict(case.inputs(), verbose=0)
+    keras_lora.load_adapter(other, tmp_path / "adapter")
+    assert_same(other.predict(case.inputs(), verbose=0), expected)
+    assert other.layers[0].lora.scaling == pytest.approx(layer.lora.scaling)
+    assert other.layers[0].lora.use_rslora == layer.lora.use_rslora
+
+
+def test_file_holds_what_training_changed_and_nothing_else(tmp_path):
+    model = adapted(transformer, also_train=["head"], target=["query", "value"])
+    keras_lora.save_adapter(model, tmp_path / "adapter")
+    tensors = safetensors.numpy.load_file(tmp_path / "adapter" / TENSORS)
+    size = sum(value.size for value in tensors.values())
+    trained = sum(np.prod(w.shape) for w in model.trainable_weights)
+    assert size == trained
+    assert "base_model.model.attention.query.lora_A.weight" in tensors
+    assert tensors["base_model.model.head.weight"].shape == (3, 8)
+    config = json.loads((tmp_path / "adapter" / CONFIG).read_text())
+    assert config["r"] == 2 and config["lora_alpha"] == 6
+    assert config["modules_to_save"] == ["head"]
+    assert {p.name for p in (tmp_path / "adapter").iterdir()} == {CONFIG, TENSORS}
+
+
+def test_patterns_come_back(tmp_path):
+    model, report = adapt(
+        transformer,
+        rank_pattern={"attention/query": 3, "up": 1},
+        alpha_pattern={"shared": 11.5},
+    )
+    keras_lora.save_adapter(model, tmp_path / "adapter")
+    plain = same_base(model, transformer)
+    again = keras_lora.load_adapter(plain, tmp_path / "adapter")
+    settings = {row.path: (row.rank, row.alpha) for row in report}
+    assert {row.path: (row.rank, row.alpha) for row in again} == settings
+    assert settings["attention/query"] == (3, 6)
+    assert settings["shared"] == (2, 11.5)
+
+
+def test_switching_adapters_never_traces_anew(tmp_path):
+    if keras.backend.backend() != "tensorflow":
+        return
+    model = adapted(sequential)
+    first = predict(model)
+    keras_lora.save_adapter(model, tmp_path / "first")
+    for seed, layer in enumerate(lora_layers(model)):
+        fill(layer.lora.b, seed, 0.5)
+        layer.lora.set_alpha(17, use_rslora=True)
+    second = predict(model)
+    keras_lora.save_adapter(model, tmp_path / "second")
+    function, train_function = model.predict_function, model.train_function
+    traces = function.experimental_get_tracing_count()
+    for name, expected in [("first", first), ("second", second), ("first", first)]:
+        keras_lora.load_adapter(model, tmp_path / name)
+        np.testing.assert_array_equal(predict(model), expected)
+    assert model.predict_function is function
+    assert model.train_function is train_function
+    assert function.experimental_get_tracing_count() == traces
+
+
+def test_another_alpha_is_seen_by_a_compiled_predict(tmp_path):
+    model = adapted(sequential)
+    for layer in lora_layers(model):
+        layer.lora.set_alpha(31)
+    expected = predict(model)
+    keras_lora.save_adapter(model, tmp_path / "adapter")
+    for layer in lora_layers(model):
+        layer.lora.set_alpha(1)
+    assert np.abs(predict(model) - expected).max() > 1e-3
+    keras_lora.load_adapter(model, tmp_path / "adapter")
+    assert_same(predict(model), expected)
+
+
+def test_training_goes_on_after_loading(tmp_path):
+    model = adapted(transformer)
+    keras_lora.save_adapter(model, tmp_path / "adapter")
+    plain = same_base(model, transformer)
+    keras_lora.load_adapter(plain, tmp_path / "adapter")
+    before = [to_numpy(layer.lora.b) for layer in lora_layers(plain)]
+    fit(compile_(plain))
+    for layer, b in zip(lora_layers(plain), before, strict=True):
+        assert np.abs(to_numpy(layer.lora.b) - b).max() > 0
+    keras_lora.load_adapter(plain, tmp_path / "adapter", trainable=False)
+    assert plain.trainable_weights == []
+
+
+def test_names_map_paths_to_modules(tmp_path):
+    names = {"first": "model.layers.0.fc", "dense": "model.layers.1.fc"}
+    model = adapted(sequential)
+    expected = predict(model)
+    keras_lora.save_adapter(model, tmp_path / "adapter", names=names)
+    config = json.loads((tmp_path / "adapter" / CONFIG).read_text())
+    assert config["target_modules"] == sorted(names.values())
+    plain = same_base(model, sequential)
+    with pytest.raises(ValueError, match=r"model\.layers"):
+        keras_lora.load_adapter(plain, tmp_path / "adapter")
+    keras_lora.load_adapter(plain, tmp_path / "adapter", names=names.get)
+    np.testing.assert_allclose(predict(plain), expected, atol=1e-6)
+    with pytest.raises(ValueError, match="no layer's path"):
+        keras_lora.save_adapter(plain, tmp_path / "x", names={"furst": "a"})
+    with pytest.raises(ValueError, match="two layers the name 'a'"):
+        keras_lora.save_adapter(
+            plain, tmp_path / "x", names={"first": "a", "dense": "a"}
+        )
+    assert not (tmp_path / "x").exists()
+
+
+def test_other_files_in_the_folder_stay(tmp_path):
+    model = adapted(sequential)
+    folder = tmp_path / "adapter"
+    keras_lora.save_adapter(model, folder)
+    (folder / "README.md").write_text("mine")
+    (folder / "more").mkdir()
+    (folder / "more" / "notes").write_text("mine too")
+    keras_lora.save_adapter(model, folder)
+    assert (folder / "README.md").read_text() == "mine"
+    assert (folder / "more" / "notes").read_text() == "mine too"
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    keras.utils.set_random_seed(3)
+    model = adapted(sequential, also_train=["head"])
+    folder = tmp_path_factory.mktemp("saved") / "adapter"
+    keras_lora.save_adapter(model, folder)
+    return folder
+
+
+def refused(folder, match=None, adapted_already=False):
+    """Loading is a ValueError or OSError, and the model is as before, to the bit."""
+    model = sequential()
+    if adapted_already:
+        keras_lora.apply_lora(model, rank=2, alpha=6)
+    before, weights = flags(model), [to_numpy(w) for w in model.weights]
+    with pytest.raises((ValueError, OSError), match=match):
+        keras_lora.load_adapter(model, folder)
+    assert flags(model) == before
+    for old, new in zip(weights, model.weights, strict=True):
+        np.testing.assert_array_equal(old, to_numpy(new))
+
+
+@pytest.mark.parametrize("already", [False, True])
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        ({"r": 0}, "whole number"),
+        ({"r": 2.5}, "whole number"),
+        ({"r": "2"}, "whole number"),
+        ({"r": 3}, "do not belong together: r is 3 and 2"),
+        ({"lora_alpha": float("nan")}, "finite number"),
+        ({"lora_alpha": float("inf")}, "finite number"),
+        ({"lora_alpha": "8"}, "finite number"),
+        ({"lora_alpha": 7}, "do not belong together"),
+        ({"rank_pattern": [1]}, "must be an object"),
+        ({"rank_pattern": {"first": -1}}, "whole number"),
+        ({"rank_pattern": {"(": 1}}, "not a regular expression"),
+        ({"alpha_pattern": {"first": None}}, "finite number"),
+        ({"use_rslora": "yes"}, "use_rslora must be a Boolean"),
+        ({"lora_dropout": 2}, "dropout"),
+        ({"bias": "some"}, "bias"),
+        ({"bias": [1]}, "bias"),
+        ({"target_modules": None}, "target_modules"),
+        ({"target_modules": 3}, "target_modules"),
+        ({"modules_to_save": "head"}, "modules_to_save"),
+        ({"modules_to_save": ["nothing"]}, "'nothing', which is no layer"),
+        ({"peft_type": "IA3"}, "peft_type"),
+        ({"use_dora": True}, "use_dora"),
+        ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
+    ],
+)
+def test_bad_settings(saved, change, match, already, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "adapter")
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | change))
+    refused(folder, match, already)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[1]", "null", "3", '"r"', "{", "\x00", "[" * 99999]
+)
+def test_settings_that_are_no_object(saved, text, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "adapter")
+    (folder / CONFIG).write_text(text)
+    refused(folder)
+    (folder / CONFIG).write_bytes(b"\xff\xfe")
+    refused(folder)
+
+
+@pytest.mark.parametrize("already", [False, True])
+@pytest.mark.parametrize("damage", ["missing", "more", "shape", "nan", "int", "head"])
+def test_bad_tensors(saved, damage, already, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "adapter")
+    tensors = safetensors.numpy.load_file(folder / TENSORS)
+    key = "base_model.model.dense.lora_B.weight"
+    if damage == "missing":
+        del tensors[key]
+    elif damage == "more":
+        tensors["base_model.model.dense.oops"] = tensors[key]
+    elif damage == "shape":
+        tensors[key] = tensors[key][:-1].copy()
+    elif damage == "nan":
+        tensors[key] = tensors[key] * np.float32("nan")
+    elif damage == "int":
+        tensors[key] = tensors[key].astype("int32")
+    elif damage == "head":
+        del tensors["base_model.model.head.bias"]
+    safetensors.numpy.save_file(tensors, folder / TENSORS)
+    refused(folder, "dense|head", already)
+
+
+def test_other_rank_or_targets_than_the_model(saved):
+    model = sequential()
+    keras_lora.apply_lora(model, rank=3, alpha=6)
+    before = flags(model)
+    with pytest.raises(ValueError, match=r"rank of '\w+' is 2 .* 3 in"):
+        keras_lora.load_adapter(model, saved)
+    keras_lora.remove_lora(model)
+    keras_lora.apply_lora(model, rank=2, target=["first"])
+    with pytest.raises(ValueError, match=r"Only in the file: \['dense'\]"):
+        keras_lora.load_adapter(model, saved)
+    assert len(before) > 0
+
+
+def test_unknown_settings_are_named_and_passed_over(saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "adapter")
+    config = json.loads((folder / CONFIG).read_text())
+    config |= {"of_the_future": 1, "base_model_name_or_path": "/etc/passwd"}
+    (folder / CONFIG).write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match="ignored of_the_future"):
+        keras_lora.load_adapter(sequential(), folder)
+
+
+def test_pickle_is_refused(saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "adapter")
+    os.rename(folder / TENSORS, folder / "adapter_model.bin")
+    refused(folder, "pickle")
+
+
+def test_cut_and_flipped_files(saved, tmp_path):
+    """Cut anywhere: an error. A flipped byte: an error or finite numbers."""
+    folder = shutil.copytree(saved, tmp_path / "adapter")
+    whole = (saved / TENSORS).read_bytes()
+    for size in range(0, len(whole), max(1, len(whole) // 12)):
+        (folder / TENSORS).write_bytes(whole[:size])
+        refused(folder)
+    model = sequential()
+    random = np.random.default_rng(0)
+    header = int.from_bytes(whole[:8], "little") + 8
+    for place in random.integers(0, header, 60):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << random.integers(8)
+        (folder / TENSORS).write_bytes(flipped)
+        before = flags(model)
+        try:
+            keras_lora.load_adapter(model, folder)
+        except (ValueError, OSError):
+            assert flags(model) == before
+        else:
+            assert np.isfinite(predict(model)).all()
+            keras_lora.remove_lora(model)
+
+
+def test_missing_folder_is_an_os_error(tmp_path):
+    refused(tmp_path / "nowhere")
+
+
+def test_failed_save_leaves_the_old_adapter(tmp_path, monkeypatch):
+    model = adapted(sequential)
+    folder = tmp_path / "adapter"
+    keras_lora.save_adapter(model, folder)
+    old = (folder / TENSORS).read_bytes()
+    for layer in lora_layers(model):
+        fill(layer.lora.b, 1)
+
+    def fail(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(json, "dumps", fail)
+    with pytest.raises(OSError, match="no space"):
+        keras_lora.save_adapter(model, folder)
+    monkeypatch.undo()
+    assert (folder / TENSORS).read_bytes() == old
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+    lora_layers(model)[0].lora.a.assign(
+        np.full(lora_layers(model)[0].lora.a.shape, np.inf)
+    )
+    with pytest.raises(ValueError, match="not finite"):
+        keras_lora.save_adapter(model, folder)
+    assert (folder / TENSORS).read_bytes() == old
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs renameat2")
+def test_killed_while_saving(tmp_path):
+    """At whatever moment: the old adapter or the new one, never a mixture."""
+    program = (
+        "import sys, numpy as np, keras, keras_lora\n"
+        "from keras_lora.layer_conversion import lora_layers\n"
+        "model = keras.Sequential([keras.Input((64,)), keras_lora.LoRADense(64)])\n"
+        "lora = lora_layers(model)[0].lora\n"
+        "for n in range(1, 10**6):\n"
+        "    lora.a.assign(np.full(lora.a.shape, n)); lora.set_alpha(n)\n"
+        "    keras_lora.save_adapter(model, sys.argv[1])\n"
+        "    print(n, flush=True)\n"
+    )
+    folder = tmp_path / "adapter"
+    for attempt in range(6):
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, str(folder)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        process.stdout.readline()
+        time.sleep(0.05 + 0.037 * attempt)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        tensors = safetensors.numpy.load_file(folder / TENSORS)
+        a = next(value for key, value in tensors.items() if "lora_A" in key)
+        config = json.loads((folder / CONFIG).read_text())
+        assert (a == config["lora_alpha"]).all()
