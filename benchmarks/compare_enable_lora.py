@@ -105,11 +105,12 @@ ROWS = [
 ]
 
 
-def main():
-    print(f"| | `layer.enable_lora` | keras_lora |\n|{'---|' * 3}")
+def table():
+    lines = ["| | `layer.enable_lora` | keras_lora |", "|---|---|---|"]
     for title, measure in ROWS:
-        print(f"| {title} | {measure(builtin)} | {measure(ours)} |")
+        lines.append(f"| {title} | {measure(builtin)} | {measure(ours)} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    main()
+    print(table())

@@ -20,6 +20,7 @@ class Case:
     lora: dict = field(default_factory=dict)
     vocabulary: int = 0  # > 0: inputs are ids below it
     factor_parameters: int = 0  # closed form: r * (inputs + units) and its like
+    fan_in: int = 0  # how many inputs an entry of A's rank axis sums over
 
     def layer(self, **overrides):
         """A fresh LoRA layer, built, with a bias that is not zero."""
@@ -95,6 +96,7 @@ def dense(name, parameters, units=5, lora=None, **arguments):
         input_shape=(6,),
         lora=lora or {},
         factor_parameters=parameters,
+        fan_in=6,
     )
 
 
@@ -118,6 +120,7 @@ def merged_dense(name, parameters, units, mask, **lora):
         input_shape=(4, 6),
         lora={"enable_lora": mask, **lora},
         factor_parameters=parameters,
+        fan_in=6,
     )
 
 
@@ -133,21 +136,28 @@ def einsum_dense(name, parameters, equation, output_shape, input_shape, **settin
         input_shape=input_shape,
         lora=settings,
         factor_parameters=parameters,
+        fan_in=3 * 4 if name == "output" else 6,
     )
 
 
 def conv(name, ndim, parameters, kernel_size, channels=4, filters=6, **settings):
+    arguments = settings.pop("arguments", {})
+    window = (kernel_size,) * ndim if isinstance(kernel_size, int) else kernel_size
+    fan_in = int(np.prod(window)) * channels // arguments.get("groups", 1)
+    if "factorization" in settings:
+        fan_in = channels * window[-1]
     return Case(
         f"conv{ndim}d-{name}",
         (keras_lora.LoRAConv1D, keras_lora.LoRAConv2D, keras_lora.LoRAConv3D)[ndim - 1],
         {
             "filters": filters,
             "kernel_size": kernel_size,
-            **settings.pop("arguments", {}),
+            **arguments,
         },
         input_shape=settings.pop("input_shape", (*(7, 8, 6)[:ndim], channels)),
         lora=settings,
         factor_parameters=parameters,
+        fan_in=fan_in,
     )
 
 
@@ -165,6 +175,7 @@ CASES = [
         input_shape=(4, 6),
         lora={"rank": 3, "alpha": 6},
         factor_parameters=3 * (6 + 5),
+        fan_in=6,
     ),
     embedding("rank-8", 8 * (9 + 5)),
     embedding("rank-2", 2 * (9 + 5), rank=2, alpha=3),

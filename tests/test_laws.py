@@ -250,7 +250,7 @@ def test_starting_values(case):
     assert (zero == 0).all()
     assert np.unique(started).size > 1
     if not case.vocabulary:
-        limit = 1 / np.sqrt(layer.lora.form.fan_in)
+        limit = 1 / np.sqrt(case.fan_in)
         assert np.abs(started).max() <= limit
         assert np.abs(started).max() > 0.5 * limit
 

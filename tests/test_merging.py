@@ -110,6 +110,17 @@ def test_contexts_leave_the_model_to_the_bit(build):
         np.testing.assert_array_equal(old, new)
 
 
+def test_a_compiled_predict_sees_the_contexts():
+    model = trained(sequential)
+    adapted = predict(model)
+    with keras_lora.disabled(model):
+        base = predict(model)
+    assert np.abs(base - adapted).max() > 1e-3
+    np.testing.assert_array_equal(predict(model), adapted)
+    keras_lora.remove_lora(model)
+    np.testing.assert_array_equal(predict(model), base)
+
+
 def test_kernel_survives_a_thousand_merges():
     model = trained(sequential)
     kernel = to_numpy(lora_layers(model)[0].kernel)
