@@ -59,8 +59,11 @@ class LoRAConv(LoRALayer):
         if self.groups > 1:
             # Every group of channels goes through the same A.
             a = ops.tile(a, (1,) * (len(a.shape) - 1) + (self.groups,))
+        hidden = self.linear(inputs, a)
+        if self.groups == 1 and self.data_format == "channels_last":
+            return ops.matmul(hidden, b)  # a 1x1 convolution, faster on a CPU
         return ops.conv(
-            self.linear(inputs, a),
+            hidden,
             ops.reshape(b, (1,) * self.rank + tuple(b.shape)),
             padding="valid",
             data_format=self.data_format,
