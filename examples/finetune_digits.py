@@ -10,6 +10,7 @@ TensorFlow in a process of its own.
 import argparse
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -98,11 +99,17 @@ def trained_parameters(model):
 
 
 def bytes_on_disk(model, folder):
-    """The size of a file that holds what was trained, and nothing else."""
-    path = Path(folder, "trained.npz")
-    values = [keras.ops.convert_to_numpy(w.value) for w in model.trainable_weights]
-    np.savez(path, *values)
-    return path.stat().st_size
+    """The size of files that hold what was trained, and nothing else."""
+    folder = Path(folder, "trained")
+    if any(isinstance(layer, LoRADense) for layer in model.layers):
+        keras_lora.save_adapter(model, folder)
+    else:
+        folder.mkdir(exist_ok=True)
+        values = [keras.ops.convert_to_numpy(w.value) for w in model.trainable_weights]
+        np.savez(folder / "trained.npz", *values)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    shutil.rmtree(folder)
+    return size
 
 
 def serve_elsewhere(model, images, folder):

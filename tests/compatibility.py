@@ -1,0 +1,215 @@
+"""Real architectures with random weights: adapt, train, reload, fold, compare.
+
+python tests/compatibility.py       writes docs/compatibility.md, some minutes
+"""
+
+import os
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+
+import keras_lora
+
+IMAGES = {"weights": None, "include_top": False, "input_shape": (64, 64, 3)}
+APPLICATIONS = {
+    "ConvNeXtTiny": {},
+    "DenseNet121": {},
+    "EfficientNetB0": {},
+    "EfficientNetV2B0": {},
+    "InceptionV3": {"input_shape": (75, 75, 3)},
+    "InceptionResNetV2": {"input_shape": (75, 75, 3)},
+    "MobileNet": {},
+    "MobileNetV2": {},
+    "MobileNetV3Small": {},
+    "NASNetMobile": {},
+    "ResNet50": {},
+    "ResNet50V2": {},
+    "VGG16": {},
+    "Xception": {"input_shape": (71, 71, 3)},
+}
+TEXT = {"vocabulary_size": 50, "num_layers": 2, "hidden_dim": 16}
+HEADS = {"num_heads": 2, "intermediate_dim": 32}
+DECODER = {
+    "vocabulary_size": 50,
+    "num_layers": 2,
+    "num_query_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_dim": 16,
+    "intermediate_dim": 32,
+}
+GEMMA = {**DECODER, "head_dim": 4}
+SEQUENCE = {"max_sequence_length": 12}
+BACKBONES = {
+    "AlbertBackbone": {**TEXT, **HEADS, **SEQUENCE, "embedding_dim": 8},
+    "BertBackbone": {**TEXT, **HEADS, **SEQUENCE},
+    "BloomBackbone": {**TEXT, **HEADS},
+    "DebertaV3Backbone": {**TEXT, **HEADS, **SEQUENCE, "bucket_size": 6},
+    "DistilBertBackbone": {**TEXT, **HEADS, **SEQUENCE},
+    "ElectraBackbone": {**TEXT, **HEADS, **SEQUENCE, "embedding_dim": 16},
+    "FalconBackbone": {
+        **TEXT,
+        "num_attention_heads": 4,
+        "intermediate_dim": 32,
+    },
+    "FNetBackbone": {**TEXT, **SEQUENCE, "intermediate_dim": 32},
+    "GemmaBackbone": GEMMA,
+    "GPT2Backbone": {**TEXT, **HEADS, **SEQUENCE},
+    "GPTNeoXBackbone": {**TEXT, **HEADS, **SEQUENCE},
+    "LlamaBackbone": DECODER,
+    "MistralBackbone": {**DECODER, "sliding_window": 6},
+    "OPTBackbone": {**TEXT, **HEADS, **SEQUENCE},
+    "Phi3Backbone": DECODER,
+    "Qwen2Backbone": {**DECODER, "use_sliding_window_attention": False},
+    "RobertaBackbone": {**TEXT, **HEADS, **SEQUENCE},
+    "ViTBackbone": {
+        "image_shape": (32, 32, 3),
+        "patch_size": (8, 8),
+        "num_layers": 2,
+        "num_heads": 2,
+        "hidden_dim": 16,
+        "mlp_dim": 32,
+    },
+}
+
+
+def application(name):
+    return getattr(keras.applications, name)(**{**IMAGES, **APPLICATIONS[name]})
+
+
+def backbone(name):
+    import keras_hub
+
+    return getattr(keras_hub.models, name)(**BACKBONES[name])
+
+
+def inputs_of(model):
+    """Random inputs that fit the model's input specification."""
+    random = np.random.default_rng(0)
+
+    def one(name, spec):
+        shape = [2, *(axis or 8 for axis in spec.shape[1:])]
+        if "mask" in name:
+            return np.ones(shape, "int32")
+        if "segment" in name:
+            return np.zeros(shape, "int32")
+        if "int" in str(spec.dtype):
+            return random.integers(1, 50, shape).astype("int32")
+        return random.uniform(0, 1, shape).astype("float32")
+
+    specs = model.input
+    if isinstance(specs, dict):
+        return {name: one(name, spec) for name, spec in specs.items()}
+    return one("", specs)
+
+
+def flat(outputs):
+    """All outputs of a model as one row of numbers per example."""
+    parts = [keras.ops.convert_to_numpy(t) for t in keras.tree.flatten(outputs)]
+    return np.concatenate([p.reshape(len(p), -1) for p in parts], -1).astype("float64")
+
+
+def check(model):
+    """One row of the table; an AssertionError says what did not hold."""
+    inputs = inputs_of(model)
+    before = flat(model(inputs))
+    report = keras_lora.apply_lora(model, rank=2, alpha=4)
+    scale = np.abs(before).max()
+    start = np.abs(flat(model(inputs)) - before).max() / scale
+    assert start == 0, f"the starting outputs differ by {start:.1e}"
+
+    targets = keras.tree.map_structure(
+        lambda t: np.zeros(t.shape, "float32"), model(inputs)
+    )
+    model.compile(keras.optimizers.SGD(1e-3), "mse", jit_compile=False)
+    kernels = [keras.ops.convert_to_numpy(row.layer.frozen_kernel) for row in report]
+    factors = [keras.ops.convert_to_numpy(row.layer.lora.b) for row in report]
+    model.fit(inputs, targets, epochs=2, verbose=0)
+    for row, kernel in zip(report, kernels, strict=True):
+        now = keras.ops.convert_to_numpy(row.layer.frozen_kernel)
+        assert np.array_equal(now, kernel), f"the kernel of {row.path} moved"
+    trained = sum(
+        np.abs(keras.ops.convert_to_numpy(row.layer.lora.b) - b).max() > 0
+        for row, b in zip(report, factors, strict=True)
+    )
+    random = np.random.default_rng(1)
+    for row in report:
+        b = row.layer.lora.b
+        b.assign(random.standard_normal(b.shape) * 0.02)
+
+    adapted = flat(model(inputs))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.keras")
+        model.save(path)
+        reloaded = keras.models.load_model(path)
+    reload_difference = np.abs(flat(reloaded(inputs)) - adapted).max()
+    assert reload_difference == 0, f"a reload differs by {reload_difference:.1e}"
+
+    for row in report:
+        row.layer.merge_weights = False
+    low_rank = flat(model(inputs))
+    for row in report:
+        row.layer.merge_weights = True
+    merged = np.abs(low_rank - adapted).max() / np.abs(adapted).max()
+    parameters = sum(row.parameters for row in report)
+    keras_lora.merge_lora(model)
+    fold = np.abs(flat(model(inputs)) - adapted).max()
+    assert fold == 0, f"folding changes the outputs by {fold:.1e}"
+    return [
+        str(len(report)),
+        f"{parameters:,}",
+        f"{trained} of {len(report)}",
+        f"{merged:.0e}",
+        "exact",
+        "",
+    ]
+
+
+def row(make, name):
+    """The model's row; where something fails, the row says what."""
+    keras.backend.clear_session()
+    keras.utils.set_random_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return [name, *check(make(name))]
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+            return [name, "-", "-", "-", "-", "-", reason]
+
+
+def main():
+    head = ["model", "layers adapted", "parameters", "with a gradient"]
+    head += ["two paths differ by", "reload and fold", "what fails"]
+    lines = [
+        "# Compatibility",
+        "",
+        f"Written by `python tests/compatibility.py` with Keras {keras.version()} on "
+        f"{keras.backend.backend()}: random weights, `apply_lora(model, rank=2)`. Each "
+        "model starts with its own outputs to the bit, trains two steps with its "
+        "kernels at rest, is saved and loaded, and folded. A training step reaches an "
+        "adapter only where the layer's output reaches the model's.",
+        "",
+        "| " + " | ".join(head) + " |",
+        "|---|" + "---:|" * 5 + "---|",
+    ]
+    names = [(application, name) for name in APPLICATIONS]
+    names += [(backbone, name) for name in BACKBONES]
+    only = sys.argv[1:]
+    for make, name in names:
+        if not only or name in only:
+            cells = row(make, name)
+            print(*cells, sep="  ", flush=True)
+            lines.append("| " + " | ".join(cells) + " |")
+    if not only:
+        docs = Path(__file__).parents[1] / "docs"
+        (docs / "compatibility.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
