@@ -15,6 +15,7 @@ from keras_lora.export import export
 from keras_lora.freezing import mark_only_lora_as_trainable
 from keras_lora.layer_conversion import register_lora_layer
 from keras_lora.lora_layer import LoRALayer
+from keras_lora.loralib import load_loralib
 from keras_lora.merged_dense import LoRAMergedDense
 from keras_lora.merging import merge_lora
 from keras_lora.merging import remove_lora

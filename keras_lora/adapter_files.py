@@ -84,10 +84,7 @@ def save_adapter(model, directory, names: Mapping | Callable | None = None):
         infix = ".base_layer" if module in adapters else ""
         tensors[f"{PREFIX}{module}{infix}.{name}"] = np.ascontiguousarray(value)
     for key, value in tensors.items():
-        if not np.isfinite(value).all():
-            raise ValueError(
-                f"{key!r} holds values that are not finite. Nothing was saved."
-            )
+        assert_finite(key, value)
     heads = [m for m, v in saved if m not in adapters and v.name != "bias"]
     config = settings(adapters, bias, sorted(set(heads)))
     metadata = {
@@ -249,9 +246,13 @@ def read(directory):
         if value.dtype.kind in "iub" or value.dtype.kind == "c":
             raise ValueError(f"The tensor {key!r} is not of floats: {value.dtype}.")
         tensors[key] = value if value.dtype == "float64" else value.astype("float32")
-        if not np.isfinite(tensors[key]).all():
-            raise ValueError(f"The tensor {key!r} holds values that are not finite.")
+        assert_finite(key, tensors[key])
     return config, tensors
+
+
+def assert_finite(name, values):
+    if not np.isfinite(values).all():
+        raise ValueError(f"The tensor {name!r} holds values that are not finite.")
 
 
 def sort_keys(tensors, modules):
@@ -349,20 +350,21 @@ def checked_values(modules, found, others, ranks, config):
         if key not in index:
             close = difflib.get_close_matches(key, index, n=3)
             raise ValueError(f"Unexpected tensor {PREFIX + key!r}. Close are: {close}.")
-        values.append((index[key], fitted(index[key], value, key)))
+        variable = index[key]
+        value = weight_from_tensor(variable, value)
+        values.append((variable, fitted(variable, value, PREFIX + key)))
     return values
 
 
 def fitted(variable, value, key):
-    own = weight_from_tensor(variable, value)
-    if math.prod(own.shape) != math.prod(variable.shape) or (
-        variable.name != "bias" and own.shape != tuple(variable.shape)
+    if math.prod(value.shape) != math.prod(variable.shape) or (
+        variable.name != "bias" and value.shape != tuple(variable.shape)
     ):
         raise ValueError(
-            f"The tensor {PREFIX + key!r} has shape {value.shape}; the model needs "
+            f"The tensor {key!r} has shape {value.shape}; the model needs "
             f"{tuple(variable.shape)}."
         )
-    return own.reshape(variable.shape)
+    return value.reshape(variable.shape)
 
 
 def paths_of(model, layers):
