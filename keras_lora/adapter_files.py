@@ -27,9 +27,10 @@ from keras_lora.keras_internals import layer_state
 from keras_lora.keras_internals import synchronize
 from keras_lora.keras_internals import trainable_state
 from keras_lora.layer_conversion import adopted
-from keras_lora.layer_conversion import checked_lora_layers
+from keras_lora.layer_conversion import built_lora_layers
 from keras_lora.layer_conversion import lora_class_of
 from keras_lora.layer_conversion import lora_layers
+from keras_lora.layer_conversion import obstacle
 from keras_lora.lora_layer import adapter_dtype
 from keras_lora.paths import layer_paths
 from keras_lora.peft_tensors import EMBEDDING
@@ -67,7 +68,7 @@ def save_adapter(model, directory, names: Mapping | Callable | None = None):
             layers get one name.
     """
     synchronize(model)
-    checked_lora_layers(model)
+    built_lora_layers(model)
     modules = module_names(layer_paths(model), names)
     adapters = {
         module: layer
@@ -288,10 +289,9 @@ def sort_keys(tensors, modules):
 
 
 def can_hold(layer):
-    return layer.built and (
-        getattr(layer, "lora", None) is not None
-        or lora_class_of(type(layer)) is not None
-    )
+    if getattr(layer, "lora", None) is not None:
+        return hasattr(layer, "frozen_kernel")
+    return lora_class_of(type(layer)) is not None and obstacle(layer) is None
 
 
 def suffixes_of(found, module):

@@ -8,7 +8,6 @@ import keras
 
 from keras_lora.adapted_model import mark_adapted
 from keras_lora.adapter import LowRankAdapter
-from keras_lora.einsum_dense import split_equation
 from keras_lora.freezing import checked_bias
 from keras_lora.freezing import freeze_all_but_lora
 from keras_lora.keras_internals import compile_again
@@ -16,9 +15,9 @@ from keras_lora.keras_internals import trainable_state
 from keras_lora.layer_conversion import LORA_CLASSES
 from keras_lora.layer_conversion import adopted
 from keras_lora.layer_conversion import lora_class_of
+from keras_lora.layer_conversion import obstacle
 from keras_lora.lora_layer import LoRALayer
 from keras_lora.lora_layer import adapter_dtype
-from keras_lora.lora_layer import refuse_unsupported_host
 from keras_lora.paths import layer_paths
 from keras_lora.report import Report
 from keras_lora.targets import matching
@@ -190,17 +189,3 @@ def unsupported(path, layer, trained):
         f"{', '.join(cls.__name__ for cls in LORA_CLASSES)} and subclasses that do not "
         "change their `call`; `register_lora_layer` adds a kind."
     )
-
-
-def obstacle(layer):
-    """Why a layer of a supported class cannot be adapted, or None."""
-    if not layer.built:
-        return "it was never built."
-    lora_class = lora_class_of(type(layer))
-    try:
-        refuse_unsupported_host(layer, lora_class.kernel_name)
-        if isinstance(layer, keras.layers.EinsumDense):
-            split_equation(layer.equation)
-    except ValueError as error:
-        return str(error)
-    return None

@@ -3,7 +3,7 @@
 from keras_lora.keras_internals import compile_again
 from keras_lora.keras_internals import flatten_layers
 from keras_lora.keras_internals import own_variables
-from keras_lora.layer_conversion import checked_lora_layers
+from keras_lora.layer_conversion import built_lora_layers
 
 BIAS = ("none", "all", "lora_only")
 
@@ -24,14 +24,14 @@ def mark_only_lora_as_trainable(model, bias="none"):
         ValueError: If `bias` is another word, or there is no LoRA layer.
     """
     checked_bias(bias)
-    checked_lora_layers(model)
+    built_lora_layers(model)
     freeze_all_but_lora(model, bias)
     compile_again(model)
 
 
 def freeze_all_but_lora(model, bias="none", also_train=()):
     """The same without compiling; the layers in `also_train` train as a whole."""
-    adapted = checked_lora_layers(model)
+    adapted = built_lora_layers(model)
     kept = {id(v) for layer in adapted for v in own_variables(layer.lora)}
     for layer in {"none": [], "lora_only": adapted, "all": flatten_layers(model)}[bias]:
         kept |= {id(v) for v in own_variables(layer) if v.name == "bias"}

@@ -10,6 +10,7 @@ from keras_lora.conv import LoRAConv2D
 from keras_lora.conv import LoRAConv3D
 from keras_lora.dense import LoRADense
 from keras_lora.einsum_dense import LoRAEinsumDense
+from keras_lora.einsum_dense import split_equation
 from keras_lora.embedding import LoRAEmbedding
 from keras_lora.keras_internals import attach
 from keras_lora.keras_internals import change_class
@@ -21,6 +22,7 @@ from keras_lora.keras_internals import restore_trainable_state
 from keras_lora.keras_internals import trainable_state
 from keras_lora.keras_internals import unfreeze
 from keras_lora.lora_layer import LoRALayer
+from keras_lora.lora_layer import refuse_unsupported_host
 
 LORA_CLASSES = {
     keras.layers.Dense: LoRADense,
@@ -72,6 +74,20 @@ def lora_class_of(cls):
     return None
 
 
+def obstacle(layer):
+    """Why a layer of a supported class cannot be adapted, or None."""
+    if not layer.built:
+        return "it was never built."
+    lora_class = lora_class_of(type(layer))
+    try:
+        refuse_unsupported_host(layer, lora_class.kernel_name)
+        if isinstance(layer, keras.layers.EinsumDense):
+            split_equation(layer.equation)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 @contextlib.contextmanager
 def adopted(model, adapters):
     """Path -> (layer, adapter): they are LoRA layers inside.
@@ -119,7 +135,8 @@ def lora_layers(model) -> list:
     ]
 
 
-def checked_lora_layers(model):
+def built_lora_layers(model):
+    """The same, of which there must be one, and all built."""
     layers = lora_layers(model)
     if not layers:
         raise ValueError(
@@ -132,6 +149,13 @@ def checked_lora_layers(model):
                 f"The LoRA layer {layer.name!r} is not built yet. Build the model "
                 "first, for example with `model.build(input_shape)`, or call it once."
             )
+    return layers
+
+
+def checked_lora_layers(model):
+    """The same, none of them inside `merged()` or `disabled()`."""
+    layers = built_lora_layers(model)
+    for layer in layers:
         if layer._fixed_kernel is not None:
             raise ValueError(
                 f"The adapter of {layer.name!r} is inside `merged()` or `disabled()`. "

@@ -104,7 +104,7 @@ def adapted_row(path, layer):
         lora.scaling,
         type(layer).__name__,
         parameters,
-        parameters / count(layer.weights),
+        parameters / max(count(layer.weights), 1),
     )
 
 

@@ -183,6 +183,31 @@ def test_names_map_paths_to_modules(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_saved_inside_a_context(tmp_path):
+    model = adapted(sequential)
+    keras_lora.save_adapter(model, tmp_path / "outside")
+    with keras_lora.merged(model):
+        keras_lora.save_adapter(model, tmp_path / "inside")
+    with keras_lora.disabled(model):
+        keras_lora.save_adapter(model, tmp_path / "disabled")
+    outside = safetensors.numpy.load_file(tmp_path / "outside" / TENSORS)
+    for name in ("inside", "disabled"):
+        tensors = safetensors.numpy.load_file(tmp_path / name / TENSORS)
+        assert tensors.keys() == outside.keys()
+        for key, value in tensors.items():
+            np.testing.assert_array_equal(value, outside[key])
+
+
+def test_layer_with_a_constraint_is_refused(tmp_path):
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="x")])
+    keras_lora.apply_lora(model, target=["x"])
+    keras_lora.save_adapter(model, tmp_path / "adapter")
+    bound = keras.layers.Dense(3, name="x", kernel_constraint="non_neg")
+    model = keras.Sequential([keras.Input((4,)), bound])
+    with pytest.raises(ValueError, match="in a form that can be adapted"):
+        keras_lora.load_adapter(model, tmp_path / "adapter")
+
+
 def test_other_files_in_the_folder_stay(tmp_path):
     model = adapted(sequential)
     folder = tmp_path / "adapter"

@@ -62,3 +62,9 @@ def test_model_without_adapters_has_an_empty_table():
     report = keras_lora.summary(plain)
     assert len(report) == 0
     assert "0 adapters: 0 parameters" in str(report)
+
+
+def test_unbuilt_model_has_rows_without_parameters():
+    model = keras.Sequential([keras_lora.LoRADense(3, rank=2)])
+    (row,) = keras_lora.summary(model)
+    assert (row.rank, row.parameters, row.share) == (2, 0, 0)
