@@ -51,7 +51,14 @@ BACKBONES = {
     "BloomBackbone": {**TEXT, **HEADS},
     "DebertaV3Backbone": {**TEXT, **HEADS, **SEQUENCE, "bucket_size": 6},
     "DistilBertBackbone": {**TEXT, **HEADS, **SEQUENCE},
-    "ElectraBackbone": {**TEXT, **HEADS, **SEQUENCE, "embedding_dim": 16},
+    "ElectraBackbone": {
+        "vocab_size": 50,
+        "num_layers": 2,
+        "hidden_dim": 16,
+        "embedding_dim": 16,
+        **HEADS,
+        **SEQUENCE,
+    },
     "FalconBackbone": {
         **TEXT,
         "num_attention_heads": 4,
