@@ -120,7 +120,6 @@ def draw(rows, path):
         bars = axes.bar(at, heights, width, label=name, yerr=errors, capsize=2)
         axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
     axes.axhline(1, color="black", linewidth=1)
-    axes.annotate("floor: frozen, no adapters", (-0.45, 1.01), fontsize=8)
     axes.set_xticks(range(len(rows)), [title for title, _ in rows], fontsize=8)
     axes.set(ylim=(0.9, None), ylabel="training step over its floor (1 is best)")
     axes.legend(fontsize=8, ncols=3)
