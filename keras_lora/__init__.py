@@ -1,5 +1,6 @@
 """LoRA for Keras 3: low-rank adaptation as layers and on whole models."""
 
+from keras_lora.adapter_checkpoint import AdapterCheckpoint
 from keras_lora.adapter_files import load_adapter
 from keras_lora.adapter_files import save_adapter
 from keras_lora.adoption import apply_lora

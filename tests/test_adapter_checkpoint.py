@@ -1,0 +1,67 @@
+"""AdapterCheckpoint writes what the model had at that epoch, and the best if asked."""
+
+import keras
+import numpy as np
+import pytest
+from models import x
+from models import y
+from pretrained import sequential
+from test_adapter_files import same_base
+from test_apply import adapt
+from test_apply import compile_
+from test_merging import predict
+
+import keras_lora
+
+
+class Remember(keras.callbacks.Callback):
+    """The outputs at the end of every epoch."""
+
+    def __init__(self):
+        super().__init__()
+        self.outputs = []
+
+    def on_epoch_end(self, epoch, logs=None):
+        if hasattr(self.model, "jax_state_sync"):
+            self.model.jax_state_sync()
+        self.outputs.append(keras.ops.convert_to_numpy(self.model(x())))
+
+
+class Worse(keras.callbacks.Callback):
+    """Makes the monitored value best in the second epoch of three."""
+
+    def on_epoch_end(self, epoch, logs=None):
+        logs["score"] = [0.5, 0.9, 0.7][epoch]
+
+
+@pytest.mark.parametrize(
+    "options, epoch",
+    [
+        ({}, 2),
+        ({"save_best_only": True, "monitor": "score", "mode": "max"}, 1),
+        ({"save_best_only": True, "monitor": "score"}, 0),
+    ],
+)
+def test_writes_the_adapter_of_the_epoch(options, epoch, tmp_path):
+    model, _ = adapt(sequential)
+    compile_(model)
+    remember = Remember()
+    checkpoint = keras_lora.AdapterCheckpoint(tmp_path / "adapter", **options)
+    model.fit(x(), y(), epochs=3, verbose=0, callbacks=[Worse(), remember, checkpoint])
+    plain = same_base(model, sequential)
+    keras_lora.load_adapter(plain, tmp_path / "adapter")
+    expected = remember.outputs[epoch]
+    np.testing.assert_allclose(predict(plain), expected, rtol=0, atol=1e-5)
+    others = [outputs for n, outputs in enumerate(remember.outputs) if n != epoch]
+    assert all(np.abs(outputs - expected).max() > 1e-4 for outputs in others)
+
+
+def test_bad_input(tmp_path):
+    with pytest.raises(ValueError, match="mode='best'"):
+        keras_lora.AdapterCheckpoint(tmp_path, mode="best")
+    model, _ = adapt(sequential)
+    compile_(model)
+    checkpoint = keras_lora.AdapterCheckpoint(tmp_path / "x", save_best_only=True)
+    with pytest.raises(ValueError, match="'val_loss' is not in the logs"):
+        model.fit(x(), y(), verbose=0, callbacks=[checkpoint])
+    assert not (tmp_path / "x").exists()
