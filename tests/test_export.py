@@ -1,5 +1,6 @@
 """The merged artefact: its predictions, its contents, and what a failure leaves."""
 
+import os
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ from test_merging import predict
 from test_merging import state
 
 import keras_lora
+from keras_lora.atomic import replacing
 from keras_lora.layer_conversion import lora_layers
 
 tensorflow_format = pytest.mark.skipif(
@@ -112,11 +114,8 @@ def test_failed_export_changes_nothing(moment, tmp_path, monkeypatch):
             with open(path, "w") as file:
                 file.write("new")
 
-        rename = keras_lora.export.__globals__["os"].rename
         monkeypatch.setattr(keras.Model, "export", write)
-        monkeypatch.setattr(
-            "os.rename", lambda a, b: rename(a, b) if "old" in str((a, b)) else fail()
-        )
+        monkeypatch.setattr("keras_lora.atomic.exchange", fail)
     with pytest.raises(OSError, match="no space"):
         keras_lora.export(model, tmp_path / "artefact")
     monkeypatch.undo()
@@ -127,6 +126,31 @@ def test_failed_export_changes_nothing(moment, tmp_path, monkeypatch):
     for old, new in zip(optimizer, optimizer_state(model), strict=True):
         np.testing.assert_array_equal(old, new)
     assert all(isinstance(x, keras_lora.LoRADense) for x in lora_layers(model))
+
+
+def test_two_renames_where_folders_cannot_be_swapped(tmp_path, monkeypatch):
+    monkeypatch.setattr("ctypes.CDLL", lambda name: None)  # no renameat2
+    for text in ("first", "second"):
+        with replacing(tmp_path / "folder") as new:
+            new.mkdir()
+            (new / "file").write_text(text)
+        assert (tmp_path / "folder" / "file").read_text() == text
+
+    rename = os.rename
+
+    def fail_at_second(source, target):
+        if source == new:
+            raise OSError("no space left on device")
+        rename(source, target)
+
+    monkeypatch.setattr("os.rename", fail_at_second)
+    with (
+        pytest.raises(OSError, match="no space"),
+        replacing(tmp_path / "folder") as new,
+    ):
+        new.mkdir()
+    assert (tmp_path / "folder" / "file").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 def test_unbuilt_model_is_refused(tmp_path):
