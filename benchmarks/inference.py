@@ -9,7 +9,7 @@ from benchmarks.timing import ratios
 from benchmarks.training import normal
 
 
-def compiled_call(layer, inputs, context=None):
+def compiled_call(layer, inputs):
     x = tf.constant(inputs)
     call = tf.function(lambda x: layer(x, training=False))
     call(x), call(x)

@@ -98,7 +98,7 @@ def dense(width, rows, rank, rounds, layers=6, dropout=0.0, dtype="float32"):
     if dtype != "float32":
         return found
 
-    def linear(**kwargs):
+    def linear():
         return torch.nn.Sequential(
             *(torch.nn.Linear(width, width, bias=False) for _ in range(layers))
         )
@@ -215,8 +215,8 @@ def convolution(channels, size, rank, rounds, batch=8):
         return [keras.layers.Conv2D(channels, 3, **kwargs) for _ in range(3)]
 
     def adapted():
-        return [keras_lora.LoRAConv2D(channels, 3, rank=rank, **kwargs)] + [
-            keras_lora.LoRAConv2D(channels, 3, rank=rank, **kwargs) for _ in range(2)
+        return [
+            keras_lora.LoRAConv2D(channels, 3, rank=rank, **kwargs) for _ in range(3)
         ]
 
     builtin = network(shape, plain)

@@ -32,6 +32,7 @@ from keras_lora.layer_conversion import lora_class_of
 from keras_lora.layer_conversion import lora_layers
 from keras_lora.layer_conversion import obstacle
 from keras_lora.lora_layer import adapter_dtype
+from keras_lora.lora_layer import is_adapted
 from keras_lora.paths import layer_paths
 from keras_lora.peft_tensors import EMBEDDING
 from keras_lora.peft_tensors import LINEAR
@@ -70,11 +71,7 @@ def save_adapter(model, directory, names: Mapping | Callable | None = None):
     synchronize(model)
     built_lora_layers(model)
     modules = module_names(layer_paths(model), names)
-    adapters = {
-        module: layer
-        for module, layer in modules.items()
-        if getattr(layer, "lora", None) is not None and hasattr(layer, "frozen_kernel")
-    }
+    adapters = {module: layer for module, layer in modules.items() if is_adapted(layer)}
     tensors = {}
     for module, layer in adapters.items():
         for suffix, value in zip(suffixes(layer), to_tensors(layer), strict=True):
@@ -289,8 +286,8 @@ def sort_keys(tensors, modules):
 
 
 def can_hold(layer):
-    if getattr(layer, "lora", None) is not None:
-        return hasattr(layer, "frozen_kernel")
+    if is_adapted(layer):
+        return True
     return lora_class_of(type(layer)) is not None and obstacle(layer) is None
 
 
@@ -300,11 +297,7 @@ def suffixes_of(found, module):
 
 def refuse_other_modules(modules, found):
     """An adapted model takes a file for the same layers only."""
-    own = {
-        module
-        for module, layer in modules.items()
-        if getattr(layer, "lora", None) is not None and hasattr(layer, "frozen_kernel")
-    }
+    own = {module for module, layer in modules.items() if is_adapted(layer)}
     missing, more = sorted(own - set(found)), sorted(set(found) - own)
     if missing or more:
         raise ValueError(

@@ -16,8 +16,8 @@ from keras_lora.layer_conversion import LORA_CLASSES
 from keras_lora.layer_conversion import adopted
 from keras_lora.layer_conversion import lora_class_of
 from keras_lora.layer_conversion import obstacle
-from keras_lora.lora_layer import LoRALayer
 from keras_lora.lora_layer import adapter_dtype
+from keras_lora.lora_layer import is_adapted
 from keras_lora.paths import layer_paths
 from keras_lora.report import Report
 from keras_lora.targets import matching
@@ -93,7 +93,7 @@ def apply_lora(
     LowRankAdapter(rank, alpha, dropout, use_rslora)  # errors without a path
     paths = layer_paths(model)
     for path, layer in paths.items():
-        if isinstance(layer, LoRALayer) and layer.lora is not None:
+        if is_adapted(layer):
             raise ValueError(
                 f"The layer {path!r} has an adapter. Call merge_lora(model) or "
                 "remove_lora(model) first."

@@ -22,6 +22,7 @@ from keras_lora.keras_internals import restore_trainable_state
 from keras_lora.keras_internals import trainable_state
 from keras_lora.keras_internals import unfreeze
 from keras_lora.lora_layer import LoRALayer
+from keras_lora.lora_layer import is_adapted
 from keras_lora.lora_layer import refuse_unsupported_host
 
 LORA_CLASSES = {
@@ -128,11 +129,7 @@ def make_plain(layer):
 
 def lora_layers(model) -> list:
     """The LoRA layers of a model that hold an adapter, each once."""
-    return [
-        layer
-        for layer in flatten_layers(model)
-        if isinstance(layer, LoRALayer) and layer.lora is not None
-    ]
+    return [layer for layer in flatten_layers(model) if is_adapted(layer)]
 
 
 def built_lora_layers(model):

@@ -183,6 +183,11 @@ class LoRALayer:
         )
 
 
+def is_adapted(layer):
+    """Whether a layer is a LoRA layer that holds an adapter."""
+    return isinstance(layer, LoRALayer) and layer.lora is not None
+
+
 def adapter_dtype(layer):
     """float32 also beside half-precision kernels, float64 beside float64 ones."""
     return "float64" if layer.variable_dtype == "float64" else "float32"

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from keras_lora.lora_layer import LoRALayer
+from keras_lora.lora_layer import is_adapted
 from keras_lora.paths import layer_paths
 
 
@@ -33,7 +33,7 @@ class Report(Sequence):
         self.rows = [
             adapted_row(path, layer)
             for path, layer in layer_paths(model).items()
-            if isinstance(layer, LoRALayer) and layer.lora is not None
+            if is_adapted(layer)
         ]
         self.total = count(model.weights)
         self.trained = count(model.trainable_weights)
