@@ -1,8 +1,9 @@
 """LoRA for Keras 3: low-rank adaptation as layers and on whole models."""
 
 from keras_lora.adapter_checkpoint import AdapterCheckpoint
-from keras_lora.adapter_files import load_adapter
-from keras_lora.adapter_files import save_adapter
+from keras_lora.adapter_folder import Adapter
+from keras_lora.adapter_loading import load_adapter
+from keras_lora.adapter_saving import save_adapter
 from keras_lora.adoption import apply_lora
 from keras_lora.contexts import disabled
 from keras_lora.contexts import merged

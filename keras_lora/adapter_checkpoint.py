@@ -2,7 +2,7 @@
 
 import keras
 
-from keras_lora.adapter_files import save_adapter
+from keras_lora.adapter_saving import save_adapter
 
 
 class AdapterCheckpoint(keras.callbacks.Callback):

@@ -7,8 +7,7 @@ from keras_lora.adapter import checked_alpha
 from keras_lora.adapter import checked_dropout
 from keras_lora.adapter import checked_rank
 from keras_lora.freezing import checked_bias
-from keras_lora.peft_tensors import file_alpha
-from keras_lora.peft_tensors import file_rank
+from keras_lora.fused import without_slice
 from keras_lora.targets import compiled
 
 CONFIG = "adapter_config.json"
@@ -38,27 +37,22 @@ REFUSED = (
 )
 
 
-def settings(adapters, bias, heads):
-    use_rslora = all(layer.lora.use_rslora for layer in adapters.values())
-    ranks = {module: file_rank(layer) for module, layer in adapters.items()}
-    alphas = {m: file_alpha(layer, use_rslora) for m, layer in adapters.items()}
-    dropouts = [layer.lora.dropout for layer in adapters.values()]
+def settings(ranks, alphas, use_rslora, **others):
+    """The configuration of an adapter with these ranks and alphas per module."""
     config = {
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": None,
         "inference_mode": True,
-        "target_modules": sorted(adapters),
+        "target_modules": sorted(ranks),
         "r": most_common(ranks.values()),
         "lora_alpha": most_common(alphas.values()),
     }
     optional = {
         "rank_pattern": pattern(ranks, config["r"]),
         "alpha_pattern": pattern(alphas, config["lora_alpha"]),
-        "lora_dropout": max(dropouts),
         "use_rslora": use_rslora,
-        "bias": bias if bias != "none" else None,
-        "modules_to_save": heads,
+        **others,
     }
     return config | {key: value for key, value in optional.items() if value}
 
@@ -92,9 +86,6 @@ def checked_config(file):
             f"{CONFIG} has init_lora_weights={start!r}: its base weights were changed, "
             "so that the tensors do not fit the model. Convert it in PEFT first."
         )
-    unknown = sorted(key for key in set(file) - KNOWN if file[key])
-    if unknown:
-        warnings.warn(f"{CONFIG}: ignored {', '.join(unknown)}.", stacklevel=5)
     rslora = file.get("use_rslora", False)
     heads = file.get("modules_to_save") or []
     if not isinstance(rslora, bool) or not is_list_of(heads, str):
@@ -123,7 +114,6 @@ def checked_config(file):
             compiled(rule, key)
             check(value)
     return {
-        "file": file,
         "r": checked_rank(file.get("r", 8)),
         "lora_alpha": checked_alpha(file.get("lora_alpha", 8)),
         "rank_pattern": file.get("rank_pattern") or {},
@@ -133,6 +123,12 @@ def checked_config(file):
         "bias": bias,
         "modules_to_save": heads,
     }
+
+
+def warn_of_unknown(file):
+    unknown = sorted(key for key in set(file) - KNOWN if file[key])
+    if unknown:
+        warnings.warn(f"{CONFIG}: ignored {', '.join(unknown)}.", stacklevel=5)
 
 
 def is_list_of(values, kind):
@@ -146,7 +142,7 @@ def value_of(config, pattern_key, default_key, found):
         fits = (
             value
             for key, value in config[pattern_key].items()
-            if compiled(rf"(.*\.)?({key})$", pattern_key).match(module)
+            if compiled(rf"(.*\.)?({key})$", pattern_key).match(without_slice(module))
         )
         values[module] = next(fits, config[default_key])
     return values

@@ -11,6 +11,9 @@ convolution. Suffixes follow the module's name in a file.
     Conv            (*k, in, r)        (r, in, *k)      (r, out)      (out, r, 1...)
 """  # noqa: E501
 
+import math
+
+import keras
 import numpy as np
 from keras import ops
 
@@ -102,27 +105,63 @@ def from_tensors(layer, a, b, where):
 # Keras's word for a layer's own variable, and torch's.
 TORCH_NAMES = {
     "kernel": "weight",
+    "embeddings": "weight",
+    "position_embeddings": "weight",
     "gamma": "weight",
+    "scale": "weight",
     "beta": "bias",
     "moving_mean": "running_mean",
     "moving_variance": "running_var",
 }
 
 
-def weight_to_tensor(variable):
-    """A variable that trained in full: its name in torch, and torch's axes for it."""
+def torch_name(variable):
+    return TORCH_NAMES.get(variable.name, variable.name)
+
+
+def weight_to_tensor(layer, variable, inputs_first=False):
+    """A variable that trained in full, with torch's axes for it.
+
+    inputs_first: the module keeps (in, out), as `fan_in_fan_out` says.
+    """
     value = to_numpy(variable)
-    if variable.name == "kernel" and value.ndim > 1:
-        value = np.moveaxis(value, (-1, -2), (0, 1))
     if variable.name == "bias":
-        value = value.reshape(-1)
-    return TORCH_NAMES.get(variable.name, variable.name), value
-
-
-def weight_from_tensor(variable, value):
+        return value.reshape(-1)
     if variable.name == "kernel" and value.ndim > 1:
-        value = np.moveaxis(value, (0, 1), (-1, -2))
-    return value
+        if as_matrix(layer):
+            axes, rows, _ = as_matrix(layer)
+            value = value.transpose(axes).reshape(rows, -1)
+        if not (inputs_first and value.ndim == 2):
+            value = np.moveaxis(value, (-1, -2), (0, 1))
+    return np.ascontiguousarray(value)
+
+
+def weight_from_tensor(layer, variable, value, where, inputs_first=False):
+    """The inverse; a ValueError where shapes do not fit."""
+    expected = weight_to_tensor(layer, variable, inputs_first).shape
+    if value.shape != expected:
+        raise ValueError(
+            f"The tensor {where!r} has shape {value.shape}; the model needs {expected}."
+        )
+    if variable.name == "kernel" and value.ndim > 1:
+        if not (inputs_first and value.ndim == 2):
+            value = np.moveaxis(value, (0, 1), (-1, -2))
+        if as_matrix(layer):
+            axes, _, sizes = as_matrix(layer)
+            value = value.reshape(sizes).transpose(np.argsort(axes))
+    return value.reshape(variable.shape)
+
+
+def as_matrix(layer):
+    """How an einsum kernel becomes (inputs, outputs): axes, rows, sizes; else None."""
+    if not isinstance(layer, keras.layers.EinsumDense):
+        return None
+    split = split_equation(layer.equation)
+    if split.batch:
+        return None
+    axes = [split.kernel.index(axis) for axis in split.contracted + split.new]
+    sizes = [layer.kernel.shape[axis] for axis in axes]
+    return axes, math.prod(sizes[: len(split.contracted)]), sizes
 
 
 def to_numpy(value):

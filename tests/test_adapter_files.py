@@ -27,7 +27,7 @@ from test_merging import predict
 
 import keras_lora
 from keras_lora.adapter_config import CONFIG
-from keras_lora.adapter_files import TENSORS
+from keras_lora.adapter_folder import TENSORS
 from keras_lora.layer_conversion import lora_layers
 
 over_models = pytest.mark.parametrize(

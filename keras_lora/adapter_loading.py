@@ -1,0 +1,285 @@
+"""An adapter from PEFT's files into a model."""
+
+import dataclasses
+import difflib
+import itertools
+from collections.abc import Callable
+from collections.abc import Mapping
+
+import numpy as np
+
+from keras_lora.adapted_model import mark_adapted
+from keras_lora.adapter import LowRankAdapter
+from keras_lora.adapter_config import CONFIG
+from keras_lora.adapter_config import checked_config
+from keras_lora.adapter_config import value_of
+from keras_lora.adapter_folder import TENSORS
+from keras_lora.adapter_folder import Adapter
+from keras_lora.freezing import freeze_all_but_lora
+from keras_lora.fused import fused_modules
+from keras_lora.fused import outputs_axis
+from keras_lora.fused import slices_of
+from keras_lora.fused import split
+from keras_lora.fused import without_slice
+from keras_lora.keras_internals import compile_again
+from keras_lora.keras_internals import layer_state
+from keras_lora.keras_internals import trainable_state
+from keras_lora.layer_conversion import adopted
+from keras_lora.layer_conversion import lora_class_of
+from keras_lora.layer_conversion import lora_layers
+from keras_lora.layer_conversion import obstacle
+from keras_lora.lora_layer import adapter_dtype
+from keras_lora.lora_layer import is_adapted
+from keras_lora.module_names import keeps_inputs_first
+from keras_lora.module_names import module_names
+from keras_lora.paths import layer_paths
+from keras_lora.peft_tensors import EMBEDDING
+from keras_lora.peft_tensors import LINEAR
+from keras_lora.peft_tensors import file_rank
+from keras_lora.peft_tensors import from_tensors
+from keras_lora.peft_tensors import own_alpha
+from keras_lora.peft_tensors import suffixes
+from keras_lora.peft_tensors import torch_name
+from keras_lora.peft_tensors import weight_from_tensor
+from keras_lora.report import Report
+
+
+def load_adapter(
+    model,
+    directory,
+    names: str | Mapping | Callable | None = None,
+    trainable: bool = True,
+) -> Report:
+    """Reads an adapter that `save_adapter` or PEFT has written.
+
+    A plain model gets the LoRA layers that the file describes. A model that has
+    adapters must have them where the file has them, with the same ranks; its alpha
+    becomes the file's. Nothing is traced anew then: a compiled `predict` gives the
+    new outputs at its next call. Everything is checked before anything is
+    assigned. A thread that predicts meanwhile may see some layers with the old
+    factors and some with the new ones.
+
+    Args:
+        model: A Keras model that is built.
+        directory: Folder with adapter_config.json and adapter_model.safetensors,
+            or an `Adapter`.
+        names: As in `save_adapter`.
+        trainable: Boolean, whether the adapter goes on training.
+
+    Returns:
+        The report of `keras_lora.summary`.
+
+    Raises:
+        ValueError: If a file is damaged, the two do not belong together, or they do
+            not fit the model: a missing, unexpected, wrongly shaped or non-finite
+            tensor. The model is then as before.
+        OSError: If a file cannot be read.
+    """
+    adapter = directory if isinstance(directory, Adapter) else Adapter.read(directory)
+    file = contents(adapter, module_names(layer_paths(model), names), names)
+    if lora_layers(model):
+        refuse_other_modules(file)
+        values = checked_values(file)
+    else:
+        adapters = {
+            module: (layer, new_adapter(file, module, layer))
+            for module, layer in file.adapted.items()
+        }
+        state = trainable_state(model)
+        with adopted(model, adapters) as undo:
+            values = checked_values(file)
+            undo.pop_all()
+        mark_adapted(model, paths_of(model, file.adapted), state)
+        freeze_all_but_lora(model, file.bias, list(file.heads.values()))
+        compile_again(model)
+    for variable, value in values:
+        variable.assign(value)
+    for module, layer in file.adapted.items():
+        alpha = own_alpha(layer, file.alphas[module], file.use_rslora)
+        layer.lora.set_alpha(alpha, file.use_rslora)
+    if not trainable:
+        for layer in [*file.heads.values(), *lora_layers(model)]:
+            layer.trainable = False
+        compile_again(model)
+    return Report(model)
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What a file holds, under the names of a model's modules."""
+
+    modules: dict  # module -> layer, for all of the model
+    factors: dict  # module -> {suffix: array}
+    others: dict  # key -> array, for what trained in full
+    ranks: dict
+    alphas: dict
+    heads: dict  # module -> layer
+    bias: str
+    dropout: float
+    use_rslora: bool
+    inputs_first: bool
+
+    @property
+    def adapted(self):
+        """Module -> layer, for those that the file has factors for."""
+        return {module: self.modules[module] for module in self.factors}
+
+
+def contents(adapter, modules, names) -> Contents:
+    config = checked_config(adapter.config)
+    tensors = dict(adapter.tensors)
+    shares = split(tensors, modules, adapter.slices)
+    factors, others = sort_keys(tensors, modules)
+    ranks = value_of(config, "rank_pattern", "r", factors)
+    alphas = value_of(config, "alpha_pattern", "lora_alpha", factors)
+    for module, (rank, total) in shares.items():
+        if ranks[module] != total:
+            raise ValueError(
+                f"The rank of {without_slice(module)!r} is {ranks[module]} in {CONFIG} "
+                f"and {total} in {TENSORS}."
+            )
+        ranks[module] = rank
+        alphas[module] *= (rank / total) ** (0.5 if config["use_rslora"] else 1)
+    heads, counts = {}, fused_modules(modules)
+    for head in config["modules_to_save"]:
+        for name in slices_of(head, counts[head]) if head in counts else [head]:
+            if name not in modules:
+                raise ValueError(f"modules_to_save names {head!r}, which is no layer.")
+            heads[name] = modules[name]
+    file = Contents(
+        modules=modules,
+        factors=factors,
+        others=others,
+        ranks=ranks,
+        alphas=alphas,
+        heads=heads,
+        bias=config["bias"],
+        dropout=config["dropout"],
+        use_rslora=config["use_rslora"],
+        inputs_first=keeps_inputs_first(names),
+    )
+    split_others(file)
+    return file
+
+
+def new_adapter(file, module, layer):
+    return LowRankAdapter(
+        file.ranks[module],
+        file.alphas[module],
+        0.0 if suffixes_of(file.factors[module]) == EMBEDDING else file.dropout,
+        file.use_rslora,
+        dtype=adapter_dtype(layer),
+        name="lora",
+    )
+
+
+def split_others(file):
+    """Biases and weights of a fused module become those of its slices, in place."""
+    for module, count in fused_modules(file.modules).items():
+        for key in [key for key in file.others if key.startswith(f"{module}.")]:
+            value = file.others.pop(key)
+            name = key.split(".")[-1]
+            if key.endswith(".base_layer.weight"):
+                continue  # PEFT repeats a targeted head
+            axis = outputs_axis(value, file.inputs_first)
+            if value.shape[axis] % count:
+                raise ValueError(
+                    f"The tensor {key!r} has shape {value.shape}, which does not "
+                    f"divide into {count} slices."
+                )
+            parts = np.split(value, count, axis)
+            for part, values in zip(slices_of(module, count), parts, strict=True):
+                infix = ".base_layer" if part in file.factors else ""
+                file.others[f"{part}{infix}.{name}"] = values
+
+
+def sort_keys(tensors, modules):
+    """{module: {suffix: tensor}} for the factors, {key: tensor} for the others."""
+    found, others = {}, {}
+    for name, value in tensors.items():
+        suffix = next((s for s in LINEAR + EMBEDDING if name.endswith(s)), None)
+        if suffix is None:
+            others[name] = value
+        else:
+            found.setdefault(name.removesuffix(suffix), {})[suffix] = value
+    if not found:
+        raise ValueError(f"{TENSORS} holds no factors of an adapter.")
+    for module, pair in found.items():
+        layer = modules.get(module)
+        if layer is None or not can_hold(layer):
+            close = difflib.get_close_matches(
+                module, [m for m, x in modules.items() if can_hold(x)], n=3, cutoff=0.3
+            )
+            raise ValueError(
+                f"The file has an adapter for {module!r}, which the model has not"
+                f"{' in a form that can be adapted' if layer is not None else ''}. "
+                f"Close are: {close}. `names` can map paths to modules."
+            )
+        if tuple(sorted(pair)) not in (LINEAR, EMBEDDING):
+            raise ValueError(
+                f"The adapter of {module!r} needs A and B; the file has {sorted(pair)}."
+            )
+    return found, others
+
+
+def can_hold(layer):
+    if is_adapted(layer):
+        return True
+    return lora_class_of(type(layer)) is not None and obstacle(layer) is None
+
+
+def suffixes_of(pair):
+    return tuple(sorted(pair))
+
+
+def refuse_other_modules(file):
+    """An adapted model takes a file for the same layers only."""
+    own = {module for module, layer in file.modules.items() if is_adapted(layer)}
+    missing, more = sorted(own - set(file.factors)), sorted(set(file.factors) - own)
+    if missing or more:
+        raise ValueError(
+            "The file and the model adapt other layers. Only in the model: "
+            f"{missing}. Only in the file: {more}."
+        )
+
+
+def checked_values(file):
+    """[(variable, value)] for the whole file, of which every shape fits."""
+    values = []
+    for module, pair in file.factors.items():
+        layer = file.modules[module]
+        if suffixes_of(pair) != suffixes(layer):
+            raise ValueError(
+                f"{module!r} is a {type(layer).__name__}; the file has "
+                f"{sorted(pair)} for it."
+            )
+        if file.ranks[module] != file_rank(layer):
+            raise ValueError(
+                f"The rank of {module!r} is {file.ranks[module]} in the file and "
+                f"{file_rank(layer)} in the model."
+            )
+        a, b = from_tensors(layer, *(pair[s] for s in suffixes(layer)), module)
+        values += [(layer.lora.a, a), (layer.lora.b, b)]
+    index = {}
+    for module, layer in file.modules.items():
+        infix = ".base_layer" if module in file.factors else ""
+        for variable in itertools.chain(*layer_state(layer)):
+            key = f"{module}{infix}.{torch_name(variable)}"
+            index[key] = layer, variable
+            if module in file.heads and key not in file.others:
+                raise ValueError(f"The file has no tensor {key!r}.")
+    for key, value in file.others.items():
+        if key.endswith(".base_layer.weight"):
+            continue  # PEFT repeats a targeted embedding or head
+        if key not in index:
+            close = difflib.get_close_matches(key, index, n=3)
+            raise ValueError(f"Unexpected tensor {key!r}. Close are: {close}.")
+        layer, variable = index[key]
+        value = weight_from_tensor(layer, variable, value, key, file.inputs_first)
+        values.append((variable, value))
+    return values
+
+
+def paths_of(model, adapted):
+    chosen = {id(layer) for layer in adapted.values()}
+    return [path for path, layer in layer_paths(model).items() if id(layer) in chosen]
