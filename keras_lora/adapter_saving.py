@@ -60,8 +60,8 @@ def adapter_of(model, names=None, trained=None) -> Adapter:
     """
     synchronize(model)
     built_lora_layers(model)
-    inputs_first = keeps_inputs_first(names)
     modules = module_names(layer_paths(model), names)
+    inputs_first = keeps_inputs_first(names)
     adapters = {module: layer for module, layer in modules.items() if is_adapted(layer)}
     tensors = {}
     for module, layer in adapters.items():
