@@ -123,8 +123,8 @@ def merged_linear(layer, module, a, b, rank, mask):
         )
     if isinstance(layer, LoRAMergedDense):
         mask = layer.adapted_slices
-    elif groups == 1 and mask is None:
-        return a, b
+    elif groups == 1 and len(b) == layer.units:
+        return a, b  # a Linear
     mask = checked_mask(mask or (True,) * groups, layer.units)
     size = layer.units // len(mask)
     if sum(mask) != groups or len(b) != groups * size:

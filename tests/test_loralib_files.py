@@ -4,6 +4,7 @@ import keras
 import loralib
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from layer_cases import to_numpy
 
@@ -77,28 +78,138 @@ def state_of(module, bias="none"):
 def test_outputs_agree(fan_in_fan_out):
     module, model = pair(fan_in_fan_out)
     report = keras_lora.load_loralib(model, state_of(module), rank=2, alpha=3)
-    ids = np.random.default_rng(1).integers(0, 11, (4, 3, 3)).astype("int32")
-    theirs = module(torch.tensor(ids).long()).detach().numpy()
-    np.testing.assert_allclose(to_numpy(model(ids)), theirs, rtol=0, atol=1e-5)
-    np.testing.assert_allclose(
-        to_numpy(model(ids, training=True)), theirs, rtol=0, atol=1e-5
-    )
+    assert_agrees(model, module)
     assert {row.alpha for row in report} == {3}
 
 
-def test_biases_are_read():
-    module, model = pair()
-    with torch.no_grad():
-        module.out.bias += 1
-    state = {
-        key: value
-        for key, value in state_of(module, "lora_only").items()
-        if not key.startswith("conv.conv")
-    }
-    keras_lora.load_loralib(model, state, rank=2, alpha=3)
-    np.testing.assert_array_equal(
-        to_numpy(model.get_layer("out").bias), module.out.bias.detach().numpy()
+def plain():
+    """The same network of plain Keras layers."""
+    return keras.Sequential(
+        [
+            keras.Input((3, 3), dtype="int32"),
+            keras.layers.Embedding(11, 8, name="tokens"),
+            keras.layers.Dense(12, name="qkv"),
+            keras.layers.Conv2D(4, 3, name="conv"),
+            keras.layers.Flatten(),
+            keras.layers.Dense(5, name="out"),
+        ]
     )
+
+
+def assert_agrees(model, module):
+    ids = np.random.default_rng(1).integers(0, 11, (4, 3, 3)).astype("int32")
+    theirs = module(torch.tensor(ids).long()).detach().numpy()
+    for training in (False, True):
+        outputs = to_numpy(model(ids, training=training))
+        np.testing.assert_allclose(outputs, theirs, rtol=0, atol=1e-5)
+
+
+def plain_pair():
+    module, adapted = pair()
+    model = plain()
+    keras_lora.remove_lora(adapted)
+    model.set_weights(adapted.get_weights())
+    return module, model
+
+
+@pytest.mark.parametrize("enable_lora", [MASK, {"qkv": MASK}])
+def test_plain_layers_are_adapted(enable_lora):
+    """MergedLinear at rank G * r, a convolution at r * k * k: exactly."""
+    module, model = plain_pair()
+    report = keras_lora.load_loralib(
+        model, state_of(module), rank=2, alpha=3, enable_lora=enable_lora
+    )
+    assert_agrees(model, module)
+    ranks = {row.path: row.rank for row in report}
+    assert ranks == {"tokens": 2, "qkv": 4, "conv": 18, "out": 2}
+    assert all(row.scaling == pytest.approx(1.5) for row in report)
+
+
+def test_all_slices_need_no_mask():
+    torch.manual_seed(2)
+    layer = loralib.MergedLinear(6, 9, r=2, enable_lora=[True] * 3)
+    layer.lora_B.data = torch.randn(layer.lora_B.shape)
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(9, name="qkv")])
+    model.layers[0].kernel.assign(layer.weight.detach().numpy().T)
+    model.layers[0].bias.assign(layer.bias.detach().numpy())
+    state = {f"qkv.{key}": value for key, value in layer.state_dict().items()}
+    state = {key: value for key, value in state.items() if "lora_" in key}
+    keras_lora.load_loralib(model, state, rank=2)
+    x = np.random.default_rng(1).standard_normal((3, 6)).astype("float32")
+    theirs = layer(torch.tensor(x)).detach().numpy()
+    np.testing.assert_allclose(to_numpy(model(x)), theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel_size", [(3,), (1, 3), (3, 1), (2, 3, 4)])
+def test_standard_convolution_holds_loralibs_update(kernel_size):
+    """Against (B @ A).view of the kernel, in float64, for every shape."""
+    channels, filters, rank, random = 6, 5, 2, np.random.default_rng(1)
+    last, others = kernel_size[-1], int(np.prod(kernel_size[:-1]))
+    a = random.standard_normal((rank * last, channels * last))
+    b = random.standard_normal((filters * others, rank * last))
+    expected = (b @ a).reshape(filters, channels, *kernel_size) * 3 / rank
+    ndim = len(kernel_size)
+    layer = getattr(keras.layers, f"Conv{ndim}D")(
+        filters, kernel_size, name="conv", dtype="float64"
+    )
+    model = keras.Sequential([keras.Input((4,) * ndim + (channels,)), layer])
+    state = {"conv.lora_A": a, "conv.lora_B": b}
+    keras_lora.load_loralib(model, state, rank=rank, alpha=3)
+    delta = np.moveaxis(to_numpy(layer.lora.delta()), (-1, -2), (0, 1))
+    np.testing.assert_allclose(delta, expected, rtol=1e-12, atol=1e-12)
+    assert layer.lora.rank == rank * last * others
+
+
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+def test_files(ending, tmp_path):
+    module, model = pair()
+    path = tmp_path / f"lora.{ending}"
+    if ending == "pt":
+        torch.save(state_of(module), path)
+    else:
+        safetensors.torch.save_file(dict(state_of(module)), path)
+    keras_lora.load_loralib(model, path, rank=2, alpha=3)
+    assert_agrees(model, module)
+    before = [to_numpy(weight) for weight in model.weights]
+    whole = path.read_bytes()
+    for content in (b"", whole[: len(whole) // 2], b"no such format" * 9):
+        path.write_bytes(content)
+        with pytest.raises((ValueError, OSError)):
+            keras_lora.load_loralib(model, str(path), rank=2, alpha=3)
+    with pytest.raises(OSError):
+        keras_lora.load_loralib(model, tmp_path / f"no.{ending}", rank=2, alpha=3)
+    for old, new in zip(before, model.weights, strict=True):
+        np.testing.assert_array_equal(old, to_numpy(new))
+
+
+class Harm:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('a pickle ran')",))
+
+
+def test_a_pickle_is_never_run(tmp_path):
+    torch.save({"out.lora_A": Harm()}, tmp_path / "lora.pt")
+    with pytest.raises(ValueError, match="holds no state dict"):
+        keras_lora.load_loralib(ours(), tmp_path / "lora.pt", rank=2)
+
+
+@pytest.mark.parametrize("build", [pair, plain_pair])
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_biases_are_read(bias, build):
+    module, model = build()
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name.endswith("bias"):
+                parameter += 1
+    mask = None if build is pair else MASK
+    keras_lora.load_loralib(
+        model, state_of(module, bias), rank=2, alpha=3, enable_lora=mask
+    )
+    # loralib's own "lora_only" leaves out the bias inside its convolution
+    if bias == "lora_only":
+        assert "conv.conv.bias" not in state_of(module, bias)
+        module.conv.conv.bias.data -= 1
+    assert_agrees(model, module)
 
 
 @pytest.mark.parametrize("damage", ["missing", "more", "shape", "nan", "rank", "alpha"])
