@@ -39,6 +39,7 @@ REFUSED = (
 
 def settings(ranks, alphas, use_rslora, **others):
     """The configuration of an adapter with these ranks and alphas per module."""
+    alphas = {module: checked_alpha(alpha) for module, alpha in alphas.items()}
     config = {
         "peft_type": "LORA",
         "task_type": None,

@@ -10,17 +10,13 @@ import numpy as np
 
 from keras_lora.adapted_model import mark_adapted
 from keras_lora.adapter import LowRankAdapter
-from keras_lora.adapter_config import CONFIG
-from keras_lora.adapter_config import checked_config
-from keras_lora.adapter_config import value_of
-from keras_lora.adapter_folder import TENSORS
 from keras_lora.adapter_folder import Adapter
+from keras_lora.file_factors import factors_of
+from keras_lora.file_factors import suffixes_of
 from keras_lora.freezing import freeze_all_but_lora
 from keras_lora.fused import fused_modules
 from keras_lora.fused import outputs_axis
 from keras_lora.fused import slices_of
-from keras_lora.fused import split
-from keras_lora.fused import without_slice
 from keras_lora.keras_internals import compile_again
 from keras_lora.keras_internals import layer_state
 from keras_lora.keras_internals import trainable_state
@@ -34,7 +30,6 @@ from keras_lora.module_names import keeps_inputs_first
 from keras_lora.module_names import module_names
 from keras_lora.paths import layer_paths
 from keras_lora.peft_tensors import EMBEDDING
-from keras_lora.peft_tensors import LINEAR
 from keras_lora.peft_tensors import file_rank
 from keras_lora.peft_tensors import from_tensors
 from keras_lora.peft_tensors import own_alpha
@@ -126,20 +121,8 @@ class Contents:
 
 
 def contents(adapter, modules, names) -> Contents:
-    config = checked_config(adapter.config)
-    tensors = dict(adapter.tensors)
-    shares = split(tensors, modules, adapter.slices)
-    factors, others = sort_keys(tensors, modules)
-    ranks = value_of(config, "rank_pattern", "r", factors)
-    alphas = value_of(config, "alpha_pattern", "lora_alpha", factors)
-    for module, (rank, total) in shares.items():
-        if ranks[module] != total:
-            raise ValueError(
-                f"The rank of {without_slice(module)!r} is {ranks[module]} in {CONFIG} "
-                f"and {total} in {TENSORS}."
-            )
-        ranks[module] = rank
-        alphas[module] *= (rank / total) ** (0.5 if config["use_rslora"] else 1)
+    factors, others, ranks, alphas, config = factors_of(adapter, modules)
+    refuse_unknown_modules(factors, modules)
     heads, counts = {}, fused_modules(modules)
     for head in config["modules_to_save"]:
         for name in slices_of(head, counts[head]) if head in counts else [head]:
@@ -193,18 +176,8 @@ def split_others(file):
                 file.others[f"{part}{infix}.{name}"] = values
 
 
-def sort_keys(tensors, modules):
-    """{module: {suffix: tensor}} for the factors, {key: tensor} for the others."""
-    found, others = {}, {}
-    for name, value in tensors.items():
-        suffix = next((s for s in LINEAR + EMBEDDING if name.endswith(s)), None)
-        if suffix is None:
-            others[name] = value
-        else:
-            found.setdefault(name.removesuffix(suffix), {})[suffix] = value
-    if not found:
-        raise ValueError(f"{TENSORS} holds no factors of an adapter.")
-    for module, pair in found.items():
+def refuse_unknown_modules(factors, modules):
+    for module in factors:
         layer = modules.get(module)
         if layer is None or not can_hold(layer):
             close = difflib.get_close_matches(
@@ -215,21 +188,12 @@ def sort_keys(tensors, modules):
                 f"{' in a form that can be adapted' if layer is not None else ''}. "
                 f"Close are: {close}. `names` can map paths to modules."
             )
-        if tuple(sorted(pair)) not in (LINEAR, EMBEDDING):
-            raise ValueError(
-                f"The adapter of {module!r} needs A and B; the file has {sorted(pair)}."
-            )
-    return found, others
 
 
 def can_hold(layer):
     if is_adapted(layer):
         return True
     return lora_class_of(type(layer)) is not None and obstacle(layer) is None
-
-
-def suffixes_of(pair):
-    return tuple(sorted(pair))
 
 
 def refuse_other_modules(file):

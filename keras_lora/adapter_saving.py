@@ -134,13 +134,12 @@ def fuse_others(others, modules, inputs_first):
                     f"The {weight} of {module!r} trains in part: `names` has no layer "
                     f"for {missing}."
                 )
-            parts = [
-                weight_to_tensor(modules[name], variable, inputs_first)
+            untrained = {
+                name: weight_to_tensor(modules[name], variable, inputs_first)
                 for name in names
                 for variable in itertools.chain(*layer_state(modules[name]))
                 if torch_name(variable) == weight
-            ]
-            for name in names:
-                others.pop((name, weight), None)
+            }
+            parts = [others.pop((name, weight), untrained[name]) for name in names]
             axis = outputs_axis(parts[0], inputs_first)
             others[module, weight] = np.concatenate(parts, axis)

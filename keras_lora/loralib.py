@@ -13,7 +13,6 @@ from keras_lora.adapter import checked_alpha
 from keras_lora.adapter import checked_rank
 from keras_lora.adapter_config import settings
 from keras_lora.adapter_folder import Adapter
-from keras_lora.adapter_folder import assert_finite
 from keras_lora.adapter_loading import load_adapter
 from keras_lora.merged_dense import LoRAMergedDense
 from keras_lora.merged_dense import checked_mask
@@ -104,8 +103,6 @@ def load_loralib(
         infix = ".base_layer" if module in ranks else ""
         biases[f"{module}{infix}.bias"] = value
     alphas = {module: alpha * ranks[module] / rank for module in ranks}
-    for key, value in (tensors | biases).items():
-        assert_finite(key, value)
     bias = "lora_only" if biases else None
     if any(".base_layer." not in key for key in biases):
         bias = "all"

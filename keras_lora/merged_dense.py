@@ -75,22 +75,39 @@ class LoRAMergedDense(LoRALayer, keras.layers.Dense):
         blocks = ops.einsum("grn,gs->grsn", b, ops.cast(placement, b.dtype))
         return ops.reshape(blocks, (-1, self.units))
 
-    def gather(self, blocks, where):
-        """The inverse of `spread`, on an array; what lies outside must be zero."""
-        rank = self.lora.rank
-        slots = np.flatnonzero(self.adapted_slices)
-        size = self.units // len(self.adapted_slices)
-        b, rest = np.empty(self.lora.b.shape, blocks.dtype), blocks.copy()
-        for g, slot in enumerate(slots):
-            place = np.s_[g * rank : (g + 1) * rank, slot * size : (slot + 1) * size]
-            b[g] = blocks[place]
-            rest[place] = 0
-        if rest.any():
+    def gather(self, a, blocks, where):
+        """A and B for this layer from arrays A and `spread` B, in any order of ranks.
+
+        Each row of the block form must be zero outside of one adapted slice.
+        """
+        groups, rank, size = self.lora.b.shape
+        slots = list(np.flatnonzero(self.adapted_slices))
+        parts = blocks.reshape(groups * rank, -1, size)
+        rows = [[] for _ in slots]
+        zero_rows = []
+        for row, used in enumerate(parts.any(axis=2)):
+            slot = np.flatnonzero(used)
+            if len(slot) == 0:
+                zero_rows.append(row)
+            elif len(slot) == 1 and slot[0] in slots:
+                rows[slots.index(slot[0])].append(row)
+            else:
+                rows[0] += range(rank + 1)  # fits nowhere
+        if any(len(own) > rank for own in rows):
             raise ValueError(
                 f"B of {where!r} is not zero outside the blocks of the adapted "
                 f"slices {self.adapted_slices}: it is another layer's adapter."
             )
-        return b
+        for row in zero_rows:  # where they stand, if there is room
+            own = rows[row // rank]
+            if len(own) == rank:
+                own = next(other for other in rows if len(other) < rank)
+            own.append(row)
+        order = [row for own in rows for row in sorted(own)]
+        b = [
+            parts[own, slot] for own, slot in zip(map(sorted, rows), slots, strict=True)
+        ]
+        return a[:, order], np.stack(b)
 
     def get_config(self):
         return {**super().get_config(), "enable_lora": list(self.adapted_slices)}

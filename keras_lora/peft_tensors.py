@@ -94,7 +94,7 @@ def from_tensors(layer, a, b, where):
             )
     own_a, own_b = layer.lora.a.shape, layer.lora.b.shape
     if isinstance(layer, LoRAMergedDense):
-        return a.T, layer.gather(b.T, where)
+        return layer.gather(a.T, b.T, where)
     if isinstance(layer, LoRAConv) and layer.factorization == "standard":
         return np.moveaxis(a, (0, 1), (-1, -2)), b.reshape(b.shape[:2]).T
     if is_exchangeable(layer):
