@@ -28,12 +28,14 @@ class AdaptedModel:
         layers = layer_paths(self)
         state = self._adapted
         adapters = {path: layers[path].lora.options() for path in state.paths}
+        plain = [p for p, x in layers.items() if not isinstance(x, LowRankAdapter)]
         with plain_classes(self):
             model = keras.saving.serialize_keras_object(self)
         model.pop("compile_config", None)
         return {
             "model": model,
             "adapters": adapters,
+            "places": {path: plain.index(path) for path in state.paths},
             "merge_weights": {p: layers[p].merge_weights for p in state.paths},
             "trainable": trainable_state(self),
             "trainable_before": state.trainable_before,
@@ -45,16 +47,18 @@ class AdaptedModel:
             config["model"], custom_objects=custom_objects
         )
         layers = layer_paths(model)
-        adapters = {}
+        paths, adapters = list(layers), {}
         for path, options in config["adapters"].items():
-            layer = layers[path]
-            dtype = adapter_dtype(layer)
+            # A model that has got a name may give its layers others than before.
+            own = path if path in layers else paths[config["places"][path]]
+            dtype = adapter_dtype(layers[own])
             options = {**options, "dtype": dtype, "name": "lora"}
-            adapters[path] = layer, LowRankAdapter.from_config(options)
+            adapters[own] = layers[own], LowRankAdapter.from_config(options)
         with adopted(model, adapters) as undo:
             undo.pop_all()
-        for path, merge_weights in config["merge_weights"].items():
-            layers[path].merge_weights = merge_weights
+        merge_weights = config["merge_weights"].values()
+        for (layer, _), merge in zip(adapters.values(), merge_weights, strict=True):
+            layer.merge_weights = merge
         mark_adapted(model, list(adapters), config["trainable_before"])
         restore_trainable_state(model, config["trainable"])
         return model

@@ -1,5 +1,6 @@
 """LoRA for a model that exists: its layers become LoRA layers, in place."""
 
+import warnings
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from keras_lora.keras_internals import compile_again
 from keras_lora.keras_internals import trainable_state
 from keras_lora.layer_conversion import LORA_CLASSES
 from keras_lora.layer_conversion import adopted
+from keras_lora.layer_conversion import is_read_by
 from keras_lora.layer_conversion import lora_class_of
 from keras_lora.layer_conversion import obstacle
 from keras_lora.lora_layer import adapter_dtype
@@ -140,9 +142,11 @@ def choose(model, paths, target, exclude, trained):
         heads = output_layers(model)
         linear = {p: x for p, x in supported.items() if isinstance(x, LINEAR)}
         found = [p for p, layer in linear.items() if id(layer) not in heads]
-        for path in [p for p in found if obstacle(paths[p])]:
-            skipped[path] = obstacle(paths[path])
-            found.remove(path)
+        for path in found:
+            reason = obstacle(paths[path]) or detour(model, paths, path)
+            if reason:
+                skipped[path] = reason
+        found = [path for path in found if path not in skipped]
         if not found:
             raise ValueError(
                 "`target` 'all-linear' matches no layer: there is no Dense, "
@@ -178,7 +182,23 @@ def choose(model, paths, target, exclude, trained):
                 f"The layer {path!r} cannot be adapted: {obstacle(paths[path])} "
                 "Leave it out with exclude=."
             )
+        if detour(model, paths, path):
+            warnings.warn(f"{path!r}: {detour(model, paths, path)}", stacklevel=3)
     return {path: paths[path] for path in found}, skipped
+
+
+def detour(model, paths, path):
+    """A reason, where the code around a layer reads its kernel and may not call it."""
+    owner = path.rpartition("/")[0]
+    while owner and owner not in paths:
+        owner = owner.rpartition("/")[0]
+    parent = paths.get(owner, model)
+    if is_read_by(parent, paths[path]):
+        return (
+            f"{type(parent).__name__} reads its kernel itself: an adapter has no "
+            "effect there until it is merged."
+        )
+    return None
 
 
 def unsupported(path, layer, trained):

@@ -1,7 +1,9 @@
 """A Keras layer becomes a LoRA layer, and back, in place on the same object."""
 
 import contextlib
+import dis
 import functools
+import inspect
 
 import keras
 
@@ -87,6 +89,38 @@ def obstacle(layer):
     except ValueError as error:
         return str(error)
     return None
+
+
+def is_read_by(parent, layer):
+    """Whether the parent's code takes the layer's kernel, past its adapter.
+
+    Gemma 4's feed-forward blocks multiply with `self.gating_ffw.kernel`, and never
+    call that layer.
+    """
+    name = lora_class_of(type(layer)).kernel_name
+    return any(
+        attribute == name and getattr(parent, owner, None) is layer
+        for owner, attribute in attribute_pairs(type(parent))
+    )
+
+
+@functools.cache
+def attribute_pairs(cls):
+    """(a, b) for every `.a.b` in the methods of a layer class."""
+    pairs = set()
+    for base in cls.__mro__:
+        if base.__module__.startswith("keras.src."):
+            continue
+        for name, method in vars(base).items():
+            if not inspect.isfunction(method) or name in ("__init__", "build"):
+                continue
+            previous = None
+            for step in dis.get_instructions(method):
+                attribute = step.argval if "ATTR" in step.opname else None
+                if previous is not None and attribute is not None:
+                    pairs.add((previous, attribute))
+                previous = attribute
+    return pairs
 
 
 @contextlib.contextmanager

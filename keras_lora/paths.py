@@ -18,33 +18,40 @@ def layer_paths(model) -> dict:
 
     A part of a path is the name that somebody gave to the layer, else the
     attribute that holds it, else its kind; Keras's automatic names (dense_7) count
-    instances in the process and say nothing. Equal parts are numbered in order.
+    instances in the process and say nothing. Where a model puts its own name before
+    those of its layers, as many in KerasHub do once they have one, that is left out.
+    Equal parts are numbered in order.
     """
     paths, seen = {}, {id(model)}
 
-    def walk(parent, prefix):
+    def walk(parent, prefix, owners):
         used = collections.Counter()
         attributes = {id(layer): name for name, layer in attributes_of(parent)}
         for layer in sublayers(parent):
             if id(layer) in seen:
                 continue
             seen.add(id(layer))
-            part = given_name(layer) or attributes.get(id(layer)) or kind_of(layer)
+            part = (
+                given_name(layer, owners) or attributes.get(id(layer)) or kind_of(layer)
+            )
             used[part] += 1
             if used[part] > 1:
                 part = f"{part}_{used[part] - 1}"
             paths[prefix + part] = layer
-            walk(layer, f"{prefix}{part}/")
+            walk(layer, f"{prefix}{part}/", (f"{layer.name}_", *owners))
 
-    walk(model, "")
+    walk(model, "", (f"{model.name}_",))
     return paths
 
 
-def given_name(layer):
-    """The layer's name, or None where Keras made it from the class."""
-    base = re.sub(r"_\d+$", "", layer.name)
+def given_name(layer, owners):
+    """The layer's name without those of its owners; None where Keras made it up."""
+    name = layer.name
+    for owner in sorted(owners, key=len, reverse=True):
+        name = name.removeprefix(owner) or name
+    base = re.sub(r"_\d+$", "", name)
     automatic = {snake_case(cls.__name__) for cls in type(layer).__mro__}
-    return None if base in automatic | {f"lora_{kind_of(layer)}"} else layer.name
+    return None if base in automatic | {f"lora_{kind_of(layer)}"} else name
 
 
 def kind_of(layer):

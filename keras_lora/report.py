@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from keras_lora.keras_internals import own_variables
 from keras_lora.lora_layer import is_adapted
 from keras_lora.paths import layer_paths
 
@@ -35,6 +36,7 @@ class Report(Sequence):
             for path, layer in layer_paths(model).items()
             if is_adapted(layer)
         ]
+        self.also_trained = trained_beside(model)
         self.total = count(model.weights)
         self.trained = count(model.trainable_weights)
 
@@ -69,7 +71,8 @@ class Report(Sequence):
                 f"LoRA in {self.model_name}",
                 *lines,
                 f"{len(self)} adapters: {adapters:,} parameters",
-                f"Also trained: {self.trained - adapters:,} parameters",
+                f"Also trained: {self.trained - adapters:,} parameters"
+                f"{where(self.also_trained)}",
                 f"Trained: {self.trained:,} of {self.total:,} "
                 f"({percent(self.trained / max(self.total, 1))})",
                 "Optimizer memory (two moments, float32): "
@@ -106,6 +109,23 @@ def adapted_row(path, layer):
         parameters,
         parameters / max(count(layer.weights), 1),
     )
+
+
+def trained_beside(model):
+    """The paths of layers of which more than A and B trains."""
+    paths = layer_paths(model)
+    adapters = {id(layer.lora) for layer in paths.values() if is_adapted(layer)}
+    return [
+        path
+        for path, layer in paths.items()
+        if id(layer) not in adapters
+        and any(variable.trainable for variable in own_variables(layer))
+    ]
+
+
+def where(paths, most=8):
+    more = f" and {len(paths) - most} more" if len(paths) > most else ""
+    return f" in {', '.join(paths[:most])}{more}" if paths else ""
 
 
 def megabytes(number):

@@ -17,6 +17,7 @@ from test_merging import predict
 
 import keras_lora
 from keras_lora import apply_lora
+from keras_lora.layer_conversion import lora_layers
 
 over_models = pytest.mark.parametrize(
     "build", PRETRAINED, ids=lambda build: build.__name__
@@ -376,6 +377,84 @@ def test_subclass_with_another_call_is_refused_by_name():
         apply_lora(with_subclass(DoubledDense), target=["own"])
     with pytest.raises(ValueError, match="matches no layer"):
         apply_lora(with_subclass(DoubledDense))
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Block(keras.layers.Layer):
+    """Multiplies with one layer's kernel by itself, and calls the other."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.gate = keras.layers.Dense(6, name="gate")
+        self.up = keras.layers.Dense(6, name="up")
+
+    def build(self, shape):
+        self.gate.build(shape)
+        self.up.build(shape)
+
+    def call(self, inputs):
+        return self.up(keras.ops.matmul(inputs, self.gate.kernel))
+
+
+def test_kernel_that_the_parent_reads_itself_is_passed_over():
+    """Its adapter would train nothing and show only once merged, as in Gemma 4."""
+    model = keras.Sequential(
+        [keras.Input((6,)), Block(name="block"), keras.layers.Dense(3, name="head")]
+    )
+    report = apply_lora(model)
+    assert [row.path for row in report] == ["block/up"]
+    assert "Block reads its kernel itself" in report.skipped["block/gate"]
+    keras_lora.remove_lora(model)
+    with pytest.warns(UserWarning, match="'block/gate': Block reads its kernel"):
+        apply_lora(model, target=["gate"])
+
+
+def prefixed(name=None):
+    """As KerasHub's: a model puts its name before those of its layers."""
+    prefix = "" if name is None else f"{name}_"
+    inputs = keras.Input((6,))
+    inner_inputs = keras.Input((6,))
+    hidden = keras.layers.Dense(6, name=f"{prefix}up")(inner_inputs)
+    inner = keras.Model(inner_inputs, hidden, name=name)
+    return keras.Model(inputs, keras.layers.Dense(3, name="head")(inner(inputs)))
+
+
+def test_a_model_that_got_a_name_has_the_same_paths(tmp_path):
+    assert [row.path for row in apply_lora(prefixed())] == ["functional/up"]
+    model = prefixed("encoder")
+    assert [row.path for row in apply_lora(model)] == ["encoder/up"]
+    keras_lora.save_adapter(model, tmp_path / "adapter")
+    again = prefixed("encoder")
+    keras_lora.load_adapter(again, tmp_path / "adapter")
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Renaming(keras.Model):
+    """Its layers have other names once it is loaded."""
+
+    def __init__(self, prefix="first", **kwargs):
+        inputs = keras.Input((6,))
+        hidden = keras.layers.Dense(6, name=f"{prefix}_up")(inputs)
+        outputs = keras.layers.Dense(3, name=f"{prefix}_head")(hidden)
+        super().__init__(inputs, outputs, **kwargs)
+
+    def get_config(self):
+        return {"prefix": "second"}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**config)
+
+
+def test_a_model_whose_layers_get_other_names_is_loaded(tmp_path):
+    model = Renaming()
+    apply_lora(model)
+    for layer in lora_layers(model):
+        fill(layer.lora.b, 1)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert [row.path for row in keras_lora.summary(loaded)] == ["second_up"]
+    assert_same(predict(loaded), predict(model))
 
 
 def test_a_class_can_be_registered(monkeypatch):

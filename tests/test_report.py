@@ -25,7 +25,8 @@ def test_rows_and_table(capsys):
     # 6 * 8 in the kernel, 8 in the bias, 28 in A and B
     assert first.split() == ["dense", "LoRADense", "2", "6", "3", "28", "33.33%"]
     normalization, plain = 2 * 8, 8 * 4 + 4
-    assert f"Also trained: {8 + normalization + plain} parameters" in printed
+    also = f"{8 + normalization + plain} parameters in dense, batch_normalization, "
+    assert f"Also trained: {also}dense_1" in printed
     assert f"of {model.count_params()} " in printed
 
 
