@@ -14,13 +14,14 @@ import keras
 from keras_lora.adapter import LowRankAdapter
 from keras_lora.keras_internals import change_class
 from keras_lora.keras_internals import flatten_layers
-from keras_lora.keras_internals import restore_trainable_state
-from keras_lora.keras_internals import trainable_state
 from keras_lora.layer_conversion import adopted
 from keras_lora.lora_layer import adapter_dtype
 from keras_lora.paths import layer_paths
+from keras_lora.trainable_flags import restore_trainable_state
+from keras_lora.trainable_flags import trainable_state
 
 
+@keras.saving.register_keras_serializable("keras_lora", "AdaptedModel")
 class AdaptedModel:
     """Mixin before the class of a model that went through `apply_lora`."""
 
@@ -90,9 +91,12 @@ def restore_models(model):
 @functools.cache
 def adapted_class(cls):
     adapted = type(cls.__name__, (AdaptedModel, cls), {"__module__": cls.__module__})
-    # All under one name: `from_config` is the same for each of them.
+    # All under one name, and behind it the mixin: a class that is listed there is
+    # taken for one of KerasHub's own when it looks for the task of a preset.
     register = keras.saving.register_keras_serializable("keras_lora", "AdaptedModel")
-    return register(adapted)
+    register(adapted)
+    register(AdaptedModel)
+    return adapted
 
 
 @contextlib.contextmanager

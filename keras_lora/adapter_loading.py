@@ -19,7 +19,6 @@ from keras_lora.fused import outputs_axis
 from keras_lora.fused import slices_of
 from keras_lora.keras_internals import compile_again
 from keras_lora.keras_internals import layer_state
-from keras_lora.keras_internals import trainable_state
 from keras_lora.layer_conversion import adopted
 from keras_lora.layer_conversion import lora_class_of
 from keras_lora.layer_conversion import lora_layers
@@ -37,6 +36,7 @@ from keras_lora.peft_tensors import suffixes
 from keras_lora.peft_tensors import torch_name
 from keras_lora.peft_tensors import weight_from_tensor
 from keras_lora.report import Report
+from keras_lora.trainable_flags import trainable_state
 
 
 def load_adapter(

@@ -12,7 +12,6 @@ from keras_lora.adapter import LowRankAdapter
 from keras_lora.freezing import checked_bias
 from keras_lora.freezing import freeze_all_but_lora
 from keras_lora.keras_internals import compile_again
-from keras_lora.keras_internals import trainable_state
 from keras_lora.layer_conversion import LORA_CLASSES
 from keras_lora.layer_conversion import adopted
 from keras_lora.layer_conversion import is_read_by
@@ -25,6 +24,7 @@ from keras_lora.report import Report
 from keras_lora.targets import matching
 from keras_lora.targets import output_layers
 from keras_lora.targets import pattern_values
+from keras_lora.trainable_flags import trainable_state
 
 LINEAR = (
     keras.layers.Dense,

@@ -114,7 +114,12 @@ def change_class(layer, new_class):
         }
 
 
-COMPILED_FUNCTIONS = ("train_function", "test_function", "predict_function")
+COMPILED_FUNCTIONS = (
+    "train_function",
+    "test_function",
+    "predict_function",
+    "generate_function",  # of KerasHub's tasks
+)
 
 
 def take_compiled_functions(model):
@@ -135,7 +140,9 @@ def compile_again(model):
             settings = dict(layer._compile_config.config)
             optimizer = settings["optimizer"]
             settings["optimizer"] = type(optimizer).from_config(optimizer.get_config())
-            layer.compile(**settings)
+            # Not the layer's own `compile`: what a subclass adds to it, such as a
+            # sampler, is no part of the settings and stays as it is.
+            keras.Model.compile(layer, **settings)
             if layer.built:
                 layer.optimizer.build(layer.trainable_variables)
     take_compiled_functions(model)
@@ -171,22 +178,6 @@ def name_scope_of(layer):
         for part in (layer.path or layer.name).split("/"):
             scopes.enter_context(keras.name_scope(part))
         yield
-
-
-def trainable_state(model) -> list:
-    """[layer.trainable, one flag per variable of its own] for every layer."""
-    return [
-        [layer.trainable, [v.trainable for v in own_variables(layer)]]
-        for layer in flatten_layers(model)
-    ]
-
-
-def restore_trainable_state(model, state):
-    """From the outside in: what is set on a layer reaches the layers inside it."""
-    for layer, (trainable, flags) in zip(flatten_layers(model), state, strict=True):
-        layer.trainable = trainable
-        for variable, flag in zip(own_variables(layer), flags, strict=True):
-            variable.trainable = flag
 
 
 def layer_state(layer):

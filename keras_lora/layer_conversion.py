@@ -20,12 +20,12 @@ from keras_lora.keras_internals import detach
 from keras_lora.keras_internals import flatten_layers
 from keras_lora.keras_internals import name_scope_of
 from keras_lora.keras_internals import refresh_torch_parameters
-from keras_lora.keras_internals import restore_trainable_state
-from keras_lora.keras_internals import trainable_state
 from keras_lora.keras_internals import unfreeze
 from keras_lora.lora_layer import LoRALayer
 from keras_lora.lora_layer import is_adapted
 from keras_lora.lora_layer import refuse_unsupported_host
+from keras_lora.trainable_flags import restore_trainable_state
+from keras_lora.trainable_flags import trainable_state
 
 LORA_CLASSES = {
     keras.layers.Dense: LoRADense,
