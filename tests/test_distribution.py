@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -45,6 +46,31 @@ else:
     model = build()
 print(json.dumps(losses(model)))
 """
+# README's section on several machines, here two processes. Keras's `fit` does not
+# take this strategy; its `train_step` does.
+WORKER = """
+import json
+import tensorflow as tf
+strategy = tf.distribute.MultiWorkerMirroredStrategy()
+with strategy.scope():
+    model = build()
+    model.optimizer.build(model.trainable_variables)
+data = tf.data.Dataset.from_tensor_slices((x, y)).batch(16)
+options = tf.data.Options()
+policy = tf.data.experimental.AutoShardPolicy.DATA
+options.experimental_distribute.auto_shard_policy = policy
+batches = strategy.experimental_distribute_dataset(data.with_options(options))
+@tf.function
+def step(batch):
+    strategy.run(model.train_step, args=(batch,))
+found = []
+for epoch in range(3):
+    model.reset_metrics()
+    for batch in batches:
+        step(batch)
+    found.append(float(model.metrics[0].result()))
+print(json.dumps(found))
+"""
 JAX = """
 import json, sys
 import jax
@@ -72,14 +98,33 @@ print(json.dumps(found))
 
 
 def run(program, argument, **environment):
-    done = subprocess.run(
+    return finish(start(program, argument, **environment))
+
+
+def start(program, argument, **environment):
+    return subprocess.Popen(
         [sys.executable, "-c", MODEL + program, argument],
         env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **environment},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+
+
+def finish(process):
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-2000:]
+    return json.loads(output.splitlines()[-1])
+
+
+def free_ports(count):
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("localhost", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
 
 
 @pytest.mark.skipif(
@@ -89,6 +134,21 @@ def test_mirrored_strategy():
     one = run(TENSORFLOW, "1")
     for devices in ("2", "4"):
         np.testing.assert_allclose(run(TENSORFLOW, devices), one, rtol=1e-5)
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="tf.distribute is TensorFlow's"
+)
+def test_two_workers():
+    workers = [f"localhost:{port}" for port in free_ports(2)]
+    processes = []
+    for index in range(2):
+        task = {"type": "worker", "index": index}
+        config = json.dumps({"cluster": {"worker": workers}, "task": task})
+        processes.append(start(WORKER, "", TF_CONFIG=config))
+    one = run(TENSORFLOW, "1")
+    for process in processes:
+        np.testing.assert_allclose(finish(process), one, rtol=1e-5)
 
 
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="Keras has it on JAX")
