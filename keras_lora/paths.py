@@ -1,6 +1,7 @@
 """Names for layers that are the same in every process and every instance."""
 
 import collections
+import functools
 import re
 
 import keras
@@ -32,13 +33,16 @@ def layer_paths(model) -> dict:
                 continue
             seen.add(id(layer))
             part = (
-                given_name(layer, owners) or attributes.get(id(layer)) or kind_of(layer)
+                given_name(layer, owners)
+                or attributes.get(id(layer))
+                or kind_of(type(layer))
             )
             used[part] += 1
             if used[part] > 1:
                 part = f"{part}_{used[part] - 1}"
             paths[prefix + part] = layer
-            walk(layer, f"{prefix}{part}/", (f"{layer.name}_", *owners))
+            inside = sorted((f"{layer.name}_", *owners), key=len, reverse=True)
+            walk(layer, f"{prefix}{part}/", inside)
 
     walk(model, "", (f"{model.name}_",))
     return paths
@@ -47,16 +51,20 @@ def layer_paths(model) -> dict:
 def given_name(layer, owners):
     """The layer's name without those of its owners; None where Keras made it up."""
     name = layer.name
-    for owner in sorted(owners, key=len, reverse=True):
+    for owner in owners:
         name = name.removeprefix(owner) or name
-    base = re.sub(r"_\d+$", "", name)
-    automatic = {snake_case(cls.__name__) for cls in type(layer).__mro__}
-    return None if base in automatic | {f"lora_{kind_of(layer)}"} else name
+    return None if re.sub(r"_\d+$", "", name) in automatic_names(type(layer)) else name
 
 
-def kind_of(layer):
-    """The layer's kind as a word, the same with and without an adapter."""
-    cls = type(layer)
+@functools.cache
+def automatic_names(cls):
+    """What Keras calls an instance that got no name, before it adds a number."""
+    kinds = {snake_case(base.__name__) for base in cls.__mro__}
+    return frozenset(kinds | {f"lora_{kind_of(cls)}"})
+
+
+def kind_of(cls):
+    """The kind of a layer class as a word, the same with and without an adapter."""
     while issubclass(cls, LoRALayer):
         cls = cls.plain_class
     return snake_case(cls.__name__)

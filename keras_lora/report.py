@@ -31,12 +31,13 @@ class Report(Sequence):
     def __init__(self, model, skipped=()):
         self.model_name = model.name
         self.skipped = dict(skipped)
+        paths = layer_paths(model)
         self.rows = [
             adapted_row(path, layer)
-            for path, layer in layer_paths(model).items()
+            for path, layer in paths.items()
             if is_adapted(layer)
         ]
-        self.also_trained = trained_beside(model)
+        self.also_trained = trained_beside(paths)
         self.total = count(model.weights)
         self.trained = count(model.trainable_weights)
 
@@ -111,9 +112,8 @@ def adapted_row(path, layer):
     )
 
 
-def trained_beside(model):
+def trained_beside(paths):
     """The paths of layers of which more than A and B trains."""
-    paths = layer_paths(model)
     adapters = {id(layer.lora) for layer in paths.values() if is_adapted(layer)}
     return [
         path
