@@ -1,12 +1,14 @@
-"""All benchmarks: ratios in one run, written to docs/benchmarks.md and a picture.
+"""All benchmarks: ratios in one run, written to docs/benchmarks.md and two pictures.
 
-python -m benchmarks            about ten minutes on two cores
-python -m benchmarks --quick    a few rounds of the smaller settings
+python -m benchmarks            some twenty minutes on two cores
+python -m benchmarks --quick    a few rounds of the first setting of each table,
+                                written to a temporary folder
 """
 
 import argparse
 import os
 import platform
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -14,84 +16,17 @@ os.environ["KERAS_BACKEND"] = "tensorflow"
 
 import keras
 import matplotlib
+import tensorflow as tf
 
 from benchmarks import compare_enable_lora
-from benchmarks import inference
-from benchmarks import memory
-from benchmarks import training
+from benchmarks.sections import SECTIONS
+from benchmarks.sections import sentence
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 DOCS = Path(__file__).parents[1] / "docs"
-
-# Section, the peers of its columns, and (row, function, arguments); the last number
-# is how many rounds a full run takes. Rows of the first setting make a quick run.
-SECTIONS = [
-    (
-        "Training step: Dense stacks",
-        "Six square layers with AdamW, over the floor: the same network, frozen, "
-        "without adapters. loralib and PEFT stand over torch's own floor.",
-        [
-            ("d=1024, 512 rows, r=8", training.dense, (1024, 512, 8), 25),
-            ("d=1024, 2048 rows, r=8", training.dense, (1024, 2048, 8), 12),
-            ("d=1024, 2048 rows, r=64", training.dense, (1024, 2048, 64), 12),
-            ("d=2048, 1024 rows, r=16", training.dense, (2048, 1024, 16), 8),
-        ],
-    ),
-    (
-        "Training step: query, key and value in one kernel",
-        "Two of three slices adapted, over the frozen layer.",
-        [("d=1024, 1024 rows, r=8", training.fused, (1024, 1024, 8), 25)],
-    ),
-    (
-        "Training step: a transformer block",
-        "MultiHeadAttention and two Dense layers, all adapted, over the frozen block.",
-        [
-            ("d=512, 8 x 64 tokens, r=8", training.attention, (512, 64, 8), 25),
-            ("d=768, 8 x 128 tokens, r=8", training.attention, (768, 128, 8), 12),
-        ],
-    ),
-    (
-        "Training step: Conv2D",
-        "Three 3x3 convolutions, over the frozen network.",
-        [
-            ("64 channels, 8 x 16x16, r=8", training.convolution, (64, 16, 8), 25),
-            ("256 channels, 8 x 16x16, r=8", training.convolution, (256, 16, 8), 12),
-        ],
-    ),
-    (
-        "Training step: Embedding",
-        "SGD on 2048 ids of width 256, over the plain layer that trains its table.",
-        [
-            ("vocabulary 1,000, r=8", training.embedding, (1_000, 8), 25),
-            ("vocabulary 50,000, r=8", training.embedding, (50_000, 8), 25),
-            ("vocabulary 1,000,000, r=8", training.embedding, (1_000_000, 8), 15),
-        ],
-    ),
-    (
-        "Inference: LoRADense",
-        "One call of a 1024 x 1024 layer, over the plain layer.",
-        [
-            (f"{rows} rows, r=8", inference.dense, (1024, rows, 8), 40)
-            for rows in (1, 16, 128, 512, 2048)
-        ],
-    ),
-    (
-        "Inference: Embedding",
-        "2048 ids of width 256, over the plain layer.",
-        [
-            ("vocabulary 1,000, r=8", inference.embedding, (1_000, 8), 25),
-            ("vocabulary 50,000, r=8", inference.embedding, (50_000, 8), 25),
-            ("vocabulary 1,000,000, r=8", inference.embedding, (1_000_000, 8), 15),
-        ],
-    ),
-    (
-        "Peak memory of a training process",
-        "The first setting's growth over the imports, over the floor's.",
-        [("d=2048, 1024 rows, r=16", memory.dense, (2048, 1024, 16), 1)],
-    ),
-]
+PEERS = ["keras_lora", "loralib", "PEFT", "Keras enable_lora", "full fine-tuning"]
 
 
 def table(rows):
@@ -104,13 +39,12 @@ def table(rows):
     return "\n".join(lines)
 
 
-def draw(rows, path):
-    """Bars against the floor: where this library stands between it and its peers."""
-    names = ["keras_lora", "loralib", "PEFT", "Keras enable_lora", "full fine-tuning"]
+def draw_bars(rows, path):
+    """Where this library stands between the floor and its peers."""
     figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
-    width = 0.8 / len(names)
-    for place, name in enumerate(names):
-        at = [i + (place - (len(names) - 1) / 2) * width for i in range(len(rows))]
+    width = 0.8 / len(PEERS)
+    for place, name in enumerate(PEERS):
+        at = [i + (place - (len(PEERS) - 1) / 2) * width for i in range(len(rows))]
         values = [found[name] for _, found in rows]
         heights = [value.median for value in values]
         errors = [
@@ -118,44 +52,94 @@ def draw(rows, path):
             [value.high - value.median for value in values],
         ]
         bars = axes.bar(at, heights, width, label=name, yerr=errors, capsize=2)
-        axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
+        axes.bar_label(bars, fmt="%.2f", fontsize=6, padding=2)
     axes.axhline(1, color="black", linewidth=1)
-    axes.set_xticks(range(len(rows)), [title for title, _ in rows], fontsize=8)
+    titles = [title.replace(", ", "\n") for title, _ in rows]
+    axes.set_xticks(range(len(rows)), titles, fontsize=8)
     axes.set(ylim=(0.9, None), ylabel="training step over its floor (1 is best)")
     axes.legend(fontsize=8, ncols=3)
     figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_costs(panels, path):
+    """The cost of a step against rows, rank and vocabulary."""
+    figure, every = plt.subplots(
+        1, len(panels), figsize=(12, 3.6), layout="constrained"
+    )
+    for axes, (section, rows) in zip(every, panels, strict=True):
+        axis = [float(title.split("=")[-1].replace(",", "")) for title, _ in rows]
+        names = [name for name in rows[0][1] if name in PEERS]
+        for name in names:
+            points = [
+                (x, row[name])
+                for x, (_, row) in zip(axis, rows, strict=True)
+                if name in row
+            ]
+            xs, values = zip(*points, strict=True)
+            axes.plot(xs, [value.median for value in values], "o-", label=name)
+            axes.fill_between(
+                xs,
+                [value.low for value in values],
+                [value.high for value in values],
+                alpha=0.2,
+            )
+        axes.axhline(1, color="black", linewidth=1)
+        axes.set(xscale="log", xlabel=section.axis, ylabel="step over its baseline")
+        axes.set_xticks(axis, [f"{x:,.0f}" for x in axis], fontsize=8)
+        axes.minorticks_off()
+        axes.set_title(section.title, fontsize=9)
+        axes.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def gpus():
+    return [
+        tf.config.experimental.get_device_details(device).get("device_name", "GPU")
+        for device in tf.config.list_physical_devices("GPU")
+    ]
 
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
     parser.add_argument("--quick", action="store_true")
     quick = parser.parse_args().quick
-    work = sum(1 if quick else len(rows) for _, _, rows in SECTIONS)
+    folder = Path(tempfile.mkdtemp()) if quick else DOCS
+    work = sum(1 if quick else len(section.settings) for section in SECTIONS)
     bar, done = keras.utils.Progbar(work, unit_name="setting"), 0
+    devices = gpus() or ["no GPU, as none was at hand"]
     text = [
         "# Benchmarks",
         f"Written by `python -m benchmarks{' --quick' if quick else ''}` on "
-        f"{os.cpu_count()} CPU cores ({platform.machine()}), Keras "
-        f"{keras.version()}, TensorFlow backend, float32. All figures are ratios, "
+        f"{os.cpu_count()} CPU cores ({platform.machine()}), {', '.join(devices)}; "
+        f"Keras {keras.version()}, TensorFlow backend. All figures are ratios, "
         "medians over rounds in which the variants take turns; `control` is a second "
-        "copy of the baseline, and shows how far a figure can be trusted. There was "
-        "no GPU: nothing here was measured on one.",
+        "copy of the baseline, and shows how far a figure can be trusted.",
     ]
-    for title, note, settings in SECTIONS:
+    panels = []
+    for section in SECTIONS:
         rows = []
-        for name, function, arguments, rounds in settings[: 1 if quick else None]:
+        for name, function, network, arguments, rounds in section.settings[
+            : 1 if quick else None
+        ]:
             keras.backend.clear_session()
             keras.utils.set_random_seed(0)
-            found = function(*arguments, rounds=3 if quick else rounds)
-            rows.append((name, found))
+            rounds = min(3, rounds) if quick else rounds
+            rows.append((name, function(network, arguments, rounds)))
             done += 1
             bar.update(done)
-        text += [f"## {title}", note, table(rows)]
-        if title == SECTIONS[0][0]:
-            draw(rows, DOCS / "benchmarks.png")
+        text += [f"## {section.title}", section.note, table(rows)]
+        text += [part for part in (sentence(section.bars, rows), section.why) if part]
+        if section.axis:
+            panels.append((section, rows))
+        if section is SECTIONS[0]:
+            draw_bars(rows, folder / "benchmarks.png")
             text.append("![Training step over its floor](benchmarks.png)")
+    draw_costs(panels, folder / "benchmark_costs.png")
+    text.append("![Cost against rows, rank and vocabulary](benchmark_costs.png)")
     text += ["## Beside Keras's own `layer.enable_lora`", compare_enable_lora.table()]
-    target = DOCS / "benchmarks.md"
+    target = folder / "benchmarks.md"
     target.write_text("\n\n".join(text) + "\n")
     print(f"Written: {target}")
 

@@ -1,12 +1,15 @@
 """One call at inference, as ratios to the plain layer."""
 
+import tempfile
+from pathlib import Path
+
 import keras
 import numpy as np
 import tensorflow as tf
 
 import keras_lora
+from benchmarks.networks import normal
 from benchmarks.timing import ratios
-from benchmarks.training import normal
 
 
 def compiled_call(layer, inputs):
@@ -16,53 +19,76 @@ def compiled_call(layer, inputs):
     return lambda: call(x).numpy()
 
 
-def dense(width, rows, rank, rounds):
-    """LoRADense merged in the call, by the low-rank path, and folded."""
-    kernel = normal(width, width)
-    b = normal(rank, width)
+def dense(network, arguments, rounds):
+    """LoRADense merged in the call, by the low-rank path, folded, and exported."""
+    width, rows, rank = arguments
+    kernel, b = normal(width, width), normal(rank, width)
+
+    def model_of(layer):
+        model = keras.Sequential([keras.Input((width,)), layer])
+        layer.kernel.assign(np.array(kernel))
+        if getattr(layer, "lora", None) is not None:
+            layer.lora.b.assign(b)
+        return model
 
     def adapted(**kwargs):
         layer = keras_lora.LoRADense(width, use_bias=False, rank=rank, **kwargs)
-        layer.build((None, width))
-        layer.kernel.assign(kernel)
-        layer.lora.b.assign(b)
-        return layer
+        return model_of(layer)
 
     def plain():
-        layer = keras.layers.Dense(width, use_bias=False)
-        layer.build((None, width))
-        layer.kernel.assign(np.array(kernel))
-        return layer
+        return model_of(keras.layers.Dense(width, use_bias=False))
+
+    def served(model, export):
+        with tempfile.TemporaryDirectory() as folder:
+            export(model, str(Path(folder, "served")))
+            artefact = tf.saved_model.load(str(Path(folder, "served")))
+        inputs = tf.constant(x)
+        artefact.serve(inputs), artefact.serve(inputs)
+        return lambda: artefact.serve(inputs).numpy()
 
     folded = adapted()
     keras_lora.merge_lora(folded)
     x = normal(rows, width)
     calls = {
-        "plain layer": compiled_call(plain(), x),
-        "control": compiled_call(plain(), x),
-        "merged in the call": compiled_call(adapted(), x),
-        "low-rank path": compiled_call(adapted(merge_weights=False), x),
-        "folded": compiled_call(folded, x),
+        "plain layer": compiled_call(plain().layers[0], x),
+        "control": compiled_call(plain().layers[0], x),
+        "merged in the call": compiled_call(adapted().layers[0], x),
+        "low-rank path": compiled_call(adapted(merge_weights=False).layers[0], x),
+        "folded": compiled_call(folded.layers[0], x),
     }
-    return ratios(calls, "plain layer", rounds, inner=max(1, 256 // rows))
+    exports = {
+        "plain, exported": served(plain(), lambda m, p: m.export(p, verbose=False)),
+        "exported": served(adapted(), keras_lora.export),
+    }
+    inner = max(1, 256 // rows)
+    found = ratios(calls, "plain layer", rounds, inner)
+    return found | ratios(exports, "plain, exported", rounds, inner)
 
 
-def embedding(vocabulary, rank, rounds, width=256, batch=64, length=32):
+def embedding(network, arguments, rounds, width=256, batch=64, length=32):
+    vocabulary, rank = arguments
     ids = np.random.default_rng(0).integers(0, vocabulary, (batch, length), "int32")
-    builtin = keras.layers.Embedding(vocabulary, width)
-    builtin.build()
-    builtin.enable_lora(rank)
-    calls = {
+    layers = {
         "plain layer": keras.layers.Embedding(vocabulary, width),
         "control": keras.layers.Embedding(vocabulary, width),
         "keras_lora": keras_lora.LoRAEmbedding(vocabulary, width, rank=rank),
     }
+    for layer in layers.values():
+        layer.build()
     if vocabulary <= 100_000:
-        calls["Keras enable_lora"] = builtin
-    functions = {}
-    for name, layer in calls.items():
-        x = tf.constant(ids)
-        call = tf.function(lambda x, layer=layer: layer(x))
-        call(x), call(x)
-        functions[name] = lambda call=call, x=x: call(x).numpy()
-    return ratios(functions, "plain layer", rounds, inner=5)
+        builtin = keras.layers.Embedding(vocabulary, width)
+        builtin.build()
+        builtin.enable_lora(rank)
+        layers["Keras enable_lora"] = builtin
+    calls = {name: compiled_call(Called(x), ids) for name, x in layers.items()}
+    return ratios(calls, "plain layer", rounds, inner=5)
+
+
+class Called:
+    """An Embedding takes no `training`."""
+
+    def __init__(self, layer):
+        self.layer = layer
+
+    def __call__(self, inputs, training):
+        return self.layer(inputs)

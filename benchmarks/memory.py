@@ -1,47 +1,55 @@
-"""Peak memory of a whole process, one variant per process."""
+"""Peak memory of a whole training process, one variant per process."""
 
+import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
+from benchmarks import networks
 from benchmarks.timing import Ratio
 
-PROGRAM = """
-import re, sys
-import keras
-from benchmarks.training import *
-variant, width, rows, rank = sys.argv[1], *map(int, sys.argv[2:])
-def plain():
-    return [keras.layers.Dense(width, use_bias=False) for _ in range(6)]
-def adapted():
-    return [keras_lora.LoRADense(width, rank=rank, use_bias=False) for _ in range(6)]
+
 def peak():
-    # Not ru_maxrss, which a process inherits from the one that started it.
-    status = open("/proc/self/status").read()
+    """Kilobytes. Not ru_maxrss, which a process inherits from the one before it."""
+    status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1])
-before = peak()
-make = adapted if variant == "keras_lora" else plain
-model = network((width,), make, frozen=variant in ("floor", "control"))
-if variant == "Keras enable_lora":
-    for layer in model.layers[2:]:
-        layer.enable_lora(rank)
-step = keras_step(model, normal(rows, width), normal(rows, width))
-for _ in range(4):
-    step()
-print(peak() - before)
-"""
 
 
-def dense(width, rows, rank, rounds):
-    grown = {}
-    names = ("floor", "control", "keras_lora", "Keras enable_lora", "full fine-tuning")
-    for name in names:
-        arguments = [name, str(width), str(rows), str(rank)]
-        run = subprocess.run(
-            [sys.executable, "-c", PROGRAM, *arguments],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        grown[name] = int(run.stdout.split()[-1])
-    floor = grown["floor"]
-    return {name: Ratio(*[size / floor] * 4) for name, size in grown.items()}
+def grown(network, arguments, variant):
+    """What four steps need beyond the imports."""
+    from benchmarks.training import keras_step
+
+    before = peak()
+    work = getattr(networks, network)(*arguments)
+    step = keras_step(work.models[variant](), work)
+    for _ in range(4):
+        step()
+    return peak() - before
+
+
+def step(network, arguments, rounds):
+    """Every variant over the baseline; the median of `rounds` processes for each."""
+    work = getattr(networks, network)(*arguments)
+    sizes = {name: [] for name in work.models}
+    for _ in range(rounds):
+        for name, found in sizes.items():
+            command = [sys.executable, "-m", "benchmarks.memory", network]
+            run = subprocess.run(
+                [*command, json.dumps(arguments), name],
+                capture_output=True,
+                text=True,
+                check=True,
+                cwd=Path(__file__).parents[1],
+            )
+            found.append(int(run.stdout.split()[-1]))
+    base = sorted(sizes[work.baseline])[rounds // 2]
+    result = {}
+    for name, found in sizes.items():
+        low, median, high = min(found), sorted(found)[rounds // 2], max(found)
+        result[name] = Ratio(median / base, low / base, high / base, low / base)
+    return result
+
+
+if __name__ == "__main__":
+    print(grown(sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]))

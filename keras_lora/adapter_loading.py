@@ -1,5 +1,6 @@
 """An adapter from PEFT's files into a model."""
 
+import collections
 import dataclasses
 import difflib
 import itertools
@@ -17,6 +18,7 @@ from keras_lora.freezing import freeze_all_but_lora
 from keras_lora.fused import fused_modules
 from keras_lora.fused import outputs_axis
 from keras_lora.fused import slices_of
+from keras_lora.fused import without_slice
 from keras_lora.keras_internals import compile_again
 from keras_lora.keras_internals import layer_state
 from keras_lora.layer_conversion import adopted
@@ -123,19 +125,13 @@ class Contents:
 def contents(adapter, modules, names) -> Contents:
     factors, others, ranks, alphas, config = factors_of(adapter, modules)
     refuse_unknown_modules(factors, modules)
-    heads, counts = {}, fused_modules(modules)
-    for head in config["modules_to_save"]:
-        for name in slices_of(head, counts[head]) if head in counts else [head]:
-            if name not in modules:
-                raise ValueError(f"modules_to_save names {head!r}, which is no layer.")
-            heads[name] = modules[name]
     file = Contents(
         modules=modules,
         factors=factors,
         others=others,
         ranks=ranks,
         alphas=alphas,
-        heads=heads,
+        heads=heads_of(config["modules_to_save"], modules, others),
         bias=config["bias"],
         dropout=config["dropout"],
         use_rslora=config["use_rslora"],
@@ -143,6 +139,21 @@ def contents(adapter, modules, names) -> Contents:
     )
     split_others(file)
     return file
+
+
+def heads_of(names, modules, others):
+    """{module: layer} that `modules_to_save` means: by a name or the end of one."""
+    heads, slices = {}, collections.defaultdict(list)
+    for module in modules:
+        slices[without_slice(module)].append(module)
+    for name in names:
+        meant = [m for m in slices if m == name or m.endswith(f".{name}")]
+        if not meant:
+            raise ValueError(f"modules_to_save names {name!r}, which is no layer.")
+        stored = [m for m in meant if any(key.startswith(f"{m}.") for key in others)]
+        for module in stored or meant:
+            heads |= {part: modules[part] for part in slices[module]}
+    return heads
 
 
 def new_adapter(file, module, layer):

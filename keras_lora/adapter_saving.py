@@ -1,5 +1,6 @@
 """A model's adapter as PEFT's files hold it."""
 
+import collections
 import itertools
 from collections.abc import Callable
 from collections.abc import Mapping
@@ -83,28 +84,23 @@ def adapter_of(model, names=None, trained=None) -> Adapter:
     for (module, name), value in others.items():
         infix = ".base_layer" if module in ranks else ""
         tensors[f"{module}{infix}.{name}"] = value
-    beside = {
-        without_slice(module)
-        for module, variable in trained
-        if variable.name == "bias" and is_bias_alone(trained, module)
-    }
-    bias = "lora_only" if beside else "none"
+    names_of = collections.defaultdict(list)
+    for module, variable in trained:
+        names_of[module].append(variable.name)
+    biases = {without_slice(m) for m, found in names_of.items() if found == ["bias"]}
+    bias = "all" if biases - ranks.keys() else "lora_only"
     config = settings(
         ranks,
         alphas,
         use_rslora,
         lora_dropout=max(layer.lora.dropout for layer in adapters.values()),
-        bias=("all" if beside - ranks.keys() else bias) if beside else None,
+        bias=bias if biases else None,
         modules_to_save=sorted(
-            {module for module, _ in others if module not in ranks} - beside
+            {module for module, _ in others} - ranks.keys() - biases
         ),
         fan_in_fan_out=inputs_first,
     )
     return Adapter(tensors, config, layout)
-
-
-def is_bias_alone(trained, module):
-    return [v.name for m, v in trained if m == module] == ["bias"]
 
 
 def trained_beside(modules, adapters):

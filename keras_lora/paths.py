@@ -41,7 +41,9 @@ def layer_paths(model) -> dict:
             if used[part] > 1:
                 part = f"{part}_{used[part] - 1}"
             paths[prefix + part] = layer
-            inside = sorted((f"{layer.name}_", *owners), key=len, reverse=True)
+            inside = owners
+            if isinstance(layer, keras.Model):
+                inside = sorted((f"{layer.name}_", *owners), key=len, reverse=True)
             walk(layer, f"{prefix}{part}/", inside)
 
     walk(model, "", (f"{model.name}_",))

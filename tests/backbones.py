@@ -220,7 +220,7 @@ CONFIGURATIONS = {
         "stackwise_strides": [1, 2],
         "stackwise_num_filters": [8, 16],
         "block_type": "dark_block",
-        "stage_type": "csp",
+        "stage_type": "dark",
         "image_shape": (32, 32, 3),
     },
     "DeiTBackbone": VIT,
@@ -463,7 +463,7 @@ def parseq():
     return models.PARSeqBackbone(
         image_encoder=encoder,
         vocabulary_size=50,
-        max_label_length=8,
+        max_label_length=12,
         decoder_hidden_dim=16,
         num_decoder_layers=1,
         num_decoder_heads=2,

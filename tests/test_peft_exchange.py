@@ -159,6 +159,18 @@ def test_we_load_what_peft_saved(settings, tmp_path):
     assert_same(model, adapted)
 
 
+def test_heads_that_peft_names_by_their_end(tmp_path):
+    model, module = pair()
+    config = peft.LoraConfig(r=2, target_modules=["q"], modules_to_save=["up"])
+    adapted = peft.get_peft_model(module, config).eval()
+    with torch.no_grad():
+        adapted.base_model.model.mlp["up"].modules_to_save["default"].weight += 0.2
+    adapted.save_pretrained(tmp_path)
+    keras_lora.load_adapter(model, tmp_path, names=NAMES)
+    assert_same(model, adapted)
+    assert model.get_layer("up").trainable_weights
+
+
 @pytest.mark.parametrize("ndim", [2, 3])
 def test_convolutions(ndim, tmp_path):
     """Forth and back through PEFT, for the dimensions the model above has not."""

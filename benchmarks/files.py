@@ -1,0 +1,77 @@
+"""Saving and switching adapters, as ratios to the whole model's weights."""
+
+import tempfile
+import time
+from pathlib import Path
+
+import keras
+
+import keras_lora
+from benchmarks import networks
+from benchmarks.timing import Ratio
+from benchmarks.timing import ratios
+
+
+def switch(network, arguments, rounds):
+    """Time to load, time to save, and bytes on disk."""
+    work = getattr(networks, network)(*arguments)
+    model = work.models["keras_lora"]()
+    with tempfile.TemporaryDirectory() as folder:
+        weights, adapter = Path(folder, "all.weights.h5"), Path(folder, "adapter")
+        save = {
+            "all weights": lambda: model.save_weights(weights),
+            "adapter": lambda: keras_lora.save_adapter(model, adapter),
+        }
+        load = {
+            "all weights": lambda: model.load_weights(weights),
+            "adapter": lambda: keras_lora.load_adapter(model, adapter),
+        }
+        for run in (*save.values(), *load.values()):
+            run()
+        size = sum(path.stat().st_size for path in adapter.iterdir())
+        share = size / weights.stat().st_size
+        return {
+            "saving": ratios(save, "all weights", rounds)["adapter"],
+            "loading": ratios(load, "all weights", rounds)["adapter"],
+            "bytes": Ratio(share, share, share, share),
+        }
+
+
+def adopting(network, arguments, rounds):
+    """Seconds of apply_lora and of making the same variables, for many layers."""
+    (count,) = arguments
+
+    class Many(keras.layers.Layer):
+        def build(self, shape):
+            self.parts = [keras.layers.Dense(8) for _ in range(count)]
+            for part in self.parts:
+                part.build(shape)
+
+    model = Many()
+    model.build((None, 8))
+
+    def variables():
+        uniform = keras.initializers.RandomUniform(-1, 1)
+        for _ in range(count):
+            keras.Variable(uniform, (8, 8))
+            keras.Variable("zeros", (8, 8))
+            keras.Variable(0.0)
+
+    def apply():
+        keras_lora.apply_lora(model, rank=8, target=keras.layers.Dense)
+
+    times = {"variables": [], "apply_lora": [], "remove_lora": []}
+    for _ in range(rounds):
+        for name, run in (
+            ("variables", variables),
+            ("apply_lora", apply),
+            ("remove_lora", lambda: keras_lora.remove_lora(model)),
+        ):
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    best = {name: min(taken) for name, taken in times.items()}
+    beyond = best["apply_lora"] - best["variables"]
+    found = {f"{name}, s": value for name, value in best.items()}
+    found["beyond the variables, s"] = beyond
+    return {name: Ratio(*[value] * 4) for name, value in found.items()}

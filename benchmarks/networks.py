@@ -1,0 +1,201 @@
+"""The networks that are measured: what goes in, and a maker per variant.
+
+The floor is the same network with every kernel frozen and no adapters, behind one
+trainable vector, so that the whole backward pass runs.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import keras
+import numpy as np
+
+import keras_lora
+
+FLOOR = "floor"
+LINEAR = (keras.layers.Dense, keras.layers.EinsumDense, keras.layers.Conv2D)
+
+
+class Work(NamedTuple):
+    """Inputs, targets, {variant: () -> model}, and the optimizer's class."""
+
+    x: np.ndarray
+    y: np.ndarray
+    models: dict[str, Callable]
+    baseline: str = FLOOR
+    optimizer: type = keras.optimizers.AdamW
+
+
+class Scale(keras.layers.Layer):
+    """The trainable vector before the first layer."""
+
+    def build(self, input_shape):
+        self.vector = self.add_weight(shape=(input_shape[-1],), initializer="ones")
+
+    def call(self, inputs):
+        return inputs * self.vector
+
+
+def normal(*shape):
+    return np.random.default_rng(0).standard_normal(shape, "float32")
+
+
+def variants(build, rank, dropout=0.0):
+    """Floor, control, this library, Keras's own, and full fine-tuning of a network.
+
+    build: () -> a model whose second layer is `Scale`.
+    """
+
+    def frozen():
+        model = build()
+        for layer in model.layers[2:]:
+            layer.trainable = False
+        return model
+
+    def adapted():
+        model = build()
+        keras_lora.apply_lora(
+            model,
+            rank=rank,
+            dropout=dropout,
+            target=lambda path, layer: isinstance(layer, LINEAR),
+            also_train=[model.layers[1].name],
+        )
+        return model
+
+    def enabled():
+        model = frozen()
+        for layer in model._flatten_layers():
+            if isinstance(layer, LINEAR):
+                layer.trainable = True
+                layer.enable_lora(rank)
+        return model
+
+    return {
+        FLOOR: frozen,
+        "control": frozen,
+        "keras_lora": adapted,
+        "Keras enable_lora": enabled,
+        "full fine-tuning": build,
+    }
+
+
+def dense(width, rows, rank, layers=6, dropout=0.0, dtype="float32", activation=None):
+    """A stack of square layers."""
+
+    def build():
+        inputs = keras.Input((width,), dtype="float32")
+        x = Scale()(inputs)
+        for _ in range(layers):
+            x = keras.layers.Dense(
+                width, use_bias=False, dtype=dtype, activation=activation
+            )(x)
+        return keras.Model(inputs, x)
+
+    x = normal(rows, width)
+    return Work(x, x, variants(build, rank, dropout))
+
+
+def attention(width, length, rank, batch=8):
+    """A transformer block with MultiHeadAttention; every projection adapted."""
+
+    def build():
+        inputs = keras.Input((length, width))
+        hidden = Scale()(inputs)
+        heads = keras.layers.MultiHeadAttention(width // 64, 64, name="attention")
+        hidden = keras.layers.LayerNormalization()(hidden + heads(hidden, hidden))
+        up = keras.layers.Dense(4 * width, activation="gelu", name="up")(hidden)
+        down = keras.layers.Dense(width, name="down")(up)
+        return keras.Model(inputs, keras.layers.LayerNormalization()(hidden + down))
+
+    x = normal(batch, length, width)
+    return Work(x, x, variants(build, rank))
+
+
+def convolution(channels, size, rank, batch=8):
+    """Three 3x3 convolutions."""
+
+    def build():
+        inputs = keras.Input((size, size, channels))
+        x = Scale()(inputs)
+        for _ in range(3):
+            x = keras.layers.Conv2D(channels, 3, padding="same", use_bias=False)(x)
+        return keras.Model(inputs, x)
+
+    x = normal(batch, size, size, channels)
+    return Work(x, x, variants(build, rank))
+
+
+def resnet_block(channels, size, rank, batch=8):
+    """A bottleneck: 1x1, 3x3 and 1x1 with batch normalization, and the way around."""
+
+    def build():
+        inputs = keras.Input((size, size, channels))
+        scaled = Scale()(inputs)
+        x = scaled
+        for filters, kernel in ((channels // 4, 1), (channels // 4, 3), (channels, 1)):
+            x = keras.layers.Conv2D(filters, kernel, padding="same", use_bias=False)(x)
+            x = keras.layers.BatchNormalization()(x)
+            x = keras.layers.Activation("relu")(x)
+        return keras.Model(inputs, keras.layers.add([x, scaled]))
+
+    x = normal(batch, size, size, channels)
+    return Work(x, x, variants(build, rank))
+
+
+def fused(width, rows, rank):
+    """Query, key and value in one kernel, two of the three adapted."""
+    mask = (True, False, True)
+
+    def merged():
+        layer = keras_lora.LoRAMergedDense(
+            3 * width, enable_lora=mask, rank=rank, use_bias=False
+        )
+        return keras.Sequential([keras.Input((width,)), Scale(), layer])
+
+    def three():
+        inputs = keras.Input((width,))
+        x = Scale()(inputs)
+        parts = [
+            keras_lora.LoRADense(width, rank=rank if on else 0, use_bias=False)
+            for on in mask
+        ]
+        model = keras.Model(inputs, keras.layers.concatenate([p(x) for p in parts]))
+        parts[1].trainable = False
+        return model
+
+    def frozen():
+        layer = keras.layers.Dense(3 * width, use_bias=False, trainable=False)
+        return keras.Sequential([keras.Input((width,)), Scale(), layer])
+
+    models = {
+        FLOOR: frozen,
+        "control": frozen,
+        "LoRAMergedDense": merged,
+        "three LoRADense": three,
+    }
+    return Work(normal(rows, width), normal(rows, 3 * width), models)
+
+
+def embedding(vocabulary, rank, width=256, batch=64, length=32):
+    """A lookup; the baseline is the plain layer that trains its whole table."""
+
+    def plain():
+        layer = keras.layers.Embedding(vocabulary, width)
+        return keras.Sequential([keras.Input((length,), dtype="int32"), layer])
+
+    def adapted():
+        layer = keras_lora.LoRAEmbedding(vocabulary, width, rank=rank)
+        return keras.Sequential([keras.Input((length,), dtype="int32"), layer])
+
+    def enabled():
+        model = plain()
+        model.layers[0].enable_lora(rank)
+        return model
+
+    models = {"plain layer": plain, "control": plain, "keras_lora": adapted}
+    if vocabulary <= 100_000:
+        models["Keras enable_lora"] = enabled
+    ids = np.random.default_rng(0).integers(0, vocabulary, (batch, length), "int32")
+    y = normal(batch, length, width)
+    return Work(ids, y, models, "plain layer", keras.optimizers.SGD)

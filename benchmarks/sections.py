@@ -1,0 +1,301 @@
+"""What is measured, with the bars it should meet."""
+
+from typing import NamedTuple
+
+from benchmarks import files
+from benchmarks import inference
+from benchmarks import memory
+from benchmarks import training
+
+
+class Bar(NamedTuple):
+    """A column's figure, and the most it should be (or the least); for some rows."""
+
+    column: str
+    most: float
+    rows: str = ""
+    over: str | None = None  # the column that it is divided by
+    least: bool = False
+
+
+class Section(NamedTuple):
+    """A table. Settings: (row, function, network, arguments, rounds)."""
+
+    title: str
+    note: str
+    settings: list
+    bars: tuple = ()
+    axis: str | None = None  # a figure of the row's number on this axis
+    why: str = ""  # what keeps a bar from being met, and what was tried
+
+
+def stack(title, *arguments, rounds, function=training.step):
+    """A row about Dense layers: width, rows, rank, layers, dropout, policy, ..."""
+    defaults = (None, None, None, 6, 0.0)
+    arguments = [*arguments, *defaults[len(arguments) :]]
+    return (title, function, "dense", arguments, rounds)
+
+
+SECTIONS = [
+    Section(
+        "Training step: Dense stacks",
+        "Square layers with AdamW, six of them and two at d=4096, over the floor: the "
+        "same network, frozen, without adapters. loralib and PEFT stand over torch's "
+        "own floor.",
+        [
+            stack(f"d={d}, {n} rows, r={r}", d, n, r, *others, rounds=k, function=f)
+            for d, n, r, others, k, f in (
+                (512, 64, 8, (), 60, training.dense),
+                (1024, 512, 8, (), 25, training.dense),
+                (1024, 2048, 8, (), 12, training.dense),
+                (1024, 2048, 64, (), 10, training.dense),
+                (2048, 1024, 16, (), 8, training.dense),
+                (4096, 1024, 16, (2,), 6, training.dense),
+            )
+        ],
+        bars=(
+            Bar("keras_lora", 1.15, "d=1024"),
+            Bar("keras_lora", 1.10, "d=2048"),
+            Bar("keras_lora", 1.0, over="loralib"),
+            Bar("keras_lora", 1.0, over="PEFT"),
+            Bar("Keras enable_lora", 1.35, over="keras_lora", least=True),
+        ),
+        why=(
+            "At d=1024 what is left is memory traffic: six skinny products and two "
+            "additions read or write whole activations, where the floor has two "
+            "products a layer. Tried, on the same machine and over the same floor "
+            "(512 rows, 2048 rows, r=64, d=2048): as it is 1.21, 1.27, 1.49, 1.08; a "
+            "hand-written gradient 1.21, 1.24, 1.48, 1.07; the same with TensorFlow's "
+            "fused addition 1.17, 1.25, 1.44, 1.08; W + delta formed once for forward "
+            "and dx, with low-rank dA and dB 1.18, 1.19, 1.35, 1.12. The last keeps a "
+            "kernel-sized array a layer alive until the backward pass, as much memory "
+            "again as the frozen weights, and costs more than it saves for few rows. "
+            "None was kept."
+        ),
+    ),
+    Section(
+        "Training step: dropout, jit_compile, bfloat16",
+        "The same stack of d=1024 and 512 rows, r=8, each row over its own floor. "
+        "`enable_lora` has no dropout.",
+        [
+            stack(
+                "dropout=0.1", 1024, 512, 8, 6, 0.1, rounds=15, function=training.dense
+            ),
+            stack("jit_compile", 1024, 512, 8, rounds=15, function=training.jit_step),
+            stack("mixed_bfloat16", 1024, 512, 8, 6, 0.0, "mixed_bfloat16", rounds=6),
+            stack(
+                "relu between the layers",
+                1024,
+                512,
+                8,
+                6,
+                0.0,
+                "float32",
+                "relu",
+                rounds=15,
+            ),
+        ],
+    ),
+    Section(
+        "Training step against rows",
+        "d=1024, r=8.",
+        [
+            stack(f"rows={n:,}", 1024, n, 8, 4, rounds=k)
+            for n, k in ((64, 40), (256, 30), (1024, 15), (4096, 6))
+        ],
+        axis="rows",
+    ),
+    Section(
+        "Training step against rank",
+        "d=1024, 1024 rows.",
+        [stack(f"r={r}", 1024, 1024, r, 4, rounds=12) for r in (1, 4, 16, 64)],
+        axis="rank",
+    ),
+    Section(
+        "Training step: query, key and value in one kernel",
+        "Two of three slices adapted, over the frozen layer; loralib over torch's own.",
+        [("d=1024, 1024 rows, r=8", training.fused, "fused", (1024, 1024, 8), 25)],
+        bars=(
+            Bar("LoRAMergedDense", 1.15),
+            Bar("LoRAMergedDense", 1.0, over="three LoRADense"),
+            Bar("loralib MergedLinear", 2.0, over="LoRAMergedDense", least=True),
+        ),
+    ),
+    Section(
+        "Training step: a transformer block",
+        "MultiHeadAttention and two Dense layers, all adapted, over the frozen block.",
+        [
+            ("d=512, 8 x 64 tokens, r=8", training.step, "attention", (512, 64, 8), 25),
+            (
+                "d=768, 8 x 128 tokens, r=8",
+                training.step,
+                "attention",
+                (768, 128, 8),
+                12,
+            ),
+            (
+                "d=1024, 8 x 128 tokens, r=8",
+                training.step,
+                "attention",
+                (1024, 128, 8),
+                8,
+            ),
+        ],
+        bars=(Bar("keras_lora", 1.15),),
+        why=(
+            "A small block is bound by the number of operations. Tried for the "
+            "projections: tensordot in place of einsum (a tie) and W + delta as above "
+            "(1.08 for 1.15 at d=768, but 1.12 for 1.08 at d=512, in one run)."
+        ),
+    ),
+    Section(
+        "Training step: Conv2D",
+        "Three 3x3 convolutions on 8 images of 16 x 16, and a bottleneck of ResNet "
+        "with batch normalization, over the frozen network; r=8.",
+        [
+            ("64 channels", training.step, "convolution", (64, 16, 8), 25),
+            ("256 channels", training.step, "convolution", (256, 16, 8), 12),
+            ("512 channels", training.step, "convolution", (512, 16, 8), 5),
+            ("ResNet block, 256", training.step, "resnet_block", (256, 16, 8), 25),
+        ],
+        bars=(
+            Bar("Keras enable_lora", 1.15, "256 channels", "keras_lora", True),
+            Bar("Keras enable_lora", 1.0, "", "keras_lora", True),
+        ),
+        why=(
+            "Where channels are few, a convolution to eight channels takes far longer "
+            "than its arithmetic says, and three of them a layer (forward, dx, dA) "
+            "outweigh the full gradient of a small kernel. Tried at 64 channels and "
+            "in the ResNet block (now 1.64 and 1.47): one product to k*k*r channels "
+            "and a sum of shifted slices 2.45 to 2.92 at 64 channels; W + delta for "
+            "forward and dx with low-rank dA and dB 1.43 and 1.27. The last forms "
+            "kernel-sized arrays in a training step, which is promised not to happen; "
+            "a product in place of a 1x1 convolution to rank channels helped little."
+        ),
+    ),
+    Section(
+        "Training step: Embedding",
+        "SGD on 2048 ids of width 256, r=8, over the plain layer that trains its "
+        "table, against the size of the vocabulary.",
+        [
+            (f"vocabulary={v:,}", training.step, "embedding", (v, 8), k)
+            for v, k in ((1_000, 25), (50_000, 25), (1_000_000, 12))
+        ],
+        bars=(Bar("keras_lora", 1.3),),
+        axis="vocabulary",
+    ),
+    Section(
+        "Inference: LoRADense",
+        "One call of a 1024 x 1024 layer, r=8, over the plain layer; the exported "
+        "SavedModel over the plain layer's own.",
+        [
+            (f"{rows} rows", inference.dense, "dense", (1024, rows, 8), 40)
+            for rows in (1, 16, 128, 512, 2048)
+        ],
+        bars=(
+            Bar("merged in the call", 1.25, "512 rows"),
+            Bar("merged in the call", 1.25, "2048 rows"),
+        ),
+    ),
+    Section(
+        "Inference: Embedding",
+        "2048 ids of width 256, r=8, over the plain layer.",
+        [
+            (f"vocabulary={v:,}", inference.embedding, "embedding", (v, 8), k)
+            for v, k in ((1_000, 25), (50_000, 25), (1_000_000, 12))
+        ],
+        bars=(Bar("keras_lora", 1.3),),
+        why=(
+            "One lookup of 2 MB becomes a lookup, a product and an addition of 2 MB "
+            "each; the whole table is never touched, so the cost does not grow with "
+            "the vocabulary. Not improved."
+        ),
+    ),
+    Section(
+        "Peak memory of a training process",
+        "Growth over the imports, over the floor's; the median of three processes.",
+        [
+            (
+                "Dense d=2048, 1024 rows, r=16",
+                memory.step,
+                "dense",
+                (2048, 1024, 16, 6, 0.0),
+                3,
+            ),
+            (
+                "the same with relu between",
+                memory.step,
+                "dense",
+                (2048, 1024, 16, 6, 0.0, "float32", "relu"),
+                3,
+            ),
+            ("transformer block, d=1024", memory.step, "attention", (1024, 128, 8), 3),
+            ("Conv2D, 256 channels", memory.step, "convolution", (256, 16, 8), 3),
+        ],
+        bars=(
+            Bar("keras_lora", 1.05),
+            Bar("keras_lora", 1.0, over="Keras enable_lora"),
+        ),
+        why=(
+            "A stack of linear layers is the worst case: the floor needs no "
+            "activation for its backward pass, dA needs all of them. With an "
+            "activation between the layers the floor keeps them too."
+        ),
+    ),
+    Section(
+        "Files",
+        "An adapter over the weights of the whole model, with its adapters in it.",
+        [
+            (
+                "six Dense, d=1024, r=8",
+                files.switch,
+                "dense",
+                (1024, 64, 8, 6, 0.0),
+                8,
+            ),
+            (
+                "transformer block, d=768, r=8",
+                files.switch,
+                "attention",
+                (768, 64, 8),
+                8,
+            ),
+        ],
+    ),
+    Section(
+        "Adopting 1,000 layers",
+        "In seconds, the best of five: making A, B and the scaling of each as bare "
+        "Keras variables, and apply_lora.",
+        [("1,000 Dense layers", files.adopting, "", (1000,), 5)],
+        bars=(Bar("beyond the variables, s", 2.0),),
+    ),
+]
+
+
+def sentence(bars, rows):
+    """Which bars are met, and by how much the others are missed."""
+    lines = []
+    for bar in bars:
+        found = {title: cells for title, cells in rows if applies(bar, title, cells)}
+        if not found:
+            continue  # a quick run has one row
+        values = {
+            title: cells[bar.column].median
+            / (cells[bar.over].median if bar.over else 1.0)
+            for title, cells in found.items()
+        }
+        missed = [
+            f"{title}: {value:.2f}"
+            for title, value in values.items()
+            if (bar.most - value if bar.least else value - bar.most) > 0.005
+        ]
+        name = bar.column + (f" over {bar.over}" if bar.over else "")
+        where = f" at {bar.rows}" if bar.rows else ""
+        limit = f"{'at least' if bar.least else 'at most'} {bar.most:.2f}"
+        verdict = f"missed ({'; '.join(missed)})" if missed else "met"
+        lines.append(f"- Bar: {name}{where}, {limit}: {verdict}.")
+    return "\n".join(lines)
+
+
+def applies(bar, title, cells):
+    return bar.rows in title and {bar.column, bar.over or bar.column} <= cells.keys()
