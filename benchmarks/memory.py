@@ -6,12 +6,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import tensorflow as tf
+
 from benchmarks import networks
 from benchmarks.timing import Ratio
 
 
 def peak():
-    """Kilobytes. Not ru_maxrss, which a process inherits from the one before it."""
+    """Kilobytes: of the first GPU, or of the process where there is none.
+
+    Not ru_maxrss, which a process inherits from the one before it.
+    """
+    if tf.config.list_physical_devices("GPU"):
+        return tf.config.experimental.get_memory_info("GPU:0")["peak"] // 1024
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1])
 

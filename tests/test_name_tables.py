@@ -98,6 +98,14 @@ def assert_same(table, model, module):
     np.testing.assert_allclose(ours(table, model), theirs(module), rtol=0, atol=1e-5)
 
 
+def loaded_by_peft(module, folder):
+    """Without a warning but transformers' own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.simplefilter("ignore", FutureWarning)
+        return peft.PeftModel.from_pretrained(module, folder)
+
+
 def targets(table):
     linear = ["query", "key", "value", "attention_output"]
     if table == "gemma":
@@ -124,10 +132,7 @@ def test_peft_loads_ours(table, bias, tmp_path):
     for seed, weight in enumerate(model.trainable_weights):
         fill(weight, seed, 0.2)
     keras_lora.save_adapter(model, tmp_path / "adapter", names=table)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.simplefilter("ignore", FutureWarning)  # transformers, of its own
-        loaded = peft.PeftModel.from_pretrained(module, tmp_path / "adapter")
+    loaded = loaded_by_peft(module, tmp_path / "adapter")
     assert np.abs(ours(table, model) - before).max() > 0.1
     assert_same(table, model, loaded)
 
@@ -201,10 +206,7 @@ def test_task_models_have_a_prefix_and_a_head(tmp_path):
     for seed, weight in enumerate(model.trainable_weights):
         fill(weight, seed, 0.2)
     keras_lora.save_adapter(model, tmp_path / "adapter", names="bert")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.simplefilter("ignore", FutureWarning)  # transformers, of its own
-        loaded = peft.PeftModel.from_pretrained(module, tmp_path / "adapter")
+    loaded = loaded_by_peft(module, tmp_path / "adapter")
     mask = np.ones_like(ids())
     expected = model(
         {"token_ids": ids(), "padding_mask": mask, "segment_ids": 0 * mask}
@@ -231,10 +233,7 @@ def test_language_models_have_a_prefix(table, tmp_path):
     for seed, weight in enumerate(model.trainable_weights):
         fill(weight, seed, 0.2)
     keras_lora.save_adapter(model, tmp_path / "adapter", names=table)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.simplefilter("ignore", FutureWarning)  # transformers, of its own
-        loaded = peft.PeftModel.from_pretrained(module, tmp_path / "adapter")
+    loaded = loaded_by_peft(module, tmp_path / "adapter")
     inputs = {"token_ids": ids(), "padding_mask": np.ones_like(ids())}
     np.testing.assert_allclose(
         to_numpy(model(inputs)), theirs(loaded), rtol=0, atol=2e-5
