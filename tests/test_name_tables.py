@@ -190,6 +190,24 @@ def test_we_load_what_peft_saved(table, tmp_path):
         assert again["r"] == 2 and "rank_pattern" not in again
 
 
+@over_models
+def test_a_projection_that_trains_in_full(table, tmp_path):
+    """Its kernel has heads here, and is one matrix there; GPT-2's is a third of one."""
+    module, model = pair(table, tmp_path / "base")
+    again = MODELS[table][2].from_preset(str(tmp_path / "base"))
+    last = targets(table)[-1]
+    keras_lora.apply_lora(
+        model, target=[last], also_train=r".*_0/.*/(query|attention_output)"
+    )
+    for seed, weight in enumerate(model.trainable_weights):
+        fill(weight, seed, 0.2)
+    keras_lora.save_adapter(model, tmp_path / "adapter", names=table)
+    keras_lora.load_adapter(again, tmp_path / "adapter", names=table)
+    np.testing.assert_allclose(ours(table, again), ours(table, model), atol=1e-6)
+    loaded = loaded_by_peft(module, tmp_path / "adapter")
+    assert_same(table, model, loaded)
+
+
 def test_task_models_have_a_prefix_and_a_head(tmp_path):
     config = transformers.BertConfig(**BERT.to_diff_dict() | {"num_labels": 3})
     _, backbone = pair("bert", tmp_path / "base")
