@@ -10,7 +10,7 @@ import pytest
 @pytest.fixture(autouse=True)
 def fresh_state():
     """The same seeds and names for every test; no floatx or policy leaks out."""
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)  # a collection takes seconds
     keras.utils.set_random_seed(7)
     yield
     keras.config.set_floatx("float32")
