@@ -26,6 +26,8 @@ def layer_paths(model) -> dict:
     paths, seen = {}, {id(model)}
 
     def walk(parent, prefix, owners):
+        if isinstance(parent, keras.Model):
+            owners = sorted((f"{parent.name}_", *owners), key=len, reverse=True)
         used = collections.Counter()
         attributes = {id(layer): name for name, layer in attributes_of(parent)}
         for layer in sublayers(parent):
@@ -41,12 +43,9 @@ def layer_paths(model) -> dict:
             if used[part] > 1:
                 part = f"{part}_{used[part] - 1}"
             paths[prefix + part] = layer
-            inside = owners
-            if isinstance(layer, keras.Model):
-                inside = sorted((f"{layer.name}_", *owners), key=len, reverse=True)
-            walk(layer, f"{prefix}{part}/", inside)
+            walk(layer, f"{prefix}{part}/", owners)
 
-    walk(model, "", (f"{model.name}_",))
+    walk(model, "", ())
     return paths
 
 

@@ -69,3 +69,10 @@ def test_unbuilt_model_has_rows_without_parameters():
     model = keras.Sequential([keras_lora.LoRADense(3, rank=2)])
     (row,) = keras_lora.summary(model)
     assert (row.rank, row.parameters, row.share) == (2, 0, 0)
+
+
+def test_only_a_model_puts_its_name_before_its_layers():
+    """An attention layer by itself has the paths that it has inside a model."""
+    layer = keras.layers.MultiHeadAttention(2, 4, name="attention")
+    layer.build((None, 3, 8), (None, 3, 8))
+    assert "attention_output" in layer_paths(layer)
