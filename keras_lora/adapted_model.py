@@ -20,8 +20,11 @@ from keras_lora.paths import layer_paths
 from keras_lora.trainable_flags import restore_trainable_state
 from keras_lora.trainable_flags import trainable_state
 
+# All adapted classes under one name, as `from_config` is the same for each of them.
+register = keras.saving.register_keras_serializable("keras_lora", "AdaptedModel")
 
-@keras.saving.register_keras_serializable("keras_lora", "AdaptedModel")
+
+@register
 class AdaptedModel:
     """Mixin before the class of a model that went through `apply_lora`."""
 
@@ -30,13 +33,14 @@ class AdaptedModel:
         state = self._adapted
         adapters = {path: layers[path].lora.options() for path in state.paths}
         plain = [p for p, x in layers.items() if not isinstance(x, LowRankAdapter)]
+        places = {path: place for place, path in enumerate(plain)}
         with plain_classes(self):
             model = keras.saving.serialize_keras_object(self)
         model.pop("compile_config", None)
         return {
             "model": model,
             "adapters": adapters,
-            "places": {path: plain.index(path) for path in state.paths},
+            "places": {path: places[path] for path in state.paths},
             "merge_weights": {p: layers[p].merge_weights for p in state.paths},
             "trainable": trainable_state(self),
             "trainable_before": state.trainable_before,
@@ -91,10 +95,9 @@ def restore_models(model):
 @functools.cache
 def adapted_class(cls):
     adapted = type(cls.__name__, (AdaptedModel, cls), {"__module__": cls.__module__})
-    # All under one name, and behind it the mixin: a class that is listed there is
-    # taken for one of KerasHub's own when it looks for the task of a preset.
-    register = keras.saving.register_keras_serializable("keras_lora", "AdaptedModel")
     register(adapted)
+    # Behind the name stands the mixin: a class that is listed there is taken for one
+    # of KerasHub's own when it looks for the task of a preset.
     register(AdaptedModel)
     return adapted
 

@@ -90,8 +90,7 @@ class LowRankAdapter(keras.layers.Layer):
     @property
     def scaling(self) -> float:
         """The factor in front of A @ B."""
-        divisor = math.sqrt(self.rank) if self.use_rslora else self.rank
-        return self.alpha / divisor
+        return self.alpha / divisor(self.rank, self.use_rslora)
 
     def set_alpha(self, alpha, use_rslora=False):
         self.alpha = checked_alpha(alpha)
@@ -198,6 +197,16 @@ def uniform(fan_in):
     """U(±1/sqrt(fan_in)), the starting values of A in LoRA's own code."""
     limit = 1 / math.sqrt(fan_in)
     return keras.initializers.RandomUniform(-limit, limit)
+
+
+def divisor(rank, use_rslora):
+    """What alpha is divided by."""
+    return math.sqrt(rank) if use_rslora else rank
+
+
+def alpha_at(new_rank, alpha, rank, use_rslora):
+    """The alpha that scales at another rank as this one does at its own."""
+    return alpha * (new_rank / rank) ** (0.5 if use_rslora else 1)
 
 
 def checked_rank(rank, lowest=1):

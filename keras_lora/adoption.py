@@ -182,8 +182,8 @@ def choose(model, paths, target, exclude, trained):
                 f"The layer {path!r} cannot be adapted: {obstacle(paths[path])} "
                 "Leave it out with exclude=."
             )
-        if detour(model, paths, path):
-            warnings.warn(f"{path!r}: {detour(model, paths, path)}", stacklevel=3)
+        if reason := detour(model, paths, path):
+            warnings.warn(f"{path!r}: {reason}", stacklevel=3)
     return {path: paths[path] for path in found}, skipped
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+from keras_lora.adapter import alpha_at
 from keras_lora.adapter import checked_rank
+from keras_lora.adapter import divisor
 from keras_lora.adapter import is_number
 from keras_lora.adapter_config import settings
 from keras_lora.adapter_folder import Adapter
@@ -54,7 +56,6 @@ def combine_adapters(
     slots = [slot for module, n in counts.items() for slot in slices_of(module, n)]
     files = [factors_of(adapter, slots) for adapter in adapters]
     use_rslora = all(file.config["use_rslora"] for file in files)
-    power = 0.5 if use_rslora else 1
     tensors, ranks, alphas, errors = {}, {}, {}, {}
     for module in dict.fromkeys(m for file in files for m in file.factors):
         terms = [
@@ -74,10 +75,10 @@ def combine_adapters(
             a, b, errors[module] = cut(a, b, rank)
         tensors |= zip((module + suffix for suffix in suffixes), (a, b), strict=True)
         ranks[module] = len(a)
-        ratio = len(a) / first.ranks[module]
-        alphas[module] = scaling * len(a) ** power
-        if use_rslora == first.config["use_rslora"]:
-            alphas[module] = first.alphas[module] * ratio**power  # exact for one
+        alphas[module] = scaling * divisor(len(a), use_rslora)
+        if use_rslora == first.config["use_rslora"]:  # exactly its own, for one
+            own = first.alphas[module], first.ranks[module]
+            alphas[module] = alpha_at(len(a), *own, use_rslora)
     slices = fuse(tensors, ranks, alphas, use_rslora)
     for file in files:
         for key, value in file.others.items():
@@ -87,23 +88,21 @@ def combine_adapters(
                     "that."
                 )
             tensors[key] = value
+    bias = max((file.config["bias"] for file in files), key=BIASES.index)
     config = settings(
         ranks,
         alphas,
         use_rslora,
         lora_dropout=max(file.config["dropout"] for file in files),
-        bias=max((file.config["bias"] for file in files), key=BIASES.index),
+        bias=None if bias == "none" else bias,
         modules_to_save=sorted({m for f in files for m in f.config["modules_to_save"]}),
         fan_in_fan_out=any(x.config.get("fan_in_fan_out") for x in adapters),
     )
-    if config.get("bias") == "none":
-        del config["bias"]
     return Adapter(tensors, config, slices, errors)
 
 
 def scaling_of(file, module):
-    power = 0.5 if file.config["use_rslora"] else 1
-    return file.alphas[module] / file.ranks[module] ** power
+    return file.alphas[module] / divisor(file.ranks[module], file.config["use_rslora"])
 
 
 def checked_weights(weights, adapters):

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from keras_lora.adapter import alpha_at
 from keras_lora.adapter_config import CONFIG
 from keras_lora.adapter_config import checked_config
 from keras_lora.adapter_config import value_of
@@ -51,7 +52,7 @@ def factors_of(adapter, modules) -> FileFactors:
                 f"and {total} in {TENSORS}."
             )
         ranks[module] = rank
-        alphas[module] *= (rank / total) ** (0.5 if config["use_rslora"] else 1)
+        alphas[module] = alpha_at(rank, alphas[module], total, config["use_rslora"])
     return FileFactors(factors, others, ranks, alphas, config)
 
 

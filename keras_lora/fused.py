@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from keras_lora.adapter import alpha_at
+from keras_lora.adapter import divisor
 from keras_lora.peft_tensors import LINEAR
 
 SLICE = re.compile(r"(.+)\[(\d+)/(\d+)\]")
@@ -60,7 +62,7 @@ def without_slice(name):
 
 def fuse(tensors, ranks, alphas, use_rslora) -> dict:
     """Puts the factors of slices together, in place: {module: ranks of its slices}."""
-    layout, power = {}, 0.5 if use_rslora else 1
+    layout = {}
     for module, count in fused_modules(ranks).items():
         names = slices_of(module, count)
         own = [name for name in names if name in ranks]
@@ -68,7 +70,7 @@ def fuse(tensors, ranks, alphas, use_rslora) -> dict:
         size = b[0].shape[0]
         if any(block.shape[0] != size for block in b):
             raise ValueError(f"The slices of {module!r} have outputs of several sizes.")
-        scaling = [alphas[name] / ranks[name] ** power for name in own]
+        scaling = [alphas[name] / divisor(ranks[name], use_rslora) for name in own]
         b = [block * (s / scaling[0]) for block, s in zip(b, scaling, strict=True)]
         shared = len(own) == count and all(np.array_equal(a[0], other) for other in a)
         if shared:
@@ -82,7 +84,7 @@ def fuse(tensors, ranks, alphas, use_rslora) -> dict:
         for suffix, value in zip(LINEAR, (fused_a, fused_b), strict=True):
             tensors[module + suffix] = np.ascontiguousarray(value)
         total = len(fused_a)
-        alpha = alphas[own[0]] * (total / ranks[own[0]]) ** power
+        alpha = alpha_at(total, alphas[own[0]], ranks[own[0]], use_rslora)
         for name in own:
             del ranks[name], alphas[name]
         ranks[module], alphas[module] = total, alpha

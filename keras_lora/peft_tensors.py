@@ -17,6 +17,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_lora.adapter import alpha_at
+from keras_lora.adapter import divisor
 from keras_lora.conv import LoRAConv
 from keras_lora.einsum_dense import LoRAEinsumDense
 from keras_lora.einsum_dense import split_equation
@@ -42,7 +44,7 @@ def file_alpha(layer, use_rslora):
     rank = file_rank(layer)
     if use_rslora == layer.lora.use_rslora and rank == layer.lora.rank:
         return layer.lora.alpha
-    return layer.lora.scaling * (rank**0.5 if use_rslora else rank)
+    return layer.lora.scaling * divisor(rank, use_rslora)
 
 
 def own_alpha(layer, alpha, use_rslora):
@@ -50,8 +52,7 @@ def own_alpha(layer, alpha, use_rslora):
     rank = file_rank(layer)
     if rank == layer.lora.rank:
         return alpha
-    power = 0.5 if use_rslora else 1.0
-    return alpha * (layer.lora.rank / rank) ** power
+    return alpha_at(layer.lora.rank, alpha, rank, use_rslora)
 
 
 def is_exchangeable(layer):
