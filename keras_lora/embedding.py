@@ -91,6 +91,8 @@ class LoRAEmbedding(LoRALayer, keras.layers.Embedding):
             return super().call(inputs)
         if inputs.dtype not in ("int32", "int64"):
             inputs = ops.cast(inputs, "int32")
+        if hasattr(inputs, "with_flat_values"):  # TensorFlow's ragged ids
+            return inputs.with_flat_values(self.call(inputs.flat_values, training))
         dtype = self.lora.variable_dtype
         # Looked up first and cast after: a cast would touch the whole table.
         if self._fixed_kernel is not None:  # inside merged() or disabled()

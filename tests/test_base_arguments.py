@@ -56,6 +56,26 @@ def test_sparse_inputs():
 
 
 @pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="ragged tensors are TensorFlow's"
+)
+def test_ragged_ids():
+    import tensorflow as tf
+
+    layer = LoRAEmbedding(10, 4, rank=2)
+    layer.build()
+    layer.lora.a.assign(np.ones((10, 2)))
+    ids = tf.ragged.constant([[[1, 2], []], [[3]]])
+    plain = keras.layers.Embedding(10, 4)
+    plain.build()
+    plain.embeddings.assign(layer.embeddings + layer.lora.delta())
+    for training in (False, True):
+        found = layer(ids, training=training)
+        assert_close(found.flat_values, plain(ids).flat_values)
+        assert found.nested_row_lengths()[0].numpy().tolist() == [2, 1]
+        assert found.shape.as_list() == plain(ids).shape.as_list()
+
+
+@pytest.mark.skipif(
     keras.backend.backend() == "tensorflow",
     reason="TensorFlow's convolutions need a GPU for channels_first",
 )
