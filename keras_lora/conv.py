@@ -7,6 +7,7 @@ import keras
 from keras import ops
 
 from keras_lora.adapter import LowRankForm
+from keras_lora.keras_internals import in_tensorflow_graph
 from keras_lora.lora_layer import LoRALayer
 
 
@@ -43,6 +44,31 @@ class LoRAConv(LoRALayer):
             data_format=self.data_format,
         )
 
+    def low_rank_path(self, inputs, dtype, training):
+        if not (training and self._merging_pays(inputs, dtype)):
+            return super().low_rank_path(inputs, dtype, training)
+        # The same outputs and gradients by fewer convolutions: one with W + delta
+        # gives y and dx, the low-rank path dA and dB. Its own outputs are needed by
+        # nothing, so a compiled step does not compute them.
+        kernel = ops.stop_gradient(self.merged_kernel(dtype))
+        bypass = self.lora.bypass(ops.stop_gradient(inputs), dtype, training)
+        return with_gradient_of(self.linear(inputs, kernel), bypass)
+
+    def _merging_pays(self, inputs, dtype):
+        """Whether a step is compiled by TensorFlow, exact, and its kernel small.
+
+        On a CPU a convolution to few channels takes far longer than its arithmetic
+        says; W + delta costs little where the kernel is small beside the inputs.
+        """
+        sizes = [size or 16 for size in inputs.shape]  # where a size is not known
+        return (
+            self.merge_weights
+            and in_tensorflow_graph()
+            and self.lora.dropout == 0  # it drops inputs of the adapter alone
+            and dtype == self.lora.variable_dtype  # rounding would swallow updates
+            and math.prod(self.kernel.shape) <= 8 * math.prod(sizes)
+        )
+
     def low_rank_form(self, rank):
         if self.factorization == "loralib":
             return self._loralib_form(rank)
@@ -59,9 +85,14 @@ class LoRAConv(LoRALayer):
         if self.groups > 1:
             # Every group of channels goes through the same A.
             a = ops.tile(a, (1,) * (len(a.shape) - 1) + (self.groups,))
-        hidden = self.linear(inputs, a)
-        if self.groups == 1 and self.data_format == "channels_last":
-            return ops.matmul(hidden, b)  # a 1x1 convolution, faster on a CPU
+        # A 1x1 convolution is a product, which is faster on a CPU.
+        products = self.groups == 1 and self.data_format == "channels_last"
+        if products and set(self.kernel_size + self.strides) == {1}:
+            hidden = ops.matmul(inputs, ops.reshape(a, a.shape[-2:]))
+        else:
+            hidden = self.linear(inputs, a)
+        if products:
+            return ops.matmul(hidden, b)
         return ops.conv(
             hidden,
             ops.reshape(b, (1,) * self.rank + tuple(b.shape)),
@@ -100,6 +131,12 @@ class LoRAConv(LoRALayer):
 
     def get_config(self):
         return {**super().get_config(), "factorization": self.factorization}
+
+
+@ops.custom_gradient
+def with_gradient_of(outputs, equal):
+    """`outputs`, with a gradient that reaches what the equal tensor was made of too."""
+    return outputs, lambda upstream: (upstream, upstream)
 
 
 @keras.saving.register_keras_serializable(package="keras_lora")

@@ -191,3 +191,12 @@ def synchronize(model):
     """On JAX the state of a model that is being fitted lies outside of it."""
     if hasattr(model, "jax_state_sync"):
         model.jax_state_sync()
+
+
+def in_tensorflow_graph():
+    """Whether this call is being traced, so that what nothing needs is left out."""
+    if keras.backend.backend() != "tensorflow":
+        return False
+    import tensorflow as tf
+
+    return not tf.executing_eagerly()

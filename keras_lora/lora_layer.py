@@ -149,13 +149,17 @@ class LoRALayer:
             kernel = ops.stop_gradient(self._fixed_kernel.kernel)
             outputs = self.linear(inputs, ops.cast(kernel, dtype))
         elif training or not self.merge_weights:
-            kernel = ops.cast(ops.stop_gradient(self.frozen_kernel), dtype)
-            outputs = ops.add(
-                self.linear(inputs, kernel), self.lora.bypass(inputs, dtype, training)
-            )
+            outputs = self.low_rank_path(inputs, dtype, training)
         else:
             outputs = self.linear(inputs, self.merged_kernel(dtype))
         return self.finish(outputs)
+
+    def low_rank_path(self, inputs, dtype, training):
+        """linear(x, W) + linear(drop(x), A) @ (scaling * B)"""
+        kernel = ops.cast(ops.stop_gradient(self.frozen_kernel), dtype)
+        return ops.add(
+            self.linear(inputs, kernel), self.lora.bypass(inputs, dtype, training)
+        )
 
     def merged_kernel(self, dtype):
         """W + delta, formed in the adapter's dtype and rounded once."""

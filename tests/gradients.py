@@ -5,24 +5,28 @@ import numpy as np
 from layer_cases import to_numpy
 
 
-def gradients(layer, inputs, weights, training=True):
+def gradients(layer, inputs, weights, training=True, compiled=False):
     """d sum(weights * layer(inputs)) with respect to A, B and float inputs."""
-    return _BACKENDS[keras.backend.backend()](layer, inputs, weights, training)
+    backend = _BACKENDS[keras.backend.backend()]
+    return backend(layer, inputs, weights, training, compiled)
 
 
-def _tensorflow(layer, inputs, weights, training):
+def _tensorflow(layer, inputs, weights, training, compiled):
     import tensorflow as tf
 
-    x = tf.constant(inputs)
-    with tf.GradientTape() as tape:
-        if x.dtype.is_floating:
-            tape.watch(x)
-        loss = tf.reduce_sum(layer(x, training=training) * weights)
-    sources = [layer.lora.a.value, layer.lora.b.value] + [x] * x.dtype.is_floating
-    return [np.asarray(tf.convert_to_tensor(g)) for g in tape.gradient(loss, sources)]
+    def found(x):
+        with tf.GradientTape() as tape:
+            if x.dtype.is_floating:
+                tape.watch(x)
+            loss = tf.reduce_sum(layer(x, training=training) * weights)
+        sources = [layer.lora.a.value, layer.lora.b.value] + [x] * x.dtype.is_floating
+        return [tf.convert_to_tensor(g) for g in tape.gradient(loss, sources)]
+
+    found = tf.function(found) if compiled else found
+    return [np.asarray(g) for g in found(tf.constant(inputs))]
 
 
-def _torch(layer, inputs, weights, training):
+def _torch(layer, inputs, weights, training, compiled):
     import torch
 
     x = torch.tensor(inputs)
@@ -32,7 +36,7 @@ def _torch(layer, inputs, weights, training):
     return [to_numpy(g) for g in torch.autograd.grad(loss, sources)]
 
 
-def _jax(layer, inputs, weights, training):
+def _jax(layer, inputs, weights, training, compiled):
     import jax
 
     trained = [v.value for v in layer.trainable_variables]
@@ -43,9 +47,9 @@ def _jax(layer, inputs, weights, training):
         return (outputs * weights).sum()
 
     floats = np.issubdtype(inputs.dtype, np.floating)
-    of_trained, *of_inputs = jax.grad(loss, argnums=(0, 1)[: 1 + floats])(
-        trained, inputs
-    )
+    found = jax.grad(loss, argnums=(0, 1)[: 1 + floats])
+    found = jax.jit(found) if compiled else found
+    of_trained, *of_inputs = found(trained, inputs)
     ids = [id(v) for v in layer.trainable_variables]
     a, b = (of_trained[ids.index(id(v))] for v in (layer.lora.a, layer.lora.b))
     return [np.asarray(g) for g in (a, b, *of_inputs)]

@@ -245,6 +245,7 @@ CASES = [
         factorization="loralib",
         arguments={"groups": 2, "padding": "same"},
     ),
+    conv("pointwise", 2, 2 * (4 + 6), 1, rank=2, arguments={"activation": "relu"}),
     conv("plain", 3, 2 * (8 * 4 + 6), 2, rank=2, arguments={"strides": (1, 2, 1)}),
     conv(
         "loralib",

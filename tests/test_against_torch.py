@@ -207,6 +207,8 @@ REFERENCES = [
     peft_conv(1, 3, padding=1),
     peft_conv(2, 3, stride=2),
     peft_conv(2, (3, 5)),
+    peft_conv(2, 1),
+    peft_conv(2, 1, stride=2),
     peft_conv(3, 2, stride=(1, 2, 1)),
 ]
 
@@ -261,9 +263,9 @@ class Pair:
     def ours(self, training):
         return self.layer(self.to_ours(self.x), training=training)
 
-    def our_gradients(self, training=True):
+    def our_gradients(self, training=True, compiled=False):
         inputs, weights = self.to_ours(self.x), self.to_ours(self.weights)
-        return gradients(self.layer, inputs, weights, training)
+        return gradients(self.layer, inputs, weights, training, compiled)
 
     def their_gradients(self):
         of_inputs = not self.reference.vocabulary
@@ -307,9 +309,12 @@ def test_merged_forward(reference, dtype, tolerance):
 @over_references
 @over_precisions
 @pytest.mark.parametrize("training", [True, False])
-def test_gradients_of_a_b_and_the_inputs(reference, dtype, tolerance, training):
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_gradients_of_a_b_and_the_inputs(
+    reference, dtype, tolerance, training, compiled
+):
     pair = Pair(reference, dtype)
-    ours, theirs = pair.our_gradients(training), pair.their_gradients()
+    ours, theirs = pair.our_gradients(training, compiled), pair.their_gradients()
     for our_gradient, their_gradient in zip(ours, theirs, strict=True):
         assert_close(our_gradient, their_gradient, tolerance)
 

@@ -1,4 +1,10 @@
-"""No training step forms an array of the kernel's size, but W itself."""
+"""No training step forms a gradient of the kernel's size.
+
+Nor any other array of that size, but where a float32 convolution that TensorFlow
+compiles uses W + delta: it is made of the weights alone, not of the inputs.
+"""
+
+from typing import NamedTuple
 
 import keras
 import numpy as np
@@ -55,14 +61,31 @@ SIZES = [
         {"rank": 3},
     ),
 ]
+# Its kernel is more than eight times as large as the inputs.
+DEEP = Case(
+    "conv2d-deep",
+    keras_lora.LoRAConv2D,
+    {"filters": 23, "kernel_size": (5, 3)},
+    (5, 3, 11),
+    {"rank": 3},
+)
+SIZES.append(DEEP)
 over_kinds = pytest.mark.parametrize("case", SIZES, ids=lambda case: case.name)
 # Reading W, and laying it out anew for the product with it.
 READS = ("ReadVariableOp", "Identity", "StopGradient", "Cast")
 READS += ("Transpose", "Reshape", "ExpandDims")
 
 
+class Operation(NamedTuple):
+    """One operation of a graph."""
+
+    kind: str
+    sizes: list  # of its outputs
+    of_inputs: bool  # whether it depends on the layer's inputs
+
+
 def training_step(layer, inputs):
-    """The operations that a compiled training step needs, as (kind, sizes)."""
+    """The operations that a compiled training step needs."""
     import tensorflow as tf
 
     @tf.function
@@ -83,10 +106,21 @@ def training_step(layer, inputs):
         if operation.name not in needed:
             needed.add(operation.name)
             todo += [tensor.op for tensor in operation.inputs]
-            yield (
+    of_inputs = {graph.inputs[0].op.name}
+    for operation in graph.get_operations():  # in the order in which they were made
+        if of_inputs & {tensor.op.name for tensor in operation.inputs}:
+            of_inputs.add(operation.name)
+        if operation.name in needed:
+            yield Operation(
                 operation.type,
                 [out.shape.num_elements() for out in operation.outputs],
+                operation.name in of_inputs,
             )
+
+
+def formed(operations, size):
+    """The operations that make an array of a size, but for reading W."""
+    return [op for op in operations if size in op.sizes and op.kind not in READS]
 
 
 @pytest.mark.skipif(
@@ -98,13 +132,27 @@ def test_compiled_step_forms_no_kernel_sized_array(case, policy):
     layer = case.trained_layer(dtype=policy)
     size = int(np.prod(layer.frozen_kernel.shape))
     operations = list(training_step(layer, case.inputs(batch=2)))
-    assert any("ReadVariableOp" in kind or "Gather" in kind for kind, _ in operations)
-    formed = [kind for kind, sizes in operations if size in sizes and kind not in READS]
-    assert formed == []
+    assert {"ReadVariableOp", "ResourceGather"} & {op.kind for op in operations}
+    found = formed(operations, size)
+    assert [op for op in found if op.of_inputs] == []
+    merges = policy == "float32" and case.name.startswith("conv") and case is not DEEP
+    # W + delta: the product A @ B, and the sum.
+    assert [op.kind for op in found] == ["MatMul", "AddV2"] * merges
     if case.vocabulary:  # nor is the table or A copied, cast or summed as a whole
         whole = {size, int(np.prod(layer.lora.a.shape))}
-        touched = {kind for kind, sizes in operations if whole & set(sizes)}
+        touched = {op.kind for op in operations if whole & set(op.sizes)}
         assert touched <= {"ReadVariableOp"}  # hands out the buffer
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="reads TensorFlow's graphs"
+)
+@pytest.mark.parametrize("settings", [{"dropout": 0.5}, {"merge_weights": False}])
+def test_convolution_keeps_to_the_low_rank_path(settings):
+    case = next(case for case in SIZES if case.name == "conv2d")
+    layer = case.trained_layer(**settings)
+    size = int(np.prod(layer.frozen_kernel.shape))
+    assert formed(training_step(layer, case.inputs(batch=2)), size) == []
 
 
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="reads JAX's programs")
