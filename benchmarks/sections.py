@@ -63,13 +63,16 @@ SECTIONS = [
         why=(
             "At d=1024 what is left is memory traffic: six skinny products and two "
             "additions read or write whole activations, where the floor has two "
-            "products a layer. Tried, on the same machine and over the same floor "
-            "(512 rows, 2048 rows, r=64, d=2048): as it is 1.21, 1.27, 1.49, 1.08; a "
-            "hand-written gradient 1.21, 1.24, 1.48, 1.07; the same with TensorFlow's "
-            "fused addition 1.17, 1.25, 1.44, 1.08; W + delta formed once for forward "
-            "and dx, with low-rank dA and dB 1.18, 1.19, 1.35, 1.12. The last keeps a "
-            "kernel-sized array a layer alive until the backward pass, as much memory "
-            "again as the frozen weights, and costs more than it saves for few rows. "
+            "products a layer; at d=512 and 64 rows it is the number of operations, "
+            "AdamW's among them. Tried, over the same floor in one run (512 rows, 2048 "
+            "rows, r=64, d=2048): as it is 1.13, 1.12, 1.34, 1.06; a hand-written "
+            "gradient 1.12, 1.12, 1.32, 1.06; W + delta formed once for forward and "
+            "dx, with low-rank dA and dB 1.09, 1.10, 1.28, 1.05, but 1.38 for 1.32 at "
+            "d=512. On a machine with slower memory the same three gave 1.21, 1.27, "
+            "1.49, 1.08; 1.21, 1.24, 1.48, 1.07; 1.18, 1.19, 1.35, 1.12; TensorFlow's "
+            "fused addition 1.17, 1.25, 1.44, 1.08. W + delta keeps a kernel-sized "
+            "array a layer alive until the backward pass, as much memory again as the "
+            "frozen weights, and costs more than it saves for few rows. "
             "None was kept."
         ),
     ),
@@ -164,13 +167,18 @@ SECTIONS = [
         ),
         why=(
             "Where channels are few, a convolution to eight channels takes far longer "
-            "than its arithmetic says, and three of them a layer (forward, dx, dA) "
-            "outweigh the full gradient of a small kernel. Tried at 64 channels and "
-            "in the ResNet block (now 1.64 and 1.47): one product to k*k*r channels "
-            "and a sum of shifted slices 2.45 to 2.92 at 64 channels; W + delta for "
-            "forward and dx with low-rank dA and dB 1.43 and 1.27. The last forms "
-            "kernel-sized arrays in a training step, which is promised not to happen; "
-            "a product in place of a 1x1 convolution to rank channels helped little."
+            "than its arithmetic says. So where a kernel is no larger than the "
+            "layer's inputs, one convolution with W + delta gives the outputs and dx, "
+            "and only dA and dB are low-rank: 1.47 in place of 1.56 at 64 channels, "
+            "and with products for the 1x1 convolutions 1.32 in place of 1.50 in the "
+            "ResNet block. There it is level with `enable_lora`, within the control's "
+            "spread. With still fewer channels for each rank the full gradient, which "
+            "is promised not to be formed, is the cheaper one: 16 channels, r=8, 1.80 "
+            "against 1.38; 64 channels, r=64, 2.00 against 1.60; Conv3D of 32 "
+            "channels, r=8, 1.65 against 1.41. Tried and not kept: W + delta at 256 "
+            "channels (1.15 for 1.19, but 1.48 for 1.35 of the floor's memory); one "
+            "product to k*k*r channels and a sum of shifted slices (2.45 to 2.92 at "
+            "64 channels)."
         ),
     ),
     Section(
@@ -208,7 +216,8 @@ SECTIONS = [
         why=(
             "One lookup of 2 MB becomes a lookup, a product and an addition of 2 MB "
             "each; the whole table is never touched, so the cost does not grow with "
-            "the vocabulary. Not improved."
+            "the vocabulary. Tried: ids as one flat vector, their negative ones set "
+            "right once, and the sum in the other order, each a tie."
         ),
     ),
     Section(

@@ -58,15 +58,15 @@ class LoRAConv(LoRALayer):
         """Whether a step is compiled by TensorFlow, exact, and its kernel small.
 
         On a CPU a convolution to few channels takes far longer than its arithmetic
-        says; W + delta costs little where the kernel is small beside the inputs.
+        says, and W + delta is no more memory than one more copy of the inputs.
         """
-        sizes = [size or 16 for size in inputs.shape]  # where a size is not known
+        sizes = [size or 16 for size in inputs.shape]  # 16 where it is not known
         return (
             self.merge_weights
             and in_tensorflow_graph()
             and self.lora.dropout == 0  # it drops inputs of the adapter alone
             and dtype == self.lora.variable_dtype  # rounding would swallow updates
-            and math.prod(self.kernel.shape) <= 8 * math.prod(sizes)
+            and math.prod(self.kernel.shape) <= math.prod(sizes)
         )
 
     def low_rank_form(self, rank):
