@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_lora.adapter import LowRankForm
 from keras_lora.keras_internals import in_tensorflow_graph
+from keras_lora.keras_internals import merged_in_training
 from keras_lora.lora_layer import LoRALayer
 
 
@@ -47,12 +48,9 @@ class LoRAConv(LoRALayer):
     def low_rank_path(self, inputs, dtype, training):
         if not (training and self._merging_pays(inputs, dtype)):
             return super().low_rank_path(inputs, dtype, training)
-        # The same outputs and gradients by fewer convolutions: one with W + delta
-        # gives y and dx, the low-rank path dA and dB. Its own outputs are needed by
-        # nothing, so a compiled step does not compute them.
-        kernel = ops.stop_gradient(self.merged_kernel(dtype))
-        bypass = self.lora.bypass(ops.stop_gradient(inputs), dtype, training)
-        return with_gradient_of(self.linear(inputs, kernel), bypass)
+        kernel = ops.cast(self.kernel, dtype)
+        factors = self.lora.factors(dtype)
+        return merged_in_training(self.linear, self.lora.form, inputs, kernel, *factors)
 
     def _merging_pays(self, inputs, dtype):
         """Whether a step is compiled by TensorFlow, exact, and its kernel small.
@@ -131,12 +129,6 @@ class LoRAConv(LoRALayer):
 
     def get_config(self):
         return {**super().get_config(), "factorization": self.factorization}
-
-
-@ops.custom_gradient
-def with_gradient_of(outputs, equal):
-    """`outputs`, with a gradient that reaches what the equal tensor was made of too."""
-    return outputs, lambda upstream: (upstream, upstream)
 
 
 @keras.saving.register_keras_serializable(package="keras_lora")

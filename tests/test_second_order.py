@@ -1,0 +1,36 @@
+"""A penalty on the gradient of the inputs trains A and B, compiled as well as not."""
+
+import keras
+import numpy as np
+import pytest
+from layer_cases import CASES
+
+CONVOLUTIONS = [case for case in CASES if case.name.startswith("conv")]
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="what TensorFlow compiles differs"
+)
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=lambda case: case.name)
+def test_compiled_second_order_gradients_are_the_eager_ones(case):
+    import tensorflow as tf
+
+    layer = case.trained_layer(dtype="float64", dropout=0.0, activation="tanh")
+    sources = [layer.lora.a.value, layer.lora.b.value]
+
+    def penalty(x):
+        with tf.GradientTape() as outer:
+            outer.watch(x)
+            with tf.GradientTape() as inner:
+                inner.watch([x, *sources])
+                loss = tf.reduce_sum(layer(x, training=True) ** 2)
+            # Both of the inputs and of the factors, so that all pairs are mixed.
+            first = inner.gradient(loss, [x, *sources])
+            total = tf.add_n([tf.reduce_sum(gradient**2) for gradient in first])
+        return outer.gradient(total, [x, *sources])
+
+    x = tf.constant(case.inputs(dtype="float64"))
+    for compiled, eager in zip(tf.function(penalty)(x), penalty(x), strict=True):
+        scale = np.abs(eager).max()
+        assert scale > 0
+        np.testing.assert_allclose(compiled, eager, rtol=0, atol=1e-12 * scale)
