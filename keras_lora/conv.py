@@ -7,9 +7,9 @@ import keras
 from keras import ops
 
 from keras_lora.adapter import LowRankForm
-from keras_lora.keras_internals import in_tensorflow_graph
-from keras_lora.keras_internals import merged_in_training
 from keras_lora.lora_layer import LoRALayer
+from keras_lora.merged_training import in_tensorflow_graph
+from keras_lora.merged_training import merged_in_training
 
 
 class LoRAConv(LoRALayer):

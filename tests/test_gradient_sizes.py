@@ -71,9 +71,9 @@ DEEP = Case(
 )
 SIZES.append(DEEP)
 over_kinds = pytest.mark.parametrize("case", SIZES, ids=lambda case: case.name)
-# Reading W, handing it on, and laying it out anew for the product with it.
+# Reading W, and laying it out anew for the product with it.
 READS = ("ReadVariableOp", "Identity", "StopGradient", "Cast")
-READS += ("Transpose", "Reshape", "ExpandDims", "IdentityN")
+READS += ("Transpose", "Reshape", "ExpandDims")
 
 
 class Operation(NamedTuple):
