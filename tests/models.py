@@ -5,7 +5,7 @@ import numpy as np
 from layer_cases import fill
 
 from keras_lora import LoRADense
-from keras_lora.layer_conversion import lora_layers
+from keras_lora.models.adapt import lora_layers
 
 
 def sequential():

@@ -26,9 +26,9 @@ from test_apply import flags
 from test_merging import predict
 
 import keras_lora
-from keras_lora.adapter_config import CONFIG
-from keras_lora.adapter_folder import TENSORS
-from keras_lora.layer_conversion import lora_layers
+from keras_lora.files.config import CONFIG
+from keras_lora.files.folder import TENSORS
+from keras_lora.models.adapt import lora_layers
 
 over_models = pytest.mark.parametrize(
     "build", PRETRAINED, ids=lambda build: build.__name__
@@ -438,7 +438,7 @@ def test_killed_while_saving(tmp_path):
     """At whatever moment: the old adapter or the new one, never a mixture."""
     program = (
         "import sys, numpy as np, keras, keras_lora\n"
-        "from keras_lora.layer_conversion import lora_layers\n"
+        "from keras_lora.models.adapt import lora_layers\n"
         "model = keras.Sequential([keras.Input((64,)), keras_lora.LoRADense(64)])\n"
         "lora = lora_layers(model)[0].lora\n"
         "for n in range(1, 10**6):\n"

@@ -17,7 +17,7 @@ from test_merging import predict
 
 import keras_lora
 from keras_lora import apply_lora
-from keras_lora.layer_conversion import lora_layers
+from keras_lora.models.adapt import lora_layers
 
 over_models = pytest.mark.parametrize(
     "build", PRETRAINED, ids=lambda build: build.__name__
@@ -458,7 +458,7 @@ def test_a_model_whose_layers_get_other_names_is_loaded(tmp_path):
 
 
 def test_a_class_can_be_registered(monkeypatch):
-    from keras_lora import layer_conversion
+    from keras_lora.models import adapt as layer_conversion
 
     monkeypatch.setattr(
         layer_conversion, "LORA_CLASSES", dict(layer_conversion.LORA_CLASSES)

@@ -15,8 +15,8 @@ from test_apply import flags
 from test_merging import predict
 
 import keras_lora
-from keras_lora.layer_conversion import lora_layers
-from keras_lora.paths import layer_paths
+from keras_lora.models.adapt import lora_layers
+from keras_lora.models.paths import layer_paths
 
 over_models = pytest.mark.parametrize(
     "build", PRETRAINED, ids=lambda build: build.__name__

@@ -8,7 +8,7 @@ from layer_cases import fill
 from layer_cases import to_numpy
 
 import keras_lora
-from keras_lora.layer_conversion import lora_layers
+from keras_lora.models.adapt import lora_layers
 
 SIZES = {
     "vocabulary_size": 20,

@@ -18,8 +18,8 @@ from test_merging import predict
 from test_merging import state
 
 import keras_lora
-from keras_lora.atomic import replacing
-from keras_lora.layer_conversion import lora_layers
+from keras_lora.models.adapt import lora_layers
+from keras_lora.models.atomic import replacing
 
 tensorflow_format = pytest.mark.skipif(
     keras.backend.backend() == "torch",
@@ -115,7 +115,7 @@ def test_failed_export_changes_nothing(moment, tmp_path, monkeypatch):
                 file.write("new")
 
         monkeypatch.setattr(keras.Model, "export", write)
-        monkeypatch.setattr("keras_lora.atomic.exchange", fail)
+        monkeypatch.setattr("keras_lora.models.atomic.exchange", fail)
     with pytest.raises(OSError, match="no space"):
         keras_lora.export(model, tmp_path / "artefact")
     monkeypatch.undo()

@@ -11,7 +11,7 @@ from layer_cases import fill
 from layer_cases import merged_kernel
 from layer_cases import to_numpy
 
-from keras_lora.adapter import LowRankAdapter
+from keras_lora.layers.adapter import LowRankAdapter
 
 over_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 over_policies = pytest.mark.parametrize("policy", POLICIES)

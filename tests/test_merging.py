@@ -11,7 +11,7 @@ from models import x
 from models import y
 
 import keras_lora
-from keras_lora.layer_conversion import lora_layers
+from keras_lora.models.adapt import lora_layers
 
 over_models = pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)
 

@@ -14,7 +14,7 @@ from layer_cases import fill
 from layer_cases import to_numpy
 
 import keras_lora
-from keras_lora.adapter_config import CONFIG
+from keras_lora.files.config import CONFIG
 
 SIZES = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 2}
 BERT = transformers.BertConfig(

@@ -12,8 +12,8 @@ from layer_cases import fill
 from layer_cases import to_numpy
 
 import keras_lora
-from keras_lora.adapter_config import CONFIG
-from keras_lora.layer_conversion import lora_layers
+from keras_lora.files.config import CONFIG
+from keras_lora.models.adapt import lora_layers
 
 # path here -> module there
 NAMES = {

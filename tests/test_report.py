@@ -8,7 +8,7 @@ from models import sequential
 from models import subclassed
 
 import keras_lora
-from keras_lora.paths import layer_paths
+from keras_lora.models.paths import layer_paths
 
 
 def test_rows_and_table(capsys):

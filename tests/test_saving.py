@@ -10,7 +10,7 @@ from models import trained
 from models import x
 from models import y
 
-from keras_lora.layer_conversion import lora_layers
+from keras_lora.models.adapt import lora_layers
 
 over_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 

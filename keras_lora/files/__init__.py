@@ -1,0 +1,1 @@
+"""Adapters on disk, in the format of PEFT and of others."""

@@ -1,0 +1,149 @@
+"""adapter_config.json: the settings of an adapter, in PEFT's words."""
+
+import collections
+import warnings
+
+from keras_lora.files.slices import without_slice
+from keras_lora.layers.adapter import checked_alpha
+from keras_lora.layers.adapter import checked_dropout
+from keras_lora.layers.adapter import checked_rank
+from keras_lora.models.freezing import checked_bias
+from keras_lora.models.targets import compiled
+
+CONFIG = "adapter_config.json"
+# What decides how the tensors are read: it also stands in the tensors' metadata.
+SETTINGS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+# What a reader may meet and need not obey. Another key that is set is named in a
+# warning; one that is null, false or empty asks for nothing.
+KNOWN = set(
+    """
+    alpha_pattern auto_mapping base_model_name_or_path bias ensure_weight_tying
+    eva_config exclude_modules fan_in_fan_out inference_mode init_lora_weights
+    layers_pattern layers_to_transform lora_alpha lora_dropout megatron_core
+    modules_to_save peft_type peft_version qalora_group_size r rank_pattern revision
+    target_modules task_type use_rslora
+    """.split()  # noqa: SIM905
+)
+# What changes the mathematics, and is not read.
+REFUSED = (
+    "alora_invocation_tokens",
+    "layer_replication",
+    "lora_bias",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+)
+
+
+def settings(ranks, alphas, use_rslora, **others):
+    """The configuration of an adapter with these ranks and alphas per module."""
+    alphas = {module: checked_alpha(alpha) for module, alpha in alphas.items()}
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "target_modules": sorted(ranks),
+        "r": most_common(ranks.values()),
+        "lora_alpha": most_common(alphas.values()),
+    }
+    optional = {
+        "rank_pattern": pattern(ranks, config["r"]),
+        "alpha_pattern": pattern(alphas, config["lora_alpha"]),
+        "use_rslora": use_rslora,
+        **others,
+    }
+    return config | {key: value for key, value in optional.items() if value}
+
+
+def most_common(values):
+    return collections.Counter(values).most_common(1)[0][0]
+
+
+def pattern(values, usual):
+    """Keys that mean one module each, in PEFT's reading of them."""
+    return {
+        f"^{m.replace('.', chr(92) + '.')}": v for m, v in values.items() if v != usual
+    }
+
+
+def checked_config(file):
+    if not isinstance(file, dict):
+        raise ValueError(f"{CONFIG} must hold a JSON object. Received: {file!r}.")
+    if file.get("peft_type") != "LORA":
+        raise ValueError(
+            f"{CONFIG} must have peft_type 'LORA'. Received: {file.get('peft_type')!r}."
+        )
+    for key in REFUSED:
+        if file.get(key):
+            raise ValueError(f"{CONFIG} has {key}={file[key]!r}, which is not read.")
+    start = file.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower().startswith(
+        ("pissa", "olora", "corda", "loftq", "lora_ga")
+    ):
+        raise ValueError(
+            f"{CONFIG} has init_lora_weights={start!r}: its base weights were changed, "
+            "so that the tensors do not fit the model. Convert it in PEFT first."
+        )
+    rslora = file.get("use_rslora", False)
+    heads = file.get("modules_to_save") or []
+    if not isinstance(rslora, bool) or not is_list_of(heads, str):
+        raise ValueError(
+            f"{CONFIG}: use_rslora must be a Boolean and modules_to_save a list of "
+            f"names. Received: {rslora!r} and {heads!r}."
+        )
+    bias = file.get("bias", "none")
+    checked_bias(bias if isinstance(bias, str) else repr(bias))
+    targets = file.get("target_modules")
+    if not (isinstance(targets, str) or is_list_of(targets, str)) or not targets:
+        raise ValueError(
+            f"{CONFIG}: target_modules must be a list of names or an expression. "
+            f"Received: {targets!r}."
+        )
+    for key, check in (
+        ("rank_pattern", checked_rank),
+        ("alpha_pattern", checked_alpha),
+    ):
+        values = file.get(key) or {}
+        if not isinstance(values, dict):
+            raise ValueError(
+                f"{CONFIG}: {key} must be an object. Received: {values!r}."
+            )
+        for rule, value in values.items():
+            compiled(rule, key)
+            check(value)
+    return {
+        "r": checked_rank(file.get("r", 8)),
+        "lora_alpha": checked_alpha(file.get("lora_alpha", 8)),
+        "rank_pattern": file.get("rank_pattern") or {},
+        "alpha_pattern": file.get("alpha_pattern") or {},
+        "dropout": checked_dropout(file.get("lora_dropout", 0.0)),
+        "use_rslora": rslora,
+        "bias": bias,
+        "modules_to_save": heads,
+    }
+
+
+def warn_of_unknown(file):
+    unknown = sorted(key for key in set(file) - KNOWN if file[key])
+    if unknown:
+        warnings.warn(f"{CONFIG}: ignored {', '.join(unknown)}.", stacklevel=5)
+
+
+def is_list_of(values, kind):
+    return isinstance(values, list) and all(isinstance(v, kind) for v in values)
+
+
+def value_of(config, pattern_key, default_key, found):
+    """Module -> rank or alpha, as PEFT reads its patterns: the first key that fits."""
+    values = {}
+    for module in found:
+        fits = (
+            value
+            for key, value in config[pattern_key].items()
+            if compiled(rf"(.*\.)?({key})$", pattern_key).match(without_slice(module))
+        )
+        values[module] = next(fits, config[default_key])
+    return values

@@ -1,0 +1,60 @@
+"""The factors of an adapter by module, with their ranks and alphas; no model yet."""
+
+from typing import NamedTuple
+
+from keras_lora.files.config import CONFIG
+from keras_lora.files.config import checked_config
+from keras_lora.files.config import value_of
+from keras_lora.files.folder import TENSORS
+from keras_lora.files.folder import assert_finite
+from keras_lora.files.slices import split
+from keras_lora.files.slices import without_slice
+from keras_lora.files.tensors import EMBEDDING
+from keras_lora.files.tensors import LINEAR
+from keras_lora.layers.adapter import alpha_at
+
+
+class FileFactors(NamedTuple):
+    factors: dict  # module -> {suffix: array}
+    others: dict  # key -> array, for what trained in full
+    ranks: dict
+    alphas: dict
+    config: dict
+
+
+def factors_of(adapter, modules) -> FileFactors:
+    """modules: names that may mean slices, as in `keras_lora.files.slices`."""
+    config = checked_config(adapter.config)
+    tensors = dict(adapter.tensors)
+    for key, value in tensors.items():
+        assert_finite(key, value)
+    shares = split(tensors, modules, adapter.slices)
+    factors, others = {}, {}
+    for name, value in tensors.items():
+        suffix = next((s for s in LINEAR + EMBEDDING if name.endswith(s)), None)
+        if suffix is None:
+            others[name] = value
+        else:
+            factors.setdefault(name.removesuffix(suffix), {})[suffix] = value
+    if not factors:
+        raise ValueError(f"{TENSORS} holds no factors of an adapter.")
+    for module, pair in factors.items():
+        if suffixes_of(pair) not in (LINEAR, EMBEDDING):
+            raise ValueError(
+                f"The adapter of {module!r} needs A and B; the file has {sorted(pair)}."
+            )
+    ranks = value_of(config, "rank_pattern", "r", factors)
+    alphas = value_of(config, "alpha_pattern", "lora_alpha", factors)
+    for module, (rank, total) in shares.items():
+        if ranks[module] != total:
+            raise ValueError(
+                f"The rank of {without_slice(module)!r} is {ranks[module]} in {CONFIG} "
+                f"and {total} in {TENSORS}."
+            )
+        ranks[module] = rank
+        alphas[module] = alpha_at(rank, alphas[module], total, config["use_rslora"])
+    return FileFactors(factors, others, ranks, alphas, config)
+
+
+def suffixes_of(pair):
+    return tuple(sorted(pair))

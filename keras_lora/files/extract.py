@@ -1,0 +1,139 @@
+"""The adapter that turns one model into another, as nearly as its rank allows."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from collections.abc import Mapping
+
+import keras
+import numpy as np
+
+from keras_lora.files.folder import Adapter
+from keras_lora.files.names import module_names
+from keras_lora.files.save import adapter_of
+from keras_lora.files.tensors import as_matrix
+from keras_lora.files.tensors import to_numpy
+from keras_lora.keras_internals import layer_state
+from keras_lora.layers.adapter import LowRankAdapter
+from keras_lora.layers.adapter import checked_rank
+from keras_lora.layers.lora_layer import adapter_dtype
+from keras_lora.models.adapt import adopted
+from keras_lora.models.adapt import lora_class_of
+from keras_lora.models.adapt import lora_layers
+from keras_lora.models.adapt import obstacle
+from keras_lora.models.paths import layer_paths
+
+
+def extract_adapter(
+    base_model,
+    tuned_model,
+    rank: int,
+    names: str | Mapping | Callable | None = None,
+) -> Adapter:
+    """The best update of a rank between two models of one architecture.
+
+        scaling * A @ B = the nearest of rank r to W_tuned - W_base
+
+    in the Frobenius norm, by singular value decomposition, for every layer that can
+    be adapted and whose kernel differs. What else differs goes along in full, as
+    biases and heads do: a base model that loads the adapter is the tuned model but
+    for what `.errors` of the result says.
+
+    Args:
+        base_model: A plain Keras model that is built. It is left as it is.
+        tuned_model: Another of the same layers and shapes.
+        rank: Whole number > 0; a layer whose kernel is smaller gets its full rank.
+        names: As in `save_adapter`.
+
+    Returns:
+        An `Adapter`; its `.errors` are |delta - scaling * A @ B| / |delta| by module.
+
+    Raises:
+        ValueError: If the two differ in more than values, hold adapters
+            (`merge_lora` first), or differ in no kernel.
+    """
+    rank = checked_rank(rank)
+    for model in (base_model, tuned_model):
+        if lora_layers(model):
+            raise ValueError(
+                f"{model.name!r} holds LoRA layers. Call merge_lora or remove_lora on "
+                "it, or on a copy of it, first."
+            )
+    base, tuned = (
+        module_names(layer_paths(model), names) for model in (base_model, tuned_model)
+    )
+    adapters, updates, beside, errors = {}, {}, [], {}
+    for module, (layer, variables) in paired_layers(base, tuned).items():
+        changed = {v.name: (v, other) for v, other in variables if differ(v, other)}
+        kernel = changed.pop(kernel_name(layer), None)
+        if kernel is None or changed.keys() - {"bias"} or not can_be_factored(layer):
+            beside += in_full(module, variables, changed, kernel)
+            continue
+        beside += [(module, other) for _, other in changed.values()]
+        own, other = map(to_numpy, kernel)
+        a, b, errors[module] = nearest_factors(layer, other - own, rank)
+        updates[module] = a, b
+        adapters[module] = (
+            layer,
+            LowRankAdapter(len(b), dtype=adapter_dtype(layer), name="lora"),
+        )
+    if not adapters:
+        raise ValueError("The two models differ in no kernel that could be adapted.")
+    with adopted(base_model, adapters):
+        for module, (a, b) in updates.items():
+            lora = base[module].lora
+            lora.a.assign(a.reshape(lora.a.shape))
+            lora.b.assign(b.reshape(lora.b.shape))
+        adapter = adapter_of(base_model, names, beside)
+    return dataclasses.replace(adapter, errors=errors)
+
+
+def paired_layers(base, tuned):
+    """{module: (layer, [(variable, the tuned one)])}."""
+    if base.keys() != tuned.keys():
+        raise ValueError(
+            "The two models have other layers: "
+            f"{sorted(base.keys() ^ tuned.keys())[:5]} are in one of them."
+        )
+    pairs = {}
+    for module, layer in base.items():
+        own, other = (
+            list(itertools.chain(*layer_state(x))) for x in (layer, tuned[module])
+        )
+        if [(v.name, v.shape) for v in own] != [(v.name, v.shape) for v in other]:
+            raise ValueError(f"The variables of {module!r} have other shapes.")
+        pairs[module] = layer, list(zip(own, other, strict=True))
+    return pairs
+
+
+def differ(own, other):
+    return not np.array_equal(to_numpy(own), to_numpy(other))
+
+
+def kernel_name(layer):
+    return getattr(lora_class_of(type(layer)), "kernel_name", None)
+
+
+def can_be_factored(layer):
+    if obstacle(layer) is not None:
+        return False
+    return not isinstance(layer, keras.layers.EinsumDense) or bool(as_matrix(layer))
+
+
+def in_full(module, variables, changed, kernel):
+    """What of a layer goes along as it is: its bias alone, or all it has."""
+    if kernel is None and changed.keys() <= {"bias"}:
+        return [(module, other) for _, other in changed.values()]
+    return [(module, other) for _, other in variables]
+
+
+def nearest_factors(layer, delta, rank):
+    """A and B as matrices, and the relative error of A @ B."""
+    if isinstance(layer, keras.layers.EinsumDense):
+        axes, rows, _ = as_matrix(layer)
+        delta = delta.transpose(axes).reshape(rows, -1)
+    delta = delta.reshape(-1, delta.shape[-1]).astype("float64")
+    left, values, right = np.linalg.svd(delta, full_matrices=False)
+    root = np.sqrt(values[:rank])
+    error = np.linalg.norm(values[rank:]) / np.linalg.norm(values)
+    return left[:, :rank] * root, root[:, None] * right[:rank], float(error)

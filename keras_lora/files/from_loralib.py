@@ -1,0 +1,196 @@
+"""Adapters of microsoft/LoRA: what `loralib.lora_state_dict` gives."""
+
+import math
+from collections.abc import Callable
+from collections.abc import Mapping
+from pathlib import Path
+
+import keras
+import numpy as np
+import safetensors.numpy
+
+from keras_lora.files.config import settings
+from keras_lora.files.folder import Adapter
+from keras_lora.files.load import load_adapter
+from keras_lora.files.names import module_names
+from keras_lora.files.tensors import EMBEDDING
+from keras_lora.files.tensors import LINEAR
+from keras_lora.layers.adapter import checked_alpha
+from keras_lora.layers.adapter import checked_rank
+from keras_lora.layers.merged_dense import LoRAMergedDense
+from keras_lora.layers.merged_dense import checked_mask
+from keras_lora.models.paths import layer_paths
+from keras_lora.models.report import Report
+
+
+def load_loralib(
+    model,
+    state_dict: Mapping | str | Path,
+    rank: int,
+    alpha: float = 1,
+    names: str | Mapping | Callable | None = None,
+    enable_lora=None,
+) -> Report:
+    """Puts loralib's factors into a model.
+
+    A plain model gets LoRA layers where the state dict has factors. A model that has
+    adapters must have them there, with the ranks on the right:
+
+        Linear, Embedding   lora_A (r, in)       lora_B (out, r)         r
+        MergedLinear        lora_A (G*r, in)     lora_B (G*units/n, r)   r, or G*r
+        Conv                lora_A (r*k, in*k)   lora_B (out/g*k, r*k)   r, or r*k*k
+
+    The second rank is that of a Dense layer in place of LoRAMergedDense, and of a
+    convolution in its standard form in place of `factorization="loralib"` (no
+    groups, then): both hold the same update exactly. `fan_in_fan_out` concerns the
+    frozen weight alone. Biases that the dict has are read too. Everything is checked
+    before anything is assigned.
+
+    Args:
+        model: A Keras model that is built.
+        state_dict: Name -> tensor or array, such as `lora_state_dict` returns, or a
+            file of it: .safetensors, or what `torch.save` writes (this needs torch,
+            which then unpickles tensors only).
+        rank: The `r` of the layers, which the dict does not hold.
+        alpha: Their `lora_alpha`, which it does not hold either; loralib's default
+            is 1.
+        names: Module paths there for the paths here, as in `save_adapter`.
+        enable_lora: The mask of every MergedLinear that meets a plain layer, if not
+            all of its slices are adapted; or a dict from modules to masks.
+
+    Raises:
+        ValueError: If a tensor is missing, unexpected, of a wrong shape or not
+            finite, or a layer has another rank. The model is then as before.
+        OSError: If the file cannot be read.
+
+    Reference: https://github.com/microsoft/LoRA
+    """
+    rank, alpha = checked_rank(rank), checked_alpha(alpha)
+    if isinstance(state_dict, (str, Path)):
+        state_dict = read_state_dict(Path(state_dict))
+    modules = module_names(layer_paths(model), names)
+    arrays = {key: as_array(value) for key, value in state_dict.items()}
+    tensors, ranks = {}, {}
+    for key in [key for key in arrays if key.endswith(".lora_A")]:
+        module = key.removesuffix(".lora_A")
+        layer, b_key = modules.get(module), f"{module}.lora_B"
+        if layer is None:
+            raise ValueError(f"The state dict has {key!r}, which the model has not.")
+        if b_key not in arrays:
+            raise ValueError(f"The state dict has no {b_key!r}.")
+        a, b = arrays.pop(key), arrays.pop(b_key)
+        mask = enable_lora.get(module) if isinstance(enable_lora, dict) else enable_lora
+        suffixes = LINEAR
+        if isinstance(layer, keras.layers.Embedding):
+            suffixes = EMBEDDING
+        elif isinstance(layer, keras.layers.Dense):
+            a, b = merged_linear(layer, module, a, b, rank, mask)
+        elif getattr(layer, "factorization", None) == "loralib":
+            ranks[module] = rank
+        elif hasattr(layer, "kernel_size"):
+            a, b = standard_convolution(layer, module, a, b, rank)
+        tensors[module + suffixes[0]], tensors[module + suffixes[1]] = a, b
+        ranks.setdefault(module, len(a))
+    if not ranks:
+        raise ValueError("The state dict holds no lora_A.")
+    biases = {}
+    for key, value in arrays.items():
+        module = key.removesuffix(".bias")
+        if module not in modules:  # loralib's convolutions wrap torch's
+            module = module.removesuffix(".conv")
+        if not key.endswith(".bias") or not hasattr(modules.get(module), "bias"):
+            raise ValueError(f"The state dict has {key!r}, which the model has not.")
+        infix = ".base_layer" if module in ranks else ""
+        biases[f"{module}{infix}.bias"] = value
+    alphas = {module: alpha * ranks[module] / rank for module in ranks}
+    bias = "lora_only" if biases else None
+    if any(".base_layer." not in key for key in biases):
+        bias = "all"
+    config = settings(ranks, alphas, use_rslora=False, bias=bias)
+    return load_adapter(model, Adapter(tensors | biases, config), names)
+
+
+def merged_linear(layer, module, a, b, rank, mask):
+    """One adapter of rank G * r: A as it is, B in blocks."""
+    groups = len(a) // rank
+    if a.ndim != 2 or b.ndim != 2 or len(a) != groups * rank or b.shape[1] != rank:
+        raise ValueError(
+            f"The factors of {module!r} have shapes {a.shape} and {b.shape}, which are "
+            f"not those of rank={rank}."
+        )
+    if isinstance(layer, LoRAMergedDense):
+        mask = layer.adapted_slices
+    elif groups == 1 and len(b) == layer.units:
+        return a, b  # a Linear
+    mask = checked_mask(mask or (True,) * groups, layer.units)
+    size = layer.units // len(mask)
+    if sum(mask) != groups or len(b) != groups * size:
+        raise ValueError(
+            f"The factors of {module!r} have shapes {a.shape} and {b.shape}; with "
+            f"enable_lora={mask} and {layer.units} units that is "
+            f"{(sum(mask) * rank, a.shape[1])} and {(sum(mask) * size, rank)}."
+        )
+    blocks = np.zeros((layer.units, groups * rank), b.dtype)
+    for group, slot in enumerate(np.flatnonzero(mask)):
+        rows = slice(slot * size, (slot + 1) * size)
+        columns = slice(group * rank, (group + 1) * rank)
+        blocks[rows, columns] = b[group * size : (group + 1) * size]
+    return a, blocks
+
+
+def standard_convolution(layer, module, a, b, rank):
+    """loralib's factors at rank r * prod(k), in the form of a convolution and a 1x1.
+
+    delta[f] = (B @ A)[f*m : (f+1)*m] in a row, m = prod(k[:-1]): with m copies of A
+    on a block diagonal, row f*m + s of B acts on the s-th of them.
+    """
+    if layer.groups > 1:
+        raise ValueError(
+            f"The convolution of {module!r} has groups: loralib's factors fit it with "
+            "factorization='loralib' only."
+        )
+    *others, last = layer.kernel_size
+    copies, channels = math.prod(others), layer.kernel.shape[-2]
+    expected = (rank * last, channels * last), (layer.filters * copies, rank * last)
+    if (a.shape, b.shape) != expected:
+        raise ValueError(
+            f"The factors of {module!r} have shapes {a.shape} and {b.shape}; the layer "
+            f"needs {expected[0]} and {expected[1]}."
+        )
+    a = np.kron(np.eye(copies, dtype=a.dtype), a)
+    a = a.reshape(-1, channels, *layer.kernel_size)
+    b = np.concatenate([b[start::copies] for start in range(copies)], axis=1)
+    return a, b.reshape(*b.shape, *[1] * len(layer.kernel_size))
+
+
+def read_state_dict(path):
+    if path.suffix == ".safetensors":
+        try:
+            return safetensors.numpy.load_file(path)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+    try:
+        import torch
+    except ImportError as error:
+        raise ValueError(
+            f"{path} is a file of torch, which is not installed. Save the state dict "
+            "as .safetensors instead."
+        ) from error
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # of many kinds: zip, pickle, end of file
+        raise ValueError(f"{path} holds no state dict: {error}") from error
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{path} holds no state dict but a {type(state).__name__}.")
+    return state
+
+
+def as_array(value):
+    """A torch tensor or an array, as float32 or float64."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        value = value.double() if "64" in str(value.dtype) else value.float()
+        value = value.numpy()
+    return np.array(value)

@@ -1,0 +1,260 @@
+"""An adapter from PEFT's files into a model."""
+
+import collections
+import dataclasses
+import difflib
+import itertools
+from collections.abc import Callable
+from collections.abc import Mapping
+
+import numpy as np
+
+from keras_lora.files.contents import factors_of
+from keras_lora.files.contents import suffixes_of
+from keras_lora.files.folder import Adapter
+from keras_lora.files.names import keeps_inputs_first
+from keras_lora.files.names import module_names
+from keras_lora.files.slices import fused_modules
+from keras_lora.files.slices import outputs_axis
+from keras_lora.files.slices import slices_of
+from keras_lora.files.slices import without_slice
+from keras_lora.files.tensors import EMBEDDING
+from keras_lora.files.tensors import file_rank
+from keras_lora.files.tensors import from_tensors
+from keras_lora.files.tensors import own_alpha
+from keras_lora.files.tensors import suffixes
+from keras_lora.files.tensors import torch_name
+from keras_lora.files.tensors import weight_from_tensor
+from keras_lora.keras_internals import compile_again
+from keras_lora.keras_internals import layer_state
+from keras_lora.layers.adapter import LowRankAdapter
+from keras_lora.layers.lora_layer import adapter_dtype
+from keras_lora.layers.lora_layer import is_adapted
+from keras_lora.models.adapt import adopted
+from keras_lora.models.adapt import lora_class_of
+from keras_lora.models.adapt import lora_layers
+from keras_lora.models.adapt import obstacle
+from keras_lora.models.freezing import freeze_all_but_lora
+from keras_lora.models.keras_files import mark_adapted
+from keras_lora.models.paths import layer_paths
+from keras_lora.models.report import Report
+from keras_lora.models.trainable_flags import trainable_state
+
+
+def load_adapter(
+    model,
+    directory,
+    names: str | Mapping | Callable | None = None,
+    trainable: bool = True,
+) -> Report:
+    """Reads an adapter that `save_adapter` or PEFT has written.
+
+    A plain model gets the LoRA layers that the file describes. A model that has
+    adapters must have them where the file has them, with the same ranks; its alpha
+    becomes the file's. Nothing is traced anew then: a compiled `predict` gives the
+    new outputs at its next call. Everything is checked before anything is
+    assigned. A thread that predicts meanwhile may see some layers with the old
+    factors and some with the new ones.
+
+    Args:
+        model: A Keras model that is built.
+        directory: Folder with adapter_config.json and adapter_model.safetensors,
+            or an `Adapter`.
+        names: As in `save_adapter`.
+        trainable: Boolean, whether the adapter goes on training.
+
+    Returns:
+        The report of `keras_lora.summary`.
+
+    Raises:
+        ValueError: If a file is damaged, the two do not belong together, or they do
+            not fit the model: a missing, unexpected, wrongly shaped or non-finite
+            tensor. The model is then as before.
+        OSError: If a file cannot be read.
+    """
+    adapter = directory if isinstance(directory, Adapter) else Adapter.read(directory)
+    file = contents(adapter, module_names(layer_paths(model), names), names)
+    if lora_layers(model):
+        refuse_other_modules(file)
+        values = checked_values(file)
+    else:
+        adapters = {
+            module: (layer, new_adapter(file, module, layer))
+            for module, layer in file.adapted.items()
+        }
+        state = trainable_state(model)
+        with adopted(model, adapters) as undo:
+            values = checked_values(file)
+            undo.pop_all()
+        mark_adapted(model, paths_of(model, file.adapted), state)
+        freeze_all_but_lora(model, file.bias, list(file.heads.values()))
+        compile_again(model)
+    for variable, value in values:
+        variable.assign(value)
+    for module, layer in file.adapted.items():
+        alpha = own_alpha(layer, file.alphas[module], file.use_rslora)
+        layer.lora.set_alpha(alpha, file.use_rslora)
+    if not trainable:
+        for layer in [*file.heads.values(), *lora_layers(model)]:
+            layer.trainable = False
+        compile_again(model)
+    return Report(model)
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What a file holds, under the names of a model's modules."""
+
+    modules: dict  # module -> layer, for all of the model
+    factors: dict  # module -> {suffix: array}
+    others: dict  # key -> array, for what trained in full
+    ranks: dict
+    alphas: dict
+    heads: dict  # module -> layer
+    bias: str
+    dropout: float
+    use_rslora: bool
+    inputs_first: bool
+
+    @property
+    def adapted(self):
+        """Module -> layer, for those that the file has factors for."""
+        return {module: self.modules[module] for module in self.factors}
+
+
+def contents(adapter, modules, names) -> Contents:
+    factors, others, ranks, alphas, config = factors_of(adapter, modules)
+    refuse_unknown_modules(factors, modules)
+    file = Contents(
+        modules=modules,
+        factors=factors,
+        others=others,
+        ranks=ranks,
+        alphas=alphas,
+        heads=heads_of(config["modules_to_save"], modules, others),
+        bias=config["bias"],
+        dropout=config["dropout"],
+        use_rslora=config["use_rslora"],
+        inputs_first=keeps_inputs_first(names),
+    )
+    split_others(file)
+    return file
+
+
+def heads_of(names, modules, others):
+    """{module: layer} that `modules_to_save` means: by a name or the end of one."""
+    heads, slices = {}, collections.defaultdict(list)
+    for module in modules:
+        slices[without_slice(module)].append(module)
+    for name in names:
+        meant = [m for m in slices if m == name or m.endswith(f".{name}")]
+        if not meant:
+            raise ValueError(f"modules_to_save names {name!r}, which is no layer.")
+        stored = [m for m in meant if any(key.startswith(f"{m}.") for key in others)]
+        for module in stored or meant:
+            heads |= {part: modules[part] for part in slices[module]}
+    return heads
+
+
+def new_adapter(file, module, layer):
+    return LowRankAdapter(
+        file.ranks[module],
+        file.alphas[module],
+        0.0 if suffixes_of(file.factors[module]) == EMBEDDING else file.dropout,
+        file.use_rslora,
+        dtype=adapter_dtype(layer),
+        name="lora",
+    )
+
+
+def split_others(file):
+    """Biases and weights of a fused module become those of its slices, in place."""
+    for module, count in fused_modules(file.modules).items():
+        for key in [key for key in file.others if key.startswith(f"{module}.")]:
+            value = file.others.pop(key)
+            name = key.split(".")[-1]
+            if key.endswith(".base_layer.weight"):
+                continue  # PEFT repeats a targeted head
+            axis = outputs_axis(value, file.inputs_first)
+            if value.shape[axis] % count:
+                raise ValueError(
+                    f"The tensor {key!r} has shape {value.shape}, which does not "
+                    f"divide into {count} slices."
+                )
+            parts = np.split(value, count, axis)
+            for part, values in zip(slices_of(module, count), parts, strict=True):
+                infix = ".base_layer" if part in file.factors else ""
+                file.others[f"{part}{infix}.{name}"] = values
+
+
+def refuse_unknown_modules(factors, modules):
+    for module in factors:
+        layer = modules.get(module)
+        if layer is None or not can_hold(layer):
+            close = difflib.get_close_matches(
+                module, [m for m, x in modules.items() if can_hold(x)], n=3, cutoff=0.3
+            )
+            raise ValueError(
+                f"The file has an adapter for {module!r}, which the model has not"
+                f"{' in a form that can be adapted' if layer is not None else ''}. "
+                f"Close are: {close}. `names` can map paths to modules."
+            )
+
+
+def can_hold(layer):
+    if is_adapted(layer):
+        return True
+    return lora_class_of(type(layer)) is not None and obstacle(layer) is None
+
+
+def refuse_other_modules(file):
+    """An adapted model takes a file for the same layers only."""
+    own = {module for module, layer in file.modules.items() if is_adapted(layer)}
+    missing, more = sorted(own - set(file.factors)), sorted(set(file.factors) - own)
+    if missing or more:
+        raise ValueError(
+            "The file and the model adapt other layers. Only in the model: "
+            f"{missing}. Only in the file: {more}."
+        )
+
+
+def checked_values(file):
+    """[(variable, value)] for the whole file, of which every shape fits."""
+    values = []
+    for module, pair in file.factors.items():
+        layer = file.modules[module]
+        if suffixes_of(pair) != suffixes(layer):
+            raise ValueError(
+                f"{module!r} is a {type(layer).__name__}; the file has "
+                f"{sorted(pair)} for it."
+            )
+        if file.ranks[module] != file_rank(layer):
+            raise ValueError(
+                f"The rank of {module!r} is {file.ranks[module]} in the file and "
+                f"{file_rank(layer)} in the model."
+            )
+        a, b = from_tensors(layer, *(pair[s] for s in suffixes(layer)), module)
+        values += [(layer.lora.a, a), (layer.lora.b, b)]
+    index = {}
+    for module, layer in file.modules.items():
+        infix = ".base_layer" if module in file.factors else ""
+        for variable in itertools.chain(*layer_state(layer)):
+            key = f"{module}{infix}.{torch_name(variable)}"
+            index[key] = layer, variable
+            if module in file.heads and key not in file.others:
+                raise ValueError(f"The file has no tensor {key!r}.")
+    for key, value in file.others.items():
+        if key.endswith(".base_layer.weight"):
+            continue  # PEFT repeats a targeted embedding or head
+        if key not in index:
+            close = difflib.get_close_matches(key, index, n=3)
+            raise ValueError(f"Unexpected tensor {key!r}. Close are: {close}.")
+        layer, variable = index[key]
+        value = weight_from_tensor(layer, variable, value, key, file.inputs_first)
+        values.append((variable, value))
+    return values
+
+
+def paths_of(model, adapted):
+    chosen = {id(layer) for layer in adapted.values()}
+    return [path for path, layer in layer_paths(model).items() if id(layer) in chosen]

@@ -1,0 +1,141 @@
+"""A model's adapter as PEFT's files hold it."""
+
+import collections
+import itertools
+from collections.abc import Callable
+from collections.abc import Mapping
+
+import numpy as np
+
+from keras_lora.files.config import settings
+from keras_lora.files.folder import Adapter
+from keras_lora.files.names import keeps_inputs_first
+from keras_lora.files.names import module_names
+from keras_lora.files.slices import fuse
+from keras_lora.files.slices import fused_modules
+from keras_lora.files.slices import outputs_axis
+from keras_lora.files.slices import slices_of
+from keras_lora.files.slices import without_slice
+from keras_lora.files.tensors import file_alpha
+from keras_lora.files.tensors import file_rank
+from keras_lora.files.tensors import suffixes
+from keras_lora.files.tensors import to_tensors
+from keras_lora.files.tensors import torch_name
+from keras_lora.files.tensors import weight_to_tensor
+from keras_lora.keras_internals import layer_state
+from keras_lora.keras_internals import synchronize
+from keras_lora.layers.lora_layer import is_adapted
+from keras_lora.models.adapt import built_lora_layers
+from keras_lora.models.paths import layer_paths
+
+
+def save_adapter(model, directory, names: str | Mapping | Callable | None = None):
+    """Writes what training changed: A, B, trained biases and heads, and settings.
+
+    Two files, adapter_config.json and adapter_model.safetensors, as PEFT writes
+    them: for models that PEFT can hold, PEFT loads them. They are written beside
+    `directory` and put in its place in one step.
+
+    Args:
+        model: A Keras model that holds LoRA layers.
+        directory: Folder for the two files; other files in it stay.
+        names: Module paths of another framework for the paths of this one
+            (`keras_lora.summary` shows them): a dict, a function of the path, or
+            "bert", "gpt2", "llama" or "gemma" for a KerasHub model and its
+            transformers counterpart. Layers that are one module there share a
+            name: "qkv[0/3]" is the first third of its outputs. The default writes
+            dots for slashes.
+
+    Raises:
+        ValueError: If the model holds no LoRA layer, a factor is not finite, or two
+            layers get one name.
+    """
+    adapter_of(model, names).save(directory)
+
+
+def adapter_of(model, names=None, trained=None) -> Adapter:
+    """The adapter of a model, as it would be saved.
+
+    trained: (module, variable) that go along with the factors; by default those
+    that train.
+    """
+    synchronize(model)
+    built_lora_layers(model)
+    modules = module_names(layer_paths(model), names)
+    inputs_first = keeps_inputs_first(names)
+    adapters = {module: layer for module, layer in modules.items() if is_adapted(layer)}
+    tensors = {}
+    for module, layer in adapters.items():
+        for suffix, value in zip(suffixes(layer), to_tensors(layer), strict=True):
+            tensors[module + suffix] = value
+    if trained is None:
+        trained = trained_beside(modules, adapters)
+    use_rslora = all(layer.lora.use_rslora for layer in adapters.values())
+    ranks = {module: file_rank(layer) for module, layer in adapters.items()}
+    alphas = {m: file_alpha(layer, use_rslora) for m, layer in adapters.items()}
+    layout = fuse(tensors, ranks, alphas, use_rslora)
+    others = {
+        (module, torch_name(variable)): weight_to_tensor(
+            modules[module], variable, inputs_first
+        )
+        for module, variable in trained
+    }
+    fuse_others(others, modules, inputs_first)
+    for (module, name), value in others.items():
+        infix = ".base_layer" if module in ranks else ""
+        tensors[f"{module}{infix}.{name}"] = value
+    names_of = collections.defaultdict(list)
+    for module, variable in trained:
+        names_of[module].append(variable.name)
+    biases = {without_slice(m) for m, found in names_of.items() if found == ["bias"]}
+    bias = "all" if biases - ranks.keys() else "lora_only"
+    config = settings(
+        ranks,
+        alphas,
+        use_rslora,
+        lora_dropout=max(layer.lora.dropout for layer in adapters.values()),
+        bias=bias if biases else None,
+        modules_to_save=sorted(
+            {module for module, _ in others} - ranks.keys() - biases
+        ),
+        fan_in_fan_out=inputs_first,
+    )
+    return Adapter(tensors, config, layout)
+
+
+def trained_beside(modules, adapters):
+    """(module, variable) that train beside the factors, heads with all they have."""
+    trained = []
+    factors = {id(layer.lora) for layer in adapters.values()}
+    for module, layer in modules.items():
+        if id(layer) in factors:
+            continue
+        trainable, other = layer_state(layer)
+        training = [variable for variable in trainable if variable.trainable]
+        trained += [(module, variable) for variable in training]
+        is_head = module not in adapters and [v.name for v in training] != ["bias"]
+        if training and is_head:
+            trained += [(module, variable) for variable in other]
+    return trained
+
+
+def fuse_others(others, modules, inputs_first):
+    """Biases and weights of slices become their module's, in place."""
+    for module, count in fused_modules(modules).items():
+        names = slices_of(module, count)
+        for weight in {name for slot, name in others if slot in names}:
+            missing = [name for name in names if name not in modules]
+            if missing:
+                raise ValueError(
+                    f"The {weight} of {module!r} trains in part: `names` has no layer "
+                    f"for {missing}."
+                )
+            untrained = {
+                name: weight_to_tensor(modules[name], variable, inputs_first)
+                for name in names
+                for variable in itertools.chain(*layer_state(modules[name]))
+                if torch_name(variable) == weight
+            }
+            parts = [others.pop((name, weight), untrained[name]) for name in names]
+            axis = outputs_axis(parts[0], inputs_first)
+            others[module, weight] = np.concatenate(parts, axis)

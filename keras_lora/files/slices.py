@@ -1,0 +1,138 @@
+"""Layers here that are one module there: query, key and value in one c_attn.
+
+The name `module[i/n]` stands for the i-th of n equal slices of a module's outputs.
+A fused module has one A for all slices, the layers here have one each:
+
+    save    A = [A_0; A_1; ...] of rank R = r_0 + r_1 + ..., B in blocks
+    load    A copied to each layer, B sliced
+
+Both are exact. What was stacked comes apart again: the file's metadata says the
+ranks of the slices.
+"""
+
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from keras_lora.files.tensors import LINEAR
+from keras_lora.layers.adapter import alpha_at
+from keras_lora.layers.adapter import divisor
+
+SLICE = re.compile(r"(.+)\[(\d+)/(\d+)\]")
+
+
+class Share(NamedTuple):
+    """A slice's rank, and that of its module."""
+
+    rank: int
+    total: int
+
+
+def fused_modules(modules) -> dict:
+    """{module: number of slices} for what `module[i/n]` names stand for."""
+    counts = {}
+    for name in modules:
+        match = SLICE.fullmatch(name)
+        if not match:
+            continue
+        module, index, count = match[1], int(match[2]), int(match[3])
+        if index >= count or counts.setdefault(module, count) != count:
+            raise ValueError(
+                f"{name!r} is no slice of a module of {counts.get(module, count)} "
+                "slices."
+            )
+    return counts
+
+
+def slices_of(module, count):
+    return [f"{module}[{index}/{count}]" for index in range(count)]
+
+
+def outputs_axis(value, inputs_first):
+    """Where a tensor of the module has its outputs."""
+    return 1 if inputs_first and value.ndim == 2 else 0
+
+
+def without_slice(name):
+    """The module of a slice, or of itself."""
+    match = SLICE.fullmatch(name)
+    return match[1] if match else name
+
+
+def fuse(tensors, ranks, alphas, use_rslora) -> dict:
+    """Puts the factors of slices together, in place: {module: ranks of its slices}."""
+    layout = {}
+    for module, count in fused_modules(ranks).items():
+        names = slices_of(module, count)
+        own = [name for name in names if name in ranks]
+        a, b = ([tensors.pop(name + suffix) for name in own] for suffix in LINEAR)
+        size = b[0].shape[0]
+        if any(block.shape[0] != size for block in b):
+            raise ValueError(f"The slices of {module!r} have outputs of several sizes.")
+        scaling = [alphas[name] / divisor(ranks[name], use_rslora) for name in own]
+        b = [block * (s / scaling[0]) for block, s in zip(b, scaling, strict=True)]
+        shared = len(own) == count and all(np.array_equal(a[0], other) for other in a)
+        if shared:
+            fused_a, fused_b = a[0], np.concatenate(b)
+        else:
+            layout[module] = [ranks.get(name, 0) for name in names]
+            fused_a = np.concatenate(a)
+            fused_b = np.zeros((count * size, len(fused_a)), b[0].dtype)
+            for rows, columns, block in blocks(names, ranks, size, b):
+                fused_b[rows, columns] = block
+        for suffix, value in zip(LINEAR, (fused_a, fused_b), strict=True):
+            tensors[module + suffix] = np.ascontiguousarray(value)
+        total = len(fused_a)
+        alpha = alpha_at(total, alphas[own[0]], ranks[own[0]], use_rslora)
+        for name in own:
+            del ranks[name], alphas[name]
+        ranks[module], alphas[module] = total, alpha
+    return layout
+
+
+def blocks(names, ranks, size, values):
+    """(rows, columns, block) of B for the slices that have a rank."""
+    values, column = iter(values), 0
+    for index, name in enumerate(names):
+        if name in ranks:
+            end = column + ranks[name]
+            rows = slice(index * size, (index + 1) * size)
+            yield rows, slice(column, end), next(values)
+            column = end
+
+
+def split(tensors, modules, layout) -> dict:
+    """The inverse, in place: {slice: Share} for the slices that are adapted."""
+    shares = {}
+    for module, count in fused_modules(modules).items():
+        names = slices_of(module, count)
+        keys = [module + suffix for suffix in LINEAR]
+        if not all(key in tensors for key in keys):
+            continue
+        a, b = (tensors.pop(key) for key in keys)
+        if a.ndim != 2 or b.ndim != 2 or len(b) % count or b.shape[1] != len(a):
+            raise ValueError(
+                f"The factors of {module!r} have shapes {a.shape} and {b.shape}, which "
+                f"do not fit {count} slices."
+            )
+        ranks = layout.get(module, [len(a)] * count)
+        stacked = module in layout
+        if stacked and (len(ranks) != count or sum(ranks) != len(a)):
+            raise ValueError(f"{module!r} has rank {len(a)} and slices of {ranks}.")
+        column, rest = 0, b.copy()
+        for name, rank, rows in zip(
+            names, ranks, np.split(np.arange(len(b)), count), strict=True
+        ):
+            columns = slice(column, column + rank)
+            column += rank if stacked else 0
+            rest[rows, columns] = 0
+            if rank:
+                tensors[name + LINEAR[0]] = a[columns].copy()
+                tensors[name + LINEAR[1]] = b[rows, columns].copy()
+                shares[name] = Share(rank, len(a))
+        if rest.any():
+            raise ValueError(
+                f"B of {module!r} is not zero outside the blocks of slices of {ranks}."
+            )
+    return shares

@@ -1,0 +1,1 @@
+"""One layer: its frozen kernel, its adapter, and the kinds of layers."""

@@ -1,0 +1,46 @@
+"""LoRADense: the fully connected layer."""
+
+import keras
+from keras import ops
+
+from keras_lora.layers.adapter import LowRankForm
+from keras_lora.layers.lora_layer import LoRALayer
+
+
+@keras.saving.register_keras_serializable(package="keras_lora")
+class LoRADense(LoRALayer, keras.layers.Dense):
+    """Dense layer with a frozen kernel and a trainable low-rank update.
+
+        training=True    y = activation(x @ W + drop(x) @ A @ (scaling * B) + bias)
+        training=False   y = activation(x @ (W + scaling * A @ B) + bias)
+
+        W   (inputs, units)   frozen
+        A   (inputs, rank)    starts as U(±1/sqrt(inputs))
+        B   (rank, units)     starts as 0
+
+    At the start B = 0, and the layer equals `keras.layers.Dense`, whose
+    arguments it takes: units, activation, use_bias, initializers, regularizers.
+
+    Input shape: `(..., inputs)`, dense or sparse. Output shape: `(..., units)`.
+
+    Example:
+
+    >>> layer = LoRADense(64, activation="relu", rank=8, alpha=16, dropout=0.05)
+    >>> layer(keras.ops.ones((2, 32))).shape
+    (2, 64)
+    """
+
+    plain_class = keras.layers.Dense
+
+    def linear(self, inputs, kernel):
+        return ops.matmul(inputs, kernel)
+
+    def low_rank_form(self, rank):
+        inputs, units = self.kernel.shape
+        return LowRankForm(
+            a_shape=(inputs, rank),
+            b_shape=(rank, units),
+            fan_in=inputs,
+            compose=ops.matmul,
+            bypass=lambda inputs, a, b: ops.matmul(ops.matmul(inputs, a), b),
+        )

@@ -1,0 +1,113 @@
+"""LoRAEinsumDense: the projections of attention."""
+
+import math
+from typing import NamedTuple
+
+import keras
+from keras import ops
+
+from keras_lora.layers.adapter import LowRankForm
+from keras_lora.layers.lora_layer import LoRALayer
+
+
+@keras.saving.register_keras_serializable(package="keras_lora")
+class LoRAEinsumDense(LoRALayer, keras.layers.EinsumDense):
+    """EinsumDense layer with a frozen kernel and an update of true rank r.
+
+    The equation splits the kernel's axes: those summed over with the input are
+    contracted, those found in the output alone are new. For a query projection
+    `"abc,cde->abde"` c is contracted, d and e (heads and head size) are new, and
+    all heads share one rank r:
+
+        training=True    y = finish( einsum(x, W) + einsum(einsum(drop(x), A), scaling * B) )
+        training=False   y = finish( einsum(x, W + scaling * A @ B) )
+
+        W   as the equation says         frozen
+        A   (contracted axes..., rank)   starts as U(±1/sqrt(product of these axes))
+        B   (rank, new axes...)          starts as 0
+
+    A kernel axis found in input and output alike is a batch axis: it leads both
+    A and B, and each of its indices has an update of rank r.
+
+    At the start B = 0, and the layer equals `keras.layers.EinsumDense`, whose
+    arguments it takes: equation, output_shape, activation, bias_axes, ...
+
+    Raises:
+        ValueError: If the equation has no contracted or no new axis, so that
+            there is nothing to factor.
+
+    Input shape and output shape: as the equation says.
+
+    Example:
+
+    >>> query = LoRAEinsumDense("abc,cde->abde", (None, 4, 16), bias_axes="de", rank=4)
+    >>> query(keras.ops.ones((2, 10, 64))).shape
+    (2, 10, 4, 16)
+    """  # noqa: E501
+
+    plain_class = keras.layers.EinsumDense
+
+    def __init__(self, equation, *args, **kwargs):
+        super().__init__(equation, *args, **kwargs)
+        if self.lora is not None:
+            split_equation(self.equation)
+
+    def linear(self, inputs, kernel):
+        return ops.einsum(self.equation, inputs, kernel)
+
+    def low_rank_form(self, rank):
+        split = split_equation(self.equation)
+        size = dict(zip(split.kernel, self.kernel.shape, strict=True))
+        batch, contracted, new = (
+            tuple(size[axis] for axis in axes)
+            for axes in (split.batch, split.contracted, split.new)
+        )
+        return LowRankForm(
+            a_shape=(*batch, *contracted, rank),
+            b_shape=(*batch, rank, *new),
+            fan_in=math.prod(contracted),
+            compose=lambda a, b: ops.einsum(split.compose, a, b),
+            bypass=lambda inputs, a, b: ops.einsum(
+                split.up, ops.einsum(split.down, inputs, a), b
+            ),
+        )
+
+
+class SplitEquation(NamedTuple):
+    """An equation's kernel axes by what they do, and the low-rank equations."""
+
+    kernel: str
+    batch: str
+    contracted: str
+    new: str
+    down: str  # inputs, A -> hidden
+    up: str  # hidden, B -> outputs
+    compose: str  # A, B -> kernel
+
+
+def split_equation(equation):
+    """Splits "inputs,kernel->outputs" around a rank axis of its own."""
+    operands, outputs = equation.replace(" ", "").split("->")
+    inputs, kernel = operands.split(",")
+    batch = "".join(x for x in kernel if x in inputs and x in outputs)
+    contracted = "".join(x for x in kernel if x in inputs and x not in outputs)
+    new = "".join(x for x in kernel if x not in inputs)
+    if not contracted or not new:
+        missing = "contracts no axis of" if not contracted else "gives no new axis to"
+        raise ValueError(
+            f"The equation {equation!r} {missing} its kernel, so a low-rank update "
+            'has nothing to factor. Use rank=0, or an equation such as "abc,cd->abd".'
+        )
+    rank = next(x for x in "rzyxwvutsqponmlkjihgfedcbaR" if x not in equation)
+    # Output axes that come from the input keep their order, then the rank axis.
+    hidden = "".join(x for x in outputs if x not in new) + rank
+    a, b = batch + contracted + rank, batch + rank + new
+    return SplitEquation(
+        kernel,
+        batch,
+        contracted,
+        new,
+        down=f"{inputs},{a}->{hidden}",
+        up=f"{hidden},{b}->{outputs}",
+        compose=f"{a},{b}->{kernel}",
+    )

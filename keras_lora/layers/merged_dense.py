@@ -1,0 +1,133 @@
+"""LoRAMergedDense: several projections in one kernel, some of them adapted."""
+
+import types
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_lora.layers.adapter import LowRankForm
+from keras_lora.layers.lora_layer import LoRALayer
+
+
+@keras.saving.register_keras_serializable(package="keras_lora")
+class LoRAMergedDense(LoRALayer, keras.layers.Dense):
+    """Dense layer whose kernel is n slices side by side, G of them adapted.
+
+    The usual use is one kernel for query, key and value, of which query and
+    value are adapted: `LoRAMergedDense(3 * dim, enable_lora=(True, False, True))`.
+    The g-th adapted slice has an update of its own, of rank r:
+
+        delta[:, slice g] = scaling * A[:, g*r:(g+1)*r] @ B[g]      adapted slices
+        delta[:, slice]   = 0                                       the others
+
+        W   (inputs, units)      frozen
+        A   (inputs, G * rank)   starts as U(±1/sqrt(inputs))
+        B   (G, rank, units/n)   starts as 0
+
+    It equals n LoRADense layers, of which n - G have no adapter, on the same
+    input and concatenated; their dropout is one mask. At the start B = 0, and the
+    layer equals `keras.layers.Dense`, whose arguments it takes.
+
+    Args:
+        enable_lora: One Boolean per slice, at least one of them True; units must
+            be divisible by their number.
+
+    Input shape: `(..., inputs)`. Output shape: `(..., units)`.
+
+    Example:
+
+    >>> layer = LoRAMergedDense(96, rank=4, enable_lora=(True, False, True))
+    >>> layer(keras.ops.ones((2, 32))).shape
+    (2, 96)
+
+    Reference: `MergedLinear` in https://github.com/microsoft/LoRA
+    """
+
+    plain_class = keras.layers.Dense
+    own_attributes = types.MappingProxyType(
+        {**LoRALayer.own_attributes, "adapted_slices": (True,)}
+    )
+
+    def __init__(self, units, *args, enable_lora=(True,), **kwargs):
+        super().__init__(units, *args, **kwargs)
+        self.adapted_slices = checked_mask(enable_lora, units)
+
+    def linear(self, inputs, kernel):
+        return ops.matmul(inputs, kernel)
+
+    def low_rank_form(self, rank):
+        inputs, units = self.kernel.shape
+        adapted = sum(self.adapted_slices)
+        return LowRankForm(
+            a_shape=(inputs, adapted * rank),
+            b_shape=(adapted, rank, units // len(self.adapted_slices)),
+            fan_in=inputs,
+            compose=lambda a, b: ops.matmul(a, self.spread(b)),
+            bypass=lambda inputs, a, b: ops.matmul(
+                ops.matmul(inputs, a), self.spread(b)
+            ),
+        )
+
+    def spread(self, b):
+        """B in block form, (G * rank, units): block g in the g-th adapted slice."""
+        placement = np.eye(len(self.adapted_slices))[list(self.adapted_slices)]
+        blocks = ops.einsum("grn,gs->grsn", b, ops.cast(placement, b.dtype))
+        return ops.reshape(blocks, (-1, self.units))
+
+    def gather(self, a, blocks, where):
+        """A and B for this layer from arrays A and `spread` B, in any order of ranks.
+
+        Each row of the block form must be zero outside of one adapted slice.
+        """
+        groups, rank, size = self.lora.b.shape
+        slots = list(np.flatnonzero(self.adapted_slices))
+        parts = blocks.reshape(groups * rank, -1, size)
+        rows = [[] for _ in slots]
+        zero_rows = []
+        for row, used in enumerate(parts.any(axis=2)):
+            slot = np.flatnonzero(used)
+            if len(slot) == 0:
+                zero_rows.append(row)
+            elif len(slot) == 1 and slot[0] in slots:
+                rows[slots.index(slot[0])].append(row)
+            else:
+                rows[0] += range(rank + 1)  # fits nowhere
+        if any(len(own) > rank for own in rows):
+            raise ValueError(
+                f"B of {where!r} is not zero outside the blocks of the adapted "
+                f"slices {self.adapted_slices}: it is another layer's adapter."
+            )
+        for row in zero_rows:  # where they stand, if there is room
+            own = rows[row // rank]
+            if len(own) == rank:
+                own = next(other for other in rows if len(other) < rank)
+            own.append(row)
+        order = [row for own in rows for row in sorted(own)]
+        b = [
+            parts[own, slot] for own, slot in zip(map(sorted, rows), slots, strict=True)
+        ]
+        return a[:, order], np.stack(b)
+
+    def get_config(self):
+        return {**super().get_config(), "enable_lora": list(self.adapted_slices)}
+
+
+def checked_mask(enable_lora, units):
+    mask = tuple(enable_lora) if isinstance(enable_lora, (list, tuple)) else ()
+    if not mask or not all(isinstance(enabled, (bool, np.bool_)) for enabled in mask):
+        raise ValueError(
+            "`enable_lora` must be a list or tuple of Booleans, one per slice of "
+            f"the kernel. Received: enable_lora={enable_lora!r}."
+        )
+    if not any(mask):
+        raise ValueError(
+            "`enable_lora` adapts no slice. Received: "
+            f"enable_lora={enable_lora!r}. Set one slice to True, or use rank=0."
+        )
+    if units % len(mask):
+        raise ValueError(
+            "`units` must be divisible by the number of slices in `enable_lora`. "
+            f"Received: units={units}, {len(mask)} slices."
+        )
+    return tuple(bool(enabled) for enabled in mask)

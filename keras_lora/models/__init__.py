@@ -1,0 +1,1 @@
+"""A whole model: which layers are adapted, merged, exported."""

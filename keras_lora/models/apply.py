@@ -1,0 +1,211 @@
+"""LoRA for a model that exists: its layers become LoRA layers, in place."""
+
+import warnings
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+
+import keras
+
+from keras_lora.keras_internals import compile_again
+from keras_lora.layers.adapter import LowRankAdapter
+from keras_lora.layers.lora_layer import adapter_dtype
+from keras_lora.layers.lora_layer import is_adapted
+from keras_lora.models.adapt import LORA_CLASSES
+from keras_lora.models.adapt import adopted
+from keras_lora.models.adapt import is_read_by
+from keras_lora.models.adapt import lora_class_of
+from keras_lora.models.adapt import obstacle
+from keras_lora.models.freezing import checked_bias
+from keras_lora.models.freezing import freeze_all_but_lora
+from keras_lora.models.keras_files import mark_adapted
+from keras_lora.models.paths import layer_paths
+from keras_lora.models.report import Report
+from keras_lora.models.targets import matching
+from keras_lora.models.targets import output_layers
+from keras_lora.models.targets import pattern_values
+from keras_lora.models.trainable_flags import trainable_state
+
+LINEAR = (
+    keras.layers.Dense,
+    keras.layers.EinsumDense,
+    keras.layers.Conv1D,
+    keras.layers.Conv2D,
+    keras.layers.Conv3D,
+)
+
+
+def apply_lora(
+    model,
+    rank: int = 8,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    target: str | Sequence | type | Callable = "all-linear",
+    exclude: str | Sequence | type | Callable | None = None,
+    rank_pattern: Mapping | None = None,
+    alpha_pattern: Mapping | None = None,
+    use_rslora: bool = False,
+    bias: str = "none",
+    also_train: str | Sequence | type | Callable | None = None,
+    dry_run: bool = False,
+) -> Report:
+    """Gives layers of a model an adapter, in place, and freezes the rest.
+
+        W -> W frozen, with A and B trainable and delta = scaling * A @ B
+
+    The layer objects stay what they are to the model, to its graph and to whoever
+    holds them; their class becomes the LoRA class. The outputs do not change at
+    first. A model that was compiled is compiled again with the same settings.
+    `merge_lora` and `remove_lora` undo it.
+
+    Args:
+        model: A Keras model that is built, or a layer.
+        rank: Whole number > 0, the rank r of every update.
+        alpha: Number > 0, default the layer's rank. The update is scaled by
+            alpha / rank.
+        dropout: Number in [0, 1) on the adapters' inputs while training; an
+            embedding has none.
+        target: Which layers. "all-linear": Dense, EinsumDense, Conv1D/2D/3D but
+            those that make the model's outputs. Another string is a regular
+            expression for the whole path (encoder/query). A list holds paths,
+            their ends, names of layers or classes. Or a layer class, or a function
+            of (path, layer).
+        exclude: The same kinds of rule, for layers to leave out.
+        rank_pattern: Dict from an expression for the end of a path to a rank.
+        alpha_pattern: Likewise for alpha.
+        use_rslora: Boolean, scale by alpha / sqrt(rank).
+        bias: "none", "lora_only" (those of adapted layers) or "all".
+        also_train: Layers that train in full, such as a new head; a rule as
+            `target`.
+        dry_run: Boolean, only report: the model is left as it was.
+
+    Returns:
+        A sequence of rows with .path .layer .rank .alpha, which prints as a table;
+        `.skipped` maps the paths of layers that were passed over to the reason.
+
+    Raises:
+        ValueError: If an argument is out of range, a rule matches nothing, a layer
+            that is named cannot be adapted, or the model has adapters. The model
+            is then as before.
+
+    Reference:
+        [LoRA: Hu et al., 2021](https://arxiv.org/abs/2106.09685)
+    """
+    checked_bias(bias)
+    LowRankAdapter(rank, alpha, dropout, use_rslora)  # errors without a path
+    paths = layer_paths(model)
+    for path, layer in paths.items():
+        if is_adapted(layer):
+            raise ValueError(
+                f"The layer {path!r} has an adapter. Call merge_lora(model) or "
+                "remove_lora(model) first."
+            )
+    trained = matching(also_train, paths, "also_train") if also_train else []
+    chosen, skipped = choose(model, paths, target, exclude, trained)
+    ranks = pattern_values(rank_pattern, chosen, "rank_pattern")
+    alphas = pattern_values(alpha_pattern, chosen, "alpha_pattern")
+    adapters = {
+        path: LowRankAdapter(
+            ranks.get(path, rank),
+            alphas.get(path, alpha),
+            0.0 if isinstance(layer, keras.layers.Embedding) else dropout,
+            use_rslora,
+            dtype=adapter_dtype(layer),
+            name="lora",
+        )
+        for path, layer in chosen.items()
+    }
+    state = trainable_state(model)
+    layers = {path: (chosen[path], lora) for path, lora in adapters.items()}
+    with adopted(model, layers) as undo:
+        freeze_all_but_lora(model, bias, [paths[path] for path in trained])
+        report = Report(model, skipped)
+        if not dry_run:
+            undo.pop_all()
+            mark_adapted(model, list(adapters), state)
+            compile_again(model)
+    return report
+
+
+def choose(model, paths, target, exclude, trained):
+    """Path -> layer to adapt, and path -> reason for those passed over."""
+    inside_trained = tuple(f"{path}/" for path in trained)
+    supported = {
+        path: layer
+        for path, layer in paths.items()
+        if lora_class_of(type(layer)) is not None
+        and path not in trained
+        and not path.startswith(inside_trained)
+    }
+    skipped = {}
+    if isinstance(target, str) and target == "all-linear":
+        heads = output_layers(model)
+        linear = {p: x for p, x in supported.items() if isinstance(x, LINEAR)}
+        found = [p for p, layer in linear.items() if id(layer) not in heads]
+        for path in found:
+            reason = obstacle(paths[path]) or detour(model, paths, path)
+            if reason:
+                skipped[path] = reason
+        found = [path for path in found if path not in skipped]
+        if not found:
+            raise ValueError(
+                "`target` 'all-linear' matches no layer: there is no Dense, "
+                "EinsumDense or convolution but those that make the outputs. "
+                f"{'; '.join(f'{p}: {why}' for p, why in skipped.items())}"
+            )
+    else:
+        # A list that names a layer of another kind gets that as its error.
+        by_name = isinstance(target, (list, tuple, set, frozenset))
+        found = matching(target, paths if by_name else supported, "target")
+        if by_name:
+            for path in [p for p in found if p not in supported]:
+                raise ValueError(unsupported(path, paths[path], trained))
+        unbuilt = [path for path in found if not paths[path].built]
+        skipped |= {path: obstacle(paths[path]) for path in unbuilt}
+        found = [path for path in found if paths[path].built]
+        if not found:
+            raise ValueError(
+                f"`target` {target!r} matches only layers that are not built: "
+                f"{', '.join(unbuilt)}. Call the model once, then apply_lora."
+            )
+    if exclude is not None:
+        excluded = set(matching(exclude, paths, "exclude"))
+        found = [path for path in found if path not in excluded]
+        skipped = {p: why for p, why in skipped.items() if p not in excluded}
+        if not found:
+            raise ValueError(
+                f"`exclude` {exclude!r} leaves nothing of `target` {target!r}."
+            )
+    for path in found:
+        if obstacle(paths[path]):
+            raise ValueError(
+                f"The layer {path!r} cannot be adapted: {obstacle(paths[path])} "
+                "Leave it out with exclude=."
+            )
+        if reason := detour(model, paths, path):
+            warnings.warn(f"{path!r}: {reason}", stacklevel=3)
+    return {path: paths[path] for path in found}, skipped
+
+
+def detour(model, paths, path):
+    """A reason, where the code around a layer reads its kernel and may not call it."""
+    owner = path.rpartition("/")[0]
+    while owner and owner not in paths:
+        owner = owner.rpartition("/")[0]
+    parent = paths.get(owner, model)
+    if is_read_by(parent, paths[path]):
+        return (
+            f"{type(parent).__name__} reads its kernel itself: an adapter has no "
+            "effect there until it is merged."
+        )
+    return None
+
+
+def unsupported(path, layer, trained):
+    if path in trained:
+        return f"The layer {path!r} is in `target` and in `also_train`."
+    return (
+        f"`target` names the layer {path!r}, a {type(layer).__name__}. Supported are "
+        f"{', '.join(cls.__name__ for cls in LORA_CLASSES)} and subclasses that do not "
+        "change their `call`; `register_lora_layer` adds a kind."
+    )

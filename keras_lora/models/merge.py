@@ -1,0 +1,118 @@
+"""From LoRA layers back to plain Keras layers, in place, on the same objects."""
+
+import contextlib
+
+import keras
+from keras import ops
+
+from keras_lora.keras_internals import attach
+from keras_lora.keras_internals import change_class
+from keras_lora.keras_internals import compile_again
+from keras_lora.keras_internals import detach
+from keras_lora.keras_internals import flatten_layers
+from keras_lora.keras_internals import refresh_torch_parameters
+from keras_lora.keras_internals import replace_kernel
+from keras_lora.layers.lora_layer import LoRALayer
+from keras_lora.models.adapt import checked_lora_layers
+from keras_lora.models.adapt import make_plain
+from keras_lora.models.keras_files import restore_models
+
+
+def merge_lora(model):
+    """Folds every adapter into its kernel, for good.
+
+        W <- round(W + scaling * A @ B)
+
+    The sum is formed in float32 and rounded once. The layers are plain Keras
+    layers again, whose kernels train; the optimizer of a compiled model starts
+    anew, as its variables are others.
+
+    Args:
+        model: Any Keras model or layer that holds LoRA layers.
+
+    Raises:
+        ValueError: If there is no LoRA layer, if A, B or a merged kernel is not
+            finite, or inside `merged()` or `disabled()`. The model is then as
+            before.
+    """
+    layers = checked_lora_layers(model)
+    for layer in layers:
+        checked_merged_kernel(layer)
+    for layer in layers:
+        layer.frozen_kernel.assign(layer.merged_kernel(layer.frozen_kernel.dtype))
+    _make_plain(model)
+
+
+def remove_lora(model):
+    """Drops every adapter: the model is the one that W alone makes.
+
+    The layers are plain Keras layers again, whose kernels train.
+
+    Args:
+        model: Any Keras model or layer that holds LoRA layers.
+
+    Raises:
+        ValueError: If there is no LoRA layer, or inside `merged()` or
+            `disabled()`.
+    """
+    checked_lora_layers(model)
+    _make_plain(model)
+
+
+def _make_plain(model):
+    for layer in flatten_layers(model):
+        if isinstance(layer, LoRALayer):
+            make_plain(layer)
+    restore_models(model)
+    compile_again(model)
+
+
+@contextlib.contextmanager
+def folded(model):
+    """The model with merged plain layers inside, and as it was outside.
+
+    W itself is not written: another variable stands in its place meanwhile.
+    """
+    undo = contextlib.ExitStack()
+    with undo:
+        for layer in checked_lora_layers(model):
+            kernel = kernel_variable(
+                layer, checked_merged_kernel(layer), layer._kernel_place.autocast
+            )
+            old = replace_kernel(layer, layer.kernel_name, kernel)
+            undo.callback(replace_kernel, layer, layer.kernel_name, old)
+            undo.callback(attach, layer, "lora", layer.lora)
+            detach(layer, "lora")
+            undo.callback(change_class, layer, type(layer))
+            change_class(layer, layer.plain_class)
+        refresh_torch_parameters(model)
+        yield model
+    refresh_torch_parameters(model)
+
+
+def kernel_variable(layer, values, autocast=False):
+    """A variable that can stand in for the layer's kernel."""
+    return keras.Variable(
+        values,
+        dtype=layer.frozen_kernel.dtype,
+        trainable=False,
+        autocast=autocast,
+        name=layer.kernel_name,
+    )
+
+
+def checked_merged_kernel(layer):
+    """W + delta in the kernel's dtype, which must be finite."""
+    kernel = layer.merged_kernel(layer.frozen_kernel.dtype)
+    for name, values in (
+        ("A", layer.lora.a),
+        ("B", layer.lora.b),
+        ("W + delta", kernel),
+    ):
+        if not bool(ops.all(ops.isfinite(values))):
+            raise ValueError(
+                f"{name} of layer {layer.name!r} holds values that are not finite. "
+                "Nothing was merged. Load an earlier adapter, or train with a lower "
+                "learning rate."
+            )
+    return kernel

@@ -1,0 +1,90 @@
+"""Names for layers that are the same in every process and every instance."""
+
+import collections
+import functools
+import re
+
+import keras
+
+from keras_lora.keras_internals import sublayers
+from keras_lora.layers.lora_layer import LoRALayer
+from keras_lora.layers.lora_layer import snake_case
+
+# What Keras's own models keep their layers in says nothing about the layers.
+BOOKKEEPING = ("_layers", "_operations", "_functional")
+
+
+def layer_paths(model) -> dict:
+    """Path -> layer for every layer inside a model, each once, outermost first.
+
+    A part of a path is the name that somebody gave to the layer, else the
+    attribute that holds it, else its kind; Keras's automatic names (dense_7) count
+    instances in the process and say nothing. Where a model puts its own name before
+    those of its layers, as many in KerasHub do once they have one, that is left out.
+    Equal parts are numbered in order.
+    """
+    paths, seen = {}, {id(model)}
+
+    def walk(parent, prefix, owners):
+        if isinstance(parent, keras.Model):
+            owners = sorted((f"{parent.name}_", *owners), key=len, reverse=True)
+        used = collections.Counter()
+        attributes = {id(layer): name for name, layer in attributes_of(parent)}
+        for layer in sublayers(parent):
+            if id(layer) in seen:
+                continue
+            seen.add(id(layer))
+            part = (
+                given_name(layer, owners)
+                or attributes.get(id(layer))
+                or kind_of(type(layer))
+            )
+            used[part] += 1
+            if used[part] > 1:
+                part = f"{part}_{used[part] - 1}"
+            paths[prefix + part] = layer
+            walk(layer, f"{prefix}{part}/", owners)
+
+    walk(model, "", ())
+    return paths
+
+
+def given_name(layer, owners):
+    """The layer's name without those of its owners; None where Keras made it up."""
+    name = layer.name
+    for owner in owners:
+        name = name.removeprefix(owner) or name
+    return None if re.sub(r"_\d+$", "", name) in automatic_names(type(layer)) else name
+
+
+@functools.cache
+def automatic_names(cls):
+    """What Keras calls an instance that got no name, before it adds a number."""
+    kinds = {snake_case(base.__name__) for base in cls.__mro__}
+    return frozenset(kinds | {f"lora_{kind_of(cls)}"})
+
+
+def kind_of(cls):
+    """The kind of a layer class as a word, the same with and without an adapter."""
+    while issubclass(cls, LoRALayer):
+        cls = cls.plain_class
+    return snake_case(cls.__name__)
+
+
+def attributes_of(parent):
+    """(name, layer) for the layers that a layer holds by attribute or container."""
+    attributes = dict(vars(parent))
+    attributes |= attributes.pop("_modules", {})  # where torch keeps submodules
+    for name, value in attributes.items():
+        if name in BOOKKEEPING:
+            continue
+        name = name.strip("_")
+        if isinstance(value, dict):
+            held = value.items()
+        elif isinstance(value, (list, tuple)):
+            held = enumerate(value)
+        else:
+            held = [(None, value)]
+        for key, layer in held:
+            if isinstance(layer, keras.layers.Layer):
+                yield (name if key is None else f"{name}/{key}"), layer

@@ -1,0 +1,153 @@
+"""What is adapted, and what it costs: a sequence of rows, and a table."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from keras_lora.keras_internals import own_variables
+from keras_lora.layers.lora_layer import is_adapted
+from keras_lora.models.paths import layer_paths
+
+
+class Row(NamedTuple):
+    """One adapted layer; `parameters` counts A and B, `share` is theirs in it."""
+
+    path: str
+    layer: object
+    rank: int
+    alpha: float
+    scaling: float
+    kind: str
+    parameters: int
+    share: float
+
+
+class Report(Sequence):
+    """The adapted layers of a model as rows (.path .layer .rank .alpha).
+
+    `print(report)` gives the table of `keras_lora.summary`.
+    """
+
+    def __init__(self, model, skipped=()):
+        self.model_name = model.name
+        self.skipped = dict(skipped)
+        paths = layer_paths(model)
+        self.rows = [
+            adapted_row(path, layer)
+            for path, layer in paths.items()
+            if is_adapted(layer)
+        ]
+        self.also_trained = trained_beside(paths)
+        self.total = count(model.weights)
+        self.trained = count(model.trainable_weights)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+    def __repr__(self):
+        return f"<LoRA report of {self.model_name}: {len(self)} adapted layers>"
+
+    def __str__(self):
+        adapters = sum(row.parameters for row in self)
+        lines = table(
+            ["layer", "kind", "rank", "alpha", "scaling", "parameters", "share"],
+            [
+                [
+                    row.path,
+                    row.kind,
+                    str(row.rank),
+                    f"{row.alpha:g}",
+                    f"{row.scaling:g}",
+                    f"{row.parameters:,}",
+                    percent(row.share),
+                ]
+                for row in self
+            ],
+        )
+        return "\n".join(
+            [
+                f"LoRA in {self.model_name}",
+                *lines,
+                f"{len(self)} adapters: {adapters:,} parameters",
+                f"Also trained: {self.trained - adapters:,} parameters"
+                f"{where(self.also_trained)}",
+                f"Trained: {self.trained:,} of {self.total:,} "
+                f"({percent(self.trained / max(self.total, 1))})",
+                "Optimizer memory (two moments, float32): "
+                f"{megabytes(8 * self.trained)}, full fine-tuning "
+                f"{megabytes(8 * (self.total - adapters))}",
+                *(f"Skipped {path}: {why}" for path, why in self.skipped.items()),
+            ]
+        )
+
+
+def summary(model) -> Report:
+    """Prints a table of the adapted layers, and returns it as a sequence of rows.
+
+    Each row has the layer's path and kind, rank, alpha, scaling, the parameters of
+    A and B, and their share of the layer's; below stand the totals.
+
+    Args:
+        model: Any Keras model.
+    """
+    report = Report(model)
+    print(report)
+    return report
+
+
+def adapted_row(path, layer):
+    lora, parameters = layer.lora, count(layer.lora.weights)
+    return Row(
+        path,
+        layer,
+        lora.rank,
+        lora.alpha,
+        lora.scaling,
+        type(layer).__name__,
+        parameters,
+        parameters / max(count(layer.weights), 1),
+    )
+
+
+def trained_beside(paths):
+    """The paths of layers of which more than A and B trains."""
+    adapters = {id(layer.lora) for layer in paths.values() if is_adapted(layer)}
+    return [
+        path
+        for path, layer in paths.items()
+        if id(layer) not in adapters
+        and any(variable.trainable for variable in own_variables(layer))
+    ]
+
+
+def where(paths, most=8):
+    more = f" and {len(paths) - most} more" if len(paths) > most else ""
+    return f" in {', '.join(paths[:most])}{more}" if paths else ""
+
+
+def megabytes(number):
+    return f"{number / 1e6:,.1f} MB"
+
+
+def count(weights):
+    return sum(math.prod(weight.shape) for weight in weights)
+
+
+def percent(share):
+    return f"{100 * share:.2f}%"
+
+
+def table(head, rows):
+    """Lines of text, the first two columns to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    rule = "  ".join("-" * width for width in widths)
+
+    def line(cells):
+        pairs = list(zip(cells, widths, strict=True))
+        left = [cell.ljust(width) for cell, width in pairs[:2]]
+        return "  ".join([*left, *(c.rjust(w) for c, w in pairs[2:])])
+
+    return [line(head), rule, *map(line, rows), rule]
