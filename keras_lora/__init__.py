@@ -14,9 +14,9 @@ from keras_lora.layers.conv import LoRAConv3D
 from keras_lora.layers.dense import LoRADense
 from keras_lora.layers.einsum_dense import LoRAEinsumDense
 from keras_lora.layers.embedding import LoRAEmbedding
+from keras_lora.layers.kinds import register_lora_layer
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.merged_dense import LoRAMergedDense
-from keras_lora.models.adapt import register_lora_layer
 from keras_lora.models.apply import apply_lora
 from keras_lora.models.contexts import disabled
 from keras_lora.models.contexts import merged

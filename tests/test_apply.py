@@ -458,11 +458,9 @@ def test_a_model_whose_layers_get_other_names_is_loaded(tmp_path):
 
 
 def test_a_class_can_be_registered(monkeypatch):
-    from keras_lora.models import adapt as layer_conversion
+    from keras_lora.layers import kinds
 
-    monkeypatch.setattr(
-        layer_conversion, "LORA_CLASSES", dict(layer_conversion.LORA_CLASSES)
-    )
+    monkeypatch.setattr(kinds, "LORA_CLASSES", dict(kinds.LORA_CLASSES))
 
     @keras_lora.register_lora_layer
     class LoRADoubledDense(keras_lora.LoRADense, DoubledDense):
@@ -475,7 +473,7 @@ def test_a_class_can_be_registered(monkeypatch):
     outputs = to_numpy(model(x()))
     apply_lora(model, target=["own"])
     np.testing.assert_array_equal(to_numpy(model(x())), outputs)
-    layer_conversion.lora_class_of.cache_clear()
+    kinds.lora_class_of.cache_clear()
     with pytest.raises(ValueError, match="plain_class"):
         keras_lora.register_lora_layer(keras.layers.Dense)
 

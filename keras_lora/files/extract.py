@@ -16,11 +16,11 @@ from keras_lora.files.tensors import to_numpy
 from keras_lora.keras_internals import layer_state
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.adapter import checked_rank
+from keras_lora.layers.kinds import lora_class_of
+from keras_lora.layers.kinds import obstacle
 from keras_lora.layers.lora_layer import adapter_dtype
 from keras_lora.models.adapt import adopted
-from keras_lora.models.adapt import lora_class_of
 from keras_lora.models.adapt import lora_layers
-from keras_lora.models.adapt import obstacle
 from keras_lora.models.paths import layer_paths
 
 

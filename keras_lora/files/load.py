@@ -28,12 +28,12 @@ from keras_lora.files.tensors import weight_from_tensor
 from keras_lora.keras_internals import compile_again
 from keras_lora.keras_internals import layer_state
 from keras_lora.layers.adapter import LowRankAdapter
+from keras_lora.layers.kinds import lora_class_of
+from keras_lora.layers.kinds import obstacle
 from keras_lora.layers.lora_layer import adapter_dtype
 from keras_lora.layers.lora_layer import is_adapted
 from keras_lora.models.adapt import adopted
-from keras_lora.models.adapt import lora_class_of
 from keras_lora.models.adapt import lora_layers
-from keras_lora.models.adapt import obstacle
 from keras_lora.models.freezing import freeze_all_but_lora
 from keras_lora.models.keras_files import mark_adapted
 from keras_lora.models.paths import layer_paths

@@ -9,13 +9,13 @@ import keras
 
 from keras_lora.keras_internals import compile_again
 from keras_lora.layers.adapter import LowRankAdapter
+from keras_lora.layers.kinds import LORA_CLASSES
+from keras_lora.layers.kinds import lora_class_of
+from keras_lora.layers.kinds import obstacle
 from keras_lora.layers.lora_layer import adapter_dtype
 from keras_lora.layers.lora_layer import is_adapted
-from keras_lora.models.adapt import LORA_CLASSES
 from keras_lora.models.adapt import adopted
 from keras_lora.models.adapt import is_read_by
-from keras_lora.models.adapt import lora_class_of
-from keras_lora.models.adapt import obstacle
 from keras_lora.models.freezing import checked_bias
 from keras_lora.models.freezing import freeze_all_but_lora
 from keras_lora.models.keras_files import mark_adapted
