@@ -14,6 +14,7 @@ from keras_lora.layers.conv import LoRAConv3D
 from keras_lora.layers.dense import LoRADense
 from keras_lora.layers.einsum_dense import LoRAEinsumDense
 from keras_lora.layers.embedding import LoRAEmbedding
+from keras_lora.layers.form import LowRankForm
 from keras_lora.layers.kinds import register_lora_layer
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.merged_dense import LoRAMergedDense
@@ -25,3 +26,34 @@ from keras_lora.models.freezing import mark_only_lora_as_trainable
 from keras_lora.models.merge import merge_lora
 from keras_lora.models.merge import remove_lora
 from keras_lora.models.report import summary
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adapter",
+    "AdapterCheckpoint",
+    "LoRAConv1D",
+    "LoRAConv2D",
+    "LoRAConv3D",
+    "LoRADense",
+    "LoRAEinsumDense",
+    "LoRAEmbedding",
+    "LoRALayer",
+    "LoRAMergedDense",
+    "LowRankForm",
+    "apply_lora",
+    "combine_adapters",
+    "disabled",
+    "export",
+    "extract_adapter",
+    "load_adapter",
+    "load_keras_lora",
+    "load_loralib",
+    "mark_only_lora_as_trainable",
+    "merge_lora",
+    "merged",
+    "register_lora_layer",
+    "remove_lora",
+    "save_adapter",
+    "summary",
+]

@@ -9,6 +9,32 @@ import inspect
 from typing import NamedTuple
 
 import keras
+from keras.src.backend.common import global_state
+
+
+class HiddenVariable:
+    """A variable that a layer reads, and that is none of its weights.
+
+    Keras tracks what attributes hold; it does not look into this object.
+    """
+
+    def __init__(self):
+        self.variable = None
+
+    def make(self, initializer, dtype, name):
+        self.variable = keras.Variable(
+            initializer,
+            shape=(),
+            dtype=dtype,
+            trainable=False,
+            autocast=False,
+            name=name,
+        )
+
+    def seen_by_jax(self):
+        """JAX passes state by hand, and what is not passed becomes a constant."""
+        on_jax = keras.backend.backend() == "jax"
+        return [self.variable] if on_jax and self.variable is not None else []
 
 
 class Place(NamedTuple):
@@ -62,6 +88,16 @@ def unfreeze(layer, variable, place):
     tracked.insert(place.index, tracked.pop())
 
 
+def was_called(layer):
+    """Whether a layer was ever called, symbolically too."""
+    return layer._called
+
+
+def in_a_call():
+    """Whether this runs inside the call of some layer."""
+    return global_state.get_global_attribute("current_call_ctx") is not None
+
+
 def flatten_layers(model):
     """The model itself and every layer inside it, each once."""
     return model._flatten_layers(include_self=True, recursive=True)
@@ -78,15 +114,28 @@ def detach(layer, name):
         delattr(layer, name)
 
 
+def seen_as(layer, cls):
+    """The same state under another class, as a second object; nothing is changed."""
+    view = object.__new__(cls)
+    object.__setattr__(view, "__dict__", vars(layer))
+    return view
+
+
 def replace_kernel(layer, kernel_name, variable):
     """Puts another variable in the place of the layer's kernel, list and all."""
-    old = getattr(layer, f"_{kernel_name}")
+    old = getattr(layer, kernel_name)
+    # Keras's own layers hold it in `_kernel`, behind a property.
+    attribute = next(
+        name
+        for name in (kernel_name, f"_{kernel_name}")
+        if vars(layer).get(name) is old
+    )
     for tracked in (layer._trainable_variables, layer._non_trainable_variables):
         place = [index for index, v in enumerate(tracked) if v is old]
         if place:
             layer._untrack_variable(old)
             with unlocked(layer):
-                setattr(layer, f"_{kernel_name}", variable)
+                setattr(layer, attribute, variable)
             tracked.insert(place[0], tracked.pop())
             return old
     raise AssertionError("a kernel is tracked by its layer")
@@ -97,11 +146,16 @@ def change_class(layer, new_class):
     for name in ("build", "quantize"):
         # `Layer.__new__` hides the method in a closure of the instance.
         wrapper = vars(layer)[name]
+        held = [
+            c for c in wrapper.__closure__ if c.cell_contents == wrapper.__wrapped__
+        ]
+        if len(held) != 1:
+            raise RuntimeError(
+                f"Keras {keras.__version__} wraps `{name}` of a layer in another way "
+                "than keras_lora knows. Please report it, and use an earlier Keras."
+            )
         method = getattr(new_class, name).__get__(layer)
-        for cell in wrapper.__closure__:
-            if cell.cell_contents == wrapper.__wrapped__:
-                cell.cell_contents = method
-        wrapper.__wrapped__ = method
+        held[0].cell_contents = wrapper.__wrapped__ = method
     layer.__class__ = new_class
     layer._call_signature = inspect.signature(layer.call)
     parameters = list(layer._call_signature.parameters)

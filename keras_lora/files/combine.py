@@ -12,10 +12,10 @@ from keras_lora.files.contents import suffixes_of
 from keras_lora.files.folder import Adapter
 from keras_lora.files.slices import fuse
 from keras_lora.files.slices import slices_of
-from keras_lora.layers.adapter import alpha_at
-from keras_lora.layers.adapter import checked_rank
-from keras_lora.layers.adapter import divisor
-from keras_lora.layers.adapter import is_number
+from keras_lora.layers.settings import alpha_at
+from keras_lora.layers.settings import checked_rank
+from keras_lora.layers.settings import divisor
+from keras_lora.layers.settings import is_number
 
 BIASES = ("none", "lora_only", "all")
 

@@ -4,9 +4,9 @@ import collections
 import warnings
 
 from keras_lora.files.slices import without_slice
-from keras_lora.layers.adapter import checked_alpha
-from keras_lora.layers.adapter import checked_dropout
-from keras_lora.layers.adapter import checked_rank
+from keras_lora.layers.settings import checked_alpha
+from keras_lora.layers.settings import checked_dropout
+from keras_lora.layers.settings import checked_rank
 from keras_lora.models.freezing import checked_bias
 from keras_lora.models.targets import compiled
 

@@ -9,9 +9,9 @@ from keras_lora.files.folder import TENSORS
 from keras_lora.files.folder import assert_finite
 from keras_lora.files.slices import split
 from keras_lora.files.slices import without_slice
-from keras_lora.files.tensors import EMBEDDING
-from keras_lora.files.tensors import LINEAR
-from keras_lora.layers.adapter import alpha_at
+from keras_lora.layers.embedding import EMBEDDING
+from keras_lora.layers.lora_layer import LINEAR
+from keras_lora.layers.settings import alpha_at
 
 
 class FileFactors(NamedTuple):

@@ -5,20 +5,18 @@ import itertools
 from collections.abc import Callable
 from collections.abc import Mapping
 
-import keras
 import numpy as np
 
 from keras_lora.files.folder import Adapter
 from keras_lora.files.names import module_names
 from keras_lora.files.save import adapter_of
-from keras_lora.files.tensors import as_matrix
-from keras_lora.files.tensors import to_numpy
 from keras_lora.keras_internals import layer_state
-from keras_lora.layers.adapter import LowRankAdapter
-from keras_lora.layers.adapter import checked_rank
+from keras_lora.layers.adapter import make_adapter
+from keras_lora.layers.adapter import to_numpy
+from keras_lora.layers.kinds import form_of
 from keras_lora.layers.kinds import lora_class_of
 from keras_lora.layers.kinds import obstacle
-from keras_lora.layers.lora_layer import adapter_dtype
+from keras_lora.layers.settings import checked_rank
 from keras_lora.models.adapt import adopted
 from keras_lora.models.adapt import lora_layers
 from keras_lora.models.paths import layer_paths
@@ -66,24 +64,24 @@ def extract_adapter(
     for module, (layer, variables) in paired_layers(base, tuned).items():
         changed = {v.name: (v, other) for v, other in variables if differ(v, other)}
         kernel = changed.pop(kernel_name(layer), None)
-        if kernel is None or changed.keys() - {"bias"} or not can_be_factored(layer):
+        if kernel is None or changed.keys() - {"bias"} or obstacle(layer) is not None:
             beside += in_full(module, variables, changed, kernel)
             continue
         beside += [(module, other) for _, other in changed.values()]
         own, other = map(to_numpy, kernel)
-        a, b, errors[module] = nearest_factors(layer, other - own, rank)
+        a, b, own_rank, errors[module] = nearest_factors(layer, other - own, rank)
         updates[module] = a, b
         adapters[module] = (
             layer,
-            LowRankAdapter(len(b), dtype=adapter_dtype(layer), name="lora"),
+            make_adapter({"rank": own_rank}, layer.variable_dtype),
         )
     if not adapters:
         raise ValueError("The two models differ in no kernel that could be adapted.")
     with adopted(base_model, adapters):
         for module, (a, b) in updates.items():
             lora = base[module].lora
-            lora.a.assign(a.reshape(lora.a.shape))
-            lora.b.assign(b.reshape(lora.b.shape))
+            lora.a.assign(a)
+            lora.b.assign(b)
         adapter = adapter_of(base_model, names, beside)
     return dataclasses.replace(adapter, errors=errors)
 
@@ -114,12 +112,6 @@ def kernel_name(layer):
     return getattr(lora_class_of(type(layer)), "kernel_name", None)
 
 
-def can_be_factored(layer):
-    if obstacle(layer) is not None:
-        return False
-    return not isinstance(layer, keras.layers.EinsumDense) or bool(as_matrix(layer))
-
-
 def in_full(module, variables, changed, kernel):
     """What of a layer goes along as it is: its bias alone, or all it has."""
     if kernel is None and changed.keys() <= {"bias"}:
@@ -128,12 +120,12 @@ def in_full(module, variables, changed, kernel):
 
 
 def nearest_factors(layer, delta, rank):
-    """A and B as matrices, and the relative error of A @ B."""
-    if isinstance(layer, keras.layers.EinsumDense):
-        axes, rows, _ = as_matrix(layer)
-        delta = delta.transpose(axes).reshape(rows, -1)
-    delta = delta.reshape(-1, delta.shape[-1]).astype("float64")
-    left, values, right = np.linalg.svd(delta, full_matrices=False)
-    root = np.sqrt(values[:rank])
-    error = np.linalg.norm(values[rank:]) / np.linalg.norm(values)
-    return left[:, :rank] * root, root[:, None] * right[:rank], float(error)
+    """A and B of the nearest update of a rank, and its relative error."""
+    matrix, _ = form_of(layer, 1).as_matrix(delta.astype("float64"))
+    left, values, right = np.linalg.svd(matrix, full_matrices=False)
+    rank = min(rank, values.shape[-1])
+    root = np.sqrt(values[..., None, :rank])
+    a, b = left[..., :rank] * root, root.swapaxes(-1, -2) * right[..., :rank, :]
+    error = np.linalg.norm(values[..., rank:]) / np.linalg.norm(values)
+    form = form_of(layer, rank)
+    return a.reshape(form.a_shape), b.reshape(form.b_shape), rank, float(error)

@@ -4,18 +4,16 @@ import math
 from pathlib import Path
 
 import h5py
-import keras
 import numpy as np
 
 from keras_lora.files.config import settings
 from keras_lora.files.folder import Adapter
 from keras_lora.files.load import load_adapter
-from keras_lora.files.tensors import EMBEDDING
-from keras_lora.files.tensors import LINEAR
-from keras_lora.files.tensors import to_numpy
 from keras_lora.keras_internals import flatten_layers
 from keras_lora.layers.adapter import LowRankAdapter
-from keras_lora.layers.einsum_dense import split_equation
+from keras_lora.layers.adapter import to_numpy
+from keras_lora.layers.kinds import form_of
+from keras_lora.layers.kinds import kind_of
 from keras_lora.models.paths import layer_paths
 from keras_lora.models.report import Report
 
@@ -49,7 +47,7 @@ def load_keras_lora(model, source) -> Report:
     paths = {id(layer): path for path, layer in layer_paths(model).items()}
     for layer, a, b, scaling in found:
         module = paths[id(layer)].replace("/", ".")
-        suffixes = EMBEDDING if isinstance(layer, keras.layers.Embedding) else LINEAR
+        suffixes = kind_of(type(layer)).file_suffixes
         a, b = converted(layer, a, b, module)
         tensors[module + suffixes[0]], tensors[module + suffixes[1]] = a, b
         ranks[module], alphas[module] = len(a), scaling * len(a)
@@ -90,10 +88,8 @@ def factors_of_model(model, source):
             continue
         if path not in own:
             raise ValueError(f"The model has no layer {path!r}.")
-        if isinstance(layer, keras.layers.Embedding):
-            a, b = layer.lora_embeddings_a, layer.lora_embeddings_b
-        else:
-            a, b = layer.lora_kernel_a, layer.lora_kernel_b
+        name = kind_of(type(layer)).kernel_name
+        a, b = (getattr(layer, f"lora_{name}_{factor}") for factor in "ab")
         scaling = layer.lora_alpha / layer.lora_rank
         found.append((own[path], to_numpy(a), to_numpy(b), scaling))
     if not found:
@@ -102,36 +98,26 @@ def factors_of_model(model, source):
 
 
 def converted(layer, a, b, module):
-    """Keras's A (*kernel axes but the last, r) and B (r, last), as PEFT's tensors."""
-    kernel = getattr(layer, "kernel", None)
-    if kernel is None:
-        kernel = getattr(layer, "embeddings", None)
+    """Keras's A (*kernel axes but the last, r) and B (r, last), as a file has them."""
+    kind = kind_of(type(layer))
+    kernel = getattr(layer, kind.kernel_name, None)
     shape = () if kernel is None else tuple(kernel.shape)
     if a.shape[:-1] != shape[:-1] or b.shape != (a.shape[-1], *shape[-1:]):
         raise ValueError(
             f"The factors of {module!r} have shapes {a.shape} and {b.shape}, which do "
             f"not fit its kernel of shape {shape}."
         )
-    if isinstance(layer, keras.layers.EinsumDense):
-        return converted_einsum(layer, a, b, module)
-    if len(shape) > 2:
-        b = b.T.reshape(*b.T.shape, *[1] * (len(shape) - 2))
-        return np.ascontiguousarray(np.moveaxis(a, (-1, -2), (0, 1))), b
-    return a.T.copy(), b.T.copy()
-
-
-def converted_einsum(layer, a, b, module):
-    split = split_equation(layer.equation)
-    *lead, last = split.kernel
-    if split.batch or last not in split.new:
+    form = form_of(layer, 1)
+    last = len(shape) - 1
+    if form.batch_axes or last in form.input_axes:
         raise ValueError(
             f"Keras's factors of {module!r} have no form of a low rank here: its "
             f"equation is {layer.equation!r}."
         )
-    size = dict(zip(split.kernel, layer.kernel.shape, strict=True))
-    heads = [axis for axis in lead if axis in split.new]
-    order = [lead.index(axis) for axis in [*split.contracted, *heads]]
-    count = math.prod(size[axis] for axis in heads)
-    rows = math.prod(size[axis] for axis in split.contracted)
-    a = a.transpose(*order, len(lead)).reshape(rows, -1)
-    return a.T.copy(), np.kron(np.eye(count, dtype=b.dtype), b.T)
+    # Output axes before the last one, heads for example, are A's in Keras.
+    heads = [axis for axis in range(last) if axis not in form.input_axes]
+    count = math.prod(shape[axis] for axis in heads)
+    form = form_of(layer, count * len(b))
+    a = a.transpose(*form.input_axes, *heads, last).reshape(form.a_shape)
+    b = np.kron(np.eye(count, dtype=b.dtype), b).reshape(form.b_shape)
+    return form.to_file(a, b)

@@ -1,11 +1,9 @@
 """Adapters of microsoft/LoRA: what `loralib.lora_state_dict` gives."""
 
-import math
 from collections.abc import Callable
 from collections.abc import Mapping
 from pathlib import Path
 
-import keras
 import numpy as np
 import safetensors.numpy
 
@@ -13,12 +11,9 @@ from keras_lora.files.config import settings
 from keras_lora.files.folder import Adapter
 from keras_lora.files.load import load_adapter
 from keras_lora.files.names import module_names
-from keras_lora.files.tensors import EMBEDDING
-from keras_lora.files.tensors import LINEAR
-from keras_lora.layers.adapter import checked_alpha
-from keras_lora.layers.adapter import checked_rank
-from keras_lora.layers.merged_dense import LoRAMergedDense
-from keras_lora.layers.merged_dense import checked_mask
+from keras_lora.layers.kinds import kind_of
+from keras_lora.layers.settings import checked_alpha
+from keras_lora.layers.settings import checked_rank
 from keras_lora.models.paths import layer_paths
 from keras_lora.models.report import Report
 
@@ -80,17 +75,12 @@ def load_loralib(
             raise ValueError(f"The state dict has no {b_key!r}.")
         a, b = arrays.pop(key), arrays.pop(b_key)
         mask = enable_lora.get(module) if isinstance(enable_lora, dict) else enable_lora
-        suffixes = LINEAR
-        if isinstance(layer, keras.layers.Embedding):
-            suffixes = EMBEDDING
-        elif isinstance(layer, keras.layers.Dense):
-            a, b = merged_linear(layer, module, a, b, rank, mask)
-        elif getattr(layer, "factorization", None) == "loralib":
-            ranks[module] = rank
-        elif hasattr(layer, "kernel_size"):
-            a, b = standard_convolution(layer, module, a, b, rank)
+        kind = kind_of(type(layer))
+        a, b = kind.read_loralib(layer, a, b, rank, mask, module)
+        suffixes = kind.file_suffixes
         tensors[module + suffixes[0]], tensors[module + suffixes[1]] = a, b
-        ranks.setdefault(module, len(a))
+        loralib_form = getattr(layer, "factorization", None) == "loralib"
+        ranks[module] = rank if loralib_form else len(a)
     if not ranks:
         raise ValueError("The state dict holds no lora_A.")
     biases = {}
@@ -108,59 +98,6 @@ def load_loralib(
         bias = "all"
     config = settings(ranks, alphas, use_rslora=False, bias=bias)
     return load_adapter(model, Adapter(tensors | biases, config), names)
-
-
-def merged_linear(layer, module, a, b, rank, mask):
-    """One adapter of rank G * r: A as it is, B in blocks."""
-    groups = len(a) // rank
-    if a.ndim != 2 or b.ndim != 2 or len(a) != groups * rank or b.shape[1] != rank:
-        raise ValueError(
-            f"The factors of {module!r} have shapes {a.shape} and {b.shape}, which are "
-            f"not those of rank={rank}."
-        )
-    if isinstance(layer, LoRAMergedDense):
-        mask = layer.adapted_slices
-    elif groups == 1 and len(b) == layer.units:
-        return a, b  # a Linear
-    mask = checked_mask(mask or (True,) * groups, layer.units)
-    size = layer.units // len(mask)
-    if sum(mask) != groups or len(b) != groups * size:
-        raise ValueError(
-            f"The factors of {module!r} have shapes {a.shape} and {b.shape}; with "
-            f"enable_lora={mask} and {layer.units} units that is "
-            f"{(sum(mask) * rank, a.shape[1])} and {(sum(mask) * size, rank)}."
-        )
-    blocks = np.zeros((layer.units, groups * rank), b.dtype)
-    for group, slot in enumerate(np.flatnonzero(mask)):
-        rows = slice(slot * size, (slot + 1) * size)
-        columns = slice(group * rank, (group + 1) * rank)
-        blocks[rows, columns] = b[group * size : (group + 1) * size]
-    return a, blocks
-
-
-def standard_convolution(layer, module, a, b, rank):
-    """loralib's factors at rank r * prod(k), in the form of a convolution and a 1x1.
-
-    delta[f] = (B @ A)[f*m : (f+1)*m] in a row, m = prod(k[:-1]): with m copies of A
-    on a block diagonal, row f*m + s of B acts on the s-th of them.
-    """
-    if layer.groups > 1:
-        raise ValueError(
-            f"The convolution of {module!r} has groups: loralib's factors fit it with "
-            "factorization='loralib' only."
-        )
-    *others, last = layer.kernel_size
-    copies, channels = math.prod(others), layer.kernel.shape[-2]
-    expected = (rank * last, channels * last), (layer.filters * copies, rank * last)
-    if (a.shape, b.shape) != expected:
-        raise ValueError(
-            f"The factors of {module!r} have shapes {a.shape} and {b.shape}; the layer "
-            f"needs {expected[0]} and {expected[1]}."
-        )
-    a = np.kron(np.eye(copies, dtype=a.dtype), a)
-    a = a.reshape(-1, channels, *layer.kernel_size)
-    b = np.concatenate([b[start::copies] for start in range(copies)], axis=1)
-    return a, b.reshape(*b.shape, *[1] * len(layer.kernel_size))
 
 
 def read_state_dict(path):

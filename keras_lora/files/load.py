@@ -10,7 +10,6 @@ from collections.abc import Mapping
 import numpy as np
 
 from keras_lora.files.contents import factors_of
-from keras_lora.files.contents import suffixes_of
 from keras_lora.files.folder import Adapter
 from keras_lora.files.names import keeps_inputs_first
 from keras_lora.files.names import module_names
@@ -18,22 +17,19 @@ from keras_lora.files.slices import fused_modules
 from keras_lora.files.slices import outputs_axis
 from keras_lora.files.slices import slices_of
 from keras_lora.files.slices import without_slice
-from keras_lora.files.tensors import EMBEDDING
 from keras_lora.files.tensors import file_rank
 from keras_lora.files.tensors import from_tensors
 from keras_lora.files.tensors import own_alpha
-from keras_lora.files.tensors import suffixes
 from keras_lora.files.tensors import torch_name
 from keras_lora.files.tensors import weight_from_tensor
 from keras_lora.keras_internals import compile_again
 from keras_lora.keras_internals import layer_state
-from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.kinds import lora_class_of
 from keras_lora.layers.kinds import obstacle
-from keras_lora.layers.lora_layer import adapter_dtype
 from keras_lora.layers.lora_layer import is_adapted
 from keras_lora.models.adapt import adopted
 from keras_lora.models.adapt import lora_layers
+from keras_lora.models.adapt import new_adapter
 from keras_lora.models.freezing import freeze_all_but_lora
 from keras_lora.models.keras_files import mark_adapted
 from keras_lora.models.paths import layer_paths
@@ -79,7 +75,16 @@ def load_adapter(
         values = checked_values(file)
     else:
         adapters = {
-            module: (layer, new_adapter(file, module, layer))
+            module: (
+                layer,
+                new_adapter(
+                    layer,
+                    file.ranks[module],
+                    file.alphas[module],
+                    file.dropout,
+                    file.use_rslora,
+                ),
+            )
             for module, layer in file.adapted.items()
         }
         state = trainable_state(model)
@@ -156,17 +161,6 @@ def heads_of(names, modules, others):
     return heads
 
 
-def new_adapter(file, module, layer):
-    return LowRankAdapter(
-        file.ranks[module],
-        file.alphas[module],
-        0.0 if suffixes_of(file.factors[module]) == EMBEDDING else file.dropout,
-        file.use_rslora,
-        dtype=adapter_dtype(layer),
-        name="lora",
-    )
-
-
 def split_others(file):
     """Biases and weights of a fused module become those of its slices, in place."""
     for module, count in fused_modules(file.modules).items():
@@ -223,23 +217,17 @@ def checked_values(file):
     values = []
     for module, pair in file.factors.items():
         layer = file.modules[module]
-        if suffixes_of(pair) != suffixes(layer):
-            raise ValueError(
-                f"{module!r} is a {type(layer).__name__}; the file has "
-                f"{sorted(pair)} for it."
-            )
         if file.ranks[module] != file_rank(layer):
             raise ValueError(
                 f"The rank of {module!r} is {file.ranks[module]} in the file and "
                 f"{file_rank(layer)} in the model."
             )
-        a, b = from_tensors(layer, *(pair[s] for s in suffixes(layer)), module)
-        values += [(layer.lora.a, a), (layer.lora.b, b)]
+        values += from_tensors(layer, pair, module)
     index = {}
     for module, layer in file.modules.items():
         infix = ".base_layer" if module in file.factors else ""
         for variable in itertools.chain(*layer_state(layer)):
-            key = f"{module}{infix}.{torch_name(variable)}"
+            key = f"{module}{infix}.{torch_name(layer, variable)}"
             index[key] = layer, variable
             if module in file.heads and key not in file.others:
                 raise ValueError(f"The file has no tensor {key!r}.")

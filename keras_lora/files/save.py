@@ -18,7 +18,6 @@ from keras_lora.files.slices import slices_of
 from keras_lora.files.slices import without_slice
 from keras_lora.files.tensors import file_alpha
 from keras_lora.files.tensors import file_rank
-from keras_lora.files.tensors import suffixes
 from keras_lora.files.tensors import to_tensors
 from keras_lora.files.tensors import torch_name
 from keras_lora.files.tensors import weight_to_tensor
@@ -66,8 +65,7 @@ def adapter_of(model, names=None, trained=None) -> Adapter:
     adapters = {module: layer for module, layer in modules.items() if is_adapted(layer)}
     tensors = {}
     for module, layer in adapters.items():
-        for suffix, value in zip(suffixes(layer), to_tensors(layer), strict=True):
-            tensors[module + suffix] = value
+        tensors |= {module + suffix: x for suffix, x in to_tensors(layer).items()}
     if trained is None:
         trained = trained_beside(modules, adapters)
     use_rslora = all(layer.lora.use_rslora for layer in adapters.values())
@@ -75,7 +73,7 @@ def adapter_of(model, names=None, trained=None) -> Adapter:
     alphas = {m: file_alpha(layer, use_rslora) for m, layer in adapters.items()}
     layout = fuse(tensors, ranks, alphas, use_rslora)
     others = {
-        (module, torch_name(variable)): weight_to_tensor(
+        (module, torch_name(modules[module], variable)): weight_to_tensor(
             modules[module], variable, inputs_first
         )
         for module, variable in trained
@@ -134,7 +132,7 @@ def fuse_others(others, modules, inputs_first):
                 name: weight_to_tensor(modules[name], variable, inputs_first)
                 for name in names
                 for variable in itertools.chain(*layer_state(modules[name]))
-                if torch_name(variable) == weight
+                if torch_name(modules[name], variable) == weight
             }
             parts = [others.pop((name, weight), untrained[name]) for name in names]
             axis = outputs_axis(parts[0], inputs_first)

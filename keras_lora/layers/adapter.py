@@ -1,38 +1,17 @@
-"""The trainable half of a LoRA layer: A, B and what scales them."""
+"""The trainable half of a LoRA layer: A, B and what the layer's call makes of them."""
 
 import math
-import numbers
 import random
-import types
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import keras
 import numpy as np
 from keras import ops
 
-
-@dataclass(frozen=True)
-class LowRankForm:
-    """How one layer's kernel is made of A and B: all that differs between kinds.
-
-    Attributes:
-        a_shape, b_shape: Shapes of A and B.
-        fan_in: How many inputs each entry of A's rank axis sums over.
-        compose: (a, b) -> A @ B in the kernel's own shape.
-        bypass: (inputs, a, b) -> linear(inputs, compose(a, b)), without forming
-            that kernel.
-        a_initializer, b_initializer: Starting values. One factor starts as zero,
-            so that a fresh adapter changes nothing.
-    """
-
-    a_shape: tuple
-    b_shape: tuple
-    fan_in: int
-    compose: Callable
-    bypass: Callable
-    a_initializer: object = None  # None: U(±1/sqrt(fan_in))
-    b_initializer: object = "zeros"
+from keras_lora.keras_internals import HiddenVariable
+from keras_lora.layers.settings import Settings
+from keras_lora.layers.settings import checked_dropout
+from keras_lora.layers.small_kernel_training import linear_with_update
+from keras_lora.layers.small_kernel_training import merging_pays
 
 
 @keras.saving.register_keras_serializable(package="keras_lora")
@@ -44,6 +23,10 @@ class LowRankAdapter(keras.layers.Layer):
 
     It is found as `layer.lora` on every LoRA layer. A and B are float32 under every
     dtype policy but float64, where they are float64.
+
+    Another method is a subclass: it answers `build_factors`, `effective_kernel` and
+    `low_rank_outputs`, names its variables in `factor_names`, and is known by a
+    `keyword` once `register_method` has it.
 
     Args:
         rank: Whole number > 0, the inner dimension r of the product A @ B.
@@ -62,6 +45,10 @@ class LowRankAdapter(keras.layers.Layer):
         use_rslora: [Kalajdzievski, 2023](https://arxiv.org/abs/2312.03732)
     """
 
+    keyword = None  # what chooses another method: LoRADense(64, use_dora=True)
+    factor_names = ("a", "b")
+    more_suffixes = ()  # of arrays in a file beside A's and B's
+
     def __init__(
         self,
         rank,
@@ -73,7 +60,7 @@ class LowRankAdapter(keras.layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        self.rank = checked_rank(rank)
+        self.settings = Settings(rank, alpha, use_rslora)
         self.dropout = checked_dropout(dropout)
         self.a_initializer = keras.initializers.get(a_initializer)
         self.b_initializer = keras.initializers.get(b_initializer)
@@ -81,63 +68,102 @@ class LowRankAdapter(keras.layers.Layer):
         if self.dropout > 0:
             # With a seed of its own: torch ignores the state of one that has none.
             self.seed_generator = keras.random.SeedGenerator(random.randrange(2**31))
-        # Compiled functions read the scaling from a variable, so that an adapter
-        # with another alpha can be loaded without tracing anew. It is no weight:
-        # the namespace keeps it out of Keras's tracking and parameter counts.
-        self._scaling = types.SimpleNamespace(variable=None)
-        self.set_alpha(self.rank if alpha is None else alpha, use_rslora)
+        # Compiled functions read the scaling from a variable, so that another alpha
+        # and `switch` are seen without tracing anew. It is no weight.
+        self._scaling = HiddenVariable()
+        self.is_on = True
+
+    # What scales.
+
+    @property
+    def rank(self) -> int:
+        return self.settings.rank
+
+    @property
+    def use_rslora(self) -> bool:
+        return self.settings.use_rslora
 
     @property
     def scaling(self) -> float:
         """The factor in front of A @ B."""
-        return self.alpha / divisor(self.rank, self.use_rslora)
+        return self.settings.scaling
+
+    @property
+    def alpha(self) -> float:
+        return self.settings.alpha
+
+    @alpha.setter
+    def alpha(self, alpha):
+        self.set_alpha(alpha, self.use_rslora)
 
     def set_alpha(self, alpha, use_rslora=False):
-        self.alpha = checked_alpha(alpha)
-        self.use_rslora = bool(use_rslora)
+        """Another alpha, which compiled functions see too."""
+        self.settings = Settings(self.rank, alpha, use_rslora)
+        self._write_scaling()
+
+    def switch(self, on):
+        """Off: the scaling is 0 wherever it is read, and W alone is left."""
+        self.is_on = on
+        self._write_scaling()
+
+    def _write_scaling(self):
         if self._scaling.variable is not None:
             self._scaling.variable.assign(self._scaling_value())
 
     def _scaling_value(self, shape=(), dtype=None):
         # By way of NumPy: TensorFlow takes a Python number for a float32.
-        value = np.full(shape, self.scaling, self.variable_dtype)
-        return ops.convert_to_tensor(value)
+        value = self.scaling if self.is_on else 0.0
+        return ops.convert_to_tensor(np.full(shape, value, self.variable_dtype))
 
-    def build(self, form, regularizer=None):
+    # What is trained.
+
+    def build(self, form, regularizer=None, read_kernel=None):
         self.form = form
+        self.build_factors(form, regularizer, read_kernel)
+        self._scaling.make(self._scaling_value, self.variable_dtype, "scaling")
+
+    def build_factors(self, form, regularizer, read_kernel):
+        """Makes the variables that are named in `factor_names`.
+
+        read_kernel: a function of a dtype that gives W, for methods that start from
+        it. (A variable among build's arguments would become a weight.)
+        """
+        self.a = self.add_factor(
+            "a",
+            form.a_shape,
+            self.a_initializer or form.a_initializer or uniform(form.fan_in),
+            regularizer,
+        )
+        self.b = self.add_factor(
+            "b", form.b_shape, self.b_initializer or form.b_initializer, regularizer
+        )
+
+    def add_factor(self, name, shape, initializer, regularizer=None):
         # autocast=False: merging needs the stored float32 values, also inside a
         # mixed-precision call; the training path casts where it means to.
-        self.a = self.add_weight(
-            name="a",
-            shape=form.a_shape,
-            initializer=(
-                self.a_initializer or form.a_initializer or uniform(form.fan_in)
-            ),
+        return self.add_weight(
+            name=name,
+            shape=shape,
+            initializer=initializer,
             regularizer=regularizer,
             autocast=False,
-        )
-        self.b = self.add_weight(
-            name="b",
-            shape=form.b_shape,
-            initializer=self.b_initializer or form.b_initializer,
-            regularizer=regularizer,
-            autocast=False,
-        )
-        self._scaling.variable = keras.Variable(
-            self._scaling_value,
-            shape=(),
-            dtype=self.variable_dtype,
-            trainable=False,
-            autocast=False,
-            name="scaling",
         )
 
     @property
     def variables(self):
-        # JAX passes state by hand, and what is not passed becomes a constant.
-        if self.built and keras.backend.backend() == "jax":
-            return [*super().variables, self._scaling.variable]
-        return super().variables
+        return [*super().variables, *self._scaling.seen_by_jax()]
+
+    @property
+    def switched(self):
+        """1 where the adapter acts, 0 inside `disabled()`; seen by compiled functions.
+
+        For methods whose formula has no `scaling` in front of all they add.
+        """
+        return ops.cast(ops.not_equal(self._scaling.variable, 0), self.variable_dtype)
+
+    def named_factors(self) -> dict:
+        """Name -> variable: what files, reports and checks go through."""
+        return {name: getattr(self, name) for name in self.factor_names}
 
     def factors(self, dtype):
         """A and scaling * B, scaled in the adapter's dtype, then cast."""
@@ -150,14 +176,36 @@ class LowRankAdapter(keras.layers.Layer):
         """The update scaling * A @ B, in the kernel's shape and A's dtype."""
         return self.form.compose(*self.factors(self.variable_dtype))
 
-    def bypass(self, inputs, dtype, training):
-        """linear(drop(inputs), delta) by way of rank r: delta is never formed."""
-        if training and self.seed_generator is not None:
-            inputs = ops.convert_to_tensor(inputs, sparse=False)
-            inputs = keras.random.dropout(
-                inputs, self.dropout, seed=self.seed_generator
-            )
-        return self.form.bypass(inputs, *self.factors(dtype))
+    # What the layer's call makes of it.
+
+    def outputs(self, host, inputs, training):
+        """What the host gives before bias and activation."""
+        if training or not host.merge_weights or host.form.looks_up:
+            return self.low_rank_outputs(host, inputs, training)
+        kernel = self.effective_kernel(host.base_kernel(self.variable_dtype))
+        return host.apply_kernel(inputs, kernel)
+
+    def effective_kernel(self, kernel):
+        """W + delta, in the adapter's dtype: the kernel that stands for both."""
+        return ops.add(ops.cast(kernel, self.variable_dtype), self.delta())
+
+    def low_rank_outputs(self, host, inputs, training):
+        """linear(x, W) + linear(drop(x), A) @ (scaling * B)"""
+        dtype = self.variable_dtype if host.form.looks_up else host.compute_dtype
+        a, b = self.factors(dtype)
+        if training and merging_pays(host, self, inputs):
+            return linear_with_update(host, inputs, a, b)
+        dropped = self.dropped(inputs) if training else inputs
+        return ops.add(host.frozen_linear(inputs), host.form.bypass(dropped, a, b))
+
+    def dropped(self, inputs):
+        """Dropout on the adapter's inputs."""
+        if self.seed_generator is None:
+            return inputs
+        inputs = ops.convert_to_tensor(inputs, sparse=False)
+        return keras.random.dropout(inputs, self.dropout, seed=self.seed_generator)
+
+    # What is kept.
 
     def save_own_variables(self, store):
         super().save_own_variables(store)
@@ -178,9 +226,9 @@ class LowRankAdapter(keras.layers.Layer):
             self.seed_generator.state.assign(seed)
         super().load_own_variables(values)
 
-    def options(self):
+    def options(self) -> dict:
         """The constructor's arguments, as they go into the host's config."""
-        return {
+        options = {
             "rank": self.rank,
             "alpha": self.alpha,
             "dropout": self.dropout,
@@ -188,9 +236,45 @@ class LowRankAdapter(keras.layers.Layer):
             "a_initializer": keras.initializers.serialize(self.a_initializer),
             "b_initializer": keras.initializers.serialize(self.b_initializer),
         }
+        return options | ({self.keyword: True} if self.keyword else {})
+
+    def to_file(self, suffixes) -> dict:
+        """Suffix -> array, as a file has the factors; suffixes: the host's for A, B."""
+        arrays = self.form.to_file(to_numpy(self.a), to_numpy(self.b))
+        return dict(zip(suffixes, map(np.ascontiguousarray, arrays), strict=True))
+
+    def from_file(self, arrays, suffixes) -> dict:
+        """The inverse: name of a factor -> array. Shapes were compared before."""
+        return dict(
+            zip(
+                ("a", "b"),
+                self.form.read_file(*(arrays[s] for s in suffixes)),
+                strict=True,
+            )
+        )
 
     def get_config(self):
-        return {**super().get_config(), **self.options()}
+        options = self.options()
+        options.pop(self.keyword, None)
+        return {**super().get_config(), **options}
+
+
+class FixedKernel:
+    """A kernel in the place of W and adapter, which the adapter's own path is not."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def outputs(self, host, inputs, training):
+        return host.apply_kernel(inputs, ops.stop_gradient(self.kernel))
+
+
+def to_numpy(value):
+    """A copy, of which half precision comes as float32."""
+    value = ops.convert_to_tensor(value)
+    if "float" in str(value.dtype) and "64" not in str(value.dtype):
+        value = ops.cast(value, "float32")
+    return np.array(ops.convert_to_numpy(value))
 
 
 def uniform(fan_in):
@@ -199,46 +283,30 @@ def uniform(fan_in):
     return keras.initializers.RandomUniform(-limit, limit)
 
 
-def divisor(rank, use_rslora):
-    """What alpha is divided by."""
-    return math.sqrt(rank) if use_rslora else rank
+METHODS = {None: LowRankAdapter}
 
 
-def alpha_at(new_rank, alpha, rank, use_rslora):
-    """The alpha that scales at another rank as this one does at its own."""
-    return alpha * (new_rank / rank) ** (0.5 if use_rslora else 1)
+def register_method(adapter_class):
+    """Teaches all kinds another method, chosen by its `keyword`; a decorator."""
+    METHODS[adapter_class.keyword] = adapter_class
+    return adapter_class
 
 
-def checked_rank(rank, lowest=1):
-    if (
-        isinstance(rank, bool)
-        or not isinstance(rank, numbers.Integral)
-        or rank < lowest
-    ):
-        raise ValueError(
-            f"`rank` must be a whole number >= {lowest}. Received: rank={rank!r}. "
-            "Common ranks are 4 to 64; a LoRA layer with rank=0 has no adapter."
-        )
-    return int(rank)
+def take_method(keywords) -> dict:
+    """Takes the keyword that chooses a method out of a constructor's keywords."""
+    chosen = [word for word in METHODS if word and keywords.pop(word, False)]
+    if len(chosen) > 1:
+        raise ValueError(f"{' and '.join(chosen)} exclude each other.")
+    return dict.fromkeys(chosen, True)
 
 
-def checked_alpha(alpha):
-    if not is_number(alpha) or not math.isfinite(alpha) or alpha <= 0:
-        raise ValueError(
-            "`alpha` must be a finite number > 0, or None for alpha=rank. "
-            f"Received: alpha={alpha!r}. The update is scaled by alpha / rank."
-        )
-    return int(alpha) if alpha == int(alpha) else float(alpha)
+def make_adapter(options, dtype):
+    """The adapter that a host's options mean.
 
-
-def checked_dropout(dropout):
-    if not is_number(dropout) or not 0 <= dropout < 1:
-        raise ValueError(
-            "`dropout` must be a number in [0, 1), the share of the adapter's "
-            f"inputs to drop. Received: dropout={dropout!r}."
-        )
-    return float(dropout)
-
-
-def is_number(value):
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    dtype: that of the host's variables.
+    """
+    options = dict(options)
+    method = METHODS[next(iter(take_method(options)), None)]
+    # float32 beside half-precision kernels too.
+    dtype = "float64" if dtype == "float64" else "float32"
+    return method(**options, dtype=dtype, name="lora")

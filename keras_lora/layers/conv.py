@@ -1,23 +1,25 @@
 """LoRAConv1D, LoRAConv2D, LoRAConv3D: one mixin, three documented faces."""
 
 import math
-import types
 
 import keras
+import numpy as np
 from keras import ops
 
-from keras_lora.layers.adapter import LowRankForm
+from keras_lora.layers.form import LowRankForm
+from keras_lora.layers.form import unchanged
 from keras_lora.layers.lora_layer import LoRALayer
-from keras_lora.layers.small_kernel_training import in_tensorflow_graph
-from keras_lora.layers.small_kernel_training import merged_in_training
+
+GROUPS_NOTE = (
+    " The convolution has groups: PEFT's form for it cannot be merged, and is not read."
+)
 
 
 class LoRAConv(LoRALayer):
     """What the three convolutions share. `self.rank` is Keras's: spatial axes."""
 
-    own_attributes = types.MappingProxyType(
-        {**LoRALayer.own_attributes, "factorization": "standard"}
-    )
+    factorization = "standard"
+    replaces = ("call", "convolution_op")
 
     def __init__(self, *args, factorization="standard", **kwargs):
         super().__init__(*args, **kwargs)
@@ -45,51 +47,40 @@ class LoRAConv(LoRALayer):
             data_format=self.data_format,
         )
 
-    def low_rank_path(self, inputs, dtype, training):
-        if not (training and self._merging_pays(inputs, dtype)):
-            return super().low_rank_path(inputs, dtype, training)
-        kernel = ops.cast(self.kernel, dtype)
-        factors = self.lora.factors(dtype)
-        return merged_in_training(self.linear, self.lora.form, inputs, kernel, *factors)
-
-    def _merging_pays(self, inputs, dtype):
-        """Whether a step is compiled by TensorFlow, exact, and its kernel small.
-
-        On a CPU a convolution to few channels takes far longer than its arithmetic
-        says, and W + delta is no more memory than one more copy of the inputs.
-        """
-        sizes = [size or 16 for size in inputs.shape]  # 16 where it is not known
-        return (
-            self.merge_weights
-            and in_tensorflow_graph()
-            and self.lora.dropout == 0  # it drops inputs of the adapter alone
-            and dtype == self.lora.variable_dtype  # rounding would swallow updates
-            and math.prod(self.kernel.shape) <= math.prod(sizes)
-        )
-
     def low_rank_form(self, rank):
         if self.factorization == "loralib":
             return self._loralib_form(rank)
-        *window, filters = self.kernel.shape  # (*k, channels / groups, filters)
+        *window, filters = self.kernel_shape  # (*k, channels / groups, filters)
         return LowRankForm(
             a_shape=(*window, rank),
             b_shape=(rank, filters),
             fan_in=math.prod(window),
             compose=lambda a, b: ops.tensordot(a, b, axes=1),
-            bypass=self._bypass,
+            down=self._down,
+            up=self._up,
+            input_axes=tuple(range(self.rank + 1)),
+            over_outputs=self._over_channels,
+            to_file=convolutions_to_file,
+            from_file=convolutions_from_file,
+            file_note=GROUPS_NOTE if self.groups > 1 else "",
+            merges_in_training=True,
         )
 
-    def _bypass(self, inputs, a, b):
+    @property
+    def _as_products(self):
+        """Whether a 1x1 convolution is a product here, which is faster on a CPU."""
+        return self.groups == 1 and self.data_format == "channels_last"
+
+    def _down(self, inputs, a):
         if self.groups > 1:
             # Every group of channels goes through the same A.
             a = ops.tile(a, (1,) * (len(a.shape) - 1) + (self.groups,))
-        # A 1x1 convolution is a product, which is faster on a CPU.
-        products = self.groups == 1 and self.data_format == "channels_last"
-        if products and set(self.kernel_size + self.strides) == {1}:
-            hidden = ops.matmul(inputs, ops.reshape(a, a.shape[-2:]))
-        else:
-            hidden = self.linear(inputs, a)
-        if products:
+        if self._as_products and set(self.kernel_size + self.strides) == {1}:
+            return ops.matmul(inputs, ops.reshape(a, a.shape[-2:]))
+        return self.linear(inputs, a)
+
+    def _up(self, hidden, b):
+        if self._as_products:
             return ops.matmul(hidden, b)
         return ops.conv(
             hidden,
@@ -99,7 +90,7 @@ class LoRAConv(LoRALayer):
         )
 
     def _loralib_form(self, rank):
-        *kernel_size, group_channels, filters = self.kernel.shape
+        *kernel_size, group_channels, filters = self.kernel_shape
         last, others = kernel_size[-1], math.prod(kernel_size[:-1])
         channels = group_channels * self.groups
 
@@ -114,18 +105,37 @@ class LoRAConv(LoRALayer):
             b_shape=(filters // self.groups * others, rank * last),
             fan_in=channels * last,
             compose=compose,
-            # Its reshape mixes channels with positions: no cheaper path exists.
-            bypass=lambda inputs, a, b: self.linear(inputs, compose(a, b)),
+            # Its reshape mixes channels with positions: no cheaper path exists than
+            # to hand both on and form the kernel.
+            down=lambda inputs, a: (inputs, a),
+            up=lambda hidden, b: self.linear(hidden[0], compose(hidden[1], b)),
+            input_axes=tuple(range(self.rank + 1)),
+            over_outputs=self._over_channels,
+            to_file=unchanged,
+            from_file=unchanged,
         )
+
+    def _over_channels(self, value):
+        """One value per filter, laid out as the outputs are."""
+        if self.data_format == "channels_last":
+            return value
+        return ops.reshape(value, (self.filters,) + (1,) * self.rank)
 
     def finish(self, outputs):
         if self.bias is not None:
-            shape = [1] * (self.rank + 2)
-            shape[-1 if self.data_format == "channels_last" else 1] = self.filters
-            outputs = ops.add(outputs, ops.reshape(self.bias, shape))
+            # With all axes: TensorFlow may take a vector for one of another axis.
+            bias = self._over_channels(self.bias)
+            lead = (1,) * (self.rank + 2 - len(bias.shape))
+            outputs = ops.add(outputs, ops.reshape(bias, lead + tuple(bias.shape)))
         if self.activation is not None:
             outputs = self.activation(outputs)
         return outputs
+
+    @classmethod
+    def read_loralib(cls, layer, a, b, rank, mask, module):
+        if getattr(layer, "factorization", None) == "loralib":
+            return a, b
+        return standard_convolution(layer, a, b, rank, module)
 
     def get_config(self):
         return {**super().get_config(), "factorization": self.factorization}
@@ -240,3 +250,38 @@ class LoRAConv3D(LoRAConv, keras.layers.Conv3D):
     """  # noqa: E501
 
     plain_class = keras.layers.Conv3D
+
+
+def convolutions_to_file(a, b):
+    """As torch's two convolutions: (r, in, *k) and (out, r, 1, ...)."""
+    a = np.moveaxis(a, (-1, -2), (0, 1))
+    return a, b.T.reshape(*b.T.shape, *[1] * (a.ndim - 2))
+
+
+def convolutions_from_file(a, b):
+    return np.moveaxis(a, (0, 1), (-1, -2)), b.reshape(b.shape[:2]).T
+
+
+def standard_convolution(layer, a, b, rank, module):
+    """loralib's factors at rank r * prod(k), in the form of a convolution and a 1x1.
+
+    delta[f] = (B @ A)[f*m : (f+1)*m] in a row, m = prod(k[:-1]): with m copies of A
+    on a block diagonal, row f*m + s of B acts on the s-th of them.
+    """
+    if layer.groups > 1:
+        raise ValueError(
+            f"The convolution of {module!r} has groups: loralib's factors fit it with "
+            "factorization='loralib' only."
+        )
+    *others, last = layer.kernel_size
+    copies, channels = math.prod(others), layer.kernel.shape[-2]
+    expected = (rank * last, channels * last), (layer.filters * copies, rank * last)
+    if (a.shape, b.shape) != expected:
+        raise ValueError(
+            f"The factors of {module!r} have shapes {a.shape} and {b.shape}; the layer "
+            f"needs {expected[0]} and {expected[1]}."
+        )
+    a = np.kron(np.eye(copies, dtype=a.dtype), a)
+    a = a.reshape(-1, channels, *layer.kernel_size)
+    b = np.concatenate([b[start::copies] for start in range(copies)], axis=1)
+    return a, b.reshape(*b.shape, *[1] * len(layer.kernel_size))

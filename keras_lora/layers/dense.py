@@ -3,8 +3,9 @@
 import keras
 from keras import ops
 
-from keras_lora.layers.adapter import LowRankForm
+from keras_lora.layers.form import LowRankForm
 from keras_lora.layers.lora_layer import LoRALayer
+from keras_lora.layers.merged_dense import merged_linear
 
 
 @keras.saving.register_keras_serializable(package="keras_lora")
@@ -36,11 +37,16 @@ class LoRADense(LoRALayer, keras.layers.Dense):
         return ops.matmul(inputs, kernel)
 
     def low_rank_form(self, rank):
-        inputs, units = self.kernel.shape
+        inputs, units = self.kernel_shape
         return LowRankForm(
             a_shape=(inputs, rank),
             b_shape=(rank, units),
             fan_in=inputs,
             compose=ops.matmul,
-            bypass=lambda inputs, a, b: ops.matmul(ops.matmul(inputs, a), b),
+            down=ops.matmul,
+            up=ops.matmul,
         )
+
+    @classmethod
+    def read_loralib(cls, layer, a, b, rank, mask, module):
+        return merged_linear(layer, a, b, rank, mask, module)

@@ -4,9 +4,11 @@ import math
 from typing import NamedTuple
 
 import keras
+import numpy as np
 from keras import ops
 
-from keras_lora.layers.adapter import LowRankForm
+from keras_lora.layers.form import LowRankForm
+from keras_lora.layers.form import unchanged
 from keras_lora.layers.lora_layer import LoRALayer
 
 
@@ -47,29 +49,47 @@ class LoRAEinsumDense(LoRALayer, keras.layers.EinsumDense):
 
     plain_class = keras.layers.EinsumDense
 
-    def __init__(self, equation, *args, **kwargs):
-        super().__init__(equation, *args, **kwargs)
-        if self.lora is not None:
-            split_equation(self.equation)
-
     def linear(self, inputs, kernel):
         return ops.einsum(self.equation, inputs, kernel)
 
+    @classmethod
+    def check_host(cls, layer):
+        super().check_host(layer)
+        split_equation(layer.equation)
+
+    @classmethod
+    def weight_to_file(cls, layer, kernel, inputs_first=False):
+        return super().weight_to_file(layer, as_matrix(layer, kernel), inputs_first)
+
+    @classmethod
+    def weight_from_file(cls, layer, value, inputs_first=False):
+        value = super().weight_from_file(layer, value, inputs_first)
+        split, shape = split_equation(layer.equation), layer.kernel.shape
+        if split.batch:
+            return value
+        axes = split.axes(split.contracted + split.new)
+        return value.reshape([shape[x] for x in axes]).transpose(np.argsort(axes))
+
     def low_rank_form(self, rank):
         split = split_equation(self.equation)
-        size = dict(zip(split.kernel, self.kernel.shape, strict=True))
+        size = dict(zip(split.kernel, self.kernel_shape, strict=True))
         batch, contracted, new = (
             tuple(size[axis] for axis in axes)
             for axes in (split.batch, split.contracted, split.new)
         )
+        # torch has no linear module with a matrix for each index of a batch axis.
+        in_file = {"to_file": unchanged, "from_file": unchanged} if batch else {}
         return LowRankForm(
             a_shape=(*batch, *contracted, rank),
             b_shape=(*batch, rank, *new),
             fan_in=math.prod(contracted),
             compose=lambda a, b: ops.einsum(split.compose, a, b),
-            bypass=lambda inputs, a, b: ops.einsum(
-                split.up, ops.einsum(split.down, inputs, a), b
-            ),
+            down=lambda inputs, a: ops.einsum(split.down, inputs, a),
+            up=lambda hidden, b: ops.einsum(split.up, hidden, b),
+            input_axes=split.axes(split.contracted),
+            batch_axes=split.axes(split.batch),
+            over_outputs=split.over_outputs,
+            **in_file,
         )
 
 
@@ -83,6 +103,25 @@ class SplitEquation(NamedTuple):
     down: str  # inputs, A -> hidden
     up: str  # hidden, B -> outputs
     compose: str  # A, B -> kernel
+    outputs: str
+
+    def axes(self, letters):
+        """Where the kernel has these axes."""
+        return tuple(map(self.kernel.index, letters))
+
+    def over_outputs(self, value):
+        """A value with the kernel's batch and new axes, laid out as the outputs are."""
+        own = [axis for axis in self.kernel if axis not in self.contracted]
+        lead, _, trail = self.outputs.rpartition("...")
+        if any(axis in lead for axis in own):
+            raise ValueError(
+                f"The kernel's axes of outputs {self.outputs!r} stand before '...'."
+            )
+        value = ops.transpose(value, [own.index(axis) for axis in trail if axis in own])
+        for place, axis in enumerate(trail):
+            if axis not in own:
+                value = ops.expand_dims(value, place)
+        return value
 
 
 def split_equation(equation):
@@ -110,4 +149,15 @@ def split_equation(equation):
         down=f"{inputs},{a}->{hidden}",
         up=f"{hidden},{b}->{outputs}",
         compose=f"{a},{b}->{kernel}",
+        outputs=outputs,
     )
+
+
+def as_matrix(layer, kernel):
+    """The kernel of an einsum layer as (inputs, outputs); a stack of them stays one."""
+    split = split_equation(layer.equation)
+    if split.batch:
+        return kernel
+    contracted = split.axes(split.contracted)
+    rows = math.prod(kernel.shape[axis] for axis in contracted)
+    return kernel.transpose(*contracted, *split.axes(split.new)).reshape(rows, -1)

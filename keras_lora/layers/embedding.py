@@ -3,8 +3,10 @@
 import keras
 from keras import ops
 
-from keras_lora.layers.adapter import LowRankForm
+from keras_lora.layers.form import LowRankForm
 from keras_lora.layers.lora_layer import LoRALayer
+
+EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")  # in a file, as PEFT has it
 
 
 @keras.saving.register_keras_serializable(package="keras_lora")
@@ -35,6 +37,9 @@ class LoRAEmbedding(LoRALayer, keras.layers.Embedding):
 
     plain_class = keras.layers.Embedding
     kernel_name = "embeddings"
+    in_all_linear = False
+    takes_dropout = False
+    file_suffixes = EMBEDDING
 
     def __init__(
         self,
@@ -66,14 +71,27 @@ class LoRAEmbedding(LoRALayer, keras.layers.Embedding):
         if weights is not None:
             self.build()
             table = weights[0] if isinstance(weights, list) else weights
-            self.embeddings.assign(table)
+            self.frozen_kernel.assign(table)
 
     def build(self, input_shape=None):
         if not self.built:
             super().build(input_shape)
 
     def linear(self, inputs, kernel):
+        if inputs.dtype not in ("int32", "int64"):
+            inputs = ops.cast(inputs, "int32")
         return ops.take(kernel, inputs, axis=0)
+
+    # Looked up first and cast after: a cast would touch the whole table.
+
+    def frozen_linear(self, inputs):
+        return ops.stop_gradient(self.linear(inputs, self.frozen_kernel))
+
+    def apply_kernel(self, inputs, kernel):
+        return self.linear(inputs, kernel)
+
+    def finish(self, outputs):
+        return ops.cast(outputs, self.compute_dtype)
 
     def low_rank_form(self, rank):
         return LowRankForm(
@@ -81,28 +99,20 @@ class LoRAEmbedding(LoRALayer, keras.layers.Embedding):
             b_shape=(rank, self.output_dim),
             fan_in=self.input_dim,
             compose=ops.matmul,
-            bypass=lambda inputs, a, b: ops.matmul(ops.take(a, inputs, axis=0), b),
+            down=self.linear,
+            up=ops.matmul,
             a_initializer="zeros",
             b_initializer=keras.initializers.RandomNormal(mean=0.0, stddev=1.0),
+            looks_up=True,
         )
 
-    def call(self, inputs, training=None):
-        if self.lora is None:
-            return super().call(inputs)
-        if inputs.dtype not in ("int32", "int64"):
-            inputs = ops.cast(inputs, "int32")
-        if hasattr(inputs, "with_flat_values"):  # TensorFlow's ragged ids
-            return inputs.with_flat_values(self.call(inputs.flat_values, training))
-        dtype = self.lora.variable_dtype
-        # Looked up first and cast after: a cast would touch the whole table.
-        if self._fixed_kernel is not None:  # inside merged() or disabled()
-            outputs = self.linear(inputs, self._fixed_kernel.kernel)
-        else:
-            rows = ops.stop_gradient(self.linear(inputs, self.embeddings))
-            outputs = ops.add(
-                ops.cast(rows, dtype), self.lora.bypass(inputs, dtype, training)
-            )
-        return ops.cast(outputs, self.compute_dtype)
+    @classmethod
+    def weight_to_file(cls, layer, kernel, inputs_first=False):
+        return kernel
+
+    @classmethod
+    def weight_from_file(cls, layer, value, inputs_first=False):
+        return value
 
     def compute_output_spec(self, inputs, training=None):
         return super().compute_output_spec(inputs)

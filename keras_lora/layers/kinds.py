@@ -4,15 +4,14 @@ import functools
 
 import keras
 
+from keras_lora.keras_internals import seen_as
 from keras_lora.layers.conv import LoRAConv1D
 from keras_lora.layers.conv import LoRAConv2D
 from keras_lora.layers.conv import LoRAConv3D
 from keras_lora.layers.dense import LoRADense
 from keras_lora.layers.einsum_dense import LoRAEinsumDense
-from keras_lora.layers.einsum_dense import split_equation
 from keras_lora.layers.embedding import LoRAEmbedding
 from keras_lora.layers.lora_layer import LoRALayer
-from keras_lora.layers.lora_layer import refuse_unsupported_host
 
 LORA_CLASSES = {
     keras.layers.Dense: LoRADense,
@@ -49,14 +48,26 @@ def register_lora_layer(lora_class: type) -> type:
     return lora_class
 
 
+def kind_of(cls):
+    """The kind of a layer class, by which its weights look in files.
+
+    Also where its `call` is its own; LoRALayer itself where it is of no kind.
+    """
+    if issubclass(cls, LoRALayer):
+        return cls
+    return next((LORA_CLASSES[x] for x in cls.__mro__ if x in LORA_CLASSES), LoRALayer)
+
+
 @functools.cache
 def lora_class_of(cls):
     """The LoRA class for a layer class; None where its call is not understood."""
     for base in cls.__mro__:
         if base in LORA_CLASSES:
-            if cls.call is not base.call:
-                return None
             lora_class = LORA_CLASSES[base]
+            if any(
+                getattr(cls, m) is not getattr(base, m) for m in lora_class.replaces
+            ):
+                return None
             if base is cls:
                 return lora_class
             name = f"LoRA{cls.__name__}"
@@ -68,11 +79,15 @@ def obstacle(layer):
     """Why a layer of a supported class cannot be adapted, or None."""
     if not layer.built:
         return "it was never built."
-    lora_class = lora_class_of(type(layer))
     try:
-        refuse_unsupported_host(layer, lora_class.kernel_name)
-        if isinstance(layer, keras.layers.EinsumDense):
-            split_equation(layer.equation)
+        lora_class_of(type(layer)).check_host(layer)
     except ValueError as error:
         return str(error)
     return None
+
+
+def form_of(layer, rank):
+    """The form that an adapter has, or would have, on a built layer."""
+    if not isinstance(layer, LoRALayer):
+        layer = seen_as(layer, lora_class_of(type(layer)))
+    return layer.low_rank_form(rank)

@@ -1,53 +1,23 @@
-"""What every LoRA layer shares: building, the two paths of `call`, its config."""
+"""What every LoRA layer shares: building, its call, its config."""
 
-import inspect
-import re
 import textwrap
-import types
+import warnings
 
-import keras
+import numpy as np
 from keras import ops
 
 from keras_lora.keras_internals import freeze
-from keras_lora.layers.adapter import LowRankAdapter
-from keras_lora.layers.adapter import checked_rank
+from keras_lora.keras_internals import in_a_call
+from keras_lora.layers.adapter import make_adapter
+from keras_lora.layers.adapter import take_method
+from keras_lora.layers.arguments import COMMON_ARGUMENTS
+from keras_lora.layers.arguments import default_name
+from keras_lora.layers.arguments import full_signature
+from keras_lora.layers.arguments import refuse_foreign_keywords
+from keras_lora.layers.form import LowRankForm
+from keras_lora.layers.settings import checked_rank
 
-# Words of other libraries, and the keyword that means the same here.
-FOREIGN_KEYWORDS = {
-    "lora_rank": "rank",
-    "r": "rank",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "rslora": "use_rslora",
-    "lora_a_initializer": "a_initializer",
-    "lora_b_initializer": "b_initializer",
-    "init_lora_weights": "a_initializer` and `b_initializer",
-}
-
-COMMON_ARGUMENTS = """
-LoRA arguments (keyword-only, after those of the Keras layer):
-    rank: Whole number >= 0, the rank r of the update. 0 means no adapter: the
-        layer is its Keras base class and its kernel trains.
-    alpha: Number > 0, default `rank`. The update is scaled by alpha / rank.
-    dropout: Number in [0, 1): dropout on the adapter's input while training.
-    use_rslora: Boolean, scale by alpha / sqrt(rank) instead.
-    a_initializer, b_initializer: Initializers of A and B; None means the
-        starting values given above.
-    merge_weights: Boolean. True: with training=False the call uses the merged
-        kernel W + delta, formed in float32 and rounded once, so that what is
-        evaluated is what is exported. False: the low-rank path there too.
-
-A kernel regularizer applies to A and B, which train in the kernel's place.
-`layer.lora` holds the adapter (.rank .alpha .scaling .a .b .delta()), None with
-rank=0; the kernel attribute of the Keras layer is the frozen W.
-
-Raises:
-    ValueError: If an argument is out of range, a keyword is another library's
-        word for one of the above, or the kernel has a constraint.
-
-Reference:
-    [LoRA: Hu et al., 2021](https://arxiv.org/abs/2106.09685)
-"""
+LINEAR = (".lora_A.weight", ".lora_B.weight")
 
 
 class LoRALayer:
@@ -58,20 +28,39 @@ class LoRALayer:
 
     A kind of layer is `class LoRAKind(LoRALayer, keras.layers.Kind)`. It answers
     `linear` and `low_rank_form`, and `finish` where a bias is not added last.
+    `keras_lora.register_lora_layer` makes it known to `apply_lora`, to files and to
+    all else.
+
+    Attributes of a kind:
+        plain_class: The Keras class that it extends.
+        kernel_name: The attribute of that class that holds W.
+        in_all_linear: Whether the target "all-linear" means layers of this kind.
+        takes_dropout: Whether there is something to drop: not where inputs are ids.
+        file_suffixes: What A and B are called in a file, after the module's name.
+        replaces: Methods of the Keras class whose work is done here. A subclass with
+            one of its own computes something else, and is not adapted.
     """
 
-    plain_class = None  # the Keras class this kind extends
+    plain_class = None
     kernel_name = "kernel"
-    # What a plain layer gets when it is turned into this class, beside `lora`.
-    own_attributes = types.MappingProxyType(
-        {"merge_weights": True, "_fixed_kernel": None}
-    )
+    in_all_linear = True
+    takes_dropout = True
+    file_suffixes = LINEAR
+    replaces = ("call",)
+
+    # As a plain layer gets them when it is turned into this class.
+    lora = None
+    merge_weights = True
+    stand_in = None  # what acts for the adapter inside `merged()`
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if "plain_class" in cls.__dict__:
             cls.__doc__ = textwrap.dedent(cls.__doc__ or "") + COMMON_ARGUMENTS
-            cls.__signature__ = full_signature(cls)
+            cls.__signature__ = full_signature(cls, LoRALayer)
+            kernel = getattr(cls.plain_class, cls.kernel_name, None)
+            if isinstance(kernel, property):
+                setattr(cls, cls.kernel_name, watched(kernel))
 
     def __init__(
         self,
@@ -86,49 +75,122 @@ class LoRALayer:
         **kwargs,
     ):
         refuse_foreign_keywords(type(self).__name__, kwargs)
+        method = take_method(kwargs)
         if kwargs.get("name") is None:
             kwargs["name"] = default_name(type(self))
         super().__init__(*args, **kwargs)
         self.merge_weights = bool(merge_weights)
-        self.lora = None
-        self._fixed_kernel = None
         if checked_rank(rank, lowest=0):
-            refuse_unsupported_host(self, self.kernel_name)
-            self.lora = LowRankAdapter(
-                rank,
-                alpha=alpha,
-                dropout=dropout,
-                use_rslora=use_rslora,
-                a_initializer=a_initializer,
-                b_initializer=b_initializer,
-                dtype=adapter_dtype(self),
-                name="lora",
-            )
+            self.check_host(self)
+            options = {
+                "rank": rank,
+                "alpha": alpha,
+                "dropout": dropout,
+                "use_rslora": use_rslora,
+                "a_initializer": a_initializer,
+                "b_initializer": b_initializer,
+            }
+            self.lora = make_adapter({**options, **method}, self.variable_dtype)
 
     # What a kind answers.
+
+    @classmethod
+    def check_host(cls, layer):
+        """A ValueError where an adapter cannot do justice to the Keras layer."""
+        constraint = getattr(layer, f"{cls.kernel_name}_constraint", None)
+        if constraint is not None:
+            raise ValueError(
+                f"`{cls.kernel_name}_constraint` of layer {layer.name!r} cannot be "
+                f"kept by a low-rank update. Received: {constraint!r}. Leave it out, "
+                "or use rank=0."
+            )
+        if layer.quantization_mode is not None:
+            raise ValueError(
+                f"The layer {layer.name!r} is quantized, and its quantized call would "
+                f"leave the adapter out. Received: dtype={layer.dtype_policy.name!r}. "
+                "Use a float policy."
+            )
+        if getattr(layer, "lora_enabled", False):
+            raise ValueError(
+                f"The layer {layer.name!r} has Keras's own adapter (`enable_lora`). "
+                "Save the model and load it again, which merges that adapter, and "
+                "start there."
+            )
 
     def linear(self, inputs, kernel):
         """The host's own operation: matmul, einsum, gather or convolution."""
         raise NotImplementedError
 
-    def low_rank_form(self, rank):
+    def low_rank_form(self, rank: int) -> LowRankForm:
         """How the kernel that has just been built is made of A and B."""
         raise NotImplementedError
 
     def finish(self, outputs):
         """Bias and activation."""
-        if self.bias is not None:
-            outputs = ops.add(outputs, self.bias)
-        if self.activation is not None:
-            outputs = self.activation(outputs)
-        return outputs
+        bias, activation = (getattr(self, x, None) for x in ("bias", "activation"))
+        if bias is not None:
+            outputs = ops.add(outputs, bias)
+        return outputs if activation is None else activation(outputs)
 
-    # What all kinds do.
+    # How a kind looks in files of torch.
+
+    @classmethod
+    def weight_to_file(cls, layer, kernel, inputs_first=False):
+        """The kernel of a layer, plain or not, as its torch module has it.
+
+        inputs_first: a linear module there keeps (in, out), as here.
+        """
+        if kernel.ndim < 2 or (inputs_first and kernel.ndim == 2):
+            return kernel
+        return np.moveaxis(kernel, (-1, -2), (0, 1))
+
+    @classmethod
+    def weight_from_file(cls, layer, value, inputs_first=False):
+        """The inverse of `weight_to_file`."""
+        if value.ndim < 2 or (inputs_first and value.ndim == 2):
+            return value
+        return np.moveaxis(value, (0, 1), (-1, -2))
+
+    @classmethod
+    def read_loralib(cls, layer, a, b, rank, mask, module):
+        """microsoft/LoRA's factors, as a file of PEFT has them for this layer.
+
+        mask: which slices of a MergedLinear are adapted, None where nothing says so.
+        """
+        return a, b
+
+    # How W is read.
 
     @property
     def frozen_kernel(self):
         """The variable W, under the same name for every kind."""
+        kernel = getattr(self.plain_class, self.kernel_name, None)
+        if isinstance(kernel, property):
+            return kernel.fget(self)
         return getattr(self, self.kernel_name)
+
+    @property
+    def kernel_shape(self) -> tuple:
+        return tuple(self.frozen_kernel.shape)
+
+    def base_kernel(self, dtype):
+        """W as a value."""
+        return ops.cast(ops.convert_to_tensor(self.frozen_kernel), dtype)
+
+    def frozen_linear(self, inputs):
+        """linear(inputs, W), without a gradient of W."""
+        kernel = ops.stop_gradient(self.base_kernel(self.compute_dtype))
+        return self.linear(inputs, kernel)
+
+    def apply_kernel(self, inputs, kernel):
+        """linear(inputs, kernel) for a kernel of another dtype, rounded once."""
+        return self.linear(inputs, ops.cast(kernel, self.compute_dtype))
+
+    # What all kinds do.
+
+    @property
+    def form(self) -> LowRankForm:
+        return self.lora.form
 
     def build(self, input_shape=None):
         super().build(input_shape)
@@ -137,34 +199,33 @@ class LoRALayer:
 
     def build_adapter(self):
         """Makes A and B to fit W, and freezes W."""
-        regularizer = getattr(self, f"{self.kernel_name}_regularizer")
-        self.lora.build(self.low_rank_form(self.lora.rank), regularizer)
+        regularizer = getattr(self, f"{self.kernel_name}_regularizer", None)
+        form = self.low_rank_form(self.lora.rank)
+        self.lora.build(form, regularizer, self.base_kernel)
         self._kernel_place = freeze(self, self.frozen_kernel)
 
     def call(self, inputs, training=None):
-        if self.lora is None:
-            return super().call(inputs)
-        dtype = self.compute_dtype
-        if self._fixed_kernel is not None:  # inside merged() or disabled()
-            kernel = ops.stop_gradient(self._fixed_kernel.kernel)
-            outputs = self.linear(inputs, ops.cast(kernel, dtype))
-        elif training or not self.merge_weights:
-            outputs = self.low_rank_path(inputs, dtype, training)
-        else:
-            outputs = self.linear(inputs, self.merged_kernel(dtype))
-        return self.finish(outputs)
+        return self.adapted_call(inputs, training)
 
-    def low_rank_path(self, inputs, dtype, training):
-        """linear(x, W) + linear(drop(x), A) @ (scaling * B)"""
-        kernel = ops.cast(ops.stop_gradient(self.frozen_kernel), dtype)
-        return ops.add(
-            self.linear(inputs, kernel), self.lora.bypass(inputs, dtype, training)
-        )
+    def adapted_call(self, inputs, training, **options):
+        """options: what the Keras layer's own call takes beside its inputs."""
+        if hasattr(inputs, "with_flat_values"):  # TensorFlow's ragged tensors
+            values = self.adapted_call(inputs.flat_values, training, **options)
+            return inputs.with_flat_values(values)
+        host = None if self.lora is None else self.host(**options)
+        if host is None:
+            return super().call(inputs, **options)
+        strategy = self.stand_in or self.lora
+        return host.finish(strategy.outputs(host, inputs, training))
+
+    def host(self):
+        """What the adapter works on in this call; None where it has no part in it."""
+        return self
 
     def merged_kernel(self, dtype):
-        """W + delta, formed in the adapter's dtype and rounded once."""
-        kernel = ops.cast(self.frozen_kernel, self.lora.variable_dtype)
-        return ops.cast(ops.add(kernel, self.lora.delta()), dtype)
+        """The kernel that stands for W and the adapter, rounded once."""
+        kernel = self.base_kernel(self.lora.variable_dtype)
+        return ops.cast(self.lora.effective_kernel(kernel), dtype)
 
     def get_config(self):
         options = {"rank": 0} if self.lora is None else self.lora.options()
@@ -187,73 +248,26 @@ class LoRALayer:
         )
 
 
+def watched(kernel):
+    """The Keras layer's property of its kernel, which tells who else computes with it.
+
+    This library reads W by `frozen_kernel`. What reads the property inside of a call
+    is another layer, and it gets W without the adapter.
+    """
+
+    def read(layer):
+        if layer.lora is not None and in_a_call():
+            warnings.warn(
+                f"A layer reads the kernel of {layer.name!r}, which has an adapter, in "
+                "its own call: there the adapter has no effect until it is merged. "
+                "Leave that layer out with exclude=, or merge first.",
+                stacklevel=2,
+            )
+        return kernel.fget(layer)
+
+    return property(read, doc=kernel.__doc__)
+
+
 def is_adapted(layer):
     """Whether a layer is a LoRA layer that holds an adapter."""
     return isinstance(layer, LoRALayer) and layer.lora is not None
-
-
-def adapter_dtype(layer):
-    """float32 also beside half-precision kernels, float64 beside float64 ones."""
-    return "float64" if layer.variable_dtype == "float64" else "float32"
-
-
-def refuse_unsupported_host(layer, kernel_name):
-    """A ValueError where an adapter cannot do justice to the Keras layer."""
-    constraint = getattr(layer, f"{kernel_name}_constraint")
-    if constraint is not None:
-        raise ValueError(
-            f"`{kernel_name}_constraint` of layer {layer.name!r} cannot be kept by a "
-            f"low-rank update. Received: {constraint!r}. Leave it out, or use rank=0."
-        )
-    if layer.quantization_mode is not None:
-        raise ValueError(
-            f"The layer {layer.name!r} is quantized, and its quantized call would "
-            f"leave the adapter out. Received: dtype={layer.dtype_policy.name!r}. Use "
-            "a float policy."
-        )
-    if getattr(layer, "lora_enabled", False):
-        raise ValueError(
-            f"The layer {layer.name!r} has Keras's own adapter (`enable_lora`). Save "
-            "the model and load it again, which folds that adapter, and start there."
-        )
-
-
-def refuse_foreign_keywords(class_name, kwargs):
-    for keyword, ours in FOREIGN_KEYWORDS.items():
-        if kwargs.get(keyword) is not None:
-            raise ValueError(
-                f"{class_name} has no `{keyword}`; the keyword here is `{ours}`. "
-                f"Received: {keyword}={kwargs[keyword]!r}."
-            )
-
-
-def default_name(cls):
-    """lora_dense, lora_dense_1, ..., counted as Keras counts."""
-    name = snake_case(cls.__name__)
-    count = keras.backend.get_uid(name)
-    return name if count == 1 else f"{name}_{count - 1}"
-
-
-def snake_case(class_name):
-    """Keras's rule for names, but lora_dense where that gives lo_ra_dense."""
-    name = class_name.replace("LoRA", "Lora")
-    name = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)
-    return re.sub("([a-z])([A-Z])", r"\1_\2", name).lower()
-
-
-def full_signature(cls):
-    """What `help()` and editors show: Keras's arguments, then LoRA's."""
-    hidden = ("self", "args", "kwargs", "lora_rank", "lora_alpha")
-    constructors = [cls.plain_class.__init__]
-    constructors += [
-        base.__dict__["__init__"]
-        for base in cls.__mro__
-        if issubclass(base, LoRALayer) and "__init__" in base.__dict__
-    ]
-    parameters = {}
-    for constructor in constructors:
-        for name, parameter in inspect.signature(constructor).parameters.items():
-            if name not in hidden:
-                parameters.setdefault(name, parameter)
-    rest = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
-    return inspect.Signature([*parameters.values(), rest])

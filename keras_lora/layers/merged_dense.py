@@ -1,12 +1,10 @@
 """LoRAMergedDense: several projections in one kernel, some of them adapted."""
 
-import types
-
 import keras
 import numpy as np
 from keras import ops
 
-from keras_lora.layers.adapter import LowRankForm
+from keras_lora.layers.form import LowRankForm
 from keras_lora.layers.lora_layer import LoRALayer
 
 
@@ -45,9 +43,7 @@ class LoRAMergedDense(LoRALayer, keras.layers.Dense):
     """
 
     plain_class = keras.layers.Dense
-    own_attributes = types.MappingProxyType(
-        {**LoRALayer.own_attributes, "adapted_slices": (True,)}
-    )
+    adapted_slices = (True,)
 
     def __init__(self, units, *args, enable_lora=(True,), **kwargs):
         super().__init__(units, *args, **kwargs)
@@ -57,16 +53,18 @@ class LoRAMergedDense(LoRALayer, keras.layers.Dense):
         return ops.matmul(inputs, kernel)
 
     def low_rank_form(self, rank):
-        inputs, units = self.kernel.shape
+        inputs, units = self.kernel_shape
         adapted = sum(self.adapted_slices)
         return LowRankForm(
             a_shape=(inputs, adapted * rank),
             b_shape=(adapted, rank, units // len(self.adapted_slices)),
             fan_in=inputs,
             compose=lambda a, b: ops.matmul(a, self.spread(b)),
-            bypass=lambda inputs, a, b: ops.matmul(
-                ops.matmul(inputs, a), self.spread(b)
-            ),
+            down=ops.matmul,
+            up=lambda hidden, b: ops.matmul(hidden, self.spread(b)),
+            to_file=lambda a, b: (a.T, ops.convert_to_numpy(self.spread(b)).T),
+            from_file=lambda a, b: self.gather(a.T, b.T),
+            file_rank=adapted * rank,
         )
 
     def spread(self, b):
@@ -75,7 +73,7 @@ class LoRAMergedDense(LoRALayer, keras.layers.Dense):
         blocks = ops.einsum("grn,gs->grsn", b, ops.cast(placement, b.dtype))
         return ops.reshape(blocks, (-1, self.units))
 
-    def gather(self, a, blocks, where):
+    def gather(self, a, blocks):
         """A and B for this layer from arrays A and `spread` B, in any order of ranks.
 
         Each row of the block form must be zero outside of one adapted slice.
@@ -95,8 +93,8 @@ class LoRAMergedDense(LoRALayer, keras.layers.Dense):
                 rows[0] += range(rank + 1)  # fits nowhere
         if any(len(own) > rank for own in rows):
             raise ValueError(
-                f"B of {where!r} is not zero outside the blocks of the adapted "
-                f"slices {self.adapted_slices}: it is another layer's adapter."
+                "B is not zero outside the blocks of the adapted slices "
+                f"{self.adapted_slices}: it is another layer's adapter."
             )
         for row in zero_rows:  # where they stand, if there is room
             own = rows[row // rank]
@@ -108,6 +106,10 @@ class LoRAMergedDense(LoRALayer, keras.layers.Dense):
             parts[own, slot] for own, slot in zip(map(sorted, rows), slots, strict=True)
         ]
         return a[:, order], np.stack(b)
+
+    @classmethod
+    def read_loralib(cls, layer, a, b, rank, mask, module):
+        return merged_linear(layer, a, b, rank, layer.adapted_slices, module)
 
     def get_config(self):
         return {**super().get_config(), "enable_lora": list(self.adapted_slices)}
@@ -131,3 +133,32 @@ def checked_mask(enable_lora, units):
             f"Received: units={units}, {len(mask)} slices."
         )
     return tuple(bool(enabled) for enabled in mask)
+
+
+def merged_linear(layer, a, b, rank, mask, module):
+    """loralib's factors of a MergedLinear, or a Linear, as those of one linear module.
+
+    Its rank is G * r: A as it is, B in blocks.
+    """
+    groups = len(a) // rank
+    if a.ndim != 2 or b.ndim != 2 or len(a) != groups * rank or b.shape[1] != rank:
+        raise ValueError(
+            f"The factors of {module!r} have shapes {a.shape} and {b.shape}, which are "
+            f"not those of rank={rank}."
+        )
+    if groups == 1 and len(b) == layer.units:
+        return a, b  # a Linear
+    mask = checked_mask(mask or (True,) * groups, layer.units)
+    size = layer.units // len(mask)
+    if sum(mask) != groups or len(b) != groups * size:
+        raise ValueError(
+            f"The factors of {module!r} have shapes {a.shape} and {b.shape}; with "
+            f"enable_lora={mask} and {layer.units} units that is "
+            f"{(sum(mask) * rank, a.shape[1])} and {(sum(mask) * size, rank)}."
+        )
+    blocks = np.zeros((layer.units, groups * rank), b.dtype)
+    for group, slot in enumerate(np.flatnonzero(mask)):
+        rows = slice(slot * size, (slot + 1) * size)
+        columns = slice(group * rank, (group + 1) * rank)
+        blocks[rows, columns] = b[group * size : (group + 1) * size]
+    return a, blocks

@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_lora.keras_internals import set_mask
 from keras_lora.layers.embedding import LoRAEmbedding
+from keras_lora.layers.form import LowRankForm
 
 
 @keras.saving.register_keras_serializable(package="keras_lora")
@@ -31,36 +32,63 @@ class LoRAReversibleEmbedding(LoRAEmbedding, keras.layers.ReversibleEmbedding):
     plain_class = keras.layers.ReversibleEmbedding
 
     def call(self, inputs, reverse=False, training=None):
-        if self.lora is None or (reverse and not self.tie_weights):
-            return keras.layers.ReversibleEmbedding.call(self, inputs, reverse)
+        outputs = self.adapted_call(inputs, training, reverse=reverse)
         if not reverse:
-            outputs = super().call(inputs, training)
             mask = keras.layers.Embedding.compute_mask(self, inputs)
             if mask is not None:
                 set_mask(outputs, mask)
-            return outputs
-        low_rank = False
-        if self._fixed_kernel is not None:  # inside merged() or disabled()
-            table = self._fixed_kernel.kernel
-        elif training or not self.merge_weights:
-            table, low_rank = ops.stop_gradient(self.embeddings), True
-        else:
-            table = self.merged_kernel(self.variable_dtype)
-        table = ops.cast(table, self.compute_dtype)
-        if self.reverse_dtype is not None:
-            inputs = ops.cast(inputs, self.reverse_dtype)
-            table = ops.cast(table, self.reverse_dtype)
-        logits = ops.matmul(inputs, ops.transpose(table))
-        if low_rank:
-            a, b = self.lora.factors(keras.backend.standardize_dtype(logits.dtype))
-            hidden = ops.matmul(inputs, ops.transpose(b))
-            logits = ops.add(logits, ops.matmul(hidden, ops.transpose(a)))
-        if self.logit_soft_cap is not None:
-            cap = self.logit_soft_cap
-            logits = ops.multiply(ops.tanh(ops.divide(logits, cap)), cap)
-        return logits
+        return outputs
+
+    def host(self, reverse=False):
+        if not reverse:
+            return self
+        return ReverseSide(self) if self.tie_weights else None
 
     def compute_output_spec(self, inputs, reverse=False, training=None):
         return keras.layers.ReversibleEmbedding.compute_output_spec(
             self, inputs, reverse
         )
+
+
+class ReverseForm(LowRankForm):
+    """(A @ B).T: B leads down to the rank, and A up to the ids."""
+
+    def bypass(self, inputs, a, b):
+        return self.up(self.down(inputs, b), a)
+
+
+class ReverseSide:
+    """The layer as the adapter works on it from outputs back to ids."""
+
+    def __init__(self, layer):
+        self.layer = layer
+        self.merge_weights = layer.merge_weights
+        self.compute_dtype = layer.reverse_dtype or layer.compute_dtype
+        self.base_kernel = layer.base_kernel
+        self.form = ReverseForm(
+            a_shape=layer.form.a_shape,
+            b_shape=layer.form.b_shape,
+            fan_in=layer.output_dim,
+            compose=layer.form.compose,
+            down=self.linear,
+            up=self.linear,
+            input_axes=(1,),
+        )
+
+    def linear(self, inputs, kernel):
+        inputs = ops.cast(inputs, self.compute_dtype)
+        return ops.matmul(inputs, ops.transpose(kernel))
+
+    def frozen_linear(self, inputs):
+        kernel = self.base_kernel(self.layer.compute_dtype)
+        return self.apply_kernel(inputs, ops.stop_gradient(kernel))
+
+    def apply_kernel(self, inputs, kernel):
+        kernel = ops.cast(kernel, self.layer.compute_dtype)  # as the plain layer does
+        return self.linear(inputs, ops.cast(kernel, self.compute_dtype))
+
+    def finish(self, logits):
+        cap = self.layer.logit_soft_cap
+        if cap is None:
+            return logits
+        return ops.multiply(ops.tanh(ops.divide(logits, cap)), cap)

@@ -1,9 +1,8 @@
 """A Keras layer becomes a LoRA layer, and back, in place on the same object."""
 
 import contextlib
-import dis
-import functools
-import inspect
+
+import keras
 
 from keras_lora.keras_internals import attach
 from keras_lora.keras_internals import change_class
@@ -11,43 +10,45 @@ from keras_lora.keras_internals import detach
 from keras_lora.keras_internals import flatten_layers
 from keras_lora.keras_internals import name_scope_of
 from keras_lora.keras_internals import refresh_torch_parameters
+from keras_lora.keras_internals import sublayers
 from keras_lora.keras_internals import unfreeze
+from keras_lora.keras_internals import was_called
+from keras_lora.layers.adapter import make_adapter
+from keras_lora.layers.kinds import kind_of
 from keras_lora.layers.kinds import lora_class_of
+from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.lora_layer import is_adapted
 from keras_lora.models.trainable_flags import restore_trainable_state
 from keras_lora.models.trainable_flags import trainable_state
 
 
-def is_read_by(parent, layer):
-    """Whether the parent's code takes the layer's kernel, past its adapter.
+def passed_by(owner, layer):
+    """Why an adapter of a layer would not act, or W not stay, inside its owner."""
+    if isinstance(owner, keras.layers.SpectralNormalization):
+        return "SpectralNormalization assigns to its kernel in every training call."
+    others = [other for other in sublayers(owner) if was_called(other)]
+    if others and not was_called(layer):
+        # Gemma 4's feed-forward blocks multiply with `self.gating_ffw.kernel`.
+        return (
+            f"{type(owner).__name__} reads its kernel itself, or leaves it out: it has "
+            "called other layers, and never this one. An adapter has no effect there "
+            "until it is merged."
+        )
+    return None
 
-    Gemma 4's feed-forward blocks multiply with `self.gating_ffw.kernel`, and never
-    call that layer.
+
+def new_adapter(layer, rank, alpha=None, dropout=0.0, use_rslora=False, **method):
+    """An adapter that fits a layer which has none; dropout where it can have any.
+
+    method: the keyword of another method than LoRA.
     """
-    name = lora_class_of(type(layer)).kernel_name
-    return any(
-        attribute == name and getattr(parent, owner, None) is layer
-        for owner, attribute in attribute_pairs(type(parent))
-    )
-
-
-@functools.cache
-def attribute_pairs(cls):
-    """(a, b) for every `.a.b` in the methods of a layer class."""
-    pairs = set()
-    for base in cls.__mro__:
-        if base.__module__.startswith("keras.src."):
-            continue
-        for name, method in vars(base).items():
-            if not inspect.isfunction(method) or name in ("__init__", "build"):
-                continue
-            previous = None
-            for step in dis.get_instructions(method):
-                attribute = step.argval if "ATTR" in step.opname else None
-                if previous is not None and attribute is not None:
-                    pairs.add((previous, attribute))
-                previous = attribute
-    return pairs
+    options = {
+        "rank": rank,
+        "alpha": alpha,
+        "dropout": dropout if kind_of(type(layer)).takes_dropout else 0.0,
+        "use_rslora": use_rslora,
+    }
+    return make_adapter({**options, **method}, layer.variable_dtype)
 
 
 @contextlib.contextmanager
@@ -70,8 +71,6 @@ def adopted(model, adapters):
 def adopt(layer, adapter):
     lora_class = lora_class_of(type(layer))
     change_class(layer, lora_class)
-    for name, default in layer.own_attributes.items():
-        setattr(layer, name, default)
     attach(layer, "lora", adapter)
     with name_scope_of(layer):
         layer.build_adapter()
@@ -79,13 +78,26 @@ def adopt(layer, adapter):
 
 def make_plain(layer):
     """A LoRA layer becomes the Keras layer that it extends, with W for kernel."""
+    if layer.lora is not None:
+        layer.lora.switch(on=False)  # for functions that hold on to the adapter
+        detach(layer, "lora")
     if hasattr(layer, "_kernel_place"):
         unfreeze(layer, layer.frozen_kernel, layer._kernel_place)
         del layer._kernel_place
-    detach(layer, "lora")
-    for name in layer.own_attributes:
+    for name in own_attributes(type(layer)) & vars(layer).keys():
         delattr(layer, name)
     change_class(layer, layer.plain_class)
+
+
+def own_attributes(lora_class) -> set:
+    """Names of what a LoRA class has a default for, and its Keras class has not."""
+    return {
+        name
+        for cls in lora_class.__mro__
+        if issubclass(cls, LoRALayer)
+        for name, default in vars(cls).items()
+        if not (name.startswith("__") or callable(default) or hasattr(default, "fget"))
+    }
 
 
 def lora_layers(model) -> list:
@@ -114,7 +126,7 @@ def checked_lora_layers(model):
     """The same, none of them inside `merged()` or `disabled()`."""
     layers = built_lora_layers(model)
     for layer in layers:
-        if layer._fixed_kernel is not None:
+        if layer.stand_in is not None or not layer.lora.is_on:
             raise ValueError(
                 f"The adapter of {layer.name!r} is inside `merged()` or `disabled()`. "
                 "Leave that context first."

@@ -5,17 +5,16 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 
-import keras
-
 from keras_lora.keras_internals import compile_again
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.kinds import LORA_CLASSES
+from keras_lora.layers.kinds import kind_of
 from keras_lora.layers.kinds import lora_class_of
 from keras_lora.layers.kinds import obstacle
-from keras_lora.layers.lora_layer import adapter_dtype
 from keras_lora.layers.lora_layer import is_adapted
 from keras_lora.models.adapt import adopted
-from keras_lora.models.adapt import is_read_by
+from keras_lora.models.adapt import new_adapter
+from keras_lora.models.adapt import passed_by
 from keras_lora.models.freezing import checked_bias
 from keras_lora.models.freezing import freeze_all_but_lora
 from keras_lora.models.keras_files import mark_adapted
@@ -25,14 +24,6 @@ from keras_lora.models.targets import matching
 from keras_lora.models.targets import output_layers
 from keras_lora.models.targets import pattern_values
 from keras_lora.models.trainable_flags import trainable_state
-
-LINEAR = (
-    keras.layers.Dense,
-    keras.layers.EinsumDense,
-    keras.layers.Conv1D,
-    keras.layers.Conv2D,
-    keras.layers.Conv3D,
-)
 
 
 def apply_lora(
@@ -105,13 +96,8 @@ def apply_lora(
     ranks = pattern_values(rank_pattern, chosen, "rank_pattern")
     alphas = pattern_values(alpha_pattern, chosen, "alpha_pattern")
     adapters = {
-        path: LowRankAdapter(
-            ranks.get(path, rank),
-            alphas.get(path, alpha),
-            0.0 if isinstance(layer, keras.layers.Embedding) else dropout,
-            use_rslora,
-            dtype=adapter_dtype(layer),
-            name="lora",
+        path: new_adapter(
+            layer, ranks.get(path, rank), alphas.get(path, alpha), dropout, use_rslora
         )
         for path, layer in chosen.items()
     }
@@ -140,7 +126,7 @@ def choose(model, paths, target, exclude, trained):
     skipped = {}
     if isinstance(target, str) and target == "all-linear":
         heads = output_layers(model)
-        linear = {p: x for p, x in supported.items() if isinstance(x, LINEAR)}
+        linear = {p: x for p, x in supported.items() if kind_of(type(x)).in_all_linear}
         found = [p for p, layer in linear.items() if id(layer) not in heads]
         for path in found:
             reason = obstacle(paths[path]) or detour(model, paths, path)
@@ -188,17 +174,11 @@ def choose(model, paths, target, exclude, trained):
 
 
 def detour(model, paths, path):
-    """A reason, where the code around a layer reads its kernel and may not call it."""
+    """Why the layer's owner would pass an adapter by, or None."""
     owner = path.rpartition("/")[0]
     while owner and owner not in paths:
         owner = owner.rpartition("/")[0]
-    parent = paths.get(owner, model)
-    if is_read_by(parent, paths[path]):
-        return (
-            f"{type(parent).__name__} reads its kernel itself: an adapter has no "
-            "effect there until it is merged."
-        )
-    return None
+    return passed_by(paths.get(owner, model), paths[path])
 
 
 def unsupported(path, layer, trained):

@@ -1,20 +1,25 @@
-"""The model with its adapters folded, or without them, for a while."""
+"""The model with its adapters merged, or without them, for a while."""
 
 import contextlib
-import types
+
+from keras import ops
 
 from keras_lora.keras_internals import take_compiled_functions
+from keras_lora.layers.adapter import FixedKernel
+from keras_lora.models.adapt import built_lora_layers
 from keras_lora.models.adapt import checked_lora_layers
 from keras_lora.models.merge import checked_merged_kernel
 from keras_lora.models.merge import kernel_variable
 
 
 def merged(model):
-    """Context in which every adapter is folded: calls cost what plain layers cost.
+    """Context in which every adapter is merged: calls cost what plain layers cost.
 
     W is not touched: W + delta stands beside it, and is dropped at the end. Meant
     for inference; the adapters do not train inside. A model that is saved inside
-    is saved with its W, A and B.
+    is saved with its W, A and B. Inside, `disabled` gives the base model, and the
+    merged one back. Both are the model's, not a thread's: every thread that calls it
+    meanwhile sees the same.
 
     Example:
 
@@ -25,20 +30,42 @@ def merged(model):
         model: Any Keras model or layer that holds LoRA layers.
 
     Raises:
-        ValueError: If there is no LoRA layer, or A, B or the sum is not finite.
+        ValueError: If there is no LoRA layer, A, B or the sum is not finite, or
+            inside `merged` or `disabled`.
     """
-    kernels = [
-        (layer, kernel_variable(layer, checked_merged_kernel(layer)))
-        for layer in checked_lora_layers(model)
+    layers = checked_lora_layers(model)
+    stand_ins = [
+        FixedKernel(kernel_variable(layer, checked_merged_kernel(layer)))
+        for layer in layers
     ]
-    return _fixed_kernels(model, kernels)
+    return _standing_in(model, layers, stand_ins)
+
+
+@contextlib.contextmanager
+def _standing_in(model, layers, stand_ins):
+    functions = take_compiled_functions(model)
+    before = [layer.stand_in for layer in layers]
+    try:
+        set_stand_ins(layers, stand_ins)
+        yield model
+    finally:
+        set_stand_ins(layers, before)
+        take_compiled_functions(model)
+        for owner, name, function in functions:
+            setattr(owner, name, function)
+
+
+def set_stand_ins(layers, stand_ins):
+    for layer, stand_in in zip(layers, stand_ins, strict=True):
+        layer.stand_in = stand_in
 
 
 def disabled(model):
     """Context in which the adapters are switched off: the base model.
 
-    Functions that were traced around the model outside, other than its own
-    train, test and predict functions, do not see it.
+    It holds wherever the layers are called, in functions that were traced before
+    too: they read the scaling, which is 0 inside. A call costs what it costs with
+    adapters. Contexts nest, and are the model's, not a thread's.
 
     Args:
         model: Any Keras model or layer that holds LoRA layers.
@@ -46,21 +73,25 @@ def disabled(model):
     Raises:
         ValueError: If there is no LoRA layer.
     """
-    kernels = [(layer, layer.frozen_kernel) for layer in checked_lora_layers(model)]
-    return _fixed_kernels(model, kernels)
+    return _switched_off(model, built_lora_layers(model))
 
 
 @contextlib.contextmanager
-def _fixed_kernels(model, kernels):
-    functions = take_compiled_functions(model)
+def _switched_off(model, layers):
+    layers = [layer for layer in layers if layer.lora.is_on]
+    merged_kernels = [
+        (layer.stand_in, ops.copy(layer.stand_in.kernel))
+        for layer in layers
+        if layer.stand_in is not None
+    ]
     try:
-        for layer, kernel in kernels:
-            # In a namespace, or Keras would track it as a weight of the layer.
-            layer._fixed_kernel = types.SimpleNamespace(kernel=kernel)
+        for layer in layers:
+            layer.lora.switch(on=False)
+            if layer.stand_in is not None:
+                layer.stand_in.kernel.assign(layer.frozen_kernel)
         yield model
     finally:
-        for layer, _ in kernels:
-            layer._fixed_kernel = None
-        take_compiled_functions(model)
-        for owner, name, function in functions:
-            setattr(owner, name, function)
+        for layer in layers:
+            layer.lora.switch(on=True)
+        for stand_in, kernel in merged_kernels:
+            stand_in.kernel.assign(kernel)

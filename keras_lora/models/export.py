@@ -1,7 +1,7 @@
 """Merged artefacts: what is served needs no keras_lora."""
 
 from keras_lora.models.atomic import replacing
-from keras_lora.models.merge import folded
+from keras_lora.models.merge import merged_meanwhile
 
 
 def export(model, path, format="tf_saved_model", **kwargs):
@@ -27,5 +27,5 @@ def export(model, path, format="tf_saved_model", **kwargs):
             "Call it once, or `model.build(input_shape)`, then export."
         )
     kwargs.setdefault("verbose", False)
-    with replacing(path) as new, folded(model):
+    with replacing(path) as new, merged_meanwhile(model):
         model.export(str(new), format=format, **kwargs)

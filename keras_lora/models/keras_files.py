@@ -14,7 +14,7 @@ import keras
 from keras_lora.keras_internals import change_class
 from keras_lora.keras_internals import flatten_layers
 from keras_lora.layers.adapter import LowRankAdapter
-from keras_lora.layers.lora_layer import adapter_dtype
+from keras_lora.layers.adapter import make_adapter
 from keras_lora.models.adapt import adopted
 from keras_lora.models.paths import layer_paths
 from keras_lora.models.trainable_flags import restore_trainable_state
@@ -56,9 +56,8 @@ class AdaptedModel:
         for path, options in config["adapters"].items():
             # A model that has got a name may give its layers others than before.
             own = path if path in layers else paths[config["places"][path]]
-            dtype = adapter_dtype(layers[own])
-            options = {**options, "dtype": dtype, "name": "lora"}
-            adapters[own] = layers[own], LowRankAdapter.from_config(options)
+            layer = layers[own]
+            adapters[own] = layer, make_adapter(options, layer.variable_dtype)
         with adopted(model, adapters) as undo:
             undo.pop_all()
         merge_weights = config["merge_weights"].values()

@@ -19,7 +19,7 @@ from keras_lora.models.keras_files import restore_models
 
 
 def merge_lora(model):
-    """Folds every adapter into its kernel, for good.
+    """Merges every adapter into its kernel, for good.
 
         W <- round(W + scaling * A @ B)
 
@@ -68,8 +68,8 @@ def _make_plain(model):
 
 
 @contextlib.contextmanager
-def folded(model):
-    """The model with merged plain layers inside, and as it was outside.
+def merged_meanwhile(model):
+    """The model with plain layers of merged kernels inside, and as it was outside.
 
     W itself is not written: another variable stands in its place meanwhile.
     """
@@ -104,11 +104,8 @@ def kernel_variable(layer, values, autocast=False):
 def checked_merged_kernel(layer):
     """W + delta in the kernel's dtype, which must be finite."""
     kernel = layer.merged_kernel(layer.frozen_kernel.dtype)
-    for name, values in (
-        ("A", layer.lora.a),
-        ("B", layer.lora.b),
-        ("W + delta", kernel),
-    ):
+    factors = {x.upper(): factor for x, factor in layer.lora.named_factors().items()}
+    for name, values in {**factors, "the merged kernel": kernel}.items():
         if not bool(ops.all(ops.isfinite(values))):
             raise ValueError(
                 f"{name} of layer {layer.name!r} holds values that are not finite. "

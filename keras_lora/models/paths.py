@@ -7,8 +7,8 @@ import re
 import keras
 
 from keras_lora.keras_internals import sublayers
+from keras_lora.layers.arguments import snake_case
 from keras_lora.layers.lora_layer import LoRALayer
-from keras_lora.layers.lora_layer import snake_case
 
 # What Keras's own models keep their layers in says nothing about the layers.
 BOOKKEEPING = ("_layers", "_operations", "_functional")

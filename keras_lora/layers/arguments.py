@@ -1,0 +1,95 @@
+"""What the constructors of all LoRA layers take, and what the layers are called."""
+
+import inspect
+import re
+
+import keras
+
+# Words of other libraries, and the keyword that means the same here.
+FOREIGN_KEYWORDS = {
+    "lora_rank": "rank",
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "rslora": "use_rslora",
+    "lora_a_initializer": "a_initializer",
+    "lora_b_initializer": "b_initializer",
+    "init_lora_weights": "a_initializer` and `b_initializer",
+}
+
+COMMON_ARGUMENTS = """
+LoRA arguments (keyword-only, after those of the Keras layer):
+    rank: Whole number >= 0, the rank r of the update. 0 means no adapter: the
+        layer is its Keras base class and its kernel trains.
+    alpha: Number > 0, default `rank`. The update is scaled by alpha / rank.
+    dropout: Number in [0, 1): dropout on the adapter's input while training.
+    use_rslora: Boolean, scale by alpha / sqrt(rank) instead.
+    a_initializer, b_initializer: Initializers of A and B; None means the
+        starting values given above.
+    merge_weights: Boolean. True: with training=False the call uses the merged
+        kernel W + delta, formed in float32 and rounded once, so that what is
+        evaluated is what is exported. False: the low-rank path there too.
+
+A kernel regularizer applies to A and B, which train in the kernel's place.
+`layer.lora` holds the adapter (.rank .alpha .scaling .a .b .delta()), None with
+rank=0; the kernel attribute of the Keras layer is the frozen W.
+
+Raises:
+    ValueError: If an argument is out of range, a keyword is another library's
+        word for one of the above, or the kernel has a constraint.
+
+Reference:
+    [LoRA: Hu et al., 2021](https://arxiv.org/abs/2106.09685)
+"""
+
+
+def refuse_foreign_keywords(class_name, kwargs):
+    for keyword, ours in FOREIGN_KEYWORDS.items():
+        if kwargs.get(keyword) is not None:
+            raise ValueError(
+                f"{class_name} has no `{keyword}`; the keyword here is `{ours}`. "
+                f"Received: {keyword}={kwargs[keyword]!r}."
+            )
+
+
+def default_name(cls):
+    """lora_dense, lora_dense_1, ..., counted as Keras counts."""
+    name = snake_case(cls.__name__)
+    count = keras.backend.get_uid(name)
+    return name if count == 1 else f"{name}_{count - 1}"
+
+
+def snake_case(class_name):
+    """Keras's rule for names, but lora_dense where that gives lo_ra_dense."""
+    name = class_name.replace("LoRA", "Lora")
+    name = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)
+    return re.sub("([a-z])([A-Z])", r"\1_\2", name).lower()
+
+
+def full_signature(cls, mixin):
+    """What `help()` and editors show: Keras's arguments, then those of the mixin.
+
+    Whatever a constructor looks like: a required argument that would come after an
+    optional one is shown as keyword-only.
+    """
+    constructors = [cls.plain_class.__init__]
+    constructors += [
+        base.__dict__["__init__"]
+        for base in cls.__mro__
+        if issubclass(base, mixin) and "__init__" in base.__dict__
+    ]
+    parameters = {"lora_rank": None, "lora_alpha": None}  # Keras's own, refused here
+    for constructor in constructors:
+        _, *found = inspect.signature(constructor).parameters.values()
+        for parameter in found:
+            if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                parameters.setdefault(parameter.name, parameter)
+    shown, optional = [], False
+    for parameter in filter(None, parameters.values()):
+        required = parameter.default is parameter.empty
+        if required and optional and parameter.kind != parameter.KEYWORD_ONLY:
+            parameter = parameter.replace(kind=parameter.KEYWORD_ONLY)
+        optional |= not required
+        shown.append(parameter)
+    rest = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
+    return inspect.Signature([*sorted(shown, key=lambda p: p.kind), rest])

@@ -1,0 +1,103 @@
+"""How one layer's kernel is made of A and B: all that differs between kinds."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from keras import ops
+
+
+def last_axes(vector):
+    """For kinds whose outputs end with the kernel's output axes."""
+    return vector
+
+
+def matrices_to_file(a, b):
+    """(..., r) and (r, ...) as torch's two linear modules: (r, in) and (out, r)."""
+    return a.reshape(-1, a.shape[-1]).T, b.reshape(b.shape[0], -1).T
+
+
+def unchanged(a, b):
+    """For factors that torch has no module for: they stand in the file as they are."""
+    return a, b
+
+
+@dataclass(frozen=True)
+class LowRankForm:
+    """One layer's way from A and B to its kernel and through its operation.
+
+    A kind makes it in `low_rank_form(rank)`. The four functions of tensors satisfy,
+    for any A and B,
+
+        up(down(inputs, A), B) = linear(inputs, compose(A, B))
+
+    Attributes:
+        a_shape, b_shape: Shapes of A and B.
+        fan_in: How many inputs each entry of A's rank axis sums over.
+        compose: (A, B) -> A @ B in the kernel's own shape.
+        down: (inputs, A) -> hidden, with r channels where `linear` has its outputs.
+        up: (hidden, B) -> outputs.
+        a_initializer, b_initializer: Starting values. One factor starts as zero, so
+            that a fresh adapter changes nothing. None for A: U(±1/sqrt(fan_in)).
+        input_axes: The kernel's axes that `linear` sums over.
+        batch_axes: The kernel's axes that inputs and outputs share.
+        over_outputs: A value in the shape of the kernel's other axes, in their order
+            -> the same where it can be multiplied with outputs.
+        to_file: (A, B) as NumPy arrays -> what a file of PEFT holds for them.
+        from_file: The inverse; None where `to_file` only reshapes and transposes.
+        file_rank: The rank of the file's arrays, if it is another than the layer's.
+        file_note: What to say where a file's arrays have other shapes.
+        looks_up: Boolean: `linear` picks rows. What is added to its outputs is then
+            added to the kernel, and one path serves training and inference.
+        merges_in_training: Boolean: a step may use W + delta where that is cheap.
+    """
+
+    a_shape: tuple
+    b_shape: tuple
+    fan_in: int
+    compose: Callable
+    down: Callable
+    up: Callable
+    a_initializer: object = None
+    b_initializer: object = "zeros"
+    input_axes: tuple = (0,)
+    batch_axes: tuple = ()
+    over_outputs: Callable = last_axes
+    to_file: Callable = matrices_to_file
+    from_file: Callable | None = None
+    file_rank: int | None = None
+    file_note: str = ""
+    looks_up: bool = False
+    merges_in_training: bool = False
+
+    def bypass(self, inputs, a, b):
+        """linear(inputs, compose(A, B)), without forming that kernel."""
+        return self.up(self.down(inputs, a), b)
+
+    def over_kernel(self, vector):
+        """A value in the shape of the kernel's other axes, to multiply W with."""
+        for axis in sorted(self.input_axes):
+            vector = ops.expand_dims(vector, axis)
+        return vector
+
+    def read_file(self, a, b):
+        """A and B from what a file holds for them."""
+        if self.from_file is not None:
+            return self.from_file(a, b)
+        return a.T.reshape(self.a_shape), b.T.reshape(self.b_shape)
+
+    def as_matrix(self, kernel):
+        """A kernel (NumPy) as (batch..., inputs, outputs), and the way back."""
+        inputs, batch = list(self.input_axes), list(self.batch_axes)
+        rest = [x for x in range(kernel.ndim) if x not in inputs + batch]
+        axes, sizes = batch + inputs + rest, kernel.shape
+        lead = [sizes[axis] for axis in batch]
+        rows = math.prod(sizes[axis] for axis in inputs)
+        matrix = kernel.transpose(axes).reshape(*lead, rows, -1)
+
+        def back(matrix):
+            shape = [sizes[axis] for axis in axes]
+            return matrix.reshape(shape).transpose(np.argsort(axes))
+
+        return matrix, back

@@ -1,0 +1,92 @@
+"""What scales an update, and the checks of the numbers that a user gives."""
+
+import dataclasses
+import math
+import numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Rank, alpha and the rule between them.
+
+        scaling = alpha / rank          (alpha / sqrt(rank) with use_rslora=True)
+
+    Args:
+        rank: Whole number > 0.
+        alpha: Finite number > 0; None means `rank`.
+        use_rslora: Boolean.
+
+    Raises:
+        ValueError: If one of them is out of its range.
+    """
+
+    rank: int
+    alpha: float | None = None
+    use_rslora: bool = False
+
+    def __post_init__(self):
+        rank = checked_rank(self.rank)
+        alpha = checked_alpha(rank if self.alpha is None else self.alpha)
+        for name, value in (
+            ("rank", rank),
+            ("alpha", alpha),
+            ("use_rslora", bool(self.use_rslora)),
+        ):
+            object.__setattr__(self, name, value)
+
+    @property
+    def scaling(self) -> float:
+        """The factor in front of A @ B."""
+        return self.alpha / divisor(self.rank, self.use_rslora)
+
+    def at(self, rank: int) -> "Settings":
+        """The settings of another rank that scale as these do."""
+        if rank == self.rank:
+            return self
+        alpha = alpha_at(rank, self.alpha, self.rank, self.use_rslora)
+        return dataclasses.replace(self, rank=rank, alpha=alpha)
+
+
+def divisor(rank, use_rslora):
+    """What alpha is divided by."""
+    return math.sqrt(rank) if use_rslora else rank
+
+
+def alpha_at(new_rank, alpha, rank, use_rslora):
+    """The alpha that scales at another rank as this one does at its own."""
+    return alpha * (new_rank / rank) ** (0.5 if use_rslora else 1)
+
+
+def checked_rank(rank, lowest=1):
+    if (
+        isinstance(rank, bool)
+        or not isinstance(rank, numbers.Integral)
+        or rank < lowest
+    ):
+        raise ValueError(
+            f"`rank` must be a whole number >= {lowest}. Received: rank={rank!r}. "
+            "Common ranks are 4 to 64; a LoRA layer with rank=0 has no adapter."
+        )
+    return int(rank)
+
+
+def checked_alpha(alpha):
+    if not is_number(alpha) or not math.isfinite(alpha) or alpha <= 0:
+        raise ValueError(
+            "`alpha` must be a finite number > 0, or None for alpha=rank. "
+            f"Received: alpha={alpha!r}. The update is scaled by alpha / rank."
+        )
+    return int(alpha) if alpha == int(alpha) else float(alpha)
+
+
+def checked_dropout(dropout):
+    if not is_number(dropout) or not 0 <= dropout < 1:
+        raise ValueError(
+            "`dropout` must be a number in [0, 1), the share of the adapter's "
+            f"inputs to drop. Received: dropout={dropout!r}."
+        )
+    return float(dropout)
+
+
+def is_number(value):
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
