@@ -23,6 +23,7 @@ from keras_lora.models.contexts import disabled
 from keras_lora.models.contexts import merged
 from keras_lora.models.export import export
 from keras_lora.models.freezing import mark_only_lora_as_trainable
+from keras_lora.models.lora_plus import LoRAPlus
 from keras_lora.models.merge import merge_lora
 from keras_lora.models.merge import remove_lora
 from keras_lora.models.report import summary
@@ -40,6 +41,7 @@ __all__ = [
     "LoRAEmbedding",
     "LoRALayer",
     "LoRAMergedDense",
+    "LoRAPlus",
     "LowRankForm",
     "apply_lora",
     "combine_adapters",

@@ -198,9 +198,77 @@ def compile_again(model):
             # sampler, is no part of the settings and stays as it is.
             keras.Model.compile(layer, **settings)
             if layer.built:
-                layer.optimizer.build(layer.trainable_variables)
+                build_optimizer(layer.optimizer, layer.trainable_variables)
     take_compiled_functions(model)
     refresh_torch_parameters(model)
+
+
+def build_optimizer(optimizer, variables):
+    """Builds it for other variables: faster ones may be among them no more.
+
+    The optimizer is then the one it was made of, also inside a LossScaleOptimizer.
+    """
+    for part in (optimizer, getattr(optimizer, "inner_optimizer", None)):
+        if isinstance(part, TwoRates) and not any(map(part.is_faster, variables)):
+            part.__class__ = part.plain_class
+    optimizer.build(variables)
+
+
+class TwoRates(keras.optimizers.Optimizer):
+    """A mixin before an optimizer's own class: some variables learn faster.
+
+    Subclasses have `plain_class`, and say `is_faster(variable)` and `faster(rate)`.
+    The learning rate is no variable's own in Keras: `update_step` gets it for one
+    variable at a time, weight decay reads the optimizer's for a list of them.
+    """
+
+    def update_step(self, gradient, variable, learning_rate):
+        # By the index: on TensorFlow this is not Keras's variable but one replica's.
+        index = self._get_variable_index(variable)
+        if self.is_faster(self._trainable_variables[index]):
+            learning_rate = self.faster(learning_rate)
+        # By position: Adadelta calls the gradient `grad`.
+        super().update_step(gradient, variable, learning_rate)
+
+    def _apply_weight_decay(self, variables):
+        if keras.backend.backend() == "torch":
+            # Leaves out those without decay only later, and refuses an empty list.
+            variables = [v for v in variables if self._use_weight_decay(v)]
+        slow = [v for v in variables if not self.is_faster(v)]
+        fast = [v for v in variables if self.is_faster(v)]
+        if slow:
+            super()._apply_weight_decay(slow)
+        if fast:
+            # Not a rate that changes meanwhile: the replicas of a distribution
+            # strategy are threads that share this object.
+            rated = as_plain_optimizer(
+                self, _learning_rate=lambda: self.faster(self.learning_rate)
+            )
+            rated._apply_weight_decay(fast)
+
+    def __reduce__(self):
+        # Keras names a method of the object's class, which pickle cannot find.
+        load, arguments = super().__reduce__()
+        return getattr(TwoRates, load.__name__), arguments
+
+
+def as_plain_optimizer(optimizer, **changed):
+    """The optimizer as its plain class has it: a second view of the same state."""
+    view = object.__new__(optimizer_class(optimizer.plain_class))
+    vars(view).update(vars(optimizer), **changed)
+    return view
+
+
+def optimizer_class(cls):
+    """The class whose `update_step` makes the update.
+
+    On torch Keras puts subclasses of its own in the place of most optimizers. They
+    update all variables in one call, at one rate, and skip `update_step`.
+    """
+    return next(c for c in cls.__mro__ if not c.__module__.startswith(BACKENDS))
+
+
+BACKENDS = "keras.src.backend."
 
 
 def refresh_torch_parameters(model):

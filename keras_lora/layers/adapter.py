@@ -137,6 +137,7 @@ class LowRankAdapter(keras.layers.Layer):
         self.b = self.add_factor(
             "b", form.b_shape, self.b_initializer or form.b_initializer, regularizer
         )
+        self.b.lora_factor = "B"  # by this LoRAPlus knows it among all variables
 
     def add_factor(self, name, shape, initializer, regularizer=None):
         # autocast=False: merging needs the stored float32 values, also inside a

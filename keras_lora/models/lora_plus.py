@@ -1,0 +1,133 @@
+"""LoRA+: an optimizer under which every B learns faster than the rest."""
+
+import functools
+import math
+
+import keras
+
+from keras_lora.keras_internals import TwoRates
+from keras_lora.keras_internals import as_plain_optimizer
+from keras_lora.keras_internals import optimizer_class
+from keras_lora.layers.adapter import is_number
+
+register = keras.saving.register_keras_serializable(package="keras_lora")
+
+
+@register
+class LoRAPlus(TwoRates):
+    """The same optimizer, with B alone at a learning rate times `ratio`.
+
+        A <- update(A, learning_rate)        and all else that trains: biases,
+        B <- update(B, learning_rate * ratio)    DoRA's magnitude, whole layers
+
+    Weight decay, where the optimizer has it, uses the same two rates. All else is
+    as of the optimizer, schedules and gradient clipping among it: it becomes a
+    LoRAPlus in place, and `LoRAPlus(optimizer) is optimizer`. Its `learning_rate`
+    is A's, to read and to set, for callbacks too. With ratio=1 it equals the
+    optimizer.
+
+    When `merge_lora` or `remove_lora` leave no B in a compiled model, its optimizer
+    is the plain one again.
+
+    Against PEFT's `create_loraplus_optimizer`: there every one-dimensional
+    parameter gets the ratio as well, and embeddings' factors a rate of 1e-6.
+
+    Args:
+        optimizer: A Keras optimizer, or its name, that has not been built. To scale
+            the loss, wrap the result: LossScaleOptimizer(LoRAPlus(optimizer)).
+            `compile` does so by itself under the policy "mixed_float16".
+        ratio: Number > 0, how much faster B learns. It goes with a lower
+            learning rate.
+
+    Raises:
+        ValueError: If the optimizer is built or cannot be wrapped, if ratio is out
+            of range, or, when it is built, if no B is among the variables.
+
+    Example:
+
+        keras_lora.apply_lora(model, rank=8)
+        optimizer = keras_lora.LoRAPlus(keras.optimizers.AdamW(2e-5), ratio=16.0)
+        model.compile(optimizer, loss="mse")
+
+    Reference:
+        [Hayou et al., 2024](https://arxiv.org/abs/2402.12354)
+    """
+
+    def __new__(cls, optimizer, ratio=16.0):
+        optimizer = keras.optimizers.get(optimizer)
+        checked_ratio(ratio)
+        checked_optimizer(optimizer)
+        optimizer.__class__ = lora_plus_class(type(optimizer))
+        return optimizer  # which Python now hands to __init__
+
+    def __init__(self, optimizer, ratio=16.0):
+        # The optimizer's own was run when it was made. The long name is no
+        # attribute of anyone's optimizer.
+        self.lora_plus_ratio = float(ratio)
+
+    def build(self, variables):
+        if not any(map(self.is_faster, variables)):
+            raise ValueError(
+                f"LoRAPlus found no B of an adapter among {len(variables)} trainable "
+                "variables. Call apply_lora(model) before the model trains, or "
+                "compile it with the optimizer alone."
+            )
+        super().build(variables)
+
+    def is_faster(self, variable):
+        return getattr(variable, "lora_factor", None) == "B"
+
+    def faster(self, learning_rate):
+        return learning_rate * self.lora_plus_ratio
+
+    def get_config(self):
+        optimizer = keras.saving.serialize_keras_object(as_plain_optimizer(self))
+        return {"optimizer": optimizer, "ratio": self.lora_plus_ratio}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        optimizer = keras.saving.deserialize_keras_object(
+            config["optimizer"], custom_objects=custom_objects
+        )
+        return LoRAPlus(optimizer, config["ratio"])
+
+
+@functools.cache
+def lora_plus_class(plain_class):
+    """LoRAPlus over an optimizer's class. One name in files stands for all."""
+    bases = (LoRAPlus, optimizer_class(plain_class))
+    members = {"plain_class": plain_class, "__module__": __name__}
+    new_class = type("LoRAPlus", bases, members)
+    register(new_class)
+    register(LoRAPlus)  # the name stays its own
+    return new_class
+
+
+def checked_ratio(ratio):
+    if not is_number(ratio) or not math.isfinite(ratio) or ratio <= 0:
+        raise ValueError(
+            "`ratio` must be a finite number > 0, B's learning rate over A's. "
+            f"Received: ratio={ratio!r}. The paper's is 16."
+        )
+
+
+def checked_optimizer(optimizer):
+    name = type(optimizer).__name__
+    if optimizer is None:
+        raise ValueError("`optimizer` must be a Keras optimizer. Received: None.")
+    if isinstance(optimizer, LoRAPlus):
+        raise ValueError("`optimizer` is a LoRAPlus. Hand over the optimizer alone.")
+    if optimizer_class(type(optimizer)).update_step is UPDATE_STEP:
+        raise ValueError(
+            f"`optimizer` is a {name}, which has no update of its own but wraps "
+            "optimizers that do. Wrap the other way round, as in "
+            f"{name}(LoRAPlus(optimizer))."
+        )
+    if optimizer.built:
+        raise ValueError(
+            f"`optimizer`, a {name}, is built: traced functions would keep its one "
+            "rate. Wrap a new one, and compile with it."
+        )
+
+
+UPDATE_STEP = keras.optimizers.Optimizer.update_step
