@@ -8,7 +8,7 @@ import keras
 from keras_lora.keras_internals import TwoRates
 from keras_lora.keras_internals import as_plain_optimizer
 from keras_lora.keras_internals import optimizer_class
-from keras_lora.layers.adapter import is_number
+from keras_lora.layers.settings import is_number
 
 register = keras.saving.register_keras_serializable(package="keras_lora")
 
