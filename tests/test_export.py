@@ -100,7 +100,7 @@ def test_second_export_replaces_the_first(tmp_path):
 def test_failed_export_changes_nothing(moment, tmp_path, monkeypatch):
     model = trained(sequential)
     (tmp_path / "artefact").mkdir()
-    (tmp_path / "artefact" / "old").write_text("old")
+    (tmp_path / "artefact" / "saved_model.pb").write_text("old")
     before, outputs, optimizer = state(model), predict(model), optimizer_state(model)
 
     def fail(*args, **kwargs):
@@ -111,15 +111,14 @@ def test_failed_export_changes_nothing(moment, tmp_path, monkeypatch):
     else:
 
         def write(self, path, **kwargs):
-            with open(path, "w") as file:
-                file.write("new")
+            os.mkdir(path)
 
         monkeypatch.setattr(keras.Model, "export", write)
         monkeypatch.setattr("keras_lora.models.atomic.exchange", fail)
     with pytest.raises(OSError, match="no space"):
         keras_lora.export(model, tmp_path / "artefact")
     monkeypatch.undo()
-    assert (tmp_path / "artefact" / "old").read_text() == "old"
+    assert (tmp_path / "artefact" / "saved_model.pb").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["artefact"]
     assert_same_state(before, state(model))
     np.testing.assert_array_equal(predict(model), outputs)

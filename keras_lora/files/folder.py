@@ -1,8 +1,12 @@
 """An adapter apart from any model, and the folder of two files that holds one."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import math
+import os
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +17,13 @@ from keras_lora.files.config import CONFIG
 from keras_lora.files.config import SETTINGS
 from keras_lora.files.config import checked_config
 from keras_lora.files.config import warn_of_unknown
-from keras_lora.models.atomic import copy_others
-from keras_lora.models.atomic import replacing
+from keras_lora.models.atomic import temporary_folder
+from keras_lora.models.atomic import write
 
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+# The peft_type of adapter_config.json while both files are being replaced.
+INTERRUPTED = "SAVE_INTERRUPTED"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +55,6 @@ class Adapter:
             OSError: If a file cannot be read.
         """
         directory = Path(directory)
-        config = read_config(directory)
         if (
             not (directory / TENSORS).exists()
             and (directory / "adapter_model.bin").exists()
@@ -59,9 +64,9 @@ class Adapter:
                 "any program. Save the adapter as safetensors (PEFT does so by "
                 "default)."
             )
+        config, tensors, metadata = read_together(directory)
         checked_config(config)
         warn_of_unknown(config)
-        tensors, metadata = read_tensors(directory / TENSORS)
         slices = checked_metadata(metadata, config, tensors)
         floats = {}
         for key, value in tensors.items():
@@ -74,13 +79,19 @@ class Adapter:
         return cls(floats, config, slices)
 
     def save(self, directory):
-        """Writes the two files, in one step: the old adapter or the new one is there.
+        """Writes the two files: the old adapter or the new one is there, whole.
+
+        Each file is written beside its place and renamed. Where the settings change
+        too, both settings stand in adapter_config.json while the tensors are
+        replaced, in a form that PEFT refuses and `read` understands: whatever ends
+        the process, no reader takes new tensors for old settings.
 
         Args:
-            directory: Folder for them; other files in it stay.
+            directory: Folder for them, or a link to one; other files in it stay.
 
         Raises:
             ValueError: If a tensor holds values that are not finite.
+            OSError: If a file cannot be written.
         """
         for key, value in self.tensors.items():
             assert_finite(key, value)
@@ -95,23 +106,98 @@ class Adapter:
         if self.slices:
             metadata["slices"] = json.dumps(self.slices)
         metadata["sha256"] = digest(tensors, metadata)
-        directory = Path(directory).absolute()
-        with replacing(directory) as new:
-            new.mkdir()
-            copy_others(directory, new, [CONFIG, TENSORS])
-            safetensors.numpy.save_file(tensors, new / TENSORS, metadata)
-            config = json.dumps(self.config, indent=2, sort_keys=True)
-            (new / CONFIG).write_text(config)
+        config = json.dumps(self.config, indent=2, sort_keys=True).encode()
+        tensors = safetensors.numpy.save(tensors, metadata)
+        directory = Path(os.path.realpath(directory))
+        is_new = not directory.exists()
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary_folder(directory) as new:
+                replace_files(directory, new, tensors, config, metadata["sha256"])
+        except BaseException:
+            if is_new:
+                with contextlib.suppress(OSError):  # something is in it already
+                    directory.rmdir()
+            raise
+
+
+def replace_files(directory, new, tensors, config, sha256):
+    """Puts both files in place, by way of `new`, a folder on the same disk."""
+    write(new / TENSORS, tensors)
+    write(new / CONFIG, config)
+    old = belonging_config(directory)
+    if old not in (None, config):
+        both = {"old": json.loads(old), "new": json.loads(config), "sha256": sha256}
+        both["peft_type"] = INTERRUPTED
+        write(new / "both", json.dumps(both).encode())
+        write(new / "old", old)
+        os.replace(new / "both", directory / CONFIG)
+    try:
+        os.replace(new / TENSORS, directory / TENSORS)
+    except OSError:
+        if (new / "old").exists():
+            os.replace(new / "old", directory / CONFIG)
+        raise
+    os.replace(new / CONFIG, directory / CONFIG)
+
+
+def belonging_config(directory):
+    """What adapter_config.json holds for the tensors there; None if it is no use."""
+    try:
+        config = read_config(directory)
+        if belonging(config, {}) is config:
+            return (directory / CONFIG).read_bytes()
+        _, metadata = read_tensors(directory / TENSORS)
+        return json.dumps(belonging(config, metadata)).encode()
+    except (OSError, ValueError):
+        return None
+
+
+def belonging(config, metadata):
+    """Of a save that was interrupted, the settings for the tensors that there are."""
+    if not isinstance(config, dict) or config.get("peft_type") != INTERRUPTED:
+        return config
+    written = config.get("sha256") == metadata.get("sha256")
+    return config.get("new" if written else "old")
+
+
+def read_together(directory):
+    """Both files as they were at one moment: a writer may be at work."""
+    for _ in range(9):
+        config = read_config(directory)
+        tensors, metadata = read_tensors(directory / TENSORS)
+        if read_config(directory) == config:
+            return belonging(config, metadata), tensors, metadata
+    raise OSError(f"{directory / CONFIG} changes all the time: it is being written.")
 
 
 def read_config(directory):
+    path = directory / CONFIG
+    assert_readable(path, limit=2**24)
     try:
-        return json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{directory / CONFIG} is damaged: {error}") from error
+        return parsed(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def parsed(text):
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def assert_readable(path, limit=math.inf):
+    """Opening a pipe or a device may wait for ever, or read for ever."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(f"{path} is no file but a folder, a pipe or a device.")
+    if status.st_size > limit:
+        raise ValueError(f"{path} has {status.st_size} bytes; {limit} are read.")
 
 
 def read_tensors(path):
+    assert_readable(path)
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

@@ -3,39 +3,75 @@
 import contextlib
 import ctypes
 import os
+import platform
+import re
+import secrets
 import shutil
 import tempfile
 from pathlib import Path
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
+# A temporary folder says who made it: process, run of it (a container's first process
+# has the same number every time) and machine.
+TOKEN, NODE = secrets.token_hex(4), re.sub(r"\W", "_", platform.node())
+TEMPORARY = re.compile(rf"\.keras_lora-(\d{{1,9}})-(\w+)-\w+@{NODE}")
+
+
+@contextlib.contextmanager
+def temporary_folder(parent):
+    """A folder for a while; those that killed processes left there are cleared."""
+    clear_left_over(parent)
+    with tempfile.TemporaryDirectory(
+        prefix=f".keras_lora-{os.getpid()}-{TOKEN}-", suffix=f"@{NODE}", dir=parent
+    ) as folder:
+        yield Path(folder)
 
 
 @contextlib.contextmanager
 def replacing(path):
     """Yields a path to write to; it takes the place of `path` at the end.
 
-    It lies in a temporary folder beside `path`, under the same name, as some formats
-    insist on their ending. If the body raises, what stood at `path` still does.
+    It lies in a temporary folder on the same disk, under the same name, as some
+    formats insist on their ending; what they write beside it goes along. A link
+    stays a link, and what it points to is replaced. An empty folder is filled: it
+    may be what cannot be exchanged, a mount point or the folder a process stands
+    in. If the body raises, what stood at `path` still does.
     """
-    path = Path(path).absolute()
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{path.name}."
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent) as folder:
-        new = Path(folder, path.name)
+    empty = path.is_dir() and not entries(path)
+    with temporary_folder(path if empty else path.parent) as folder:
+        new = folder / path.name
         yield new
-        if path.is_dir() and not path.is_symlink():
-            exchange(new, path, Path(folder, "old"))
+        if empty:
+            move(new, path, last="saved_model.pb")
+        elif path.is_dir():
+            exchange(new, path, folder / "old" / path.name)
         else:
-            os.replace(new, path)
+            move(folder, path.parent, last=path.name)
+
+
+def entries(folder):
+    """Names of what is in a folder, but for temporary folders of this package."""
+    return {name for name in os.listdir(folder) if not TEMPORARY.fullmatch(name)}
+
+
+def move(source, folder, last):
+    """What is in one folder into another; what makes it readable comes last."""
+    for name in sorted(os.listdir(source), key=lambda name: name == last):
+        os.replace(source / name, folder / name)
 
 
 def exchange(new, path, aside):
     """Swaps two folders: in one step on Linux, elsewhere in two renames."""
-    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    # Windows has no library without a name.
+    library = ctypes.CDLL(None) if os.name == "posix" else None
+    renameat2 = getattr(library, "renameat2", None)
     if renameat2 is not None:
         names = os.fsencode(new), os.fsencode(path)
         if renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE) == 0:
             return
+    aside.parent.mkdir()
     os.rename(path, aside)
     try:
         os.rename(new, path)
@@ -44,21 +80,35 @@ def exchange(new, path, aside):
         raise
 
 
-def copy_others(old, new, names):
-    """What else stands in the old folder goes along, linked where that works."""
-    if old.is_dir():
-        shutil.copytree(
-            old,
-            new,
-            copy_function=link_or_copy,
-            dirs_exist_ok=True,
-            symlinks=True,
-            ignore=lambda folder, entries: names if Path(folder) == old else [],
-        )
+def clear_left_over(parent):
+    """Removes temporary folders of processes that are no more."""
+    for name in os.listdir(parent):
+        match = TEMPORARY.fullmatch(name)
+        if match is None or is_running(int(match[1]), match[2]):
+            continue
+        for old in Path(parent, name).glob("old/*"):  # killed between two renames
+            if not Path(parent, old.name).exists():
+                os.rename(old, Path(parent, old.name))
+        shutil.rmtree(Path(parent, name), ignore_errors=True)
 
 
-def link_or_copy(source, target):
+def is_running(process, token):
+    if process == os.getpid():
+        return token == TOKEN
+    if os.name != "posix":
+        return True  # there `os.kill` does more than ask
     try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True  # another user's
+    return True
+
+
+def write(path, content):
+    """Writes bytes that are on the disk when this returns."""
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
