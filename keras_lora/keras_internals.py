@@ -115,7 +115,11 @@ def detach(layer, name):
 
 
 def seen_as(layer, cls):
-    """The same state under another class, as a second object; nothing is changed."""
+    """The same layer under another class: a second object over the same attributes.
+
+    Its methods can be asked, for a configuration say, while other threads use the
+    layer itself, of which nothing changes.
+    """
     view = object.__new__(cls)
     object.__setattr__(view, "__dict__", vars(layer))
     return view
@@ -187,31 +191,151 @@ def take_compiled_functions(model):
     return taken
 
 
-def compile_again(model):
-    """Compiles a compiled model anew, same settings: its variables have changed."""
-    for layer in flatten_layers(model):
-        if getattr(layer, "compiled", False):
-            settings = dict(layer._compile_config.config)
-            optimizer = settings["optimizer"]
-            settings["optimizer"] = type(optimizer).from_config(optimizer.get_config())
-            # Not the layer's own `compile`: what a subclass adds to it, such as a
-            # sampler, is no part of the settings and stays as it is.
-            keras.Model.compile(layer, **settings)
-            if layer.built:
-                build_optimizer(layer.optimizer, layer.trainable_variables)
+def compile_again(model) -> list:
+    """The optimizers of a compiled model, for the variables that train now.
+
+    Loss, metrics and all else that `compile` was told stay as they are. An optimizer
+    that cannot be had anew leaves its model uncompiled; what is returned says so.
+    """
+    compiled = [x for x in flatten_layers(model) if getattr(x, "compiled", False)]
+    renewed, notes = {}, []
+    for layer in compiled:
+        old = layer.optimizer
+        try:
+            if id(old) not in renewed:
+                renewed[id(old)] = renewed_optimizer(old, layer.trainable_variables)
+        except Exception as error:  # whatever a user's optimizer raises
+            renewed[id(old)] = None
+            notes.append(
+                f"{layer.name!r} is not compiled any more: its "
+                f"{type(old).__name__} cannot be made anew for other variables "
+                f"({type(error).__name__}: {error}). Call `compile` again."
+            )
+    # Up to here nothing has changed; from here on nothing can fail.
+    for layer in compiled:
+        replace_optimizer(layer, renewed[id(layer.optimizer)])
     take_compiled_functions(model)
     refresh_torch_parameters(model)
+    return notes
 
 
-def build_optimizer(optimizer, variables):
-    """Builds it for other variables: faster ones may be among them no more.
+def renewed_optimizer(optimizer, variables):
+    """The optimizer itself where it has no state yet, else one like it without.
 
-    The optimizer is then the one it was made of, also inside a LossScaleOptimizer.
+    Not by way of `from_config`: the configuration of an optimizer leaves out what was
+    called on it (`exclude_from_weight_decay`), and schedules, callables and
+    constructors of a user's own need not have any.
     """
-    for part in (optimizer, getattr(optimizer, "inner_optimizer", None)):
-        if isinstance(part, TwoRates) and not any(map(part.is_faster, variables)):
-            part.__class__ = part.plain_class
-    optimizer.build(variables)
+    if optimizer is None or not optimizer.built:
+        return optimizer
+    if list(map(id, optimizer._trainable_variables)) == list(map(id, variables)):
+        return optimizer
+    names = {"_iterations", "_learning_rate"}
+    old = {id(variable) for variable in optimizer.variables}
+    for _ in range(2):
+        renewed = without_state(optimizer, names)
+        for part in (renewed, getattr(renewed, "inner_optimizer", None)):
+            if isinstance(part, TwoRates) and not any(map(part.is_faster, variables)):
+                part.__class__ = part.plain_class
+        renewed.build(variables)
+        found = attributes_with(renewed, old)
+        if not found:
+            return renewed
+        # What `build` has not replaced was made in the constructor.
+        names |= found
+    raise ValueError(f"it keeps variables of its own in {sorted(found)}")
+
+
+def attributes_with(optimizer, ids) -> set:
+    """Names of attributes that are, or hold, one of these variables."""
+    found = set()
+    for name, value in vars(optimizer).items():
+        if name.startswith("_self_"):
+            continue
+        if isinstance(value, keras.optimizers.Optimizer):
+            found |= attributes_with(value, ids)
+        elif isinstance(value, (list, tuple, dict)):
+            values = value.values() if isinstance(value, dict) else value
+            found |= {name for held in values if id(held) in ids}
+        elif id(value) in ids:
+            found.add(name)
+    return found
+
+
+def without_state(optimizer, names):
+    """A copy before `build`: the variables of these names are new, all else shared."""
+    copy = object.__new__(type(optimizer))
+    for name, value in vars(optimizer).items():
+        if not name.startswith("_self_"):  # TensorFlow's register of the original
+            vars(copy)[name] = value
+    del vars(copy)["_tracker"]
+    copy.built = False
+    copy._variables, copy._trainable_variables = [], []
+    is_variable, _ = optimizer._tracker.config["variables"]
+    copy._tracker = type(optimizer._tracker)(
+        {"variables": (is_variable, copy._variables)}
+    )
+    copy._trainable_variables_indices = {}
+    if hasattr(optimizer, "_exclude_from_weight_decay_cache"):
+        copy._exclude_from_weight_decay_cache = {}
+    for name, value in vars(optimizer).items():
+        if isinstance(value, keras.optimizers.Optimizer):  # that of a loss scale
+            setattr(copy, name, without_state(value, names))
+        elif name in names and isinstance(value, keras.Variable):
+            start = value if name != "_iterations" else keras.ops.zeros_like(value)
+            variable = keras.Variable(
+                keras.ops.convert_to_numpy(start),
+                dtype=value.dtype,
+                trainable=False,
+                aggregation=value.aggregation,
+                name=value.name,
+            )
+            variable._path = value.path
+            setattr(copy, name, variable)
+    return copy
+
+
+def replace_optimizer(model, optimizer):
+    """Past Keras's and TensorFlow's tracking, as `compile` itself does it."""
+    old = model.optimizer
+    config = getattr(model, "_compile_config", None)
+    if old is not optimizer:
+        vars(model)["optimizer"] = optimizer
+        if optimizer is None:
+            model.compiled = False
+        elif config is not None:
+            inside = getattr(old, "inner_optimizer", None)  # compile wrapped a user's
+            wrapped = inside is not None and config.config["optimizer"] is inside
+            config.config["optimizer"] = (
+                optimizer.inner_optimizer if wrapped else optimizer
+            )
+    if hasattr(model, "_compiled_trainable_state"):
+        model._compiled_trainable_state = {
+            layer: layer.trainable for layer in model._flatten_layers()
+        }
+
+
+# What runs a model in a loop, during which its layers cannot become others.
+LOOPS = ("fit", "evaluate", "predict")
+
+
+def refuse_while_running(model):
+    """An error where the call comes from inside `fit`: from a callback, say.
+
+    Keras has no word for it, and its loops go on with the traced step that they have.
+    """
+    frame, changed = inspect.currentframe(), None
+    while frame is not None:
+        runs = frame.f_locals.get("self") if frame.f_code.co_name in LOOPS else None
+        if isinstance(runs, keras.Model):
+            changed = changed or set(map(id, flatten_layers(model)))
+            if changed & set(map(id, flatten_layers(runs))):
+                raise ValueError(
+                    f"Layers of {runs.name!r} cannot change while its "
+                    f"`{frame.f_code.co_name}()` runs. Nothing was changed. Do it "
+                    "before or after that call."
+                )
+        frame = frame.f_back
 
 
 class TwoRates(keras.optimizers.Optimizer):
@@ -313,3 +437,14 @@ def synchronize(model):
     """On JAX the state of a model that is being fitted lies outside of it."""
     if hasattr(model, "jax_state_sync"):
         model.jax_state_sync()
+
+
+def legacy_format():
+    """Whether a configuration is asked for by the writer of the old .h5 format."""
+    return keras.src.backend.common.global_state.get_global_attribute(
+        "use_legacy_config", False
+    )
+
+
+# What unpickles any layer: pickle finds it by the name of a class that is importable.
+UNPICKLE = keras.layers.Layer._unpickle_model

@@ -11,14 +11,13 @@ from keras_lora.files.folder import Adapter
 from keras_lora.files.names import module_names
 from keras_lora.files.save import adapter_of
 from keras_lora.keras_internals import layer_state
-from keras_lora.layers.adapter import make_adapter
 from keras_lora.layers.adapter import to_numpy
 from keras_lora.layers.kinds import form_of
 from keras_lora.layers.kinds import lora_class_of
 from keras_lora.layers.kinds import obstacle
 from keras_lora.layers.settings import checked_rank
-from keras_lora.models.adapt import adopted
 from keras_lora.models.adapt import lora_layers
+from keras_lora.models.keras_files import adapted
 from keras_lora.models.paths import layer_paths
 
 
@@ -57,9 +56,10 @@ def extract_adapter(
                 f"{model.name!r} holds LoRA layers. Call merge_lora or remove_lora on "
                 "it, or on a copy of it, first."
             )
-    base, tuned = (
-        module_names(layer_paths(model), names) for model in (base_model, tuned_model)
-    )
+    paths = layer_paths(base_model)
+    path_of = {id(layer): path for path, layer in paths.items()}
+    base = module_names(paths, names)
+    tuned = module_names(layer_paths(tuned_model), names)
     adapters, updates, beside, errors = {}, {}, [], {}
     for module, (layer, variables) in paired_layers(base, tuned).items():
         changed = {v.name: (v, other) for v, other in variables if differ(v, other)}
@@ -71,13 +71,10 @@ def extract_adapter(
         own, other = map(to_numpy, kernel)
         a, b, own_rank, errors[module] = nearest_factors(layer, other - own, rank)
         updates[module] = a, b
-        adapters[module] = (
-            layer,
-            make_adapter({"rank": own_rank}, layer.variable_dtype),
-        )
+        adapters[path_of[id(layer)]] = {"rank": own_rank}
     if not adapters:
         raise ValueError("The two models differ in no kernel that could be adapted.")
-    with adopted(base_model, adapters):
+    with adapted(base_model, paths, adapters):
         for module, (a, b) in updates.items():
             lora = base[module].lora
             lora.a.assign(a)

@@ -24,15 +24,18 @@ from keras_lora.files.tensors import torch_name
 from keras_lora.files.tensors import weight_from_tensor
 from keras_lora.keras_internals import compile_again
 from keras_lora.keras_internals import layer_state
+from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.kinds import lora_class_of
 from keras_lora.layers.kinds import obstacle
 from keras_lora.layers.lora_layer import is_adapted
-from keras_lora.models.adapt import adopted
-from keras_lora.models.adapt import lora_layers
-from keras_lora.models.adapt import new_adapter
+from keras_lora.models.freezing import freeze_adapters
 from keras_lora.models.freezing import freeze_all_but_lora
-from keras_lora.models.keras_files import mark_adapted
+from keras_lora.models.freezing import train_adapters
+from keras_lora.models.keras_files import adapted
 from keras_lora.models.paths import layer_paths
+from keras_lora.models.record import base_values
+from keras_lora.models.record import remember_base
+from keras_lora.models.record import state_of
 from keras_lora.models.report import Report
 from keras_lora.models.trainable_flags import trainable_state
 
@@ -52,6 +55,9 @@ def load_adapter(
     assigned. A thread that predicts meanwhile may see some layers with the old
     factors and some with the new ones.
 
+    Heads and biases that trained beside another adapter, and that this file has not,
+    get the values back that they had before.
+
     Args:
         model: A Keras model that is built.
         directory: Folder with adapter_config.json and adapter_model.safetensors,
@@ -69,41 +75,44 @@ def load_adapter(
         OSError: If a file cannot be read.
     """
     adapter = directory if isinstance(directory, Adapter) else Adapter.read(directory)
-    file = contents(adapter, module_names(layer_paths(model), names), names)
-    if lora_layers(model):
+    paths = layer_paths(model)
+    file = contents(adapter, module_names(paths, names), names)
+    layers, notes = {"": model, **paths}, []
+    if any(map(is_adapted, layers.values())):
         refuse_other_modules(file)
         values = checked_values(file)
     else:
+        path_of = {id(layer): path for path, layer in layers.items()}
         adapters = {
-            module: (
-                layer,
-                new_adapter(
-                    layer,
-                    file.ranks[module],
-                    file.alphas[module],
-                    file.dropout,
-                    file.use_rslora,
-                ),
-            )
+            path_of[id(layer)]: new_adapter(file, module)
             for module, layer in file.adapted.items()
         }
-        state = trainable_state(model)
-        with adopted(model, adapters) as undo:
+        with adapted(model, paths, adapters) as change:
             values = checked_values(file)
-            undo.pop_all()
-        mark_adapted(model, paths_of(model, file.adapted), state)
-        freeze_all_but_lora(model, file.bias, list(file.heads.values()))
-        compile_again(model)
+            freeze_all_but_lora(model, file.bias, list(file.heads.values()))
+            notes += change.keep()
+    values += unread_base_values(layers, values)
     for variable, value in values:
         variable.assign(value)
     for module, layer in file.adapted.items():
         alpha = own_alpha(layer, file.alphas[module], file.use_rslora)
         layer.lora.set_alpha(alpha, file.use_rslora)
-    if not trainable:
-        for layer in [*file.heads.values(), *lora_layers(model)]:
-            layer.trainable = False
-        compile_again(model)
-    return Report(model)
+    before = trainable_state(layers)
+    (train_adapters if trainable else freeze_adapters)(layers)
+    if trainable_state(layers) != before:
+        notes += compile_again(model)
+    return Report(model, paths, notes=notes)
+
+
+def unread_base_values(layers, values):
+    """The base's own values for what trains beside A and B and the file has not."""
+    read = {id(variable) for variable, _ in values}
+    unread = []
+    for layer in layers.values():
+        if not isinstance(layer, LowRankAdapter):
+            remember_base(layer, [v for v in state_of(layer) if id(v) in read])
+            unread += [(v, x) for v, x in base_values(layer) if id(v) not in read]
+    return unread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +168,15 @@ def heads_of(names, modules, others):
         for module in stored or meant:
             heads |= {part: modules[part] for part in slices[module]}
     return heads
+
+
+def new_adapter(file, module):
+    return {
+        "rank": file.ranks[module],
+        "alpha": file.alphas[module],
+        "dropout": file.dropout,
+        "use_rslora": file.use_rslora,
+    }
 
 
 def split_others(file):
@@ -241,8 +259,3 @@ def checked_values(file):
         value = weight_from_tensor(layer, variable, value, key, file.inputs_first)
         values.append((variable, value))
     return values
-
-
-def paths_of(model, adapted):
-    chosen = {id(layer) for layer in adapted.values()}
-    return [path for path, layer in layer_paths(model).items() if id(layer) in chosen]

@@ -23,9 +23,11 @@ from keras_lora.files.tensors import torch_name
 from keras_lora.files.tensors import weight_to_tensor
 from keras_lora.keras_internals import layer_state
 from keras_lora.keras_internals import synchronize
+from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.lora_layer import is_adapted
 from keras_lora.models.adapt import built_lora_layers
 from keras_lora.models.paths import layer_paths
+from keras_lora.models.record import beside
 
 
 def save_adapter(model, directory, names: str | Mapping | Callable | None = None):
@@ -56,7 +58,7 @@ def adapter_of(model, names=None, trained=None) -> Adapter:
     """The adapter of a model, as it would be saved.
 
     trained: (module, variable) that go along with the factors; by default those
-    that train.
+    that train beside them, or did.
     """
     synchronize(model)
     built_lora_layers(model)
@@ -84,7 +86,7 @@ def adapter_of(model, names=None, trained=None) -> Adapter:
         tensors[f"{module}{infix}.{name}"] = value
     names_of = collections.defaultdict(list)
     for module, variable in trained:
-        names_of[module].append(variable.name)
+        names_of[module].append(torch_name(variable))
     biases = {without_slice(m) for m, found in names_of.items() if found == ["bias"]}
     bias = "all" if biases - ranks.keys() else "lora_only"
     config = settings(
@@ -104,16 +106,14 @@ def adapter_of(model, names=None, trained=None) -> Adapter:
 def trained_beside(modules, adapters):
     """(module, variable) that train beside the factors, heads with all they have."""
     trained = []
-    factors = {id(layer.lora) for layer in adapters.values()}
     for module, layer in modules.items():
-        if id(layer) in factors:
+        if isinstance(layer, LowRankAdapter):
             continue
-        trainable, other = layer_state(layer)
-        training = [variable for variable in trainable if variable.trainable]
-        trained += [(module, variable) for variable in training]
-        is_head = module not in adapters and [v.name for v in training] != ["bias"]
-        if training and is_head:
-            trained += [(module, variable) for variable in other]
+        found = beside(layer)
+        if module not in adapters and {torch_name(v) for v in found} - {"bias"}:
+            known = set(map(id, found))
+            found += [v for v in layer_state(layer)[1] if id(v) not in known]
+        trained += [(module, variable) for variable in found]
     return trained
 
 

@@ -1,7 +1,5 @@
 """A Keras layer becomes a LoRA layer, and back, in place on the same object."""
 
-import contextlib
-
 import keras
 
 from keras_lora.keras_internals import attach
@@ -9,17 +7,15 @@ from keras_lora.keras_internals import change_class
 from keras_lora.keras_internals import detach
 from keras_lora.keras_internals import flatten_layers
 from keras_lora.keras_internals import name_scope_of
-from keras_lora.keras_internals import refresh_torch_parameters
 from keras_lora.keras_internals import sublayers
 from keras_lora.keras_internals import unfreeze
 from keras_lora.keras_internals import was_called
+from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.adapter import make_adapter
 from keras_lora.layers.kinds import kind_of
 from keras_lora.layers.kinds import lora_class_of
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.lora_layer import is_adapted
-from keras_lora.models.trainable_flags import restore_trainable_state
-from keras_lora.models.trainable_flags import trainable_state
 
 
 def passed_by(owner, layer):
@@ -37,40 +33,15 @@ def passed_by(owner, layer):
     return None
 
 
-def new_adapter(layer, rank, alpha=None, dropout=0.0, use_rslora=False, **method):
-    """An adapter that fits a layer which has none; dropout where it can have any.
-
-    method: the keyword of another method than LoRA.
-    """
-    options = {
-        "rank": rank,
-        "alpha": alpha,
-        "dropout": dropout if kind_of(type(layer)).takes_dropout else 0.0,
-        "use_rslora": use_rslora,
-    }
-    return make_adapter({**options, **method}, layer.variable_dtype)
+def new_adapter(layer, options) -> LowRankAdapter:
+    """The adapter that options mean for a layer: its dtype, and no dropout on ids."""
+    if not kind_of(type(layer)).takes_dropout:
+        options = {**options, "dropout": 0.0}
+    return make_adapter(options, layer.variable_dtype)
 
 
-@contextlib.contextmanager
-def adopted(model, adapters):
-    """Path -> (layer, adapter): they are LoRA layers inside.
-
-    What is yielded can `pop_all()`: then they stay so. If anything fails before,
-    all of them are plain layers again.
-    """
-    with contextlib.ExitStack() as undo:
-        undo.callback(refresh_torch_parameters, model)
-        undo.callback(restore_trainable_state, model, trainable_state(model))
-        for layer, adapter in adapters.values():
-            undo.callback(make_plain, layer)
-            adopt(layer, adapter)
-        refresh_torch_parameters(model)
-        yield undo
-
-
-def adopt(layer, adapter):
-    lora_class = lora_class_of(type(layer))
-    change_class(layer, lora_class)
+def adapt(layer, adapter):
+    change_class(layer, lora_class_of(type(layer)))
     attach(layer, "lora", adapter)
     with name_scope_of(layer):
         layer.build_adapter()

@@ -5,25 +5,21 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 
-from keras_lora.keras_internals import compile_again
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.kinds import LORA_CLASSES
 from keras_lora.layers.kinds import kind_of
 from keras_lora.layers.kinds import lora_class_of
 from keras_lora.layers.kinds import obstacle
 from keras_lora.layers.lora_layer import is_adapted
-from keras_lora.models.adapt import adopted
-from keras_lora.models.adapt import new_adapter
 from keras_lora.models.adapt import passed_by
 from keras_lora.models.freezing import checked_bias
 from keras_lora.models.freezing import freeze_all_but_lora
-from keras_lora.models.keras_files import mark_adapted
+from keras_lora.models.keras_files import adapted
 from keras_lora.models.paths import layer_paths
 from keras_lora.models.report import Report
 from keras_lora.models.targets import matching
 from keras_lora.models.targets import output_layers
 from keras_lora.models.targets import pattern_values
-from keras_lora.models.trainable_flags import trainable_state
 
 
 def apply_lora(
@@ -46,7 +42,8 @@ def apply_lora(
 
     The layer objects stay what they are to the model, to its graph and to whoever
     holds them; their class becomes the LoRA class. The outputs do not change at
-    first. A model that was compiled is compiled again with the same settings.
+    first. A model that was compiled is compiled again with the same settings: an
+    optimizer that has no state yet stays, one that has gets a successor without.
     `merge_lora` and `remove_lora` undo it.
 
     Args:
@@ -72,12 +69,13 @@ def apply_lora(
 
     Returns:
         A sequence of rows with .path .layer .rank .alpha, which prints as a table;
-        `.skipped` maps the paths of layers that were passed over to the reason.
+        `.skipped` maps the paths of layers that were passed over to the reason;
+        `.notes` says what could not be done, such as compiling again.
 
     Raises:
         ValueError: If an argument is out of range, a rule matches nothing, a layer
-            that is named cannot be adapted, or the model has adapters. The model
-            is then as before.
+            that is named cannot be adapted, the model has adapters, or is being
+            fitted. The model is then as before.
 
     Reference:
         [LoRA: Hu et al., 2021](https://arxiv.org/abs/2106.09685)
@@ -96,20 +94,20 @@ def apply_lora(
     ranks = pattern_values(rank_pattern, chosen, "rank_pattern")
     alphas = pattern_values(alpha_pattern, chosen, "alpha_pattern")
     adapters = {
-        path: new_adapter(
-            layer, ranks.get(path, rank), alphas.get(path, alpha), dropout, use_rslora
-        )
-        for path, layer in chosen.items()
+        path: {
+            "rank": ranks.get(path, rank),
+            "alpha": alphas.get(path, alpha),
+            "dropout": dropout,
+            "use_rslora": use_rslora,
+        }
+        for path in chosen
     }
-    state = trainable_state(model)
-    layers = {path: (chosen[path], lora) for path, lora in adapters.items()}
-    with adopted(model, layers) as undo:
-        freeze_all_but_lora(model, bias, [paths[path] for path in trained])
-        report = Report(model, skipped)
+    heads = [paths[path] for path in trained]
+    with adapted(model, paths, adapters) as change:
+        freeze_all_but_lora(model, bias, heads)
+        report = Report(model, paths, skipped)
         if not dry_run:
-            undo.pop_all()
-            mark_adapted(model, list(adapters), state)
-            compile_again(model)
+            report.notes += change.keep()
     return report
 
 

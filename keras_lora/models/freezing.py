@@ -1,9 +1,20 @@
 """Which variables train beside the adapters."""
 
+import warnings
+
 from keras_lora.keras_internals import compile_again
 from keras_lora.keras_internals import flatten_layers
+from keras_lora.keras_internals import layer_state
 from keras_lora.keras_internals import own_variables
+from keras_lora.keras_internals import refuse_while_running
+from keras_lora.layers.adapter import LowRankAdapter
+from keras_lora.layers.lora_layer import is_adapted
 from keras_lora.models.adapt import built_lora_layers
+from keras_lora.models.record import record_of
+from keras_lora.models.record import remember_base
+from keras_lora.models.record import state_of
+from keras_lora.models.trainable_flags import restore_trainable_state
+from keras_lora.models.trainable_flags import trainable_state
 
 BIAS = ("none", "all", "lora_only")
 
@@ -18,15 +29,19 @@ def mark_only_lora_as_trainable(model, bias="none"):
     Args:
         model: Any Keras model that holds LoRA layers.
         bias: "none": no bias trains. "lora_only": the biases of the adapted
-            layers do. "all": every bias of the model does.
+            layers do. "all": every bias of the model does, beta of normalization
+            among them, but for batch normalization.
 
     Raises:
-        ValueError: If `bias` is another word, or there is no LoRA layer.
+        ValueError: If `bias` is another word, there is no LoRA layer, or the model
+            is being fitted.
     """
     checked_bias(bias)
     built_lora_layers(model)
+    refuse_while_running(model)
     freeze_all_but_lora(model, bias)
-    compile_again(model)
+    for note in compile_again(model):
+        warnings.warn(note, stacklevel=2)
 
 
 def freeze_all_but_lora(model, bias="none", also_train=()):
@@ -34,9 +49,12 @@ def freeze_all_but_lora(model, bias="none", also_train=()):
     adapted = built_lora_layers(model)
     kept = {id(v) for layer in adapted for v in own_variables(layer.lora)}
     for layer in {"none": [], "lora_only": adapted, "all": flatten_layers(model)}[bias]:
-        kept |= {id(v) for v in own_variables(layer) if v.name == "bias"}
+        biases = [v for v in own_variables(layer) if is_bias(layer, v)]
+        remember_base(layer, biases)
+        kept |= set(map(id, biases))
     for layer in also_train:
         for part in flatten_layers(layer):
+            remember_base(part, state_of(part))
             kept |= {id(v) for v in own_variables(part)}
     # From the outside in: what is set on a layer reaches the layers inside it.
     for layer in flatten_layers(model):
@@ -44,6 +62,50 @@ def freeze_all_but_lora(model, bias="none", also_train=()):
         layer.trainable = any(id(v) in kept for v in variables)
         for variable in own_variables(layer):
             variable.trainable = id(variable) in kept
+
+
+def freeze_adapters(layers):
+    """Nothing of what an adapter trains goes on training."""
+    for layer in layers.values():
+        if is_adapted(layer) or record_of(layer).base:
+            layer.trainable = False
+
+
+def train_adapters(layers):
+    """A, B and what trained beside them train again; other flags stay.
+
+    layers: path -> layer, those that hold others first, the model as "".
+    """
+    state = trainable_state(layers)
+    for path, layer in layers.items():
+        if isinstance(layer, LowRankAdapter):
+            del state[path]  # it goes with its layer
+            continue
+        base = record_of(layer).base
+        kept = {id(v) for index, v in enumerate(state_of(layer)) if index in base}
+        flags = [v.trainable or id(v) in kept for v in own_variables(layer)]
+        if is_adapted(layer) or kept:
+            state[path] = [True, flags]
+            for owner in owners_of(path):
+                if owner in state:
+                    state[owner][0] = True
+    restore_trainable_state(layers, state)
+
+
+def owners_of(path):
+    """ "", "encoder", "encoder/block" for "encoder/block/query"."""
+    parts = path.split("/")
+    return ["/".join(parts[:count]) for count in range(len(parts))]
+
+
+def is_bias(layer, variable):
+    """What torch, and PEFT after it, calls a bias.
+
+    But not beta of batch normalization: a layer that trains moves its statistics.
+    """
+    if variable.name == "beta":
+        return not layer_state(layer)[1]
+    return variable.name == "bias"
 
 
 def checked_bias(bias):

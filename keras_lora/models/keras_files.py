@@ -1,115 +1,235 @@
-"""Models that carry their adapters through `.keras` files.
+"""Layers and models that carry their adapters through `.keras` files and copies.
 
-The configuration of a layer such as MultiHeadAttention, or of a subclassed model,
-cannot name the adapters of its sublayers. So the model gets a subclass of its own
-class, whose configuration is the plain model's beside the adapters' settings.
+The configuration of a layer such as MultiHeadAttention, of a block or of a subclassed
+model cannot name the adapters of its sublayers. So every owner of adapted layers gets a
+subclass of its own class, whose configuration is the plain owner's beside the adapters'
+settings: the outermost, for the whole model, and each inside it, for a new model that
+takes only that part.
 """
 
 import contextlib
+import dataclasses
 import functools
-import types
 
 import keras
 
+from keras_lora.keras_internals import UNPICKLE
 from keras_lora.keras_internals import change_class
+from keras_lora.keras_internals import compile_again
 from keras_lora.keras_internals import flatten_layers
+from keras_lora.keras_internals import legacy_format
+from keras_lora.keras_internals import refresh_torch_parameters
+from keras_lora.keras_internals import refuse_while_running
+from keras_lora.keras_internals import seen_as
 from keras_lora.layers.adapter import LowRankAdapter
-from keras_lora.layers.adapter import make_adapter
-from keras_lora.models.adapt import adopted
+from keras_lora.layers.lora_layer import LoRALayer
+from keras_lora.layers.lora_layer import is_adapted
+from keras_lora.models.adapt import adapt
+from keras_lora.models.adapt import make_plain
+from keras_lora.models.adapt import new_adapter
 from keras_lora.models.paths import layer_paths
+from keras_lora.models.record import NOTHING
+from keras_lora.models.record import Record
+from keras_lora.models.record import record_of
+from keras_lora.models.record import remember_flags
+from keras_lora.models.record import set_record
 from keras_lora.models.trainable_flags import restore_trainable_state
+from keras_lora.models.trainable_flags import set_flags
 from keras_lora.models.trainable_flags import trainable_state
 
-# All adapted classes under one name, as `from_config` is the same for each of them.
-register = keras.saving.register_keras_serializable("keras_lora", "AdaptedModel")
+# All classes under one name, as `from_config` is the same for each of them.
+register = keras.saving.register_keras_serializable("keras_lora", "Adapted")
+FIELDS = {
+    "requires",  # stands in the error of a process that does not know this class
+    "layer",
+    "model",  # the name of "layer" in files of the first version
+    "adapters",
+    "places",
+    "merge_weights",
+    "trainable",
+    "trainable_before",
+    "trained_beside",
+}
 
 
+@keras.saving.register_keras_serializable("keras_lora", "AdaptedModel")  # old files
 @register
-class AdaptedModel:
-    """Mixin before the class of a model that went through `apply_lora`."""
+class Adapted:
+    """Mixin before the class of what holds adapted layers."""
+
+    plain_owner = None  # the class that this one extends
 
     def get_config(self):
-        layers = layer_paths(self)
-        state = self._adapted
-        adapters = {path: layers[path].lora.options() for path in state.paths}
-        plain = [p for p, x in layers.items() if not isinstance(x, LowRankAdapter)]
-        places = {path: place for place, path in enumerate(plain)}
-        with plain_classes(self):
-            model = keras.saving.serialize_keras_object(self)
-        model.pop("compile_config", None)
+        if legacy_format():
+            raise ValueError(
+                f"{self.name!r} has adapters, which the .h5 format cannot hold. Save "
+                "it as .keras, or write the adapters alone with `save_adapter`."
+            )
+        layers = {"": self, **layer_paths(self)}
+        own = {p: x for p, x in layers.items() if not isinstance(x, LowRankAdapter)}
+        with_adapter = {path: x for path, x in own.items() if is_adapted(x)}
+        records = {path: record_of(layer) for path, layer in own.items()}
+        view = seen_as(self, plain_class_of(type(self)))
+        plain = keras.saving.serialize_keras_object(view)
+        for key in ("compile_config", "shared_object_id"):  # of the view, not of self
+            plain.pop(key, None)
         return {
-            "model": model,
-            "adapters": adapters,
-            "places": {path: places[path] for path in state.paths},
-            "merge_weights": {p: layers[p].merge_weights for p in state.paths},
-            "trainable": trainable_state(self),
-            "trainable_before": state.trainable_before,
+            "requires": "import keras_lora",
+            "layer": plain,
+            "adapters": {p: layer.lora.options() for p, layer in with_adapter.items()},
+            "places": {path: place - 1 for place, path in enumerate(own)},
+            "merge_weights": {p: x.merge_weights for p, x in with_adapter.items()},
+            "trainable": trainable_state(layers),
+            "trainable_before": {
+                p: list(r.before) for p, r in records.items() if r.before is not None
+            },
+            "trained_beside": {p: list(r.base) for p, r in records.items() if r.base},
         }
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
+        if "adapters" not in config:  # a plain one, asked for by the class's name
+            return cls.plain_owner.from_config(config)
+        plain = config.get("layer") or config["model"]
+        # What a reader adds (KerasHub: a dtype) is meant for the plain constructor.
+        more = {key: value for key, value in config.items() if key not in FIELDS}
+        plain = {**plain, "config": {**plain["config"], **more}}
         model = keras.saving.deserialize_keras_object(
-            config["model"], custom_objects=custom_objects
+            plain, custom_objects=custom_objects
         )
-        layers = layer_paths(model)
-        paths, adapters = list(layers), {}
+        paths = layer_paths(model)
+        layers = {"": model, **paths}
+        own = [p for p, x in paths.items() if not isinstance(x, LowRankAdapter)]
+        # A model that has got a name may give its layers others than before.
+        places = {p: own[n] for p, n in config["places"].items() if 0 <= n < len(own)}
+        places |= {path: path for path in layers}
+        adapters = {}
         for path, options in config["adapters"].items():
-            # A model that has got a name may give its layers others than before.
-            own = path if path in layers else paths[config["places"][path]]
-            layer = layers[own]
-            adapters[own] = layer, make_adapter(options, layer.variable_dtype)
-        with adopted(model, adapters) as undo:
-            undo.pop_all()
-        merge_weights = config["merge_weights"].values()
-        for (layer, _), merge in zip(adapters.values(), merge_weights, strict=True):
-            layer.merge_weights = merge
-        mark_adapted(model, list(adapters), config["trainable_before"])
-        restore_trainable_state(model, config["trainable"])
+            found = places[path]
+            layer = layers[found]
+            if not layer.built:
+                raise ValueError(
+                    f"The layer {found!r} of {model.name!r} is not built by its "
+                    "configuration, so that its adapter cannot be put back. Build the "
+                    "model as you did at first, then `apply_lora` and `load_weights`."
+                )
+            if not is_adapted(layer):  # else its own configuration has said it
+                adapters[found] = options
+        with adapted(model, paths, adapters) as change:
+            change.keep()
+        for path, merge_weights in config["merge_weights"].items():
+            layers[places[path]].merge_weights = merge_weights
+        restore_trainable_state({"": model, **layer_paths(model)}, config["trainable"])
+        beside = config.get("trained_beside", {})
+        for path, place in places.items():
+            base = dict.fromkeys(beside.get(path, ()))
+            before = config["trainable_before"].get(path)
+            set_record(layers[place], Record(before, base))
         return model
 
     def build_from_config(self, config):
         """Built in `from_config`, before the adapters could be attached."""
 
-
-def mark_adapted(model, paths, trainable_before):
-    """Remembers what `apply_lora` did, for saving and for undoing it."""
-    # In a namespace, which Keras does not track.
-    model._adapted = types.SimpleNamespace(
-        paths=paths, trainable_before=trainable_before, plain_class=type(model)
-    )
-    if isinstance(model, keras.Model):
-        change_class(model, adapted_class(type(model)))
+    def __reduce__(self):
+        # The inherited one names a method of this class, which no import finds.
+        return UNPICKLE, super().__reduce__()[1]
 
 
-def restore_models(model):
-    """The classes and trainable flags that models had before `apply_lora`."""
-    for layer in flatten_layers(model):
-        state = getattr(layer, "_adapted", None)
-        if state is not None:
-            change_class(layer, state.plain_class)
-            del layer._adapted
-            restore_trainable_state(layer, state.trainable_before)
+def plain_class_of(cls):
+    """The class under which the configuration is asked for."""
+    return cls.plain_class if issubclass(cls, LoRALayer) else cls.plain_owner
 
 
 @functools.cache
 def adapted_class(cls):
-    adapted = type(cls.__name__, (AdaptedModel, cls), {"__module__": cls.__module__})
+    """The subclass of a layer's class that carries adapters.
+
+    It has the plain name, which decides where weights lie in files, and a module of
+    this package: where that is not imported, Keras says so instead of taking the plain
+    class.
+    """
+    adapted = type(
+        cls.__name__, (Adapted, cls), {"__module__": __name__, "plain_owner": cls}
+    )
     register(adapted)
     # Behind the name stands the mixin: a class that is listed there is taken for one
     # of KerasHub's own when it looks for the task of a preset.
-    register(AdaptedModel)
+    register(Adapted)
     return adapted
 
 
+def is_registered(cls):
+    """Whether a file can name a class: not one that was made for a user's subclass."""
+    name = keras.saving.get_registered_name(cls)
+    return keras.saving.get_registered_object(name) is cls
+
+
+def carriers(model):
+    """What must carry adapters: owners of adapted layers, and classes made just now."""
+    for layer in flatten_layers(model):
+        if isinstance(layer, Adapted):
+            continue
+        if isinstance(layer, LoRALayer):
+            if is_adapted(layer) and not is_registered(type(layer)):
+                yield layer
+        elif any(is_adapted(part) for part in flatten_layers(layer)):
+            yield layer
+
+
 @contextlib.contextmanager
-def plain_classes(model):
-    """The model and its adapted layers under the classes they had before."""
-    layers = layer_paths(model)
-    adapted = [layers[path] for path in model._adapted.paths]
+def adapted(model, paths, adapters):
+    """The layers of a model are LoRA layers inside, and stay so after `keep()`.
+
+    Without it, or if anything fails, all is as it was: classes, order of weights,
+    flags, records, the optimizer and what is compiled.
+
+    Args:
+        model: A Keras model or layer.
+        paths: Path -> layer, all that the model holds; nothing is walked again.
+        adapters: Path -> the arguments of its adapter.
+    """
+    refuse_while_running(model)
+    layers = {"": model, **paths}
+    made = {path: new_adapter(layers[path], a) for path, a in adapters.items()}
     with contextlib.ExitStack() as undo:
-        undo.callback(change_class, model, type(model))
-        change_class(model, model._adapted.plain_class)
-        for layer in adapted:
-            undo.callback(change_class, layer, type(layer))
-            change_class(layer, layer.plain_class)
-        yield
+        undo.callback(refresh_torch_parameters, model)
+        undo.callback(restore_trainable_state, layers, trainable_state(layers))
+        for layer in layers.values():
+            undo.callback(set_record, layer, record_of(layer))
+            remember_flags(layer)
+        for path, adapter in made.items():
+            undo.callback(make_plain, layers[path])
+            adapt(layers[path], adapter)
+        refresh_torch_parameters(model)
+        yield Change(model, undo)
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """What `adapted` has changed so far."""
+
+    model: object
+    undo: contextlib.ExitStack
+
+    def keep(self) -> list:
+        """Makes it last; returns what has to be said about optimizers."""
+        for layer in list(carriers(self.model)):
+            self.undo.callback(change_class, layer, type(layer))
+            change_class(layer, adapted_class(type(layer)))
+        notes = compile_again(self.model)
+        self.undo.pop_all()
+        return notes
+
+
+def restore_models(model):
+    """What `apply_lora` had changed beside the adapted layers: classes and flags."""
+    for layer in flatten_layers(model):
+        if isinstance(layer, Adapted) and not any(
+            is_adapted(part) for part in flatten_layers(layer)
+        ):
+            change_class(layer, layer.plain_owner)
+    for layer in flatten_layers(model):
+        record = record_of(layer)
+        if record.before is not None:
+            set_flags(layer, *record.before)
+        set_record(layer, NOTHING)

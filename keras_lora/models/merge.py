@@ -1,6 +1,7 @@
 """From LoRA layers back to plain Keras layers, in place, on the same objects."""
 
 import contextlib
+import warnings
 
 import keras
 from keras import ops
@@ -11,11 +12,13 @@ from keras_lora.keras_internals import compile_again
 from keras_lora.keras_internals import detach
 from keras_lora.keras_internals import flatten_layers
 from keras_lora.keras_internals import refresh_torch_parameters
+from keras_lora.keras_internals import refuse_while_running
 from keras_lora.keras_internals import replace_kernel
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.models.adapt import checked_lora_layers
 from keras_lora.models.adapt import make_plain
 from keras_lora.models.keras_files import restore_models
+from keras_lora.models.record import base_values
 
 
 def merge_lora(model):
@@ -36,6 +39,7 @@ def merge_lora(model):
             before.
     """
     layers = checked_lora_layers(model)
+    refuse_while_running(model)
     for layer in layers:
         checked_merged_kernel(layer)
     for layer in layers:
@@ -46,16 +50,21 @@ def merge_lora(model):
 def remove_lora(model):
     """Drops every adapter: the model is the one that W alone makes.
 
-    The layers are plain Keras layers again, whose kernels train.
+    The layers are plain Keras layers again, whose kernels train. What trained beside
+    A and B, heads and biases, has the values again that it had when that began.
 
     Args:
         model: Any Keras model or layer that holds LoRA layers.
 
     Raises:
-        ValueError: If there is no LoRA layer, or inside `merged()` or
-            `disabled()`.
+        ValueError: If there is no LoRA layer, inside `merged()` or `disabled()`, or
+            while the model is being fitted.
     """
     checked_lora_layers(model)
+    refuse_while_running(model)
+    for layer in flatten_layers(model):
+        for variable, value in base_values(layer):
+            variable.assign(value)
     _make_plain(model)
 
 
@@ -64,7 +73,8 @@ def _make_plain(model):
         if isinstance(layer, LoRALayer):
             make_plain(layer)
     restore_models(model)
-    compile_again(model)
+    for note in compile_again(model):
+        warnings.warn(note, stacklevel=3)
 
 
 @contextlib.contextmanager

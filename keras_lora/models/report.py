@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from keras_lora.keras_internals import own_variables
+from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.lora_layer import is_adapted
 from keras_lora.models.paths import layer_paths
+from keras_lora.models.record import beside
 
 
 class Row(NamedTuple):
@@ -28,16 +30,19 @@ class Report(Sequence):
     `print(report)` gives the table of `keras_lora.summary`.
     """
 
-    def __init__(self, model, skipped=()):
+    def __init__(self, model, paths=None, skipped=(), notes=()):
         self.model_name = model.name
         self.skipped = dict(skipped)
-        paths = layer_paths(model)
+        self.notes = list(notes)
+        paths = {"": model, **(layer_paths(model) if paths is None else paths)}
         self.rows = [
             adapted_row(path, layer)
             for path, layer in paths.items()
             if is_adapted(layer)
         ]
-        self.also_trained = trained_beside(paths)
+        others = {path: trained_beside(layer) for path, layer in paths.items()}
+        self.also_trained = [path for path, found in others.items() if found]
+        self.beside = sum(map(count, others.values()))
         self.total = count(model.weights)
         self.trained = count(model.trainable_weights)
 
@@ -72,14 +77,14 @@ class Report(Sequence):
                 f"LoRA in {self.model_name}",
                 *lines,
                 f"{len(self)} adapters: {adapters:,} parameters",
-                f"Also trained: {self.trained - adapters:,} parameters"
-                f"{where(self.also_trained)}",
+                f"Also trained: {self.beside:,} parameters{where(self.also_trained)}",
                 f"Trained: {self.trained:,} of {self.total:,} "
                 f"({percent(self.trained / max(self.total, 1))})",
                 "Optimizer memory (two moments, float32): "
                 f"{megabytes(8 * self.trained)}, full fine-tuning "
                 f"{megabytes(8 * (self.total - adapters))}",
                 *(f"Skipped {path}: {why}" for path, why in self.skipped.items()),
+                *self.notes,
             ]
         )
 
@@ -112,15 +117,12 @@ def adapted_row(path, layer):
     )
 
 
-def trained_beside(paths):
-    """The paths of layers of which more than A and B trains."""
-    adapters = {id(layer.lora) for layer in paths.values() if is_adapted(layer)}
-    return [
-        path
-        for path, layer in paths.items()
-        if id(layer) not in adapters
-        and any(variable.trainable for variable in own_variables(layer))
-    ]
+def trained_beside(layer):
+    """The parameters of a layer that train beside A and B, or did."""
+    if isinstance(layer, LowRankAdapter):
+        return []
+    parameters = set(map(id, own_variables(layer)))
+    return [variable for variable in beside(layer) if id(variable) in parameters]
 
 
 def where(paths, most=8):

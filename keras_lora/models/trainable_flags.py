@@ -1,24 +1,25 @@
 """The trainable flags of a whole model, to put back later or elsewhere."""
 
 from keras_lora.keras_internals import own_variables
-from keras_lora.models.paths import layer_paths
 
 
-def trainable_state(model) -> dict:
-    """{path: [layer.trainable, one flag per variable of its own]}, the model as ""."""
+def trainable_state(layers) -> dict:
+    """{path: [layer.trainable, one flag per variable of its own]}.
+
+    layers: path -> layer, those that hold others first.
+    """
     return {
         path: [layer.trainable, [v.trainable for v in own_variables(layer)]]
-        for path, layer in all_paths(model).items()
+        for path, layer in layers.items()
     }
 
 
-def restore_trainable_state(model, state):
+def restore_trainable_state(layers, state):
     """Layers that came or went since, a tokenizer's for example, are passed over.
 
     In a copy that calls its layers by other names, those with variables are counted
     instead.
     """
-    layers = all_paths(model)
     holders = {path: flags for path, flags in state.items() if flags[1]}
     if holders.keys() <= layers.keys():
         state = {path: flags for path, flags in state.items() if path in layers}
@@ -27,10 +28,10 @@ def restore_trainable_state(model, state):
         state = dict(zip(own, holders.values(), strict=True))
     # From the outside in: what is set on a layer reaches the layers inside it.
     for path, (trainable, flags) in state.items():
-        layers[path].trainable = trainable
-        for variable, flag in zip(own_variables(layers[path]), flags, strict=True):
-            variable.trainable = flag
+        set_flags(layers[path], trainable, flags)
 
 
-def all_paths(model):
-    return {"": model, **layer_paths(model)}
+def set_flags(layer, trainable, flags):
+    layer.trainable = trainable
+    for variable, flag in zip(own_variables(layer), flags, strict=True):
+        variable.trainable = flag

@@ -1,0 +1,84 @@
+"""What is known of a layer beside what it is now: flags before, what trains beside.
+
+A record stands on each layer, so that it is found from whatever model holds the layer:
+the one that was adapted, one around it, or one inside.
+"""
+
+import dataclasses
+import itertools
+
+import numpy as np
+from keras import ops
+
+from keras_lora.keras_internals import layer_state
+from keras_lora.keras_internals import own_variables
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """Attributes:
+    before: (trainable, one flag per variable of its own) before `apply_lora`.
+    base: {index: value} of the variables that train beside A and B, by their place
+        in `state_of`: their values when that began, None where they are unknown.
+    """
+
+    before: tuple | None = None
+    base: dict = dataclasses.field(default_factory=dict)
+
+
+NOTHING = Record()
+
+
+def record_of(layer) -> Record:
+    return vars(layer).get("_lora_record", NOTHING)
+
+
+def set_record(layer, record):
+    if record == NOTHING:
+        vars(layer).pop("_lora_record", None)
+    else:
+        vars(layer)["_lora_record"] = record
+
+
+def state_of(layer) -> list:
+    """The variables of a layer itself but the frozen kernel of an adapted one."""
+    return list(itertools.chain(*layer_state(layer)))
+
+
+def remember_flags(layer):
+    if record_of(layer).before is None:
+        flags = [variable.trainable for variable in own_variables(layer)]
+        before = (layer.trainable, flags)
+        set_record(layer, dataclasses.replace(record_of(layer), before=before))
+
+
+def remember_base(layer, variables):
+    """From now on these variables of the layer train beside A and B."""
+    chosen = set(map(id, variables))
+    base = {
+        index: np.array(ops.convert_to_numpy(variable))
+        for index, variable in enumerate(state_of(layer))
+        if id(variable) in chosen
+    }
+    old = record_of(layer)
+    set_record(layer, dataclasses.replace(old, base={**base, **old.base}))
+
+
+def beside(layer) -> list:
+    """The variables of a layer that train beside A and B, or did."""
+    base = record_of(layer).base
+    return [
+        variable
+        for index, variable in enumerate(state_of(layer))
+        if index in base or variable.trainable
+    ]
+
+
+def base_values(layer) -> list:
+    """[(variable, its value in the base model)] for what trains beside A and B."""
+    state = state_of(layer)
+    return [
+        (state[index], value)
+        for index, value in record_of(layer).base.items()
+        if value is not None
+    ]

@@ -1,0 +1,242 @@
+"""A compiled model stays compiled with the same optimizer, or says so."""
+
+import keras
+import numpy as np
+import pytest
+from layer_cases import to_numpy
+from models import x
+from models import y
+
+import keras_lora
+
+
+class Warmup(keras.optimizers.schedules.LearningRateSchedule):
+    """Has no get_config, as in TensorFlow's tutorial on transformers."""
+
+    def __call__(self, step):
+        return 0.1 / (1 + keras.ops.cast(step, "float32"))
+
+
+class Own(keras.optimizers.SGD):
+    """Other arguments than its configuration has, and a variable of its own."""
+
+    def __init__(self, table, **kwargs):
+        super().__init__(momentum=0.5, **kwargs)
+        self.table = table
+        self.factor = keras.Variable(0.5, trainable=False, name="factor")
+
+    def update_step(self, gradient, variable, learning_rate):
+        super().update_step(gradient * self.factor, variable, learning_rate)
+
+
+def excluding():
+    optimizer = keras.optimizers.AdamW(0.01, weight_decay=0.5)
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    return optimizer
+
+
+def scaled():
+    inner = keras.optimizers.SGD(0.01, momentum=0.9, global_clipnorm=0.1)
+    return keras.optimizers.LossScaleOptimizer(inner, initial_scale=4.0)
+
+
+OPTIMIZERS = {
+    "exclusions": excluding,
+    "schedule": lambda: keras.optimizers.SGD(Warmup()),
+    "callable": lambda: keras.optimizers.SGD(lambda: 0.1),
+    "own": lambda: Own({1: 2}, learning_rate=0.1),
+    "nadam": lambda: keras.optimizers.Nadam(0.01),
+    "averages": lambda: keras.optimizers.Adam(
+        0.01, use_ema=True, gradient_accumulation_steps=2, clipnorm=0.1
+    ),
+    "loss scale": scaled,
+}
+over_optimizers = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+
+
+def network():
+    keras.utils.set_random_seed(1)
+    layers = [keras.layers.Dense(5, name="a"), keras.layers.Dense(3, name="head")]
+    return keras.Sequential([keras.Input((6,)), *layers])
+
+
+def fit(model, **kwargs):
+    model.fit(x(), y(), batch_size=4, shuffle=False, verbose=0, **kwargs)
+
+
+@over_optimizers
+def test_an_optimizer_with_state_gets_a_successor_that_does_the_same(make):
+    """As a new one does that the user makes and compiles with."""
+    model, by_hand = network(), network()
+    model.compile(make(), "mse", jit_compile=False)
+    fit(model)
+    old = model.optimizer
+    keras_lora.apply_lora(model, rank=2, bias="all")
+    keras_lora.apply_lora(by_hand, rank=2, bias="all")
+    by_hand.set_weights(model.get_weights())
+    by_hand.compile(make(), "mse", jit_compile=False)
+    by_hand.optimizer.build(by_hand.trainable_variables)
+    assert type(model.optimizer) is type(by_hand.optimizer)
+    assert model.optimizer is not old
+    expected = [(v.path, v.shape) for v in by_hand.optimizer.variables]
+    found = [(v.path, v.shape) for v in model.optimizer.variables]
+    assert [v[1] for v in found] == [v[1] for v in expected]
+    for network_ in (model, by_hand):
+        fit(network_, epochs=3)
+    for one, other in zip(model.weights, by_hand.weights, strict=True):
+        np.testing.assert_allclose(to_numpy(one), to_numpy(other), rtol=1e-6, atol=0)
+    # The old one has nothing in common with it, and is left as it was.
+    assert not {id(v) for v in old.variables} & {
+        id(v) for v in model.optimizer.variables
+    }
+
+
+@over_optimizers
+def test_an_optimizer_without_state_stays_the_users_own_object(make):
+    model, optimizer = network(), make()
+    model.compile(optimizer, "mse")
+    keras_lora.apply_lora(model, rank=2)
+    assert model.optimizer is optimizer
+    fit(model)
+    assert model.optimizer is optimizer
+
+
+def test_mixed_precision_is_not_scaled_twice():
+    keras.config.set_dtype_policy("mixed_float16")
+    for auto in (True, False):
+        model, optimizer = network(), keras.optimizers.SGD(0.01, momentum=0.9)
+        model.compile(optimizer, "mse", auto_scale_loss=auto)
+        fit(model)
+        keras_lora.apply_lora(model, rank=2)
+        fit(model)
+        found = model.optimizer
+        if auto:
+            assert type(found) is keras.optimizers.LossScaleOptimizer
+            found = found.inner_optimizer
+        assert type(found) is type(optimizer)
+        assert found.momentum == 0.9
+        saved = model.get_compile_config()["optimizer"]
+        assert saved["class_name"] == "SGD"
+
+
+def test_what_compile_was_told_stays():
+    model, metric = network(), keras.metrics.MeanAbsoluteError(name="error")
+    model.compile("sgd", "mae", metrics=[metric], steps_per_execution=2)
+    fit(model)
+    before = model.loss, model.metrics, model.jit_compile, model.steps_per_execution
+    keras_lora.apply_lora(model, rank=2)
+    after = model.loss, model.metrics, model.jit_compile, model.steps_per_execution
+    assert after == before
+    assert metric in model._compile_metrics.metrics
+    fit(model)
+
+
+class Table(keras.optimizers.SGD):
+    """Keeps a variable where nobody finds it to make it anew."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.table = {"factor": keras.Variable(1.0, trainable=False)}
+        self._track_variable(self.table["factor"])
+
+
+def test_an_optimizer_that_cannot_be_had_again_leaves_the_model_uncompiled():
+    model = network()
+    model.compile(Table(), "mse")
+    fit(model)
+    report = keras_lora.apply_lora(model, rank=2)
+    assert not model.compiled
+    (note,) = report.notes
+    assert "its Table cannot be made anew" in note
+    assert note in str(report)
+    kernel = to_numpy(model.layers[0].kernel)
+    with pytest.raises(ValueError, match="compile"):
+        fit(model)
+    model.compile(Table(), "mse")
+    fit(model)
+    np.testing.assert_array_equal(to_numpy(model.layers[0].kernel), kernel)
+    with pytest.warns(UserWarning, match="its Table cannot be made anew"):
+        keras_lora.merge_lora(model)
+
+
+def test_merging_after_training_keeps_what_predict_says():
+    model = network()
+    keras_lora.apply_lora(model, rank=2, alpha=64)
+    model.compile(keras.optimizers.Adam(Warmup()), "mse", jit_compile=False)
+    fit(model, epochs=3)
+    before = model.predict(x(), verbose=0)
+    keras_lora.merge_lora(model)
+    np.testing.assert_allclose(model.predict(x(), verbose=0), before, atol=1e-5)
+    fit(model)
+
+
+def test_compiled_without_an_optimizer():
+    model = network()
+    model.compile(optimizer=None, loss="mse")
+    keras_lora.apply_lora(model, rank=2)
+    assert model.compiled
+    assert model.optimizer is None
+    model.evaluate(x(), y(), verbose=0)
+    keras_lora.merge_lora(model)
+    assert type(model.layers[0]) is keras.layers.Dense
+
+
+CHANGES = {
+    "apply": lambda model: keras_lora.apply_lora(model, rank=2),
+    "merge": keras_lora.merge_lora,
+    "remove": keras_lora.remove_lora,
+    "mark": keras_lora.mark_only_lora_as_trainable,
+}
+
+
+@pytest.mark.parametrize("loop", ["fit", "predict"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_from_inside_fit_is_refused_before_it_begins(name, loop):
+    inner = network()
+    inputs = keras.Input((6,))
+    outer = keras.Model(inputs, inner(inputs))
+    if name != "apply":
+        keras_lora.apply_lora(inner, rank=2)
+    outer.compile("sgd", "mse")
+    classes = [type(layer) for layer in inner.layers]
+    optimizer, errors = outer.optimizer, []
+
+    class Change(keras.callbacks.Callback):
+        def change(self, *args, logs=None):
+            with pytest.raises(ValueError, match=rf"`{loop}\(\)` runs") as error:
+                CHANGES[name](inner)
+            errors.append(error)
+
+        on_epoch_end = on_predict_batch_end = change
+
+    if loop == "fit":
+        fit(outer, epochs=2, callbacks=[Change()])
+    else:
+        outer.predict(x(), callbacks=[Change()], verbose=0)
+    assert errors
+    assert [type(layer) for layer in inner.layers] == classes
+    assert outer.optimizer is optimizer
+    CHANGES[name](inner)
+
+
+def test_a_failure_while_compiling_again_leaves_all_as_it_was(monkeypatch):
+    model = network()
+    model.compile(keras.optimizers.Adam(), "mse", jit_compile=False)
+    fit(model)
+    before = [(type(layer), layer.trainable) for layer in model._flatten_layers()]
+    weights, names = model.get_weights(), [w.path for w in model.weights]
+    optimizer, function = model.optimizer, model.train_function
+
+    def fail(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(keras_lora.models.keras_files, "compile_again", fail)
+    with pytest.raises(MemoryError):
+        keras_lora.apply_lora(model, rank=2)
+    assert before == [(type(z), z.trainable) for z in model._flatten_layers()]
+    assert names == [w.path for w in model.weights]
+    for one, other in zip(weights, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert model.optimizer is optimizer
+    assert model.train_function is function
+    fit(model)
