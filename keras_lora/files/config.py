@@ -3,16 +3,20 @@
 import collections
 import warnings
 
-from keras_lora.files.slices import without_slice
+from keras_lora.files.patterns import Budget
+from keras_lora.files.patterns import parse
+from keras_lora.files.targeting import pattern
 from keras_lora.layers.settings import checked_alpha
 from keras_lora.layers.settings import checked_dropout
 from keras_lora.layers.settings import checked_rank
+from keras_lora.layers.settings import is_number
 from keras_lora.models.freezing import checked_bias
-from keras_lora.models.targets import compiled
 
 CONFIG = "adapter_config.json"
 # What decides how the tensors are read: it also stands in the tensors' metadata.
 SETTINGS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+# What a file says about itself, and a file of the same adapter says again.
+KEPT = ("task_type", "base_model_name_or_path")
 # What a reader may meet and need not obey. Another key that is set is named in a
 # warning; one that is null, false or empty asks for nothing.
 KNOWN = set(
@@ -62,13 +66,6 @@ def most_common(values):
     return collections.Counter(values).most_common(1)[0][0]
 
 
-def pattern(values, usual):
-    """Keys that mean one module each, in PEFT's reading of them."""
-    return {
-        f"^{m.replace('.', chr(92) + '.')}": v for m, v in values.items() if v != usual
-    }
-
-
 def checked_config(file):
     if not isinstance(file, dict):
         raise ValueError(f"{CONFIG} must hold a JSON object. Received: {file!r}.")
@@ -102,9 +99,20 @@ def checked_config(file):
             f"{CONFIG}: target_modules must be a list of names or an expression. "
             f"Received: {targets!r}."
         )
+    for key in KEPT:
+        if not isinstance(file.get(key), (str, type(None))):
+            raise ValueError(
+                f"{CONFIG}: {key} must be a name. Received: {file[key]!r}."
+            )
+    fan_in_fan_out = file.get("fan_in_fan_out") or False
+    if not isinstance(fan_in_fan_out, bool):
+        raise ValueError(
+            f"{CONFIG}: fan_in_fan_out must be a Boolean. Received: {fan_in_fan_out!r}."
+        )
+    budget = Budget()
     for key, check in (
         ("rank_pattern", checked_rank),
-        ("alpha_pattern", checked_alpha),
+        ("alpha_pattern", checked_file_alpha),
     ):
         values = file.get(key) or {}
         if not isinstance(values, dict):
@@ -112,15 +120,17 @@ def checked_config(file):
                 f"{CONFIG}: {key} must be an object. Received: {values!r}."
             )
         for rule, value in values.items():
-            compiled(rule, key)
+            parse(rule, budget)
             check(value)
     return {
         "r": checked_rank(file.get("r", 8)),
-        "lora_alpha": checked_alpha(file.get("lora_alpha", 8)),
+        "lora_alpha": checked_file_alpha(file.get("lora_alpha", 8)),
         "rank_pattern": file.get("rank_pattern") or {},
         "alpha_pattern": file.get("alpha_pattern") or {},
         "dropout": checked_dropout(file.get("lora_dropout", 0.0)),
         "use_rslora": rslora,
+        "fan_in_fan_out": fan_in_fan_out,
+        "target_modules": targets,
         "bias": bias,
         "modules_to_save": heads,
     }
@@ -136,14 +146,11 @@ def is_list_of(values, kind):
     return isinstance(values, list) and all(isinstance(v, kind) for v in values)
 
 
-def value_of(config, pattern_key, default_key, found):
-    """Module -> rank or alpha, as PEFT reads its patterns: the first key that fits."""
-    values = {}
-    for module in found:
-        fits = (
-            value
-            for key, value in config[pattern_key].items()
-            if compiled(rf"(.*\.)?({key})$", pattern_key).match(without_slice(module))
+def checked_file_alpha(alpha):
+    """JSON's numbers have no limits, the scaling here is a float32."""
+    if is_number(alpha) and not 1e-37 < alpha < 3e38:
+        raise ValueError(
+            f"{CONFIG}: lora_alpha must be a finite number > 0, in float32 too. "
+            f"Received: {alpha!r}."
         )
-        values[module] = next(fits, config[default_key])
-    return values
+    return checked_alpha(alpha)

@@ -4,11 +4,12 @@ from typing import NamedTuple
 
 from keras_lora.files.config import CONFIG
 from keras_lora.files.config import checked_config
-from keras_lora.files.config import value_of
 from keras_lora.files.folder import TENSORS
 from keras_lora.files.folder import assert_finite
 from keras_lora.files.slices import split
 from keras_lora.files.slices import without_slice
+from keras_lora.files.targeting import check_targets
+from keras_lora.files.targeting import value_of
 from keras_lora.layers.embedding import EMBEDDING
 from keras_lora.layers.lora_layer import LINEAR
 from keras_lora.layers.settings import alpha_at
@@ -43,8 +44,17 @@ def factors_of(adapter, modules) -> FileFactors:
             raise ValueError(
                 f"The adapter of {module!r} needs A and B; the file has {sorted(pair)}."
             )
+    check_targets(config["target_modules"], factors)
     ranks = value_of(config, "rank_pattern", "r", factors)
     alphas = value_of(config, "alpha_pattern", "lora_alpha", factors)
+    for module, pair in factors.items():
+        sizes = [value.size for value in pair.values() if value.ndim > 1]
+        if len(sizes) < 2 or ranks[module] > min(sizes):
+            shapes = [value.shape for value in pair.values()]
+            raise ValueError(
+                f"{module!r} has rank {ranks[module]} in {CONFIG} and factors of "
+                f"shapes {shapes}."
+            )
     for module, (rank, total) in shares.items():
         if ranks[module] != total:
             raise ValueError(

@@ -4,26 +4,26 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import math
 import os
-import stat
+import re
 from pathlib import Path
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from keras_lora.files.config import CONFIG
 from keras_lora.files.config import SETTINGS
 from keras_lora.files.config import checked_config
 from keras_lora.files.config import warn_of_unknown
+from keras_lora.files.pair import TENSORS
+from keras_lora.files.pair import parsed
+from keras_lora.files.pair import read_together
+from keras_lora.files.pair import replace_files
+from keras_lora.files.patterns import LONGEST
 from keras_lora.models.atomic import temporary_folder
-from keras_lora.models.atomic import write
 
-TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-# The peft_type of adapter_config.json while both files are being replaced.
-INTERRUPTED = "SAVE_INTERRUPTED"
+NAMED = re.compile(r"\.lora_(?:embedding_)?[AB]\.(?!weight$)(\w+)(\.weight)?$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,15 +68,7 @@ class Adapter:
         checked_config(config)
         warn_of_unknown(config)
         slices = checked_metadata(metadata, config, tensors)
-        floats = {}
-        for key, value in tensors.items():
-            if not key.startswith(PREFIX):
-                raise ValueError(f"The tensor {key!r} does not begin with {PREFIX!r}.")
-            if value.dtype.kind in "iubc":
-                raise ValueError(f"The tensor {key!r} is not of floats: {value.dtype}.")
-            value = value if value.dtype == "float64" else value.astype("float32")
-            floats[key.removeprefix(PREFIX)] = value
-        return cls(floats, config, slices)
+        return cls(checked_tensors(tensors), config, slices)
 
     def save(self, directory):
         """Writes the two files: the old adapter or the new one is there, whole.
@@ -121,91 +113,29 @@ class Adapter:
             raise
 
 
-def replace_files(directory, new, tensors, config, sha256):
-    """Puts both files in place, by way of `new`, a folder on the same disk."""
-    write(new / TENSORS, tensors)
-    write(new / CONFIG, config)
-    old = belonging_config(directory)
-    if old not in (None, config):
-        both = {"old": json.loads(old), "new": json.loads(config), "sha256": sha256}
-        both["peft_type"] = INTERRUPTED
-        write(new / "both", json.dumps(both).encode())
-        write(new / "old", old)
-        os.replace(new / "both", directory / CONFIG)
-    try:
-        os.replace(new / TENSORS, directory / TENSORS)
-    except OSError:
-        if (new / "old").exists():
-            os.replace(new / "old", directory / CONFIG)
-        raise
-    os.replace(new / CONFIG, directory / CONFIG)
-
-
-def belonging_config(directory):
-    """What adapter_config.json holds for the tensors there; None if it is no use."""
-    try:
-        config = read_config(directory)
-        if belonging(config, {}) is config:
-            return (directory / CONFIG).read_bytes()
-        _, metadata = read_tensors(directory / TENSORS)
-        return json.dumps(belonging(config, metadata)).encode()
-    except (OSError, ValueError):
-        return None
-
-
-def belonging(config, metadata):
-    """Of a save that was interrupted, the settings for the tensors that there are."""
-    if not isinstance(config, dict) or config.get("peft_type") != INTERRUPTED:
-        return config
-    written = config.get("sha256") == metadata.get("sha256")
-    return config.get("new" if written else "old")
-
-
-def read_together(directory):
-    """Both files as they were at one moment: a writer may be at work."""
-    for _ in range(9):
-        config = read_config(directory)
-        tensors, metadata = read_tensors(directory / TENSORS)
-        if read_config(directory) == config:
-            return belonging(config, metadata), tensors, metadata
-    raise OSError(f"{directory / CONFIG} changes all the time: it is being written.")
-
-
-def read_config(directory):
-    path = directory / CONFIG
-    assert_readable(path, limit=2**24)
-    try:
-        return parsed(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-
-
-def parsed(text):
-    try:
-        return json.loads(text)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-
-
-def assert_readable(path, limit=math.inf):
-    """Opening a pipe or a device may wait for ever, or read for ever."""
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        raise OSError(f"{path} is no file but a folder, a pipe or a device.")
-    if status.st_size > limit:
-        raise ValueError(f"{path} has {status.st_size} bytes; {limit} are read.")
-
-
-def read_tensors(path):
-    assert_readable(path)
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            return tensors, file.metadata() or {}
-    except OSError:
-        raise
-    except Exception as error:  # safetensors has its own, and NumPy's pass through
-        raise ValueError(f"{path} is damaged: {error}") from error
+def checked_tensors(tensors):
+    """Module and suffix -> float32 or float64."""
+    floats = {}
+    for key, value in tensors.items():
+        name = key.removeprefix(PREFIX)
+        if name == key or len(key) > LONGEST:
+            raise ValueError(
+                f"The tensor {key[:LONGEST]!r} does not begin with {PREFIX!r}, or has "
+                f"more than {LONGEST} characters."
+            )
+        if match := NAMED.search(name):
+            raise ValueError(
+                f"The tensor {key!r} carries the name of an adapter, {match[1]!r}: it "
+                "is of the whole model's state dict. Write the adapter with PEFT's "
+                "`model.save_pretrained(folder)`."
+            )
+        if ".original_module." in name:
+            continue  # what PEFT's bias="all" repeats of a head: it was not trained
+        name = name.replace(".modules_to_save.", ".")
+        value = value if value.dtype == "float64" else value.astype("float32")
+        if not np.array_equal(floats.setdefault(name, value), value, equal_nan=True):
+            raise ValueError(f"There are two tensors for {name!r}, which differ.")
+    return floats
 
 
 def digest(tensors, metadata):
@@ -227,14 +157,29 @@ def checked_metadata(metadata, config, tensors):
     found = digest(tensors, metadata)
     if metadata.get("sha256", found) != found:
         raise ValueError(f"{TENSORS} is damaged: its checksum does not fit.")
-    stored = json.loads(metadata["settings"])
+    stored, slices = (object_in(metadata, key) for key in ("settings", "slices"))
+    for ranks in slices.values():
+        if not isinstance(ranks, list) or not all(
+            type(rank) is int and rank >= 0 for rank in ranks
+        ):
+            raise ValueError(f"{TENSORS}: slices have ranks. Received: {ranks!r}.")
     for key in SETTINGS:
         if stored.get(key) != config.get(key):
             raise ValueError(
                 f"{CONFIG} and {TENSORS} do not belong together: {key} is "
                 f"{config.get(key)!r} and {stored.get(key)!r}."
             )
-    return json.loads(metadata.get("slices", "{}"))
+    return slices
+
+
+def object_in(metadata, key):
+    try:
+        value = parsed(metadata.get(key, "{}"))
+    except ValueError as error:
+        raise ValueError(f"{TENSORS} is damaged: {key}: {error}.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{TENSORS}: {key} must be an object. Received: {value!r}.")
+    return value
 
 
 def assert_finite(name, values):

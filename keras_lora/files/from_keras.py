@@ -1,14 +1,15 @@
 """Adapters that Keras's own `enable_lora` has trained, and KerasHub's files of them."""
 
 import math
+import os
 from pathlib import Path
 
-import h5py
 import numpy as np
 
 from keras_lora.files.config import settings
 from keras_lora.files.folder import Adapter
 from keras_lora.files.load import load_adapter
+from keras_lora.files.pair import assert_readable
 from keras_lora.keras_internals import flatten_layers
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.adapter import to_numpy
@@ -39,12 +40,17 @@ def load_keras_lora(model, source) -> Report:
             then as before.
         OSError: If the file cannot be read.
     """
+    paths = {id(layer): path for path, layer in layer_paths(model).items()}
     if isinstance(source, (str, Path)):
-        found = factors_of_file(model, source)
+        found = read_factors(model, source)
+    elif not isinstance(source, keras.layers.Layer):
+        raise ValueError(
+            "`source` must be a .lora.h5 file or a Keras model. Received: "
+            f"{type(source).__name__}."
+        )
     else:
         found = factors_of_model(model, source)
     tensors, ranks, alphas = {}, {}, {}
-    paths = {id(layer): path for path, layer in layer_paths(model).items()}
     for layer, a, b, scaling in found:
         module = paths[id(layer)].replace("/", ".")
         suffixes = kind_of(type(layer)).file_suffixes
@@ -52,6 +58,15 @@ def load_keras_lora(model, source) -> Report:
         tensors[module + suffixes[0]], tensors[module + suffixes[1]] = a, b
         ranks[module], alphas[module] = len(a), scaling * len(a)
     return load_adapter(model, Adapter(tensors, settings(ranks, alphas, False)))
+
+
+def read_factors(model, path):
+    try:
+        return factors_of_file(model, path)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # of a damaged file h5py has many
+        raise ValueError(f"{path} is damaged: {error!r}") from error
 
 
 def factors_of_file(model, path):
@@ -64,21 +79,59 @@ def factors_of_file(model, path):
         and layer.weights
         and not isinstance(layer, LowRankAdapter)
     ]
+    assert_readable(path)
+    try:
+        import h5py
+    except ImportError as error:
+        raise ValueError(
+            f"{path} is a file of HDF5: install h5py to read it, or load KerasHub's "
+            "model with it and give that model."
+        ) from error
     found = []
     with h5py.File(path, "r") as file:
-        for index in file.get("lora", ()):
+        lora = member(file, "lora", h5py.Group) if "lora" in file else {}
+        for index in lora:
             if index == "vars":
                 continue
-            if not index.isdigit() or int(index) >= len(layers):
+            if not index.isdecimal() or int(index) >= len(layers):
                 raise ValueError(f"{path} has a layer {index!r}, the model has not.")
-            group = file[f"lora/{index}"].get("vars", {})
+            group = member(lora, index, h5py.Group)
+            group = member(group, "vars", h5py.Group) if "vars" in group else {}
             if not {"lora_kernel_a", "lora_kernel_b"} <= group.keys():
                 raise ValueError(f"{path} has no factors for its layer {index!r}.")
-            a, b = group["lora_kernel_a"][()], group["lora_kernel_b"][()]
-            found.append((layers[int(index)], a, b, 1.0))
+            factors = [
+                values_of(member(group, f"lora_kernel_{x}", h5py.Dataset), path)
+                for x in "ab"
+            ]
+            found.append((layers[int(index)], *factors, 1.0))
     if not found:
         raise ValueError(f"{path} is no .lora.h5 file: it has no factors.")
     return found
+
+
+def member(group, name, kind):
+    """What the file itself holds there: h5py follows links into any other file."""
+    link = type(group.get(name, getlink=True)).__name__
+    if link != "HardLink" or not isinstance(group[name], kind):
+        raise ValueError(
+            f"{group.file.filename} has for {group.name}/{name} no {kind.__name__} of "
+            "its own."
+        )
+    return group[name]
+
+
+def values_of(dataset, path):
+    """The values that stand in the file itself, as Keras writes them."""
+    if dataset.dtype.kind != "f" or dataset.shape is None or len(dataset.shape) < 2:
+        raise ValueError(f"{path}: {dataset.name} is no matrix of floats.")
+    # In pieces, they could be filled in or unpacked to any size.
+    elsewhere = dataset.external or dataset.is_virtual or dataset.chunks
+    if elsewhere or dataset.nbytes > os.path.getsize(path):
+        raise ValueError(
+            f"{path}: the values of {dataset.name} are not in the file, or are packed. "
+            "KerasHub writes them plainly: write the file again with it."
+        )
+    return dataset[()]
 
 
 def factors_of_model(model, source):

@@ -1,16 +1,18 @@
 """Adapters of microsoft/LoRA: what `loralib.lora_state_dict` gives."""
 
+import zipfile
 from collections.abc import Callable
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import safetensors.numpy
 
 from keras_lora.files.config import settings
 from keras_lora.files.folder import Adapter
 from keras_lora.files.load import load_adapter
 from keras_lora.files.names import module_names
+from keras_lora.files.pair import assert_readable
+from keras_lora.files.pair import read_tensors
 from keras_lora.layers.kinds import kind_of
 from keras_lora.layers.settings import checked_alpha
 from keras_lora.layers.settings import checked_rank
@@ -63,8 +65,13 @@ def load_loralib(
     rank, alpha = checked_rank(rank), checked_alpha(alpha)
     if isinstance(state_dict, (str, Path)):
         state_dict = read_state_dict(Path(state_dict))
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(
+            "`state_dict` must be what `loralib.lora_state_dict(model)` returns, or a "
+            f"file of it. Received: {type(state_dict).__name__}."
+        )
     modules = module_names(layer_paths(model), names)
-    arrays = {key: as_array(value) for key, value in state_dict.items()}
+    arrays = {key: as_array(key, value) for key, value in state_dict.items()}
     tensors, ranks = {}, {}
     for key in [key for key in arrays if key.endswith(".lora_A")]:
         module = key.removesuffix(".lora_A")
@@ -74,6 +81,10 @@ def load_loralib(
         if b_key not in arrays:
             raise ValueError(f"The state dict has no {b_key!r}.")
         a, b = arrays.pop(key), arrays.pop(b_key)
+        if a.ndim < 2 or b.ndim < 2:
+            raise ValueError(
+                f"The factors of {module!r} have shapes {a.shape} and {b.shape}."
+            )
         mask = enable_lora.get(module) if isinstance(enable_lora, dict) else enable_lora
         kind = kind_of(type(layer))
         a, b = kind.read_loralib(layer, a, b, rank, mask, module)
@@ -102,10 +113,8 @@ def load_loralib(
 
 def read_state_dict(path):
     if path.suffix == ".safetensors":
-        try:
-            return safetensors.numpy.load_file(path)
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
+        return read_tensors(path)[0]
+    assert_readable(path)
     try:
         import torch
     except ImportError as error:
@@ -113,21 +122,40 @@ def read_state_dict(path):
             f"{path} is a file of torch, which is not installed. Save the state dict "
             "as .safetensors instead."
         ) from error
+    size = path.stat().st_size
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:
+                if sum(part.file_size for part in file.infolist()) > size:
+                    raise ValueError("it is compressed, which torch.save does not do")
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, Mapping):
+            raise ValueError(f"but a {type(state).__name__}")
+        tensors = [value for value in state.values() if hasattr(value, "numel")]
+        if sum(value.numel() * value.element_size() for value in tensors) > size:
+            raise ValueError("it describes more values than it holds")
     except OSError:
         raise
     except Exception as error:  # of many kinds: zip, pickle, end of file
         raise ValueError(f"{path} holds no state dict: {error}") from error
-    if not isinstance(state, Mapping):
-        raise ValueError(f"{path} holds no state dict but a {type(state).__name__}.")
     return state
 
 
-def as_array(value):
+def as_array(key, value):
     """A torch tensor or an array, as float32 or float64."""
-    if hasattr(value, "detach"):
-        value = value.detach().cpu()
-        value = value.double() if "64" in str(value.dtype) else value.float()
-        value = value.numpy()
-    return np.array(value)
+    try:
+        if hasattr(value, "detach"):
+            value = value.detach().cpu()
+            if not value.is_floating_point():
+                raise TypeError(f"it is of {value.dtype}")
+            value = value if "float64" in str(value.dtype) else value.float()
+            value = value.numpy()
+        value = np.array(value)
+        if not isinstance(key, str) or value.dtype.kind not in "fV":
+            raise TypeError(f"it is of {value.dtype}")
+        return value if value.dtype == "float64" else value.astype("float32")
+    except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(
+            f"The state dict must have names and dense tensors of floats. {key!r} is "
+            f"none: {error}."
+        ) from error

@@ -4,14 +4,15 @@ import collections
 import dataclasses
 import difflib
 import itertools
+import math
 from collections.abc import Callable
 from collections.abc import Mapping
 
+import ml_dtypes
 import numpy as np
 
 from keras_lora.files.contents import factors_of
 from keras_lora.files.folder import Adapter
-from keras_lora.files.names import keeps_inputs_first
 from keras_lora.files.names import module_names
 from keras_lora.files.slices import fused_modules
 from keras_lora.files.slices import outputs_axis
@@ -139,6 +140,7 @@ class Contents:
 def contents(adapter, modules, names) -> Contents:
     factors, others, ranks, alphas, config = factors_of(adapter, modules)
     refuse_unknown_modules(factors, modules)
+    refuse_ranks_without_values(factors, ranks, modules)
     file = Contents(
         modules=modules,
         factors=factors,
@@ -149,7 +151,7 @@ def contents(adapter, modules, names) -> Contents:
         bias=config["bias"],
         dropout=config["dropout"],
         use_rslora=config["use_rslora"],
-        inputs_first=keeps_inputs_first(names),
+        inputs_first=config["fan_in_fan_out"],
     )
     split_others(file)
     return file
@@ -162,11 +164,14 @@ def heads_of(names, modules, others):
         slices[without_slice(module)].append(module)
     for name in names:
         meant = [m for m in slices if m == name or m.endswith(f".{name}")]
-        if not meant:
-            raise ValueError(f"modules_to_save names {name!r}, which is no layer.")
         stored = [m for m in meant if any(key.startswith(f"{m}.") for key in others)]
-        for module in stored or meant:
+        for module in stored:
             heads |= {part: modules[part] for part in slices[module]}
+    if names and not heads:  # PEFT names those of other models too, its "score"
+        raise ValueError(
+            f"modules_to_save names {', '.join(map(repr, names))}, which is no layer "
+            "that the file has tensors for."
+        )
     return heads
 
 
@@ -210,6 +215,20 @@ def refuse_unknown_modules(factors, modules):
                 f"The file has an adapter for {module!r}, which the model has not"
                 f"{' in a form that can be adapted' if layer is not None else ''}. "
                 f"Close are: {close}. `names` can map paths to modules."
+            )
+
+
+def refuse_ranks_without_values(factors, ranks, modules):
+    """So that an adapter made for the file is no larger than the file."""
+    for module, (a, b) in ((m, pair.values()) for m, pair in factors.items()):
+        layer = modules[module]
+        if is_adapted(layer):
+            continue
+        kernel = getattr(layer, lora_class_of(type(layer)).kernel_name)
+        if a.size * b.size < ranks[module] ** 2 * math.prod(kernel.shape):
+            raise ValueError(
+                f"The factors of {module!r} have shapes {a.shape} and {b.shape}; they "
+                f"do not make rank {ranks[module]} for a kernel of {kernel.shape}."
             )
 
 
@@ -258,4 +277,11 @@ def checked_values(file):
         layer, variable = index[key]
         value = weight_from_tensor(layer, variable, value, key, file.inputs_first)
         values.append((variable, value))
+    for variable, value in values:
+        limit = float(ml_dtypes.finfo(variable.dtype).max)
+        if np.max(np.abs(value), initial=0) > limit:
+            raise ValueError(
+                f"A value for {variable.path!r} is finite in the file and infinite in "
+                f"{variable.dtype}: it is above {limit:.3g}."
+            )
     return values

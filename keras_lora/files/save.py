@@ -60,9 +60,9 @@ def adapter_of(model, names=None, trained=None) -> Adapter:
     trained: (module, variable) that go along with the factors; by default those
     that train beside them, or did.
     """
+    modules = module_names(layer_paths(model), names)
     synchronize(model)
     built_lora_layers(model)
-    modules = module_names(layer_paths(model), names)
     inputs_first = keeps_inputs_first(names)
     adapters = {module: layer for module, layer in modules.items() if is_adapted(layer)}
     tensors = {}

@@ -23,6 +23,11 @@ def layer_paths(model) -> dict:
     those of its layers, as many in KerasHub do once they have one, that is left out.
     Equal parts are numbered in order.
     """
+    if not isinstance(model, keras.layers.Layer):
+        raise ValueError(
+            "`model` must be a Keras model or layer. Received: "
+            f"{type(model).__name__}, {str(model)[:99]!r}."
+        )
     paths, seen = {}, {id(model)}
 
     def walk(parent, prefix, owners):

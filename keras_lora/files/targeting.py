@@ -1,0 +1,79 @@
+"""Which modules the settings of a file mean, as PEFT reads them."""
+
+import re
+import warnings
+
+from keras_lora.files.patterns import Budget
+from keras_lora.files.patterns import Name
+from keras_lora.files.patterns import parse
+from keras_lora.files.slices import without_slice
+
+EXACT = re.compile(r"\^((?:\\\W|[^\\^$.|?*+(){}\[\]])+)")
+
+
+def pattern(values, usual):
+    """Keys that mean one module each: module -> value where it is not the usual one."""
+    return {f"^{re.escape(m)}": value for m, value in values.items() if value != usual}
+
+
+def value_of(config, pattern_key, default_key, found):
+    """Module -> rank or alpha: the first key that fits the end of its name."""
+    budget, names, expressions = Budget(), {}, []
+    for place, key in enumerate(config[pattern_key]):
+        if match := EXACT.fullmatch(key):  # as `pattern` writes them
+            name = re.sub(r"\\(\W)", r"\1", match[1])
+            names.setdefault(name, (place, key))
+        else:
+            expressions.append((place, key, parse(key, budget)))
+    values, used = {}, set()
+    for module in found:
+        name = Name(without_slice(module), budget)
+        place, first = names.get(name.text, (len(config[pattern_key]), None))
+        for other_place, key, expression in expressions:
+            if other_place > place:
+                break
+            if name.is_matched_by(expression, part=True):
+                first = key
+                break
+        used.add(first)
+        values[module] = config[default_key if first is None else pattern_key]
+        if first is not None:
+            values[module] = values[module][first]
+    warn_of_unmatched(pattern_key, [k for k in config[pattern_key] if k not in used])
+    return values
+
+
+def check_targets(targets, found):
+    """`target_modules` must mean modules of the tensors."""
+    budget = Budget()
+    modules = [without_slice(module) for module in found]
+    if isinstance(targets, str):
+        expression = parse(targets, budget)
+        names = (Name(module, budget) for module in modules)
+        fits = targets == "all-linear" or any(
+            n.is_matched_by(expression) for n in names
+        )
+        unmatched = [] if fits else [targets]
+    else:
+        ends = {
+            module[place:]
+            for module in modules
+            for place in [0, *(dot.end() for dot in re.finditer(r"\.", module))]
+        }
+        unmatched = [target for target in targets if target not in ends]
+        fits = len(unmatched) < len(targets)
+    if not fits:
+        raise ValueError(
+            f"target_modules means {unmatched[:5]}, and none of the modules that there "
+            f"are tensors for: {modules[:5]}."
+        )
+    warn_of_unmatched("target_modules", unmatched)
+
+
+def warn_of_unmatched(key, unmatched):
+    if unmatched:
+        warnings.warn(
+            f"{key} has {', '.join(map(repr, unmatched[:5]))}, which means no module "
+            "that there are tensors for.",
+            stacklevel=6,
+        )
