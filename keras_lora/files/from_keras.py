@@ -4,6 +4,7 @@ import math
 import os
 from pathlib import Path
 
+import keras
 import numpy as np
 
 from keras_lora.files.config import settings
