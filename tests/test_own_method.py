@@ -37,6 +37,10 @@ class OutputScale(LowRankAdapter):
         outputs = host.frozen_linear(inputs)
         return outputs * ops.cast(host.form.over_outputs(self.values()), outputs.dtype)
 
+    @classmethod
+    def suffixes_for(cls, suffixes):
+        return cls.more_suffixes
+
     def to_file(self, suffixes):
         return {".output_scale": to_numpy(self.scale)}
 

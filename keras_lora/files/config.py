@@ -6,6 +6,7 @@ import warnings
 from keras_lora.files.patterns import Budget
 from keras_lora.files.patterns import parse
 from keras_lora.files.targeting import pattern
+from keras_lora.layers.adapter import METHODS
 from keras_lora.layers.settings import checked_alpha
 from keras_lora.layers.settings import checked_dropout
 from keras_lora.layers.settings import checked_rank
@@ -15,6 +16,14 @@ from keras_lora.models.freezing import checked_bias
 CONFIG = "adapter_config.json"
 # What decides how the tensors are read: it also stands in the tensors' metadata.
 SETTINGS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+
+
+def stated(config) -> dict:
+    """The settings that the tensors mean nothing without, another method's too."""
+    methods = [word for word in METHODS if word and config.get(word)]
+    return {key: config.get(key) for key in (*SETTINGS, *methods)}
+
+
 # What a file says about itself, and a file of the same adapter says again.
 KEPT = ("task_type", "base_model_name_or_path")
 # What a reader may meet and need not obey. Another key that is set is named in a
@@ -74,7 +83,7 @@ def checked_config(file):
             f"{CONFIG} must have peft_type 'LORA'. Received: {file.get('peft_type')!r}."
         )
     for key in REFUSED:
-        if file.get(key):
+        if file.get(key) and key not in METHODS:
             raise ValueError(f"{CONFIG} has {key}={file[key]!r}, which is not read.")
     start = file.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower().startswith(
@@ -133,11 +142,12 @@ def checked_config(file):
         "target_modules": targets,
         "bias": bias,
         "modules_to_save": heads,
+        "method": {word: True for word in METHODS if word and file.get(word)},
     }
 
 
 def warn_of_unknown(file):
-    unknown = sorted(key for key in set(file) - KNOWN if file[key])
+    unknown = sorted(key for key in file.keys() - KNOWN - METHODS.keys() if file[key])
     if unknown:
         warnings.warn(f"{CONFIG}: ignored {', '.join(unknown)}.", stacklevel=5)
 

@@ -10,6 +10,7 @@ from keras_lora.files.slices import split
 from keras_lora.files.slices import without_slice
 from keras_lora.files.targeting import check_targets
 from keras_lora.files.targeting import value_of
+from keras_lora.layers.adapter import METHODS
 from keras_lora.layers.embedding import EMBEDDING
 from keras_lora.layers.lora_layer import LINEAR
 from keras_lora.layers.settings import alpha_at
@@ -31,8 +32,10 @@ def factors_of(adapter, modules) -> FileFactors:
         assert_finite(key, value)
     shares = split(tensors, modules, adapter.slices)
     factors, others = {}, {}
+    method = METHODS[next(iter(config["method"]), None)]
+    known = (*LINEAR, *EMBEDDING, *method.more_suffixes)
     for name, value in tensors.items():
-        suffix = next((s for s in LINEAR + EMBEDDING if name.endswith(s)), None)
+        suffix = next((s for s in known if name.endswith(s)), None)
         if suffix is None:
             others[name] = value
         else:
@@ -40,16 +43,18 @@ def factors_of(adapter, modules) -> FileFactors:
     if not factors:
         raise ValueError(f"{TENSORS} holds no factors of an adapter.")
     for module, pair in factors.items():
-        if suffixes_of(pair) not in (LINEAR, EMBEDDING):
+        expected = [set(method.suffixes_for(kind)) for kind in (LINEAR, EMBEDDING)]
+        if set(pair) not in expected:
             raise ValueError(
-                f"The adapter of {module!r} needs A and B; the file has {sorted(pair)}."
+                f"The adapter of {module!r} needs A and B, as {sorted(expected[0])}; "
+                f"the file has {sorted(pair)}."
             )
     check_targets(config["target_modules"], factors)
     ranks = value_of(config, "rank_pattern", "r", factors)
     alphas = value_of(config, "alpha_pattern", "lora_alpha", factors)
     for module, pair in factors.items():
-        sizes = [value.size for value in pair.values() if value.ndim > 1]
-        if len(sizes) < 2 or ranks[module] > min(sizes):
+        low_rank = [pair[suffix] for suffix in LINEAR + EMBEDDING if suffix in pair]
+        if any(x.ndim < 2 or ranks[module] > x.size for x in low_rank):
             shapes = [value.shape for value in pair.values()]
             raise ValueError(
                 f"{module!r} has rank {ranks[module]} in {CONFIG} and factors of "

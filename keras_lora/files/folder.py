@@ -12,8 +12,8 @@ import numpy as np
 import safetensors.numpy
 
 from keras_lora.files.config import CONFIG
-from keras_lora.files.config import SETTINGS
 from keras_lora.files.config import checked_config
+from keras_lora.files.config import stated
 from keras_lora.files.config import warn_of_unknown
 from keras_lora.files.pair import TENSORS
 from keras_lora.files.pair import parsed
@@ -93,7 +93,7 @@ class Adapter:
         }
         metadata = {
             "format": "pt",
-            "settings": json.dumps({key: self.config.get(key) for key in SETTINGS}),
+            "settings": json.dumps(stated(self.config)),
         }
         if self.slices:
             metadata["slices"] = json.dumps(self.slices)
@@ -163,11 +163,12 @@ def checked_metadata(metadata, config, tensors):
             type(rank) is int and rank >= 0 for rank in ranks
         ):
             raise ValueError(f"{TENSORS}: slices have ranks. Received: {ranks!r}.")
-    for key in SETTINGS:
-        if stored.get(key) != config.get(key):
+    said = stated(config)
+    for key in stored | said:
+        if stored.get(key) != said.get(key):
             raise ValueError(
                 f"{CONFIG} and {TENSORS} do not belong together: {key} is "
-                f"{config.get(key)!r} and {stored.get(key)!r}."
+                f"{said.get(key)!r} and {stored.get(key)!r}."
             )
     return slices
 

@@ -21,6 +21,7 @@ from keras_lora.files.slices import without_slice
 from keras_lora.files.tensors import file_rank
 from keras_lora.files.tensors import from_tensors
 from keras_lora.files.tensors import own_alpha
+from keras_lora.files.tensors import suffixes
 from keras_lora.files.tensors import torch_name
 from keras_lora.files.tensors import weight_from_tensor
 from keras_lora.keras_internals import compile_again
@@ -129,6 +130,7 @@ class Contents:
     bias: str
     dropout: float
     use_rslora: bool
+    method: dict  # the keyword of another method than LoRA
     inputs_first: bool
 
     @property
@@ -151,6 +153,7 @@ def contents(adapter, modules, names) -> Contents:
         bias=config["bias"],
         dropout=config["dropout"],
         use_rslora=config["use_rslora"],
+        method=config["method"],
         inputs_first=config["fan_in_fan_out"],
     )
     split_others(file)
@@ -181,6 +184,7 @@ def new_adapter(file, module):
         "alpha": file.alphas[module],
         "dropout": file.dropout,
         "use_rslora": file.use_rslora,
+        **file.method,
     }
 
 
@@ -220,10 +224,11 @@ def refuse_unknown_modules(factors, modules):
 
 def refuse_ranks_without_values(factors, ranks, modules):
     """So that an adapter made for the file is no larger than the file."""
-    for module, (a, b) in ((m, pair.values()) for m, pair in factors.items()):
+    for module, pair in factors.items():
         layer = modules[module]
-        if is_adapted(layer):
+        if is_adapted(layer) or not pair.keys() >= set(suffixes(layer)):
             continue
+        a, b = (pair[suffix] for suffix in suffixes(layer))
         kernel = getattr(layer, lora_class_of(type(layer)).kernel_name)
         if a.size * b.size < ranks[module] ** 2 * math.prod(kernel.shape):
             raise ValueError(

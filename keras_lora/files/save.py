@@ -86,7 +86,7 @@ def adapter_of(model, names=None, trained=None) -> Adapter:
         tensors[f"{module}{infix}.{name}"] = value
     names_of = collections.defaultdict(list)
     for module, variable in trained:
-        names_of[module].append(torch_name(variable))
+        names_of[module].append(torch_name(modules[module], variable))
     biases = {without_slice(m) for m, found in names_of.items() if found == ["bias"]}
     bias = "all" if biases - ranks.keys() else "lora_only"
     config = settings(
@@ -99,8 +99,20 @@ def adapter_of(model, names=None, trained=None) -> Adapter:
             {module for module, _ in others} - ranks.keys() - biases
         ),
         fan_in_fan_out=inputs_first,
+        **method_of(adapters),
     )
     return Adapter(tensors, config, layout)
+
+
+def method_of(adapters) -> dict:
+    """The keyword of another method than LoRA, which a file has for all or none."""
+    words = {layer.lora.keyword for layer in adapters.values()}
+    if len(words) > 1:
+        raise ValueError(
+            f"The model has adapters of several methods, {sorted(map(str, words))}; a "
+            "file says one for all of them. Merge or remove those of one method."
+        )
+    return {word: True for word in words if word}
 
 
 def trained_beside(modules, adapters):
@@ -110,7 +122,7 @@ def trained_beside(modules, adapters):
         if isinstance(layer, LowRankAdapter):
             continue
         found = beside(layer)
-        if module not in adapters and {torch_name(v) for v in found} - {"bias"}:
+        if module not in adapters and {torch_name(layer, v) for v in found} - {"bias"}:
             known = set(map(id, found))
             found += [v for v in layer_state(layer)[1] if id(v) not in known]
         trained += [(module, variable) for variable in found]

@@ -239,6 +239,11 @@ class LowRankAdapter(keras.layers.Layer):
         }
         return options | ({self.keyword: True} if self.keyword else {})
 
+    @classmethod
+    def suffixes_for(cls, suffixes) -> tuple:
+        """All that a file has for an adapter; suffixes: its host's for A and B."""
+        return (*suffixes, *cls.more_suffixes)
+
     def to_file(self, suffixes) -> dict:
         """Suffix -> array, as a file has the factors; suffixes: the host's for A, B."""
         arrays = self.form.to_file(to_numpy(self.a), to_numpy(self.b))
