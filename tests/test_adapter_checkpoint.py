@@ -56,6 +56,62 @@ def test_writes_the_adapter_of_the_epoch(options, epoch, tmp_path):
     assert all(np.abs(outputs - expected).max() > 1e-4 for outputs in others)
 
 
+class Instead(keras.callbacks.Callback):
+    """Values of a metric, whatever it was."""
+
+    def __init__(self, name, values):
+        super().__init__()
+        self.name, self.values = name, values
+
+    def on_epoch_end(self, epoch, logs=None):
+        logs[self.name] = self.values[epoch]
+
+
+METRICS = [
+    keras.metrics.R2Score(name="fit"),
+    keras.metrics.CosineSimilarity(name="angle"),
+    keras.metrics.F1Score(name="f1"),
+    keras.metrics.MeanAbsoluteError(name="precision_lost"),
+]
+
+
+@pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)
+@pytest.mark.parametrize("values", [[0.5, 0.9, 0.2], [0.5, 0.2, 0.9]])
+def test_auto_is_what_keras_takes_it_for(metric, values, tmp_path, monkeypatch):
+    """Its EarlyStopping goes back to the epoch that it takes for the best."""
+    model, _ = adapt(sequential)
+    model.compile("sgd", "mse", metrics=[metric])
+    written = []
+    monkeypatch.setattr(
+        "keras_lora.files.checkpoint.save_adapter", lambda *a, **k: written.append(a)
+    )
+    checkpoint = keras_lora.AdapterCheckpoint(tmp_path, True, metric.name)
+    stop = keras.callbacks.EarlyStopping(metric.name, patience=9)
+    callbacks = [Instead(metric.name, values), checkpoint, stop]
+    for _ in range(2):  # what was best stays so in another fit
+        model.fit(x(), y(), epochs=3, verbose=0, callbacks=callbacks)
+    rises = stop.best == 0.9
+    assert checkpoint.best == stop.best
+    assert len(written) == 2
+    assert rises == (metric.name != "precision_lost")
+
+
+@pytest.mark.parametrize("mode", ["min", "max", "auto"])
+def test_what_is_no_number_is_never_best(mode, tmp_path):
+    model, _ = adapt(sequential)
+    compile_(model)
+    values = [float("nan"), 0.5, float("nan")]
+    remember = Remember()
+    checkpoint = keras_lora.AdapterCheckpoint(
+        tmp_path / "adapter", save_best_only=True, monitor="loss", mode=mode
+    )
+    callbacks = [Instead("loss", values), remember, checkpoint]
+    model.fit(x(), y(), epochs=3, verbose=0, callbacks=callbacks)
+    plain = same_base(model, sequential)
+    keras_lora.load_adapter(plain, tmp_path / "adapter")
+    np.testing.assert_allclose(predict(plain), remember.outputs[1], rtol=0, atol=1e-5)
+
+
 def test_bad_input(tmp_path):
     with pytest.raises(ValueError, match="mode='best'"):
         keras_lora.AdapterCheckpoint(tmp_path, mode="best")

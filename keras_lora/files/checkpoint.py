@@ -1,5 +1,7 @@
 """A callback that writes the adapter alone."""
 
+import math
+
 import keras
 
 from keras_lora.files.save import save_adapter
@@ -10,9 +12,11 @@ class AdapterCheckpoint(keras.callbacks.Callback):
 
     Args:
         directory: Folder for the adapter; each write replaces the last.
-        save_best_only: Boolean, write only when the monitored value is the best.
+        save_best_only: Boolean, write only when the monitored value is the best;
+            one that is not a number never is.
         monitor: Name of the value in the logs.
-        mode: "min", "max", or "auto": max for accuracies and areas, else min.
+        mode: "min", "max", or "auto": as the compiled metric of that name says; for
+            a value that is none, max for accuracies and areas, else min.
         names: As in `save_adapter`.
 
     Raises:
@@ -37,15 +41,13 @@ class AdapterCheckpoint(keras.callbacks.Callback):
             raise ValueError(
                 f"`mode` must be 'auto', 'min' or 'max'. Received: mode={mode!r}."
             )
-        if mode == "auto":
-            rising = any(word in monitor for word in ("acc", "auc", "precision"))
-            mode = "max" if rising or "recall" in monitor else "min"
         self.directory = directory
         self.save_best_only = save_best_only
         self.monitor = monitor
-        self.sign = 1 if mode == "max" else -1
+        self.mode = mode
         self.best = None
         self.names = names
+        self._watch = None
 
     def on_epoch_end(self, epoch, logs=None):
         if self.save_best_only:
@@ -54,8 +56,29 @@ class AdapterCheckpoint(keras.callbacks.Callback):
                     f"`monitor` {self.monitor!r} is not in the logs, which have "
                     f"{sorted(logs or {})}."
                 )
-            value = self.sign * logs[self.monitor]
-            if self.best is not None and not value > self.best:
+            if math.isnan(logs[self.monitor]) or not self._is_best(logs):
                 return
-            self.best = value
         save_adapter(self.model, self.directory, names=self.names)
+
+    def _is_best(self, logs):
+        """Keras's own callbacks know from the compiled metrics which way is up."""
+        if self._watch is None:
+            self._watch = self._watcher(self.mode)
+        try:
+            self._watch.on_epoch_end(0, logs)
+        except ValueError:  # no metric of the model: its name has to tell
+            self._watch = self._watcher("max" if is_rising(self.monitor) else "min")
+            self._watch.on_epoch_end(0, logs)
+        before, self.best = self.best, self._watch.best
+        return self.best != before
+
+    def _watcher(self, mode):
+        watcher = keras.callbacks.EarlyStopping(self.monitor, 0, math.inf, mode=mode)
+        watcher.set_model(self.model)
+        watcher.on_train_begin()
+        return watcher
+
+
+def is_rising(monitor):
+    words = ("acc", "auc", "precision", "recall")
+    return any(word in monitor for word in words)
