@@ -50,7 +50,7 @@ class OutputScale(LowRankAdapter):
 
 NAMES = ["dense-relu", "embedding-two-axes", "einsum-dense-query"]
 NAMES += ["einsum-dense-output", "einsum-dense-ellipsis", "einsum-dense-batch-axis"]
-NAMES += ["conv1d-causal", "conv2d-groups", "conv3d-plain", "merged-dense-all"]
+NAMES += ["conv1d-causal", "conv2d-groups", "conv3d-plain"]
 over_cases = pytest.mark.parametrize(
     "case", [case for case in CASES if case.name in NAMES], ids=lambda case: case.name
 )

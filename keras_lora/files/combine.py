@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from keras_lora.files.config import KEPT
 from keras_lora.files.config import settings
 from keras_lora.files.contents import factors_of
 from keras_lora.files.contents import suffixes_of
@@ -89,6 +90,7 @@ def combine_adapters(
                 )
             tensors[key] = value
     bias = max((file.config["bias"] for file in files), key=BIASES.index)
+    said = {key: {x.config.get(key) for x in adapters} for key in KEPT}
     config = settings(
         ranks,
         alphas,
@@ -97,6 +99,7 @@ def combine_adapters(
         bias=None if bias == "none" else bias,
         modules_to_save=sorted({m for f in files for m in f.config["modules_to_save"]}),
         fan_in_fan_out=any(x.config.get("fan_in_fan_out") for x in adapters),
+        **{key: found.pop() for key, found in said.items() if len(found) == 1},
     )
     return Adapter(tensors, config, slices, errors)
 

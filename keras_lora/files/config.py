@@ -2,6 +2,7 @@
 
 import collections
 import warnings
+import weakref
 
 from keras_lora.files.patterns import Budget
 from keras_lora.files.patterns import parse
@@ -26,6 +27,7 @@ def stated(config) -> dict:
 
 # What a file says about itself, and a file of the same adapter says again.
 KEPT = ("task_type", "base_model_name_or_path")
+_said_of = weakref.WeakKeyDictionary()  # model -> the same of the file it has loaded
 # What a reader may meet and need not obey. Another key that is set is named in a
 # warning; one that is null, false or empty asks for nothing.
 KNOWN = set(
@@ -48,6 +50,19 @@ REFUSED = (
     "use_dora",
     "use_qalora",
 )
+
+
+def remember_file(model, config):
+    _said_of[model] = {key: config.get(key) for key in KEPT}
+
+
+def said_of(model, given):
+    """What a file of the model says about itself: as given, else as it was loaded."""
+    for key, value in given.items():
+        if not isinstance(value, (str, type(None))):
+            raise ValueError(f"`{key}` must be a name. Received: {key}={value!r}.")
+    loaded = _said_of.get(model, dict.fromkeys(KEPT))
+    return {key: given[key] or loaded[key] for key in KEPT}
 
 
 def settings(ranks, alphas, use_rslora, **others):

@@ -11,9 +11,11 @@ from collections.abc import Mapping
 import ml_dtypes
 import numpy as np
 
+from keras_lora.files.config import remember_file
 from keras_lora.files.contents import factors_of
 from keras_lora.files.folder import Adapter
 from keras_lora.files.names import module_names
+from keras_lora.files.names import refuse_tied_head
 from keras_lora.files.slices import fused_modules
 from keras_lora.files.slices import outputs_axis
 from keras_lora.files.slices import slices_of
@@ -24,6 +26,7 @@ from keras_lora.files.tensors import own_alpha
 from keras_lora.files.tensors import suffixes
 from keras_lora.files.tensors import torch_name
 from keras_lora.files.tensors import weight_from_tensor
+from keras_lora.files.tensors import weight_to_tensor
 from keras_lora.keras_internals import compile_again
 from keras_lora.keras_internals import layer_state
 from keras_lora.layers.adapter import LowRankAdapter
@@ -79,6 +82,7 @@ def load_adapter(
     adapter = directory if isinstance(directory, Adapter) else Adapter.read(directory)
     paths = layer_paths(model)
     file = contents(adapter, module_names(paths, names), names)
+    refuse_tied_head(model, names, file.adapted | file.heads)
     layers, notes = {"": model, **paths}, []
     if any(map(is_adapted, layers.values())):
         refuse_other_modules(file)
@@ -93,6 +97,7 @@ def load_adapter(
             values = checked_values(file)
             freeze_all_but_lora(model, file.bias, list(file.heads.values()))
             notes += change.keep()
+    remember_file(model, adapter.config)
     values += unread_base_values(layers, values)
     for variable, value in values:
         variable.assign(value)
@@ -280,7 +285,11 @@ def checked_values(file):
             close = difflib.get_close_matches(key, index, n=3)
             raise ValueError(f"Unexpected tensor {key!r}. Close are: {close}.")
         layer, variable = index[key]
-        value = weight_from_tensor(layer, variable, value, key, file.inputs_first)
+        # Beside transformers' Conv1D there may be a head that is a Linear.
+        linear = weight_to_tensor(layer, variable).shape
+        is_linear = value.shape == linear and linear != linear[::-1]
+        inputs_first = file.inputs_first and not is_linear
+        value = weight_from_tensor(layer, variable, value, key, inputs_first)
         values.append((variable, value))
     for variable, value in values:
         limit = float(ml_dtypes.finfo(variable.dtype).max)

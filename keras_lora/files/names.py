@@ -6,6 +6,10 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import keras
+
+from keras_lora.models.targets import output_layers
+
 
 class NameTable(NamedTuple):
     """The same architecture in KerasHub and in Hugging Face transformers.
@@ -148,6 +152,24 @@ def module_names(paths, names) -> dict:
             raise ValueError(f"`names` gives two layers the name {module!r}.")
         modules[module] = layer
     return modules
+
+
+def refuse_tied_head(model, names, layers):
+    """A tied embedding has another meaning where the names are another framework's.
+
+    There it changes where tokens are looked up; the head keeps the base's weights.
+
+    layers: module -> layer, those that an adapter changes.
+    """
+    heads = output_layers(model) if names is not None else ()
+    for module, layer in layers.items():
+        if isinstance(layer, keras.layers.Embedding) and id(layer) in heads:
+            raise ValueError(
+                f"The embedding {module!r} makes the model's outputs too. PEFT changes "
+                "it where tokens are looked up and leaves the head as it was, so no "
+                "file says the same to both. Leave the embedding out, take the "
+                "backbone alone, or leave out `names` for a file of keras_lora's own."
+            )
 
 
 def keeps_inputs_first(names) -> bool:

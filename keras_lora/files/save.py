@@ -7,10 +7,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from keras_lora.files.config import said_of
 from keras_lora.files.config import settings
 from keras_lora.files.folder import Adapter
 from keras_lora.files.names import keeps_inputs_first
 from keras_lora.files.names import module_names
+from keras_lora.files.names import refuse_tied_head
 from keras_lora.files.slices import fuse
 from keras_lora.files.slices import fused_modules
 from keras_lora.files.slices import outputs_axis
@@ -30,7 +32,13 @@ from keras_lora.models.paths import layer_paths
 from keras_lora.models.record import beside
 
 
-def save_adapter(model, directory, names: str | Mapping | Callable | None = None):
+def save_adapter(
+    model,
+    directory,
+    names: str | Mapping | Callable | None = None,
+    task_type: str | None = None,
+    base_model_name_or_path: str | None = None,
+):
     """Writes what training changed: A, B, trained biases and heads, and settings.
 
     Two files, adapter_config.json and adapter_model.safetensors, as PEFT writes
@@ -46,12 +54,21 @@ def save_adapter(model, directory, names: str | Mapping | Callable | None = None
             transformers counterpart. Layers that are one module there share a
             name: "qkv[0/3]" is the first third of its outputs. The default writes
             dots for slashes.
+        task_type: What PEFT is to make of the model, such as "SEQ_CLS" or
+            "CAUSAL_LM"; the default is that of the file that was loaded, if any.
+        base_model_name_or_path: Where PEFT finds the base model; likewise.
 
     Raises:
         ValueError: If the model holds no LoRA layer, a factor is not finite, or two
             layers get one name.
     """
-    adapter_of(model, names).save(directory)
+    given = {
+        "task_type": task_type,
+        "base_model_name_or_path": base_model_name_or_path,
+    }
+    adapter = adapter_of(model, names)
+    adapter.config.update(said_of(model, given))
+    adapter.save(directory)
 
 
 def adapter_of(model, names=None, trained=None) -> Adapter:
@@ -60,7 +77,8 @@ def adapter_of(model, names=None, trained=None) -> Adapter:
     trained: (module, variable) that go along with the factors; by default those
     that train beside them, or did.
     """
-    modules = module_names(layer_paths(model), names)
+    paths = layer_paths(model)
+    modules = module_names(paths, names)
     synchronize(model)
     built_lora_layers(model)
     inputs_first = keeps_inputs_first(names)
@@ -70,13 +88,17 @@ def adapter_of(model, names=None, trained=None) -> Adapter:
         tensors |= {module + suffix: x for suffix, x in to_tensors(layer).items()}
     if trained is None:
         trained = trained_beside(modules, adapters)
+    changed = {module: modules[module] for module in [*adapters, *dict(trained)]}
+    refuse_tied_head(model, names, changed)
     use_rslora = all(layer.lora.use_rslora for layer in adapters.values())
     ranks = {module: file_rank(layer) for module, layer in adapters.items()}
     alphas = {m: file_alpha(layer, use_rslora) for m, layer in adapters.items()}
     layout = fuse(tensors, ranks, alphas, use_rslora)
+    # What the table does not name, a head of one's own, is a Linear there.
+    unknown = {path.replace("/", ".") for path in paths} if inputs_first else ()
     others = {
         (module, torch_name(modules[module], variable)): weight_to_tensor(
-            modules[module], variable, inputs_first
+            modules[module], variable, inputs_first and module not in unknown
         )
         for module, variable in trained
     }
