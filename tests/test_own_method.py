@@ -10,7 +10,7 @@ from layer_cases import to_numpy
 
 import keras_lora
 from keras_lora.layers.adapter import LowRankAdapter
-from keras_lora.layers.adapter import register_method
+from keras_lora.layers.methods import register_method
 
 
 @register_method

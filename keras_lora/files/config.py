@@ -7,7 +7,7 @@ import weakref
 from keras_lora.files.patterns import Budget
 from keras_lora.files.patterns import parse
 from keras_lora.files.targeting import pattern
-from keras_lora.layers.adapter import METHODS
+from keras_lora.layers.methods import METHODS
 from keras_lora.layers.settings import checked_alpha
 from keras_lora.layers.settings import checked_dropout
 from keras_lora.layers.settings import checked_rank

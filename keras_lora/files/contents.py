@@ -10,10 +10,10 @@ from keras_lora.files.slices import split
 from keras_lora.files.slices import without_slice
 from keras_lora.files.targeting import check_targets
 from keras_lora.files.targeting import value_of
-from keras_lora.layers.adapter import METHODS
-from keras_lora.layers.embedding import EMBEDDING
-from keras_lora.layers.lora_layer import LINEAR
+from keras_lora.layers.methods import METHODS
 from keras_lora.layers.settings import alpha_at
+from keras_lora.layers.torch_layout import EMBEDDING
+from keras_lora.layers.torch_layout import LINEAR
 
 
 class FileFactors(NamedTuple):

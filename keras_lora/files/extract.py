@@ -11,11 +11,11 @@ from keras_lora.files.folder import Adapter
 from keras_lora.files.names import module_names
 from keras_lora.files.save import adapter_of
 from keras_lora.keras_internals import layer_state
-from keras_lora.layers.adapter import to_numpy
 from keras_lora.layers.kinds import form_of
 from keras_lora.layers.kinds import lora_class_of
 from keras_lora.layers.kinds import obstacle
 from keras_lora.layers.settings import checked_rank
+from keras_lora.layers.torch_layout import to_numpy
 from keras_lora.models.adapt import lora_layers
 from keras_lora.models.keras_files import adapted
 from keras_lora.models.paths import layer_paths

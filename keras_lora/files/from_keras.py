@@ -13,9 +13,9 @@ from keras_lora.files.load import load_adapter
 from keras_lora.files.pair import assert_readable
 from keras_lora.keras_internals import flatten_layers
 from keras_lora.layers.adapter import LowRankAdapter
-from keras_lora.layers.adapter import to_numpy
 from keras_lora.layers.kinds import form_of
 from keras_lora.layers.kinds import kind_of
+from keras_lora.layers.torch_layout import to_numpy
 from keras_lora.models.paths import layer_paths
 from keras_lora.models.report import Report
 

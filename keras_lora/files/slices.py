@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from keras_lora.layers.lora_layer import LINEAR
 from keras_lora.layers.settings import alpha_at
 from keras_lora.layers.settings import divisor
+from keras_lora.layers.torch_layout import LINEAR
 
 SLICE = re.compile(r"(.+)\[(\d+)/(\d+)\]")
 

@@ -13,10 +13,10 @@ convolution. Suffixes follow the module's name in a file.
 
 import numpy as np
 
-from keras_lora.layers.adapter import to_numpy
 from keras_lora.layers.kinds import kind_of
 from keras_lora.layers.settings import Settings
 from keras_lora.layers.settings import divisor
+from keras_lora.layers.torch_layout import to_numpy
 
 
 def suffixes(layer):

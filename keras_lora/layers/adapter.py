@@ -12,6 +12,7 @@ from keras_lora.layers.settings import Settings
 from keras_lora.layers.settings import checked_dropout
 from keras_lora.layers.small_kernel_training import linear_with_update
 from keras_lora.layers.small_kernel_training import merging_pays
+from keras_lora.layers.torch_layout import to_numpy
 
 
 @keras.saving.register_keras_serializable(package="keras_lora")
@@ -275,44 +276,7 @@ class FixedKernel:
         return host.apply_kernel(inputs, ops.stop_gradient(self.kernel))
 
 
-def to_numpy(value):
-    """A copy, of which half precision comes as float32."""
-    value = ops.convert_to_tensor(value)
-    if "float" in str(value.dtype) and "64" not in str(value.dtype):
-        value = ops.cast(value, "float32")
-    return np.array(ops.convert_to_numpy(value))
-
-
 def uniform(fan_in):
     """U(±1/sqrt(fan_in)), the starting values of A in LoRA's own code."""
     limit = 1 / math.sqrt(fan_in)
     return keras.initializers.RandomUniform(-limit, limit)
-
-
-METHODS = {None: LowRankAdapter}
-
-
-def register_method(adapter_class):
-    """Teaches all kinds another method, chosen by its `keyword`; a decorator."""
-    METHODS[adapter_class.keyword] = adapter_class
-    return adapter_class
-
-
-def take_method(keywords) -> dict:
-    """Takes the keyword that chooses a method out of a constructor's keywords."""
-    chosen = [word for word in METHODS if word and keywords.pop(word, False)]
-    if len(chosen) > 1:
-        raise ValueError(f"{' and '.join(chosen)} exclude each other.")
-    return dict.fromkeys(chosen, True)
-
-
-def make_adapter(options, dtype):
-    """The adapter that a host's options mean.
-
-    dtype: that of the host's variables.
-    """
-    options = dict(options)
-    method = METHODS[next(iter(take_method(options)), None)]
-    # float32 beside half-precision kernels too.
-    dtype = "float64" if dtype == "float64" else "float32"
-    return method(**options, dtype=dtype, name="lora")

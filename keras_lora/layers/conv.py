@@ -3,16 +3,14 @@
 import math
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_lora.layers.form import LowRankForm
-from keras_lora.layers.form import unchanged
 from keras_lora.layers.lora_layer import LoRALayer
-
-GROUPS_NOTE = (
-    " The convolution has groups: PEFT's form for it cannot be merged, and is not read."
-)
+from keras_lora.layers.loralib import checked_factorization
+from keras_lora.layers.loralib import loralib_convolution
+from keras_lora.layers.loralib import standard_convolution
+from keras_lora.layers.torch_layout import convolutions_in_file
 
 
 class LoRAConv(LoRALayer):
@@ -23,13 +21,7 @@ class LoRAConv(LoRALayer):
 
     def __init__(self, *args, factorization="standard", **kwargs):
         super().__init__(*args, **kwargs)
-        if factorization not in ("standard", "loralib"):
-            raise ValueError(
-                '`factorization` must be "standard" (a convolution to rank channels, '
-                'then 1x1) or "loralib" (the shapes of microsoft/LoRA). Received: '
-                f"factorization={factorization!r}."
-            )
-        self.factorization = factorization
+        self.factorization = checked_factorization(factorization)
 
     def linear(self, inputs, kernel):
         padding = self.padding
@@ -49,7 +41,7 @@ class LoRAConv(LoRALayer):
 
     def low_rank_form(self, rank):
         if self.factorization == "loralib":
-            return self._loralib_form(rank)
+            return loralib_convolution(self, rank)
         *window, filters = self.kernel_shape  # (*k, channels / groups, filters)
         return LowRankForm(
             a_shape=(*window, rank),
@@ -59,11 +51,9 @@ class LoRAConv(LoRALayer):
             down=self._down,
             up=self._up,
             input_axes=tuple(range(self.rank + 1)),
-            over_outputs=self._over_channels,
-            to_file=convolutions_to_file,
-            from_file=convolutions_from_file,
-            file_note=GROUPS_NOTE if self.groups > 1 else "",
+            over_outputs=self.over_outputs,
             merges_in_training=True,
+            **convolutions_in_file(self.groups),
         )
 
     @property
@@ -89,47 +79,11 @@ class LoRAConv(LoRALayer):
             data_format=self.data_format,
         )
 
-    def _loralib_form(self, rank):
-        *kernel_size, group_channels, filters = self.kernel_shape
-        last, others = kernel_size[-1], math.prod(kernel_size[:-1])
-        channels = group_channels * self.groups
-
-        def compose(a, b):
-            # microsoft/LoRA: (B @ A).view(filters, channels/groups, *kernel_size)
-            shape = (filters, group_channels, *kernel_size)
-            product = ops.reshape(ops.matmul(b, a), shape)
-            return ops.transpose(product, (*range(2, len(shape)), 1, 0))
-
-        return LowRankForm(
-            a_shape=(rank * last, channels * last),
-            b_shape=(filters // self.groups * others, rank * last),
-            fan_in=channels * last,
-            compose=compose,
-            # Its reshape mixes channels with positions: no cheaper path exists than
-            # to hand both on and form the kernel.
-            down=lambda inputs, a: (inputs, a),
-            up=lambda hidden, b: self.linear(hidden[0], compose(hidden[1], b)),
-            input_axes=tuple(range(self.rank + 1)),
-            over_outputs=self._over_channels,
-            to_file=unchanged,
-            from_file=unchanged,
-        )
-
-    def _over_channels(self, value):
-        """One value per filter, laid out as the outputs are."""
-        if self.data_format == "channels_last":
-            return value
-        return ops.reshape(value, (self.filters,) + (1,) * self.rank)
-
-    def finish(self, outputs):
-        if self.bias is not None:
-            # With all axes: TensorFlow may take a vector for one of another axis.
-            bias = self._over_channels(self.bias)
-            lead = (1,) * (self.rank + 2 - len(bias.shape))
-            outputs = ops.add(outputs, ops.reshape(bias, lead + tuple(bias.shape)))
-        if self.activation is not None:
-            outputs = self.activation(outputs)
-        return outputs
+    def over_outputs(self, value):
+        # With all axes: TensorFlow may take a vector for one of another axis.
+        shape = [1] * (self.rank + 2)
+        shape[-1 if self.data_format == "channels_last" else 1] = self.filters
+        return ops.reshape(value, shape)
 
     @classmethod
     def read_loralib(cls, layer, a, b, rank, mask, module):
@@ -250,38 +204,3 @@ class LoRAConv3D(LoRAConv, keras.layers.Conv3D):
     """  # noqa: E501
 
     plain_class = keras.layers.Conv3D
-
-
-def convolutions_to_file(a, b):
-    """As torch's two convolutions: (r, in, *k) and (out, r, 1, ...)."""
-    a = np.moveaxis(a, (-1, -2), (0, 1))
-    return a, b.T.reshape(*b.T.shape, *[1] * (a.ndim - 2))
-
-
-def convolutions_from_file(a, b):
-    return np.moveaxis(a, (0, 1), (-1, -2)), b.reshape(b.shape[:2]).T
-
-
-def standard_convolution(layer, a, b, rank, module):
-    """loralib's factors at rank r * prod(k), in the form of a convolution and a 1x1.
-
-    delta[f] = (B @ A)[f*m : (f+1)*m] in a row, m = prod(k[:-1]): with m copies of A
-    on a block diagonal, row f*m + s of B acts on the s-th of them.
-    """
-    if layer.groups > 1:
-        raise ValueError(
-            f"The convolution of {module!r} has groups: loralib's factors fit it with "
-            "factorization='loralib' only."
-        )
-    *others, last = layer.kernel_size
-    copies, channels = math.prod(others), layer.kernel.shape[-2]
-    expected = (rank * last, channels * last), (layer.filters * copies, rank * last)
-    if (a.shape, b.shape) != expected:
-        raise ValueError(
-            f"The factors of {module!r} have shapes {a.shape} and {b.shape}; the layer "
-            f"needs {expected[0]} and {expected[1]}."
-        )
-    a = np.kron(np.eye(copies, dtype=a.dtype), a)
-    a = a.reshape(-1, channels, *layer.kernel_size)
-    b = np.concatenate([b[start::copies] for start in range(copies)], axis=1)
-    return a, b.reshape(*b.shape, *[1] * len(layer.kernel_size))

@@ -5,7 +5,7 @@ from keras import ops
 
 from keras_lora.layers.form import LowRankForm
 from keras_lora.layers.lora_layer import LoRALayer
-from keras_lora.layers.merged_dense import merged_linear
+from keras_lora.layers.loralib import merged_linear
 
 
 @keras.saving.register_keras_serializable(package="keras_lora")

@@ -5,8 +5,7 @@ from keras import ops
 
 from keras_lora.layers.form import LowRankForm
 from keras_lora.layers.lora_layer import LoRALayer
-
-EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")  # in a file, as PEFT has it
+from keras_lora.layers.torch_layout import EMBEDDING
 
 
 @keras.saving.register_keras_serializable(package="keras_lora")
@@ -110,9 +109,7 @@ class LoRAEmbedding(LoRALayer, keras.layers.Embedding):
     def weight_to_file(cls, layer, kernel, inputs_first=False):
         return kernel
 
-    @classmethod
-    def weight_from_file(cls, layer, value, inputs_first=False):
-        return value
+    weight_from_file = weight_to_file
 
     def compute_output_spec(self, inputs, training=None):
         return super().compute_output_spec(inputs)

@@ -3,24 +3,22 @@
 import textwrap
 import warnings
 
-import numpy as np
 from keras import ops
 
 from keras_lora.keras_internals import freeze
 from keras_lora.keras_internals import in_a_call
-from keras_lora.layers.adapter import make_adapter
-from keras_lora.layers.adapter import take_method
 from keras_lora.layers.arguments import COMMON_ARGUMENTS
 from keras_lora.layers.arguments import default_name
 from keras_lora.layers.arguments import full_signature
 from keras_lora.layers.arguments import refuse_foreign_keywords
 from keras_lora.layers.form import LowRankForm
+from keras_lora.layers.methods import make_adapter
+from keras_lora.layers.methods import take_method
 from keras_lora.layers.settings import checked_rank
+from keras_lora.layers.torch_layout import TorchLayout
 
-LINEAR = (".lora_A.weight", ".lora_B.weight")
 
-
-class LoRALayer:
+class LoRALayer(TorchLayout):
     """Mixin that gives a Keras layer a frozen kernel W and an adapter A, B.
 
         training=True    y = finish( linear(x, W) + linear(drop(x), A) @ (scaling * B) )
@@ -36,7 +34,6 @@ class LoRALayer:
         kernel_name: The attribute of that class that holds W.
         in_all_linear: Whether the target "all-linear" means layers of this kind.
         takes_dropout: Whether there is something to drop: not where inputs are ids.
-        file_suffixes: What A and B are called in a file, after the module's name.
         replaces: Methods of the Keras class whose work is done here. A subclass with
             one of its own computes something else, and is not adapted.
     """
@@ -45,7 +42,6 @@ class LoRALayer:
     kernel_name = "kernel"
     in_all_linear = True
     takes_dropout = True
-    file_suffixes = LINEAR
     replaces = ("call",)
 
     # As a plain layer gets them when it is turned into this class.
@@ -125,39 +121,16 @@ class LoRALayer:
         """How the kernel that has just been built is made of A and B."""
         raise NotImplementedError
 
+    def over_outputs(self, bias):
+        """A bias where it can be added to the outputs."""
+        return bias
+
     def finish(self, outputs):
         """Bias and activation."""
         bias, activation = (getattr(self, x, None) for x in ("bias", "activation"))
         if bias is not None:
-            outputs = ops.add(outputs, bias)
+            outputs = ops.add(outputs, self.over_outputs(bias))
         return outputs if activation is None else activation(outputs)
-
-    # How a kind looks in files of torch.
-
-    @classmethod
-    def weight_to_file(cls, layer, kernel, inputs_first=False):
-        """The kernel of a layer, plain or not, as its torch module has it.
-
-        inputs_first: a linear module there keeps (in, out), as here.
-        """
-        if kernel.ndim < 2 or (inputs_first and kernel.ndim == 2):
-            return kernel
-        return np.moveaxis(kernel, (-1, -2), (0, 1))
-
-    @classmethod
-    def weight_from_file(cls, layer, value, inputs_first=False):
-        """The inverse of `weight_to_file`."""
-        if value.ndim < 2 or (inputs_first and value.ndim == 2):
-            return value
-        return np.moveaxis(value, (0, 1), (-1, -2))
-
-    @classmethod
-    def read_loralib(cls, layer, a, b, rank, mask, module):
-        """microsoft/LoRA's factors, as a file of PEFT has them for this layer.
-
-        mask: which slices of a MergedLinear are adapted, None where nothing says so.
-        """
-        return a, b
 
     # How W is read.
 

@@ -6,6 +6,8 @@ from keras import ops
 
 from keras_lora.layers.form import LowRankForm
 from keras_lora.layers.lora_layer import LoRALayer
+from keras_lora.layers.loralib import checked_mask
+from keras_lora.layers.loralib import merged_linear
 
 
 @keras.saving.register_keras_serializable(package="keras_lora")
@@ -113,52 +115,3 @@ class LoRAMergedDense(LoRALayer, keras.layers.Dense):
 
     def get_config(self):
         return {**super().get_config(), "enable_lora": list(self.adapted_slices)}
-
-
-def checked_mask(enable_lora, units):
-    mask = tuple(enable_lora) if isinstance(enable_lora, (list, tuple)) else ()
-    if not mask or not all(isinstance(enabled, (bool, np.bool_)) for enabled in mask):
-        raise ValueError(
-            "`enable_lora` must be a list or tuple of Booleans, one per slice of "
-            f"the kernel. Received: enable_lora={enable_lora!r}."
-        )
-    if not any(mask):
-        raise ValueError(
-            "`enable_lora` adapts no slice. Received: "
-            f"enable_lora={enable_lora!r}. Set one slice to True, or use rank=0."
-        )
-    if units % len(mask):
-        raise ValueError(
-            "`units` must be divisible by the number of slices in `enable_lora`. "
-            f"Received: units={units}, {len(mask)} slices."
-        )
-    return tuple(bool(enabled) for enabled in mask)
-
-
-def merged_linear(layer, a, b, rank, mask, module):
-    """loralib's factors of a MergedLinear, or a Linear, as those of one linear module.
-
-    Its rank is G * r: A as it is, B in blocks.
-    """
-    groups = len(a) // rank
-    if a.ndim != 2 or b.ndim != 2 or len(a) != groups * rank or b.shape[1] != rank:
-        raise ValueError(
-            f"The factors of {module!r} have shapes {a.shape} and {b.shape}, which are "
-            f"not those of rank={rank}."
-        )
-    if groups == 1 and len(b) == layer.units:
-        return a, b  # a Linear
-    mask = checked_mask(mask or (True,) * groups, layer.units)
-    size = layer.units // len(mask)
-    if sum(mask) != groups or len(b) != groups * size:
-        raise ValueError(
-            f"The factors of {module!r} have shapes {a.shape} and {b.shape}; with "
-            f"enable_lora={mask} and {layer.units} units that is "
-            f"{(sum(mask) * rank, a.shape[1])} and {(sum(mask) * size, rank)}."
-        )
-    blocks = np.zeros((layer.units, groups * rank), b.dtype)
-    for group, slot in enumerate(np.flatnonzero(mask)):
-        rows = slice(slot * size, (slot + 1) * size)
-        columns = slice(group * rank, (group + 1) * rank)
-        blocks[rows, columns] = b[group * size : (group + 1) * size]
-    return a, blocks

@@ -11,11 +11,11 @@ from keras_lora.keras_internals import sublayers
 from keras_lora.keras_internals import unfreeze
 from keras_lora.keras_internals import was_called
 from keras_lora.layers.adapter import LowRankAdapter
-from keras_lora.layers.adapter import make_adapter
 from keras_lora.layers.kinds import kind_of
 from keras_lora.layers.kinds import lora_class_of
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.lora_layer import is_adapted
+from keras_lora.layers.methods import make_adapter
 
 
 def passed_by(owner, layer):

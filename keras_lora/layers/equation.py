@@ -1,0 +1,76 @@
+"""An einsum equation, split into what a low-rank update needs of it."""
+
+import math
+from typing import NamedTuple
+
+from keras import ops
+
+
+class SplitEquation(NamedTuple):
+    """An equation's kernel axes by what they do, and the low-rank equations."""
+
+    kernel: str
+    batch: str
+    contracted: str
+    new: str
+    down: str  # inputs, A -> hidden
+    up: str  # hidden, B -> outputs
+    compose: str  # A, B -> kernel
+    outputs: str
+
+    def axes(self, letters):
+        """Where the kernel has these axes."""
+        return tuple(map(self.kernel.index, letters))
+
+    def over_outputs(self, value):
+        """A value with the kernel's batch and new axes, laid out as the outputs are."""
+        own = [axis for axis in self.kernel if axis not in self.contracted]
+        lead, _, trail = self.outputs.rpartition("...")
+        if any(axis in lead for axis in own):
+            raise ValueError(
+                f"The kernel's axes of outputs {self.outputs!r} stand before '...'."
+            )
+        value = ops.transpose(value, [own.index(axis) for axis in trail if axis in own])
+        for place, axis in enumerate(trail):
+            if axis not in own:
+                value = ops.expand_dims(value, place)
+        return value
+
+
+def split_equation(equation):
+    """Splits "inputs,kernel->outputs" around a rank axis of its own."""
+    operands, outputs = equation.replace(" ", "").split("->")
+    inputs, kernel = operands.split(",")
+    batch = "".join(x for x in kernel if x in inputs and x in outputs)
+    contracted = "".join(x for x in kernel if x in inputs and x not in outputs)
+    new = "".join(x for x in kernel if x not in inputs)
+    if not contracted or not new:
+        missing = "contracts no axis of" if not contracted else "gives no new axis to"
+        raise ValueError(
+            f"The equation {equation!r} {missing} its kernel, so a low-rank update "
+            'has nothing to factor. Use rank=0, or an equation such as "abc,cd->abd".'
+        )
+    rank = next(x for x in "rzyxwvutsqponmlkjihgfedcbaR" if x not in equation)
+    # Output axes that come from the input keep their order, then the rank axis.
+    hidden = "".join(x for x in outputs if x not in new) + rank
+    a, b = batch + contracted + rank, batch + rank + new
+    return SplitEquation(
+        kernel,
+        batch,
+        contracted,
+        new,
+        down=f"{inputs},{a}->{hidden}",
+        up=f"{hidden},{b}->{outputs}",
+        compose=f"{a},{b}->{kernel}",
+        outputs=outputs,
+    )
+
+
+def as_matrix(layer, kernel):
+    """The kernel of an einsum layer as (inputs, outputs); a stack of them stays one."""
+    split = split_equation(layer.equation)
+    if split.batch:
+        return kernel
+    contracted = split.axes(split.contracted)
+    rows = math.prod(kernel.shape[axis] for axis in contracted)
+    return kernel.transpose(*contracted, *split.axes(split.new)).reshape(rows, -1)

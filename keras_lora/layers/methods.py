@@ -1,0 +1,31 @@
+"""The table of methods: what an adapter makes of W, chosen by a keyword."""
+
+from keras_lora.layers.adapter import LowRankAdapter
+
+METHODS = {None: LowRankAdapter}
+
+
+def register_method(adapter_class):
+    """Teaches all kinds another method, chosen by its `keyword`; a decorator."""
+    METHODS[adapter_class.keyword] = adapter_class
+    return adapter_class
+
+
+def take_method(keywords) -> dict:
+    """Takes the keyword that chooses a method out of a constructor's keywords."""
+    chosen = [word for word in METHODS if word and keywords.pop(word, False)]
+    if len(chosen) > 1:
+        raise ValueError(f"{' and '.join(chosen)} exclude each other.")
+    return dict.fromkeys(chosen, True)
+
+
+def make_adapter(options, dtype):
+    """The adapter that a host's options mean.
+
+    dtype: that of the host's variables.
+    """
+    options = dict(options)
+    method = METHODS[next(iter(take_method(options)), None)]
+    # float32 beside half-precision kernels too.
+    dtype = "float64" if dtype == "float64" else "float32"
+    return method(**options, dtype=dtype, name="lora")
