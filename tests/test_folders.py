@@ -327,7 +327,7 @@ def test_export_deletes_nothing_of_others(
     if place == ".":
         monkeypatch.chdir(folder)
     path = {"folder": folder, ".": ".", "link": tmp_path / "link"}[place]
-    with pytest.raises(ValueError, match="is a folder"):
+    with pytest.raises(FileExistsError, match="is a folder"):
         keras_lora.export(model, path, format=format)
     assert tree(tmp_path) == before
 
@@ -353,6 +353,6 @@ def test_export_fills_an_empty_folder(model, tmp_path, monkeypatch):
     keras_lora.export(model, ".")
     assert tree(tmp_path) == NEW
     assert tmp_path.stat().st_ino == identity
-    with pytest.raises(ValueError, match="stands in"):
+    with pytest.raises(FileExistsError, match="stands in"):
         keras_lora.export(model, tmp_path)
     assert tree(tmp_path) == NEW

@@ -26,9 +26,10 @@ def export(model, path, format="tf_saved_model", **kwargs):
         kwargs: Further arguments of `keras.Model.export`.
 
     Raises:
-        ValueError: If the model is not built, holds no LoRA layer, an adapter is not
-            finite, or `path` is a folder that cannot be replaced.
-        OSError: If the artefact cannot be written.
+        ValueError: If the model is not built, holds no LoRA layer, or an adapter is
+            not finite.
+        OSError: If the artefact cannot be written: FileExistsError where `path` is a
+            folder with other things in it.
     """
     if not getattr(model, "built", False):
         raise ValueError(
@@ -46,20 +47,20 @@ def assert_replaceable(path, format):
     if not os.path.isdir(path):
         return
     if format != "tf_saved_model":
-        raise ValueError(
+        raise FileExistsError(
             f"`path` {str(path)!r} is a folder, and format={format!r} writes a file. "
             "Give the path of a file in it."
         )
     found = entries(path)
     others = sorted(found - SAVED_MODEL) if "saved_model.pb" in found else sorted(found)
     if others:
-        raise ValueError(
+        raise FileExistsError(
             f"`path` {str(path)!r} is a folder that holds {', '.join(others[:5])}: an "
             "export would replace the whole folder. Give a path inside it, such as "
             f"{str(Path(path, 'served'))!r}."
         )
     if found and os.path.samefile(path, "."):
-        raise ValueError(
+        raise FileExistsError(
             f"`path` {str(path)!r} is the folder that this process stands in, which "
             "would be exchanged for another. Export from outside of it."
         )
