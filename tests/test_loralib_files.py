@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from layer_cases import fill
 from layer_cases import to_numpy
 
 import keras_lora
@@ -236,3 +237,23 @@ def test_bad_input_changes_nothing(damage):
     for old, new in zip(before, model.weights, strict=True):
         np.testing.assert_array_equal(old, to_numpy(new))
     assert model.get_layer("out").lora.alpha == 77
+
+
+@pytest.mark.parametrize("ndim", [1, 2])
+def test_convolution_in_float64(ndim):
+    """As NumPy in float64 has it, in training too."""
+    cls = {1: keras_lora.LoRAConv1D, 2: keras_lora.LoRAConv2D}[ndim]
+    layer = cls(3, 2, rank=2, alpha=3, factorization="loralib", dtype="float64")
+    x = np.random.default_rng(0).standard_normal((2, *[5] * ndim, 4))
+    layer.build(x.shape)
+    for seed, factor in enumerate((layer.lora.a, layer.lora.b)):
+        fill(factor, seed, 0.3)
+    a, b = to_numpy(layer.lora.a), to_numpy(layer.lora.b)
+    assert a.dtype == b.dtype == "float64"
+    delta = 1.5 * np.moveaxis((b @ a).reshape(3, 4, *[2] * ndim), (0, 1), (-1, -2))
+    np.testing.assert_allclose(to_numpy(layer.lora.delta()), delta, rtol=1e-12)
+    plain = getattr(keras.layers, f"Conv{ndim}D")(3, 2, dtype="float64")
+    plain.build(x.shape)
+    plain.set_weights([to_numpy(layer.frozen_kernel) + delta, to_numpy(layer.bias)])
+    outputs = to_numpy(layer(x, training=True))
+    np.testing.assert_allclose(outputs, to_numpy(plain(x)), rtol=0, atol=1e-12)

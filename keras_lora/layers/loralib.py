@@ -28,7 +28,8 @@ def loralib_convolution(layer, rank):
     def compose(a, b):
         # microsoft/LoRA: (B @ A).view(filters, channels/groups, *kernel_size)
         shape = (filters, group_channels, *kernel_size)
-        product = ops.reshape(ops.matmul(b, a), shape)
+        # On torch `ops.matmul` of float64 gives float32.
+        product = ops.reshape(ops.einsum("ij,jk->ik", b, a), shape)
         return ops.transpose(product, (*range(2, len(shape)), 1, 0))
 
     return LowRankForm(
