@@ -6,6 +6,7 @@ it away again, or to freeze one variable of a layer for good.
 
 import contextlib
 import inspect
+import json
 from typing import NamedTuple
 
 import keras
@@ -448,3 +449,39 @@ def legacy_format():
 
 # What unpickles any layer: pickle finds it by the name of a class that is importable.
 UNPICKLE = keras.layers.Layer._unpickle_model
+
+
+def hold_resource(layer, name, variable):
+    """Lets TensorFlow find a variable that Keras does not track.
+
+    tf.saved_model.save refuses functions that read one that no object holds.
+    """
+    if keras.backend.backend() == "tensorflow":
+        layer._track_trackable(variable.value, name, overwrite=True)
+
+
+def release_resource(layer, name):
+    if keras.backend.backend() == "tensorflow":
+        layer._delete_tracking(name)
+
+
+def hold_state(layer, name, variable, get, put):
+    """The same for a variable that may get its value later, when a call has ended.
+
+    TensorFlow's own checkpoints take for it what `get` gives, any JSON value, and hand
+    it to `put`.
+    """
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        class State(tf.train.experimental.PythonState):
+            def serialize(self):
+                return json.dumps(get())
+
+            def deserialize(self, string):
+                put(json.loads(string))
+
+            def _trackable_children(self, save_type="checkpoint", **kwargs):
+                return {"value": variable.value} if save_type == "savedmodel" else {}
+
+        layer._track_trackable(State(), name, overwrite=True)

@@ -4,12 +4,16 @@ import contextlib
 
 from keras import ops
 
+from keras_lora.keras_internals import flatten_layers
+from keras_lora.keras_internals import hold_resource
+from keras_lora.keras_internals import release_resource
 from keras_lora.keras_internals import take_compiled_functions
 from keras_lora.layers.adapter import FixedKernel
 from keras_lora.models.adapt import built_lora_layers
 from keras_lora.models.adapt import checked_lora_layers
 from keras_lora.models.merge import checked_merged_kernel
 from keras_lora.models.merge import kernel_variable
+from keras_lora.models.record import base_values
 
 
 def merged(model):
@@ -58,11 +62,16 @@ def _standing_in(model, layers, stand_ins):
 def set_stand_ins(layers, stand_ins):
     for layer, stand_in in zip(layers, stand_ins, strict=True):
         layer.stand_in = stand_in
+        if stand_in is None:
+            release_resource(layer, "stand_in")
+        else:
+            hold_resource(layer, "stand_in", stand_in.kernel)
 
 
 def disabled(model):
     """Context in which the adapters are switched off: the base model.
 
+    Heads and biases that trained beside A and B have their values of before inside.
     It holds wherever the layers are called, in functions that were traced before
     too: they read the scaling, which is 0 inside. A call costs what it costs with
     adapters. Contexts nest, and are the model's, not a thread's.
@@ -73,25 +82,32 @@ def disabled(model):
     Raises:
         ValueError: If there is no LoRA layer.
     """
-    return _switched_off(model, built_lora_layers(model))
+    values = [pair for layer in flatten_layers(model) for pair in base_values(layer)]
+    return _switched_off([x for x in built_lora_layers(model) if x.lora.is_on], values)
 
 
 @contextlib.contextmanager
-def _switched_off(model, layers):
-    layers = [layer for layer in layers if layer.lora.is_on]
-    merged_kernels = [
-        (layer.stand_in, ops.copy(layer.stand_in.kernel))
-        for layer in layers
-        if layer.stand_in is not None
+def _switched_off(layers, values):
+    """values: (variable, value) that hold inside."""
+    stand_ins = [layer.stand_in for layer in layers]
+    values = values + [
+        (stand_in.kernel, layer.frozen_kernel)
+        for stand_in, layer in zip(stand_ins, layers, strict=True)
+        if stand_in is not None
     ]
+    # The stand-ins' kernels are no larger than what `merged` has made already.
+    before = [(variable, ops.copy(variable)) for variable, _ in values]
     try:
         for layer in layers:
             layer.lora.switch(on=False)
-            if layer.stand_in is not None:
-                layer.stand_in.kernel.assign(layer.frozen_kernel)
-        yield model
+        assign_all(values)
+        yield
     finally:
         for layer in layers:
             layer.lora.switch(on=True)
-        for stand_in, kernel in merged_kernels:
-            stand_in.kernel.assign(kernel)
+        assign_all(before)
+
+
+def assign_all(values):
+    for variable, value in values:
+        variable.assign(value)

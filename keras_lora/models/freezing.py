@@ -2,14 +2,14 @@
 
 import warnings
 
-from keras_lora.keras_internals import compile_again
 from keras_lora.keras_internals import flatten_layers
 from keras_lora.keras_internals import layer_state
 from keras_lora.keras_internals import own_variables
-from keras_lora.keras_internals import refuse_while_running
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.lora_layer import is_adapted
 from keras_lora.models.adapt import built_lora_layers
+from keras_lora.models.keras_files import adapted
+from keras_lora.models.paths import layer_paths
 from keras_lora.models.record import record_of
 from keras_lora.models.record import remember_base
 from keras_lora.models.record import state_of
@@ -38,9 +38,10 @@ def mark_only_lora_as_trainable(model, bias="none"):
     """
     checked_bias(bias)
     built_lora_layers(model)
-    refuse_while_running(model)
-    freeze_all_but_lora(model, bias)
-    for note in compile_again(model):
+    with adapted(model, layer_paths(model), {}) as change:
+        freeze_all_but_lora(model, bias)
+        notes = change.keep()
+    for note in notes:
         warnings.warn(note, stacklevel=2)
 
 

@@ -18,9 +18,11 @@ from keras_lora.keras_internals import change_class
 from keras_lora.keras_internals import compile_again
 from keras_lora.keras_internals import flatten_layers
 from keras_lora.keras_internals import legacy_format
+from keras_lora.keras_internals import own_variables
 from keras_lora.keras_internals import refresh_torch_parameters
 from keras_lora.keras_internals import refuse_while_running
 from keras_lora.keras_internals import seen_as
+from keras_lora.keras_internals import sublayers
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.lora_layer import is_adapted
@@ -32,6 +34,7 @@ from keras_lora.models.record import NOTHING
 from keras_lora.models.record import Record
 from keras_lora.models.record import record_of
 from keras_lora.models.record import remember_flags
+from keras_lora.models.record import set_base
 from keras_lora.models.record import set_record
 from keras_lora.models.trainable_flags import restore_trainable_state
 from keras_lora.models.trainable_flags import set_flags
@@ -116,16 +119,30 @@ class Adapted:
             if not is_adapted(layer):  # else its own configuration has said it
                 adapters[found] = options
         with adapted(model, paths, adapters) as change:
+            for path, merge_weights in config["merge_weights"].items():
+                layers[places[path]].merge_weights = merge_weights
+            layers_now = {"": model, **layer_paths(model)}
+            restore_trainable_state(layers_now, config["trainable"])
+            beside = config.get("trained_beside", {})
+            for path, place in places.items():
+                base = dict.fromkeys(beside.get(path, ()))
+                before = config["trainable_before"].get(path)
+                set_record(layers[place], Record(before, base))
             change.keep()
-        for path, merge_weights in config["merge_weights"].items():
-            layers[places[path]].merge_weights = merge_weights
-        restore_trainable_state({"": model, **layer_paths(model)}, config["trainable"])
-        beside = config.get("trained_beside", {})
-        for path, place in places.items():
-            base = dict.fromkeys(beside.get(path, ()))
-            before = config["trainable_before"].get(path)
-            set_record(layers[place], Record(before, base))
         return model
+
+    def save_own_variables(self, store):
+        super().save_own_variables(store)
+        for name, (layer, index) in base_names(self).items():
+            if record_of(layer).base[index] is not None:
+                store[name] = record_of(layer).base[index]
+
+    def load_own_variables(self, store):
+        values = {name: store[name] for name in store.keys()}  # noqa: SIM118
+        for name, (layer, index) in base_names(self).items():
+            set_base(layer, index, values.get(name))
+        others = [name for name in values if not name.startswith(BASE)]
+        super().load_own_variables({name: values[name] for name in others})
 
     def build_from_config(self, config):
         """Built in `from_config`, before the adapters could be attached."""
@@ -133,6 +150,27 @@ class Adapted:
     def __reduce__(self):
         # The inherited one names a method of this class, which no import finds.
         return UNPICKLE, super().__reduce__()[1]
+
+
+BASE = "base_"
+
+
+def base_names(owner) -> dict:
+    """{name in a file: (layer, index)} for values of the base that an owner carries.
+
+    An owner inside has its own.
+    """
+    found, seen = [], set()
+
+    def walk(layer):
+        seen.add(id(layer))
+        found.extend((layer, index) for index in sorted(record_of(layer).base))
+        for part in sublayers(layer):
+            if id(part) not in seen and not isinstance(part, Adapted):
+                walk(part)
+
+    walk(owner)
+    return {f"{BASE}{place}": entry for place, entry in enumerate(found)}
 
 
 def plain_class_of(cls):
@@ -148,14 +186,31 @@ def adapted_class(cls):
     this package: where that is not imported, Keras says so instead of taking the plain
     class.
     """
-    adapted = type(
-        cls.__name__, (Adapted, cls), {"__module__": __name__, "plain_owner": cls}
-    )
+    own = {"__module__": __name__, "plain_owner": cls}
+    if hasattr(cls, "save_to_preset"):
+        own["save_to_preset"] = save_to_preset
+    adapted = type(cls.__name__, (Adapted, cls), own)
     register(adapted)
     # Behind the name stands the mixin: a class that is listed there is taken for one
     # of KerasHub's own when it looks for the task of a preset.
     register(Adapted)
     return adapted
+
+
+def save_to_preset(self, *args, **kwargs):
+    """KerasHub finds a task by the class in its file, which must be the plain one."""
+    view = self
+    if hasattr(self, "backbone"):
+        carried = set(map(id, flatten_layers(self.backbone)))
+        for path, layer in layer_paths(self).items():
+            if is_adapted(layer) and id(layer) not in carried:
+                raise ValueError(
+                    f"A preset cannot hold the adapter of {path!r}, which lies outside "
+                    "the backbone. Save the model as .keras, or its adapters with "
+                    "`save_adapter`."
+                )
+        view = seen_as(self, plain_class_of(type(self)))
+    plain_class_of(type(self)).save_to_preset(view, *args, **kwargs)
 
 
 def is_registered(cls):
@@ -165,14 +220,21 @@ def is_registered(cls):
 
 
 def carriers(model):
-    """What must carry adapters: owners of adapted layers, and classes made just now."""
+    """The layers whose own configuration does not say what they are.
+
+    Owners of adapted layers, classes made just now, what trains beside A and B.
+    """
     for layer in flatten_layers(model):
         if isinstance(layer, Adapted):
             continue
         if isinstance(layer, LoRALayer):
             if is_adapted(layer) and not is_registered(type(layer)):
                 yield layer
-        elif any(is_adapted(part) for part in flatten_layers(layer)):
+        elif (
+            record_of(layer).base
+            or any(map(is_adapted, flatten_layers(layer)))
+            or any(v.trainable != layer.trainable for v in own_variables(layer))
+        ):
             yield layer
 
 
@@ -196,7 +258,8 @@ def adapted(model, paths, adapters):
         undo.callback(restore_trainable_state, layers, trainable_state(layers))
         for layer in layers.values():
             undo.callback(set_record, layer, record_of(layer))
-            remember_flags(layer)
+            if adapters:
+                remember_flags(layer)
         for path, adapter in made.items():
             undo.callback(make_plain, layers[path])
             adapt(layers[path], adapter)

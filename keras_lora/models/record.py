@@ -64,6 +64,14 @@ def remember_base(layer, variables):
     set_record(layer, dataclasses.replace(old, base={**base, **old.base}))
 
 
+def set_base(layer, index, value):
+    """The value that a file brings for one of the variables; None: it has none."""
+    state, old = state_of(layer), record_of(layer)
+    if value is not None and index < len(state) and value.shape == state[index].shape:
+        base = {**old.base, index: np.array(value)}
+        set_record(layer, dataclasses.replace(old, base=base))
+
+
 def beside(layer) -> list:
     """The variables of a layer that train beside A and B, or did."""
     base = record_of(layer).base
