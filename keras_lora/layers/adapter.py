@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_lora.keras_internals import HiddenVariable
+from keras_lora.keras_internals import hold_state
 from keras_lora.layers.settings import Settings
 from keras_lora.layers.settings import checked_dropout
 from keras_lora.layers.small_kernel_training import linear_with_update
@@ -122,6 +123,13 @@ class LowRankAdapter(keras.layers.Layer):
         self.form = form
         self.build_factors(form, regularizer, read_kernel)
         self._scaling.make(self._scaling_value, self.variable_dtype, "scaling")
+        hold_state(
+            self,
+            "alpha",
+            self._scaling.variable,
+            get=lambda: [self.alpha, self.use_rslora],
+            put=lambda state: self.set_alpha(*state),
+        )
 
     def build_factors(self, form, regularizer, read_kernel):
         """Makes the variables that are named in `factor_names`.

@@ -7,18 +7,20 @@ from keras import ops
 
 from keras_lora.keras_internals import freeze
 from keras_lora.keras_internals import in_a_call
+from keras_lora.keras_internals import own_variables
 from keras_lora.layers.arguments import COMMON_ARGUMENTS
 from keras_lora.layers.arguments import default_name
 from keras_lora.layers.arguments import full_signature
 from keras_lora.layers.arguments import refuse_foreign_keywords
 from keras_lora.layers.form import LowRankForm
+from keras_lora.layers.layer_files import LayerFiles
 from keras_lora.layers.methods import make_adapter
 from keras_lora.layers.methods import take_method
 from keras_lora.layers.settings import checked_rank
 from keras_lora.layers.torch_layout import TorchLayout
 
 
-class LoRALayer(TorchLayout):
+class LoRALayer(LayerFiles, TorchLayout):
     """Mixin that gives a Keras layer a frozen kernel W and an adapter A, B.
 
         training=True    y = finish( linear(x, W) + linear(drop(x), A) @ (scaling * B) )
@@ -48,6 +50,7 @@ class LoRALayer(TorchLayout):
     lora = None
     merge_weights = True
     stand_in = None  # what acts for the adapter inside `merged()`
+    frozen_names = ()  # of variables, such as a bias, that its config says are frozen
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -169,6 +172,9 @@ class LoRALayer(TorchLayout):
         super().build(input_shape)
         if self.lora is not None:
             self.build_adapter()
+        for variable in own_variables(self):
+            if variable.name in self.frozen_names:
+                variable.trainable = False
 
     def build_adapter(self):
         """Makes A and B to fit W, and freezes W."""
@@ -199,11 +205,6 @@ class LoRALayer(TorchLayout):
         """The kernel that stands for W and the adapter, rounded once."""
         kernel = self.base_kernel(self.lora.variable_dtype)
         return ops.cast(self.lora.effective_kernel(kernel), dtype)
-
-    def get_config(self):
-        options = {"rank": 0} if self.lora is None else self.lora.options()
-        options["merge_weights"] = self.merge_weights
-        return {**super().get_config(), **options}
 
     def enable_lora(self, *args, **kwargs):
         raise ValueError(

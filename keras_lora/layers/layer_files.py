@@ -1,0 +1,34 @@
+"""What a LoRA layer writes into configurations and Keras's weight files."""
+
+from keras_lora.keras_internals import own_variables
+
+
+class LayerFiles:
+    """Mixin before the Keras class: the adapter's settings, and what is frozen."""
+
+    def get_config(self):
+        options = {"rank": 0} if self.lora is None else self.lora.options()
+        options["merge_weights"] = self.merge_weights
+        if self.trainable and self.lora is not None:
+            frozen = [v.name for v in own_variables(self) if not v.trainable]
+            options |= {"frozen": frozen} if frozen else {}
+        return {**super().get_config(), **options}
+
+    @classmethod
+    def from_config(cls, config):
+        config = dict(config)
+        frozen = config.pop("frozen", ())
+        layer = super().from_config(config)
+        layer.frozen_names = tuple(frozen)
+        return layer
+
+    def save_own_variables(self, store):
+        super().save_own_variables(store)
+        if self.lora is not None:
+            # A plain layer refuses a file with one entry more than it has variables;
+            # without it some read what they know and leave A and B out, silently.
+            store["adapter"] = self.lora.rank
+
+    def load_own_variables(self, store):
+        names = [name for name in store.keys() if name != "adapter"]  # noqa: SIM118
+        super().load_own_variables({name: store[name] for name in names})

@@ -1,0 +1,379 @@
+"""Adapters come back from every file, copy and new model that holds their layers."""
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from layer_cases import to_numpy
+
+import keras_lora
+from keras_lora import keras_internals
+from keras_lora.models.adapt import lora_layers
+
+tensorflow_only = pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="a format of TensorFlow"
+)
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Block(keras.layers.Layer):
+    """Its configuration names no sublayer; one of them is opaque too."""
+
+    def __init__(self, units, **kwargs):
+        super().__init__(**kwargs)
+        self.units = units
+        self.attention = keras.layers.MultiHeadAttention(2, 3, name="attention")
+        self.up = keras.layers.Dense(units, name="up")
+        self.norm = keras.layers.LayerNormalization(name="norm")
+
+    def build(self, shape):
+        self.attention.build(shape, shape)
+        self.up.build(shape)
+        self.norm.build((*shape[:-1], self.units))
+
+    def call(self, inputs):
+        return self.norm(self.up(inputs + self.attention(inputs, inputs)))
+
+    def get_config(self):
+        return {**super().get_config(), "units": self.units}
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class OwnDense(keras.layers.Dense):
+    """Another constructor than Dense has, so that its LoRA class is made for it."""
+
+    def __init__(self, width, **kwargs):
+        kwargs.pop("units", None)
+        super().__init__(width, **kwargs)
+
+    def get_config(self):
+        return {**super().get_config(), "width": self.units}
+
+
+def network():
+    keras.utils.set_random_seed(3)
+    inputs = keras.Input((5, 4))
+    hidden = Block(4, name="block")(inputs)
+    hidden = keras.layers.MultiHeadAttention(2, 3, name="mha")(hidden, hidden)
+    hidden = OwnDense(4, name="own")(hidden)
+    hidden = keras.layers.Dense(4, name="dense")(hidden)
+    return keras.Model(inputs, keras.layers.Dense(2, name="head")(hidden))
+
+
+def x():
+    return np.random.default_rng(0).normal(size=(3, 5, 4)).astype("float32")
+
+
+def moved(model):
+    """All that trains has other values."""
+    random = np.random.default_rng(1)
+    for variable in model.trainable_variables:
+        variable.assign(random.normal(size=variable.shape) * 0.5)
+    return model
+
+
+@pytest.fixture
+def adapted():
+    model = network()
+    keras_lora.apply_lora(model, rank=2, alpha=5, bias="all", dropout=0.2)
+    return moved(model)
+
+
+def assert_same(copied, model, inputs=None):
+    """Outputs, adapters, and who trains."""
+    inputs = x() if inputs is None else inputs
+    expected = to_numpy(model(inputs))
+    np.testing.assert_allclose(to_numpy(copied(inputs)), expected, atol=1e-5)
+    one, other = lora_layers(copied), lora_layers(model)
+    assert [layer.lora.options() for layer in one] == [
+        layer.lora.options() for layer in other
+    ]
+    assert [v.name for v in copied.trainable_variables] == [
+        v.name for v in model.trainable_variables
+    ]
+    assert [type(layer).__name__ for layer in one] == [
+        type(layer).__name__ for layer in other
+    ]
+
+
+def reloaded(model, tmp_path):
+    model.save(tmp_path / "model.keras")
+    return keras.models.load_model(tmp_path / "model.keras")
+
+
+def cloned(model, tmp_path):
+    clone = keras.models.clone_model(model)
+    clone.set_weights(model.get_weights())
+    return clone
+
+
+COPIES = {
+    "file": reloaded,
+    "clone": cloned,
+    "pickle": lambda model, _: pickle.loads(pickle.dumps(model)),
+    "deepcopy": lambda model, _: copy.deepcopy(model),
+    "clone and file": lambda m, path: reloaded(cloned(m, path), path),
+    "file and file": lambda m, path: reloaded(reloaded(m, path), path),
+}
+over_copies = pytest.mark.parametrize("way", COPIES.values(), ids=COPIES)
+
+
+@over_copies
+def test_copies_of_the_model(adapted, way, tmp_path):
+    assert_same(way(adapted, tmp_path), adapted)
+
+
+@over_copies
+@pytest.mark.parametrize("part", ["block", "mha", "own", "dense", "hidden"])
+def test_copies_of_new_models_over_parts_of_it(adapted, part, way, tmp_path):
+    """Plain Functional models, which know nothing of what was applied to another."""
+    inputs = keras.Input((5, 4))
+    if part == "hidden":
+        outputs = keras.layers.Dense(3, name="new")(adapted.get_layer("dense").output)
+        model = keras.Model(adapted.inputs[0], outputs)
+    else:
+        layer = adapted.get_layer(part)
+        model = keras.Model(
+            inputs, layer(inputs, inputs) if part == "mha" else layer(inputs)
+        )
+    assert lora_layers(model)
+    assert_same(way(model, tmp_path), model)
+
+
+@pytest.mark.parametrize("part", ["block", "mha", "own"])
+@pytest.mark.parametrize("way", ["pickle", "deepcopy"])
+def test_copies_of_single_layers(adapted, part, way, tmp_path):
+    layer = adapted.get_layer(part)
+    copied = COPIES[way](layer, tmp_path)
+    inputs = [x(), x()] if part == "mha" else [x()]
+    expected, found = layer(*inputs), copied(*inputs)
+    np.testing.assert_allclose(to_numpy(found), to_numpy(expected), atol=1e-6)
+    assert len(lora_layers(copied)) == len(lora_layers(layer)) > 0
+
+
+@pytest.mark.parametrize("part", ["block", "mha"])
+def test_adapters_of_one_layer_of_a_model(part, tmp_path):
+    model = network()
+    keras_lora.apply_lora(model.get_layer(part), rank=2, target=".*")
+    moved(model.get_layer(part))
+    assert_same(reloaded(model, tmp_path), model)
+
+
+def test_a_model_that_was_only_marked(tmp_path):
+    layers = [keras_lora.LoRADense(4, rank=2), keras.layers.Dense(2)]
+    for bias, count in ("none", 2), ("lora_only", 3), ("all", 4):
+        model = keras.Sequential([keras.Input((4,)), *layers])
+        keras_lora.mark_only_lora_as_trainable(model, bias=bias)
+        again = reloaded(moved(model), tmp_path)
+        assert len(again.trainable_variables) == count
+        assert_same(again, model, x()[:, 0])
+
+
+def test_a_copy_can_be_undone(adapted, tmp_path):
+    again = reloaded(adapted, tmp_path)
+    keras_lora.remove_lora(again)
+    plain = network()
+    np.testing.assert_allclose(to_numpy(again(x())), to_numpy(plain(x())), atol=1e-6)
+    pairs = zip(again._flatten_layers(), plain._flatten_layers(), strict=True)
+    for one, other in pairs:
+        assert type(one) is type(other)
+        assert one.trainable == other.trainable
+    assert len(again.trainable_variables) == len(plain.trainable_variables)
+
+
+def test_a_configuration_changes_nothing_for_another_thread(adapted, monkeypatch):
+    def fail(*args):
+        raise AssertionError("a class was changed")
+
+    monkeypatch.setattr(keras_internals, "change_class", fail)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("keras_lora") and hasattr(module, "change_class"):
+            monkeypatch.setattr(module, "change_class", fail)
+    for layer in [adapted, *adapted.layers, *lora_layers(adapted)]:
+        before = dict(vars(layer))
+        keras.saving.serialize_keras_object(layer)
+        assert vars(layer) == before
+
+
+def test_shared_opaque_layers_stay_shared(tmp_path):
+    inputs = keras.Input((5, 4))
+    block = Block(4, name="block")
+    model = keras.Model(inputs, block(block(inputs)))
+    keras_lora.apply_lora(model, rank=2)
+    again = reloaded(moved(model), tmp_path)
+    assert len(again.layers) == 2
+    assert_same(again, model)
+
+
+def test_old_h5_files_are_refused(adapted, tmp_path):
+    with pytest.raises(ValueError, match=r"\.h5 format cannot hold"):
+        adapted.save(tmp_path / "model.h5")
+    with pytest.raises(ValueError, match=r"\.h5 format cannot hold"):
+        keras.saving.save_model(adapted, tmp_path / "model.h5")
+
+
+@pytest.mark.filterwarnings("ignore:Skipping nested")
+def test_weights_with_adapters_do_not_go_into_a_plain_model(adapted, tmp_path):
+    path = tmp_path / "model.weights.h5"
+    for part in ("block", "own", "dense"):
+        model = keras.Sequential([adapted.get_layer(part)])
+        model.build((None, 5, 4))
+        model.save_weights(path)
+        plain = keras.Sequential([network().get_layer(part)])
+        plain.build((None, 5, 4))
+        with pytest.raises(ValueError):
+            plain.load_weights(path)
+    adapted.save_weights(path)
+    with pytest.raises(ValueError):
+        network().load_weights(path)
+    again = network()
+    keras_lora.apply_lora(again, rank=2, alpha=5, bias="all", dropout=0.2)
+    again.load_weights(path)
+    assert_same(again, adapted)
+
+
+@pytest.mark.parametrize("form", ["applied", "constructed"])
+def test_a_process_without_this_package_is_told_of_it(form, tmp_path):
+    layer = keras.layers.Dense if form == "applied" else keras_lora.LoRADense
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, keras.layers.Dense(2)(layer(4)(inputs)))
+    if form == "applied":
+        keras_lora.apply_lora(model)
+    path = tmp_path / "model.keras"
+    model.save(path)
+    program = f"import keras; keras.models.load_model({str(path)!r})"
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert run.returncode
+    assert "Could not locate class" in run.stderr
+    assert "keras_lora" in run.stderr
+    if form == "applied":
+        assert "import keras_lora" in run.stderr
+
+
+def test_files_of_the_first_version(adapted, tmp_path):
+    """They had the plain model under another word, and less beside it."""
+    config = keras.saving.serialize_keras_object(adapted)
+    with_places = config["config"]["adapters"].keys()
+    places = config["config"]["places"]
+    plain = keras.saving.serialize_keras_object(network())
+    old = {
+        "module": "keras.src.models.functional",
+        "class_name": "Functional",
+        "registered_name": "keras_lora>AdaptedModel",
+        "config": {
+            "model": plain,
+            "adapters": config["config"]["adapters"],
+            "places": {path: places[path] for path in with_places},
+            "merge_weights": config["config"]["merge_weights"],
+            "trainable": config["config"]["trainable"],
+            "trainable_before": config["config"]["trainable_before"],
+        },
+    }
+    again = keras.saving.deserialize_keras_object(old)
+    again.set_weights(adapted.get_weights())
+    assert_same(again, adapted)
+    assert_same(reloaded(again, tmp_path), adapted)
+
+
+@tensorflow_only
+@pytest.mark.parametrize("context", ["none", "merged", "disabled"])
+def test_saved_models_of_tensorflow(adapted, context, tmp_path):
+    import contextlib
+
+    import tensorflow as tf
+
+    contexts = {"merged": keras_lora.merged, "disabled": keras_lora.disabled}
+    with contexts.get(context, contextlib.nullcontext)(adapted):
+        expected = to_numpy(adapted(x()))
+        function = tf.function(lambda inputs: adapted(inputs, training=False))
+        spec = tf.TensorSpec((None, 5, 4), tf.float32, name="x")
+        signature = function.get_concrete_function(spec)
+        tf.saved_model.save(adapted, str(tmp_path / "artefact"), signatures=signature)
+        module = tf.Module()
+        module.model, module.serve = adapted, function
+        tf.saved_model.save(module, str(tmp_path / "module"), signatures=signature)
+    for name in ("artefact", "module"):
+        artefact = tf.saved_model.load(str(tmp_path / name))
+        (found,) = artefact.signatures["serving_default"](x=tf.constant(x())).values()
+        np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
+
+
+@tensorflow_only
+def test_checkpoints_of_tensorflow(adapted, tmp_path):
+    import tensorflow as tf
+
+    lora_layers(adapted)[0].lora.set_alpha(9.5, use_rslora=True)
+    path = tf.train.Checkpoint(model=adapted).save(str(tmp_path / "checkpoint"))
+    other = network()
+    keras_lora.apply_lora(other, rank=2, bias="all", dropout=0.2)
+    status = tf.train.Checkpoint(model=other).restore(path)
+    status.assert_existing_objects_matched()
+    assert lora_layers(other)[0].lora.scaling == 9.5 / 2**0.5
+    assert_same(other, adapted)
+
+
+def language_model():
+    keras_hub = pytest.importorskip("keras_hub")
+    keras.utils.set_random_seed(0)
+    backbone = keras_hub.models.GPT2Backbone(
+        vocabulary_size=30,
+        num_layers=2,
+        num_heads=2,
+        hidden_dim=8,
+        intermediate_dim=12,
+        max_sequence_length=6,
+    )
+    return keras_hub.models.GPT2CausalLM(backbone, preprocessor=None)
+
+
+IDS = {
+    "token_ids": np.arange(12).reshape(2, 6),
+    "padding_mask": np.ones((2, 6), "int32"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`compile")
+@pytest.mark.parametrize("applied_to", ["task", "backbone"])
+@pytest.mark.parametrize("way", ["file", "preset"])
+def test_tasks_of_keras_hub(applied_to, way, tmp_path):
+    task = language_model()
+    part = task if applied_to == "task" else task.backbone
+    keras_lora.apply_lora(part, rank=2, target=["query", "value"])
+    moved(part)
+    if way == "file":
+        again = reloaded(task, tmp_path)
+    else:
+        import keras_hub
+
+        task.save_to_preset(tmp_path / "preset")
+        again = keras_hub.models.CausalLM.from_preset(
+            str(tmp_path / "preset"), preprocessor=None
+        )
+    assert type(again).__name__ == "GPT2CausalLM"
+    assert_same(again.backbone, task.backbone, IDS)
+    np.testing.assert_allclose(
+        again.predict(IDS, verbose=0), task.predict(IDS, verbose=0), atol=1e-5
+    )
+
+
+def test_a_preset_that_cannot_hold_the_adapters_is_refused(tmp_path):
+    keras_hub = pytest.importorskip("keras_hub")
+    bert = keras_hub.models.BertBackbone(
+        vocabulary_size=30,
+        num_layers=1,
+        num_heads=2,
+        hidden_dim=8,
+        intermediate_dim=12,
+        max_sequence_length=6,
+    )
+    classifier = keras_hub.models.BertTextClassifier(bert, num_classes=2)
+    keras_lora.apply_lora(classifier, rank=2, target=["query", "logits"])
+    with pytest.raises(ValueError, match="adapter of 'logits'"):
+        classifier.save_to_preset(tmp_path / "preset")
+    assert not (tmp_path / "preset").exists()
