@@ -516,6 +516,8 @@ def test_hdf5_that_points_elsewhere_or_holds_other_things(fill, tmp_path):
 
 @pytest.mark.parametrize("name, module", [("x.pt", "torch"), ("x.lora.h5", "h5py")])
 def test_a_package_that_is_missing_is_named(name, module, tmp_path, monkeypatch):
+    if module == keras.backend.backend():
+        pytest.skip("this backend is that package")
     (tmp_path / name).write_bytes(b"")
     monkeypatch.setitem(sys.modules, module, None)
     refused(lambda m: LOADERS[name](m, tmp_path / name), module)
