@@ -283,9 +283,9 @@ def without_state(optimizer, names):
         if isinstance(value, keras.optimizers.Optimizer):  # that of a loss scale
             setattr(copy, name, without_state(value, names))
         elif name in names and isinstance(value, keras.Variable):
-            start = value if name != "_iterations" else keras.ops.zeros_like(value)
+            start = keras.ops.convert_to_numpy(value)
             variable = keras.Variable(
-                keras.ops.convert_to_numpy(start),
+                0 * start if name == "_iterations" else start,
                 dtype=value.dtype,
                 trainable=False,
                 aggregation=value.aggregation,

@@ -121,7 +121,8 @@ def test_mixed_precision_is_not_scaled_twice():
 
 def test_what_compile_was_told_stays():
     model, metric = network(), keras.metrics.MeanAbsoluteError(name="error")
-    model.compile("sgd", "mae", metrics=[metric], steps_per_execution=2)
+    steps = 1 if keras.backend.backend() == "torch" else 2  # which has no other
+    model.compile("sgd", "mae", metrics=[metric], steps_per_execution=steps)
     fit(model)
     before = model.loss, model.metrics, model.jit_compile, model.steps_per_execution
     keras_lora.apply_lora(model, rank=2)
@@ -230,7 +231,7 @@ def test_a_failure_while_compiling_again_leaves_all_as_it_was(monkeypatch):
     def fail(*args):
         raise MemoryError
 
-    monkeypatch.setattr(keras_lora.models.keras_files, "compile_again", fail)
+    monkeypatch.setattr(keras_lora.models.change, "compile_again", fail)
     with pytest.raises(MemoryError):
         keras_lora.apply_lora(model, rank=2)
     assert before == [(type(z), z.trainable) for z in model._flatten_layers()]

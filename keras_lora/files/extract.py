@@ -17,7 +17,7 @@ from keras_lora.layers.kinds import obstacle
 from keras_lora.layers.settings import checked_rank
 from keras_lora.layers.torch_layout import to_numpy
 from keras_lora.models.adapt import lora_layers
-from keras_lora.models.keras_files import adapted
+from keras_lora.models.change import adapted
 from keras_lora.models.paths import layer_paths
 
 

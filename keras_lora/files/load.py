@@ -29,14 +29,15 @@ from keras_lora.files.tensors import weight_from_tensor
 from keras_lora.files.tensors import weight_to_tensor
 from keras_lora.keras_internals import compile_again
 from keras_lora.keras_internals import layer_state
+from keras_lora.keras_internals import refuse_while_running
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.kinds import lora_class_of
 from keras_lora.layers.kinds import obstacle
 from keras_lora.layers.lora_layer import is_adapted
+from keras_lora.models.change import adapted
 from keras_lora.models.freezing import freeze_adapters
 from keras_lora.models.freezing import freeze_all_but_lora
 from keras_lora.models.freezing import train_adapters
-from keras_lora.models.keras_files import adapted
 from keras_lora.models.paths import layer_paths
 from keras_lora.models.record import base_values
 from keras_lora.models.record import remember_base
@@ -87,6 +88,8 @@ def load_adapter(
     if any(map(is_adapted, layers.values())):
         refuse_other_modules(file)
         values = checked_values(file)
+        if not trainable:  # which compiles again
+            refuse_while_running(model)
     else:
         path_of = {id(layer): path for path, layer in layers.items()}
         adapters = {

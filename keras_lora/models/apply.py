@@ -12,9 +12,9 @@ from keras_lora.layers.kinds import lora_class_of
 from keras_lora.layers.kinds import obstacle
 from keras_lora.layers.lora_layer import is_adapted
 from keras_lora.models.adapt import passed_by
+from keras_lora.models.change import adapted
 from keras_lora.models.freezing import checked_bias
 from keras_lora.models.freezing import freeze_all_but_lora
-from keras_lora.models.keras_files import adapted
 from keras_lora.models.paths import layer_paths
 from keras_lora.models.report import Report
 from keras_lora.models.targets import matching

@@ -8,7 +8,7 @@ from keras_lora.keras_internals import own_variables
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.lora_layer import is_adapted
 from keras_lora.models.adapt import built_lora_layers
-from keras_lora.models.keras_files import adapted
+from keras_lora.models.change import adapted
 from keras_lora.models.paths import layer_paths
 from keras_lora.models.record import record_of
 from keras_lora.models.record import remember_base

@@ -7,33 +7,27 @@ settings: the outermost, for the whole model, and each inside it, for a new mode
 takes only that part.
 """
 
-import contextlib
-import dataclasses
 import functools
 
 import keras
 
 from keras_lora.keras_internals import UNPICKLE
 from keras_lora.keras_internals import change_class
-from keras_lora.keras_internals import compile_again
 from keras_lora.keras_internals import flatten_layers
 from keras_lora.keras_internals import legacy_format
 from keras_lora.keras_internals import own_variables
 from keras_lora.keras_internals import refresh_torch_parameters
-from keras_lora.keras_internals import refuse_while_running
 from keras_lora.keras_internals import seen_as
 from keras_lora.keras_internals import sublayers
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.lora_layer import is_adapted
 from keras_lora.models.adapt import adapt
-from keras_lora.models.adapt import make_plain
 from keras_lora.models.adapt import new_adapter
 from keras_lora.models.paths import layer_paths
 from keras_lora.models.record import NOTHING
 from keras_lora.models.record import Record
 from keras_lora.models.record import record_of
-from keras_lora.models.record import remember_flags
 from keras_lora.models.record import set_base
 from keras_lora.models.record import set_record
 from keras_lora.models.trainable_flags import restore_trainable_state
@@ -108,27 +102,27 @@ class Adapted:
         places |= {path: path for path in layers}
         adapters = {}
         for path, options in config["adapters"].items():
-            found = places[path]
-            layer = layers[found]
-            if not layer.built:
+            layer = layers.get(places.get(path))
+            if layer is None or not layer.built:
                 raise ValueError(
-                    f"The layer {found!r} of {model.name!r} is not built by its "
-                    "configuration, so that its adapter cannot be put back. Build the "
+                    f"The configuration of {model.name!r} does not build the layer "
+                    f"{path!r}, so that its adapter cannot be put back. Build the "
                     "model as you did at first, then `apply_lora` and `load_weights`."
                 )
             if not is_adapted(layer):  # else its own configuration has said it
-                adapters[found] = options
-        with adapted(model, paths, adapters) as change:
-            for path, merge_weights in config["merge_weights"].items():
-                layers[places[path]].merge_weights = merge_weights
-            layers_now = {"": model, **layer_paths(model)}
-            restore_trainable_state(layers_now, config["trainable"])
-            beside = config.get("trained_beside", {})
-            for path, place in places.items():
-                base = dict.fromkeys(beside.get(path, ()))
-                before = config["trainable_before"].get(path)
-                set_record(layers[place], Record(before, base))
-            change.keep()
+                adapters[places[path]] = options
+        for path, options in adapters.items():
+            adapt(layers[path], new_adapter(layers[path], options))
+        for path, merge_weights in config["merge_weights"].items():
+            layers[places[path]].merge_weights = merge_weights
+        layers_now = {"": model, **layer_paths(model)}
+        restore_trainable_state(layers_now, config["trainable"])
+        beside = config.get("trained_beside", {})
+        for path, place in places.items():
+            base = dict.fromkeys(beside.get(path, ()))
+            before = config["trainable_before"].get(path)
+            set_record(layers[place], Record(before, base))
+        carry(model)
         return model
 
     def save_own_variables(self, store):
@@ -238,50 +232,11 @@ def carriers(model):
             yield layer
 
 
-@contextlib.contextmanager
-def adapted(model, paths, adapters):
-    """The layers of a model are LoRA layers inside, and stay so after `keep()`.
-
-    Without it, or if anything fails, all is as it was: classes, order of weights,
-    flags, records, the optimizer and what is compiled.
-
-    Args:
-        model: A Keras model or layer.
-        paths: Path -> layer, all that the model holds; nothing is walked again.
-        adapters: Path -> the arguments of its adapter.
-    """
-    refuse_while_running(model)
-    layers = {"": model, **paths}
-    made = {path: new_adapter(layers[path], a) for path, a in adapters.items()}
-    with contextlib.ExitStack() as undo:
-        undo.callback(refresh_torch_parameters, model)
-        undo.callback(restore_trainable_state, layers, trainable_state(layers))
-        for layer in layers.values():
-            undo.callback(set_record, layer, record_of(layer))
-            if adapters:
-                remember_flags(layer)
-        for path, adapter in made.items():
-            undo.callback(make_plain, layers[path])
-            adapt(layers[path], adapter)
-        refresh_torch_parameters(model)
-        yield Change(model, undo)
-
-
-@dataclasses.dataclass(frozen=True)
-class Change:
-    """What `adapted` has changed so far."""
-
-    model: object
-    undo: contextlib.ExitStack
-
-    def keep(self) -> list:
-        """Makes it last; returns what has to be said about optimizers."""
-        for layer in list(carriers(self.model)):
-            self.undo.callback(change_class, layer, type(layer))
-            change_class(layer, adapted_class(type(layer)))
-        notes = compile_again(self.model)
-        self.undo.pop_all()
-        return notes
+def carry(model):
+    """Gives the classes that carry adapters to what needs them."""
+    for layer in list(carriers(model)):
+        change_class(layer, adapted_class(type(layer)))
+    refresh_torch_parameters(model)
 
 
 def restore_models(model):

@@ -1,0 +1,68 @@
+"""Layers of a model become LoRA layers all together, or none of them.
+
+Of apply_lora, load_adapter, extract_adapter and mark_only_lora_as_trainable.
+"""
+
+import contextlib
+import dataclasses
+
+from keras_lora.keras_internals import change_class
+from keras_lora.keras_internals import compile_again
+from keras_lora.keras_internals import refresh_torch_parameters
+from keras_lora.keras_internals import refuse_while_running
+from keras_lora.models.adapt import adapt
+from keras_lora.models.adapt import make_plain
+from keras_lora.models.adapt import new_adapter
+from keras_lora.models.keras_files import adapted_class
+from keras_lora.models.keras_files import carriers
+from keras_lora.models.record import record_of
+from keras_lora.models.record import remember_flags
+from keras_lora.models.record import set_record
+from keras_lora.models.trainable_flags import restore_trainable_state
+from keras_lora.models.trainable_flags import trainable_state
+
+
+@contextlib.contextmanager
+def adapted(model, paths, adapters):
+    """The layers of a model are LoRA layers inside, and stay so after `keep()`.
+
+    Without it, or if anything fails, all is as it was: classes, order of weights,
+    flags, records, the optimizer and what is compiled.
+
+    Args:
+        model: A Keras model or layer.
+        paths: Path -> layer, all that the model holds; nothing is walked again.
+        adapters: Path -> the arguments of its adapter.
+    """
+    refuse_while_running(model)
+    layers = {"": model, **paths}
+    made = {path: new_adapter(layers[path], a) for path, a in adapters.items()}
+    with contextlib.ExitStack() as undo:
+        undo.callback(refresh_torch_parameters, model)
+        undo.callback(restore_trainable_state, layers, trainable_state(layers))
+        for layer in layers.values():
+            undo.callback(set_record, layer, record_of(layer))
+            if adapters:
+                remember_flags(layer)
+        for path, adapter in made.items():
+            undo.callback(make_plain, layers[path])
+            adapt(layers[path], adapter)
+        refresh_torch_parameters(model)
+        yield Change(model, undo)
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """What `adapted` has changed so far."""
+
+    model: object
+    undo: contextlib.ExitStack
+
+    def keep(self) -> list:
+        """Makes it last; returns what has to be said about optimizers."""
+        for layer in list(carriers(self.model)):
+            self.undo.callback(change_class, layer, type(layer))
+            change_class(layer, adapted_class(type(layer)))
+        notes = compile_again(self.model)
+        self.undo.pop_all()
+        return notes
