@@ -5,6 +5,7 @@ it away again, or to freeze one variable of a layer for good.
 """
 
 import contextlib
+import gc
 import inspect
 import json
 from typing import NamedTuple
@@ -181,10 +182,30 @@ COMPILED_FUNCTIONS = (
 )
 
 
-def take_compiled_functions(model):
-    """Removes the traced functions of a model and of models in it; returns them."""
+def holders(model) -> list:
+    """The layers of a model, and every live model that shares one which has variables.
+
+    A layer does not know its owners, and their traced functions know it as it was. So
+    they are looked for among the garbage collector's objects.
+    """
+    layers = flatten_layers(model)
+    own = {id(vars(layer)) for layer in layers}  # a second view has the same
+    shared = {id(x) for x in layers if own_variables(x) or x._non_trainable_variables}
+    around = [
+        found
+        for found in gc.get_objects()
+        if issubclass(type(found), keras.Model)
+        and id(vars(found)) not in own
+        and "_layers" in vars(found)
+        and not shared.isdisjoint(map(id, flatten_layers(found)))
+    ]
+    return layers + around
+
+
+def take_compiled_functions(layers):
+    """Removes the traced functions of those that are models; returns them."""
     taken = []
-    for layer in flatten_layers(model):
+    for layer in layers:
         for name in COMPILED_FUNCTIONS:
             if getattr(layer, name, None) is not None:
                 taken.append((layer, name, getattr(layer, name)))
@@ -195,10 +216,13 @@ def take_compiled_functions(model):
 def compile_again(model) -> list:
     """The optimizers of a compiled model, for the variables that train now.
 
+    Likewise those of compiled models around it and beside it that share its layers.
+
     Loss, metrics and all else that `compile` was told stay as they are. An optimizer
     that cannot be had anew leaves its model uncompiled; what is returned says so.
     """
-    compiled = [x for x in flatten_layers(model) if getattr(x, "compiled", False)]
+    layers = holders(model)
+    compiled = [layer for layer in layers if getattr(layer, "compiled", False)]
     renewed, notes = {}, []
     for layer in compiled:
         old = layer.optimizer
@@ -215,8 +239,8 @@ def compile_again(model) -> list:
     # Up to here nothing has changed; from here on nothing can fail.
     for layer in compiled:
         replace_optimizer(layer, renewed[id(layer.optimizer)])
-    take_compiled_functions(model)
-    refresh_torch_parameters(model)
+    take_compiled_functions(layers)
+    refresh_torch_parameters(layers)
     return notes
 
 
@@ -396,9 +420,9 @@ def optimizer_class(cls):
 BACKENDS = "keras.src.backend."
 
 
-def refresh_torch_parameters(model):
+def refresh_torch_parameters(layers):
     """The torch backend keeps a second register of parameters in every layer."""
-    for layer in flatten_layers(model):
+    for layer in layers:
         if hasattr(layer, "_torch_params"):
             layer._track_variables()
 

@@ -34,6 +34,7 @@ from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.kinds import lora_class_of
 from keras_lora.layers.kinds import obstacle
 from keras_lora.layers.lora_layer import is_adapted
+from keras_lora.models.adapt import checked_lora_layers
 from keras_lora.models.change import adapted
 from keras_lora.models.freezing import freeze_adapters
 from keras_lora.models.freezing import freeze_all_but_lora
@@ -77,7 +78,7 @@ def load_adapter(
     Raises:
         ValueError: If a file is damaged, the two do not belong together, or they do
             not fit the model: a missing, unexpected, wrongly shaped or non-finite
-            tensor. The model is then as before.
+            tensor; or inside `merged` or `disabled`. The model is then as before.
         OSError: If a file cannot be read.
     """
     adapter = directory if isinstance(directory, Adapter) else Adapter.read(directory)
@@ -86,6 +87,7 @@ def load_adapter(
     refuse_tied_head(model, names, file.adapted | file.heads)
     layers, notes = {"": model, **paths}, []
     if any(map(is_adapted, layers.values())):
+        checked_lora_layers(model)
         refuse_other_modules(file)
         values = checked_values(file)
         if not trainable:  # which compiles again

@@ -8,6 +8,7 @@ import dataclasses
 
 from keras_lora.keras_internals import change_class
 from keras_lora.keras_internals import compile_again
+from keras_lora.keras_internals import flatten_layers
 from keras_lora.keras_internals import refresh_torch_parameters
 from keras_lora.keras_internals import refuse_while_running
 from keras_lora.models.adapt import adapt
@@ -38,7 +39,7 @@ def adapted(model, paths, adapters):
     layers = {"": model, **paths}
     made = {path: new_adapter(layers[path], a) for path, a in adapters.items()}
     with contextlib.ExitStack() as undo:
-        undo.callback(refresh_torch_parameters, model)
+        undo.callback(refresh_torch_parameters, flatten_layers(model))
         undo.callback(restore_trainable_state, layers, trainable_state(layers))
         for layer in layers.values():
             undo.callback(set_record, layer, record_of(layer))
@@ -47,7 +48,7 @@ def adapted(model, paths, adapters):
         for path, adapter in made.items():
             undo.callback(make_plain, layers[path])
             adapt(layers[path], adapter)
-        refresh_torch_parameters(model)
+        refresh_torch_parameters(flatten_layers(model))
         yield Change(model, undo)
 
 

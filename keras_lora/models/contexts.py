@@ -47,14 +47,14 @@ def merged(model):
 
 @contextlib.contextmanager
 def _standing_in(model, layers, stand_ins):
-    functions = take_compiled_functions(model)
+    functions = take_compiled_functions(flatten_layers(model))
     before = [layer.stand_in for layer in layers]
     try:
         set_stand_ins(layers, stand_ins)
         yield model
     finally:
         set_stand_ins(layers, before)
-        take_compiled_functions(model)
+        take_compiled_functions(flatten_layers(model))
         for owner, name, function in functions:
             setattr(owner, name, function)
 

@@ -236,7 +236,7 @@ def carry(model):
     """Gives the classes that carry adapters to what needs them."""
     for layer in list(carriers(model)):
         change_class(layer, adapted_class(type(layer)))
-    refresh_torch_parameters(model)
+    refresh_torch_parameters(flatten_layers(model))
 
 
 def restore_models(model):

@@ -95,9 +95,9 @@ def merged_meanwhile(model):
             detach(layer, "lora")
             undo.callback(change_class, layer, type(layer))
             change_class(layer, layer.plain_class)
-        refresh_torch_parameters(model)
+        refresh_torch_parameters(flatten_layers(model))
         yield model
-    refresh_torch_parameters(model)
+    refresh_torch_parameters(flatten_layers(model))
 
 
 def kernel_variable(layer, values, autocast=False):
