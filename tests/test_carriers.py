@@ -155,6 +155,18 @@ def test_copies_of_single_layers(adapted, part, way, tmp_path):
     assert len(lora_layers(copied)) == len(lora_layers(layer)) > 0
 
 
+@pytest.mark.parametrize("part", ["block", "dense"])
+@pytest.mark.parametrize("way", ["file", "clone"])
+def test_frozen_biases_stay_frozen(part, way, tmp_path):
+    model = network()
+    keras_lora.apply_lora(model, rank=2)
+    inputs = keras.Input((5, 4))
+    layer = moved(model).get_layer(part)
+    new = keras.Model(inputs, layer(layer(inputs)))
+    assert {v.name for v in new.trainable_variables} == {"a", "b"}
+    assert_same(COPIES[way](new, tmp_path), new)
+
+
 @pytest.mark.parametrize("part", ["block", "mha"])
 def test_adapters_of_one_layer_of_a_model(part, tmp_path):
     model = network()
@@ -217,23 +229,25 @@ def test_old_h5_files_are_refused(adapted, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Skipping nested")
-def test_weights_with_adapters_do_not_go_into_a_plain_model(adapted, tmp_path):
+@pytest.mark.parametrize("part", ["block", "mha", "own", "dense", "all"])
+def test_weights_with_adapters_do_not_go_into_a_plain_model(part, tmp_path):
     path = tmp_path / "model.weights.h5"
-    for part in ("block", "own", "dense"):
-        model = keras.Sequential([adapted.get_layer(part)])
-        model.build((None, 5, 4))
-        model.save_weights(path)
-        plain = keras.Sequential([network().get_layer(part)])
-        plain.build((None, 5, 4))
-        with pytest.raises(ValueError):
-            plain.load_weights(path)
-    adapted.save_weights(path)
-    with pytest.raises(ValueError):
-        network().load_weights(path)
-    again = network()
-    keras_lora.apply_lora(again, rank=2, alpha=5, bias="all", dropout=0.2)
+
+    def build():
+        if part == "all":
+            return network()
+        inputs, layer = keras.Input((5, 4)), network().get_layer(part)
+        outputs = layer(inputs, inputs) if part == "mha" else layer(inputs)
+        return keras.Model(inputs, outputs)
+
+    model, again, plain = build(), build(), build()
+    for each in (model, again):
+        keras_lora.apply_lora(each, rank=2, target=lambda path, layer: True)
+    moved(model).save_weights(path)
+    with pytest.raises(ValueError, match="could not be loaded"):
+        plain.load_weights(path)
     again.load_weights(path)
-    assert_same(again, adapted)
+    assert_same(again, model)
 
 
 @pytest.mark.parametrize("form", ["applied", "constructed"])
