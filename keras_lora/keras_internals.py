@@ -5,6 +5,7 @@ it away again, or to freeze one variable of a layer for good.
 """
 
 import contextlib
+import functools
 import gc
 import inspect
 import json
@@ -70,14 +71,26 @@ def freeze(layer, variable):
     layer._untrack_variable(variable)
     variable.trainable = False
     variable._autocast = False
+    variable.assign = functools.partial(assign_outside_calls, variable)
     with unlocked(layer):
         layer._track_variable(variable)
     return place
 
 
+def assign_outside_calls(variable, value):
+    """In the place of a frozen kernel's `assign`, for wrappers that would move W."""
+    if in_a_call():
+        raise ValueError(
+            f"A layer assigns to {variable.path!r} in its call, which is the frozen "
+            "kernel of a LoRA layer. Leave that layer out with exclude=."
+        )
+    return type(variable).assign(variable, value)
+
+
 def unfreeze(layer, variable, place):
     """The inverse of `freeze`: same order of weights, same flags."""
     layer._untrack_variable(variable)
+    vars(variable).pop("assign", None)
     variable.trainable = True
     if getattr(variable._value, "_trainable", None) is False:
         # The TensorFlow variable was made after Keras's was frozen, as happens when

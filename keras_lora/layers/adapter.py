@@ -206,7 +206,9 @@ class LowRankAdapter(keras.layers.Layer):
         if training and merging_pays(host, self, inputs):
             return linear_with_update(host, inputs, a, b)
         dropped = self.dropped(inputs) if training else inputs
-        return ops.add(host.frozen_linear(inputs), host.form.bypass(dropped, a, b))
+        outputs = ops.cast(host.frozen_linear(inputs), dtype)
+        # Not ops.add, which on TensorFlow takes an empty batch's rows for a bias.
+        return outputs + ops.cast(host.form.bypass(dropped, a, b), dtype)
 
     def dropped(self, inputs):
         """Dropout on the adapter's inputs."""

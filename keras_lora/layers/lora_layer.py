@@ -3,6 +3,7 @@
 import textwrap
 import warnings
 
+import keras
 from keras import ops
 
 from keras_lora.keras_internals import freeze
@@ -114,6 +115,14 @@ class LoRALayer(LayerFiles, TorchLayout):
                 f"The layer {layer.name!r} has Keras's own adapter (`enable_lora`). "
                 "Save the model and load it again, which merges that adapter, and "
                 "start there."
+            )
+        if layer.built and not isinstance(
+            getattr(layer, cls.kernel_name), keras.Variable
+        ):
+            raise ValueError(
+                f"`{cls.kernel_name}` of layer {layer.name!r}, a "
+                f"{type(layer).__name__}, is computed and no variable: there is "
+                "nothing to freeze."
             )
 
     def linear(self, inputs, kernel):

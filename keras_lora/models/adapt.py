@@ -18,19 +18,24 @@ from keras_lora.layers.lora_layer import is_adapted
 from keras_lora.layers.methods import make_adapter
 
 
-def passed_by(owner, layer):
-    """Why an adapter of a layer would not act, or W not stay, inside its owner."""
+def assigns_to(owner):
+    """Why W would not stay where it is inside this owner, or None."""
     if isinstance(owner, keras.layers.SpectralNormalization):
         return "SpectralNormalization assigns to its kernel in every training call."
-    others = [other for other in sublayers(owner) if was_called(other)]
-    if others and not was_called(layer):
-        # Gemma 4's feed-forward blocks multiply with `self.gating_ffw.kernel`.
-        return (
-            f"{type(owner).__name__} reads its kernel itself, or leaves it out: it has "
-            "called other layers, and never this one. An adapter has no effect there "
-            "until it is merged."
-        )
     return None
+
+
+def passed_by(owner, layer):
+    """Why an adapter of this layer would not act inside its owner, or None."""
+    others = [other for other in sublayers(owner) if was_called(other)]
+    if not others or was_called(layer):
+        return None
+    # Gemma 4's feed-forward blocks multiply with `self.gating_ffw.kernel`.
+    return (
+        f"{type(owner).__name__} reads its kernel itself, or leaves it out: it has "
+        "called other layers, and never this one. An adapter has no effect there until "
+        "it is merged."
+    )
 
 
 def new_adapter(layer, options) -> LowRankAdapter:

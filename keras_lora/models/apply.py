@@ -11,6 +11,7 @@ from keras_lora.layers.kinds import kind_of
 from keras_lora.layers.kinds import lora_class_of
 from keras_lora.layers.kinds import obstacle
 from keras_lora.layers.lora_layer import is_adapted
+from keras_lora.models.adapt import assigns_to
 from keras_lora.models.adapt import passed_by
 from keras_lora.models.change import adapted
 from keras_lora.models.freezing import checked_bias
@@ -89,6 +90,8 @@ def apply_lora(
                 f"The layer {path!r} has an adapter. Call merge_lora(model) or "
                 "remove_lora(model) first."
             )
+    if lora_class_of(type(model)) is not None:  # one layer, under its own name
+        paths = {model.name: model, **paths}
     trained = matching(also_train, paths, "also_train") if also_train else []
     chosen, skipped = choose(model, paths, target, exclude, trained)
     ranks = pattern_values(rank_pattern, chosen, "rank_pattern")
@@ -121,62 +124,62 @@ def choose(model, paths, target, exclude, trained):
         and path not in trained
         and not path.startswith(inside_trained)
     }
-    skipped = {}
-    if isinstance(target, str) and target == "all-linear":
+    everything = isinstance(target, str) and target == "all-linear"
+    by_name = isinstance(target, (list, tuple, set, frozenset))
+    if everything:
         heads = output_layers(model)
-        linear = {p: x for p, x in supported.items() if kind_of(type(x)).in_all_linear}
-        found = [p for p, layer in linear.items() if id(layer) not in heads]
-        for path in found:
-            reason = obstacle(paths[path]) or detour(model, paths, path)
-            if reason:
-                skipped[path] = reason
-        found = [path for path in found if path not in skipped]
-        if not found:
-            raise ValueError(
-                "`target` 'all-linear' matches no layer: there is no Dense, "
-                "EinsumDense or convolution but those that make the outputs. "
-                f"{'; '.join(f'{p}: {why}' for p, why in skipped.items())}"
-            )
+        found = [
+            path
+            for path, layer in supported.items()
+            if kind_of(type(layer)).in_all_linear and id(layer) not in heads
+        ]
     else:
         # A list that names a layer of another kind gets that as its error.
-        by_name = isinstance(target, (list, tuple, set, frozenset))
         found = matching(target, paths if by_name else supported, "target")
-        if by_name:
-            for path in [p for p in found if p not in supported]:
+        for path in found:
+            if path not in supported:
                 raise ValueError(unsupported(path, paths[path], trained))
-        unbuilt = [path for path in found if not paths[path].built]
-        skipped |= {path: obstacle(paths[path]) for path in unbuilt}
-        found = [path for path in found if paths[path].built]
-        if not found:
-            raise ValueError(
-                f"`target` {target!r} matches only layers that are not built: "
-                f"{', '.join(unbuilt)}. Call the model once, then apply_lora."
-            )
     if exclude is not None:
         excluded = set(matching(exclude, paths, "exclude"))
-        found = [path for path in found if path not in excluded]
-        skipped = {p: why for p, why in skipped.items() if p not in excluded}
-        if not found:
+        if found and excluded.issuperset(found):
             raise ValueError(
                 f"`exclude` {exclude!r} leaves nothing of `target` {target!r}."
             )
+        found = [path for path in found if path not in excluded]
+    chosen, skipped = {}, {}
     for path in found:
-        if obstacle(paths[path]):
+        layer, owner = paths[path], owner_of(model, paths, path)
+        reason = obstacle(layer) or assigns_to(owner)
+        if reason and by_name and layer.built:
             raise ValueError(
-                f"The layer {path!r} cannot be adapted: {obstacle(paths[path])} "
-                "Leave it out with exclude=."
+                f"The layer {path!r} cannot be adapted: {reason} Leave it out with "
+                "exclude=."
             )
-        if reason := detour(model, paths, path):
-            warnings.warn(f"{path!r}: {reason}", stacklevel=3)
-    return {path: paths[path] for path in found}, skipped
+        no_effect = passed_by(owner, layer)
+        if reason or (everything and no_effect):
+            skipped[path] = reason or no_effect
+        else:
+            chosen[path] = layer
+            if no_effect:
+                warnings.warn(f"{path!r}: {no_effect}", stacklevel=3)
+    if not chosen:
+        reasons = "".join(f"; {path}: {why}" for path, why in skipped.items())
+        raise ValueError(
+            "`target` 'all-linear' matches no layer: there is no Dense, EinsumDense or "
+            f"convolution but those that make the outputs{reasons}"
+            if everything
+            else f"`target` {target!r} matches only layers that are not built or "
+            f"cannot be adapted{reasons}"
+        )
+    return chosen, skipped
 
 
-def detour(model, paths, path):
-    """Why the layer's owner would pass an adapter by, or None."""
+def owner_of(model, paths, path):
+    """The layer that holds the one at a path."""
     owner = path.rpartition("/")[0]
     while owner and owner not in paths:
         owner = owner.rpartition("/")[0]
-    return passed_by(paths.get(owner, model), paths[path])
+    return paths.get(owner, model)
 
 
 def unsupported(path, layer, trained):

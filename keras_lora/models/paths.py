@@ -40,7 +40,7 @@ def layer_paths(model) -> dict:
                 continue
             seen.add(id(layer))
             part = (
-                given_name(layer, owners)
+                given_name(layer, owners, parent)
                 or attributes.get(id(layer))
                 or kind_of(type(layer))
             )
@@ -54,12 +54,15 @@ def layer_paths(model) -> dict:
     return paths
 
 
-def given_name(layer, owners):
+def given_name(layer, owners, parent):
     """The layer's name without those of its owners; None where Keras made it up."""
     name = layer.name
     for owner in owners:
         name = name.removeprefix(owner) or name
-    return None if re.sub(r"_\d+$", "", name) in automatic_names(type(layer)) else name
+    kind = re.sub(r"_\d+$", "", name)
+    if isinstance(parent, keras.layers.Bidirectional):
+        kind = re.sub("^(forward|backward)_", "", kind)  # made of the name it was given
+    return None if kind in automatic_names(type(layer)) else name
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import warnings
 
 import keras
 
@@ -47,17 +48,27 @@ def matching(rule, paths, argument):
     found = set()
     for entry in rule:
         if isinstance(entry, str):
-            hits = {p for p, layer in paths.items() if named(entry, p, layer)}
-            hits = set(ordered(hits, paths, entry, argument))
+            hits = set(ordered(named(entry, paths), paths, entry, argument))
         else:
             hits = set(matching(entry, paths, argument))
         found |= hits
     return [path for path in paths if path in found]
 
 
-def named(entry, path, layer):
-    entry = entry.replace(".", "/")
-    return path == entry or path.endswith(f"/{entry}") or layer.name == entry
+def named(entry, paths):
+    """Paths that are the entry or end with it, or whose layers are called so."""
+    end = entry.replace(".", "/")
+    hits = {p for p in paths if p == end or p.endswith(f"/{end}")}
+    called = {p for p, layer in paths.items() if layer.name == entry}
+    if hits and called - hits:
+        # Automatic names count instances in the process, paths those in the model.
+        words = (
+            f"{entry!r} is the path of {sorted(hits)}, which is meant, and the name of "
+            f"the layer at {sorted(called - hits)}, which is not."
+        )
+        warnings.warn(f"{words} `keras_lora.summary` shows paths.", stacklevel=6)
+        return hits
+    return hits | called
 
 
 def ordered(found, paths, rule, argument):
@@ -68,6 +79,9 @@ def ordered(found, paths, rule, argument):
 
 def hint(rule, paths):
     """What exists and comes close."""
+    called = [path for path, layer in paths.items() if layer.name == rule]
+    if called:
+        return f"The layer that is called so has the path {called[0]!r}."
     ends = {path.rsplit("/", 1)[-1] for path in paths}
     close = difflib.get_close_matches(str(rule), [*ends, *paths], n=5, cutoff=0.5)
     if close:

@@ -1,0 +1,175 @@
+"""What assigns to a kernel, computes it or reads it past its layer is right or refused."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+from layer_cases import fill
+from layer_cases import to_numpy
+
+import keras_lora
+from keras_lora import apply_lora
+
+
+def x():
+    return np.random.default_rng(1).standard_normal((4, 6)).astype("float32")
+
+
+def around(*layers):
+    head = keras.layers.Dense(2, name="head")
+    return keras.Sequential([keras.Input((6,)), *layers, head])
+
+
+def test_spectral_normalization_is_passed_over_or_refused():
+    inside = keras.layers.Dense(6, name="inside")
+    model = around(
+        keras.layers.SpectralNormalization(inside), keras.layers.Dense(6, name="other")
+    )
+    report = apply_lora(model)
+    assert [row.path for row in report] == ["other"]
+    (reason,) = report.skipped.values()
+    assert "assigns to its kernel" in reason
+    keras_lora.remove_lora(model)
+    with pytest.raises(ValueError, match=r"cannot be adapted.*exclude="):
+        apply_lora(model, target=["inside"])
+    assert [row.path for row in apply_lora(model, target=".*(inside|other)")] == [
+        "other"
+    ]
+
+
+class Halving(keras.layers.Wrapper):
+    """Assigns to its layer's kernel in training calls, as nobody expects."""
+
+    def call(self, inputs, training=None):
+        if training:
+            self.layer._kernel.assign(self.layer._kernel * 0.5)
+        return self.layer(inputs)
+
+
+def test_a_wrapper_that_assigns_to_a_frozen_kernel_is_stopped():
+    model = around(Halving(keras.layers.Dense(6, name="inside")))
+    apply_lora(model, target=["inside"])
+    layer = model.layers[0].layer
+    kernel = to_numpy(layer.kernel)
+    with pytest.raises(ValueError, match="frozen kernel of a LoRA layer"):
+        model(x(), training=True)
+    np.testing.assert_array_equal(to_numpy(layer.kernel), kernel)
+    layer.kernel.assign(kernel + 1)  # from outside it may be set
+    keras_lora.remove_lora(model)
+    model(x(), training=True)
+    np.testing.assert_array_equal(to_numpy(layer.kernel), (kernel + 1) * 0.5)
+
+
+@keras.saving.register_keras_serializable("tests")
+class Reader(keras.layers.Layer):
+    """Calls one layer, and multiplies with its kernel once more."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.up = keras.layers.Dense(6, name="up")
+
+    def build(self, shape):
+        self.up.build(shape)
+
+    def call(self, inputs):
+        return ops.matmul(self.up(inputs), self.up.kernel)
+
+
+def test_reading_an_adapted_kernel_in_another_call_warns():
+    model = around(Reader(name="reader"))
+    model(x())
+    apply_lora(model, target=["up"])
+    with pytest.warns(UserWarning, match=r"reads the kernel of 'up'"):
+        model(x())
+    to_numpy(model.layers[0].up.kernel)  # from outside of a call anybody may
+    keras_lora.merge_lora(model)
+    model(x())
+
+
+class OwnConvolution(keras.layers.Conv2D):
+    def convolution_op(self, inputs, kernel):
+        return 2 * super().convolution_op(inputs, kernel)
+
+
+class Masked(keras.layers.Dense):
+    @property
+    def kernel(self):
+        return self._kernel * 1.0
+
+
+class WithOptions(keras.layers.Dense):
+    """A constructor of its own: required after optional, and whatever else."""
+
+    def __init__(self, size=3, *rest, factor, **options):
+        super().__init__(size * factor, **options)
+        self.size, self.factor = size, factor
+
+
+def test_subclasses_that_compute_otherwise_are_not_adapted():
+    convolution = OwnConvolution(3, 1, name="own")
+    inputs = keras.Input((4, 4, 2))
+    hidden = keras.layers.Conv2D(3, 1, name="plain")(convolution(inputs))
+    model = keras.Model(inputs, keras.layers.Dense(2)(hidden))
+    assert [row.path for row in apply_lora(model)] == ["plain"]
+    masked = around(Masked(6, name="masked"), keras.layers.Dense(6, name="plain"))
+    report = apply_lora(masked)
+    assert [row.path for row in report] == ["plain"]
+    assert "is computed and no variable" in report.skipped["masked"]
+
+
+def test_a_subclass_with_a_constructor_of_its_own_is_adapted():
+    model = around(WithOptions(3, factor=2, name="own"))
+    outputs = to_numpy(model(x()))
+    assert [row.path for row in apply_lora(model)] == ["own"]
+    np.testing.assert_array_equal(to_numpy(model(x())), outputs)
+    fill(model.layers[0].lora.b, 1)
+    expected = to_numpy(model(x()))
+    keras_lora.merge_lora(model)
+    assert type(model.layers[0]) is WithOptions
+    np.testing.assert_array_equal(to_numpy(model(x())), expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", ["LoRADense", "LoRAMergedDense", "LoRAEmbedding"])
+def test_an_empty_batch(kind, training):
+    if kind == "LoRAEmbedding":
+        layer, inputs = keras_lora.LoRAEmbedding(9, 5, rank=2), np.zeros((0,), "int32")
+    else:
+        layer, inputs = getattr(keras_lora, kind)(5, rank=2), np.zeros((0, 4))
+    assert layer(inputs, training=training).shape == (0, 5)
+
+
+def bidirectional():
+    layers = [keras.layers.Dense(4, name="up"), keras.layers.Bidirectional(gru())]
+    return keras.Sequential([keras.Input((5, 4)), *layers, keras.layers.Dense(2)])
+
+
+def gru():
+    return keras.layers.GRU(3)
+
+
+@pytest.mark.parametrize("more", [{"bias": "all"}, {"also_train": ["bidirectional"]}])
+def test_paths_inside_bidirectional_do_not_count_instances(more, tmp_path):
+    model, other = bidirectional(), bidirectional()
+    apply_lora(model, rank=2, target=["up"], **more)
+    keras_lora.save_adapter(model, tmp_path / "adapter")
+    keras_lora.load_adapter(other, tmp_path / "adapter")
+    paths = [[row.path for row in keras_lora.summary(m)] for m in (model, other)]
+    assert paths[0] == paths[1]
+
+
+def test_names_that_the_model_shows_are_understood_or_refused():
+    layers = [keras.layers.Dense(6) for _ in range(4)]  # dense, dense_1, dense_2, ...
+    model = around(*layers[1:])  # paths dense, dense_1, dense_2
+    paths = ["dense", "dense_1", "dense_2"]
+    for path, layer in zip(paths, layers[1:], strict=True):
+        if path == "dense":
+            (row,) = apply_lora(model, target=[path], dry_run=True)
+        else:  # the path of one layer and the name of another
+            with pytest.warns(UserWarning, match=f"'{path}' is the path of"):
+                (row,) = apply_lora(model, target=[path], dry_run=True)
+        assert (row.path, row.layer) == (path, layer)
+    (row,) = apply_lora(model, target=["dense_3"], dry_run=True)  # a name alone
+    assert row.layer is layers[3]
+    with pytest.raises(ValueError, match="has the path 'dense_2'"):
+        apply_lora(model, target="dense_3")
