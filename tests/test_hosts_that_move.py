@@ -1,4 +1,4 @@
-"""What assigns to a kernel, computes it or reads it past its layer is right or refused."""
+"""What assigns to a kernel, computes it or reads it elsewhere is right or refused."""
 
 import keras
 import numpy as np
