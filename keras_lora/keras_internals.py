@@ -121,12 +121,15 @@ def flatten_layers(model):
 def attach(layer, name, sublayer):
     with unlocked(layer):
         setattr(layer, name, sublayer)
+        # torch keeps modules where the default of a class hides them.
+        vars(layer)[name] = sublayer
 
 
 def detach(layer, name):
     with unlocked(layer):
         layer._tracker.untrack(getattr(layer, name))
         delattr(layer, name)
+        vars(layer).pop(name, None)
 
 
 def seen_as(layer, cls):

@@ -6,6 +6,7 @@ import warnings
 import keras
 from keras import ops
 
+from keras_lora.keras_internals import attach
 from keras_lora.keras_internals import freeze
 from keras_lora.keras_internals import in_a_call
 from keras_lora.keras_internals import own_variables
@@ -90,7 +91,8 @@ class LoRALayer(LayerFiles, TorchLayout):
                 "a_initializer": a_initializer,
                 "b_initializer": b_initializer,
             }
-            self.lora = make_adapter({**options, **method}, self.variable_dtype)
+            adapter = make_adapter({**options, **method}, self.variable_dtype)
+            attach(self, "lora", adapter)
 
     # What a kind answers.
 
