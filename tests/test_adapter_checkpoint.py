@@ -6,10 +6,10 @@ import pytest
 from models import x
 from models import y
 from pretrained import sequential
-from test_adapter_files import same_base
-from test_apply import adapt
-from test_apply import compile_
-from test_merging import predict
+from shared import adapt
+from shared import compile_
+from shared import predict
+from shared import same_base
 
 import keras_lora
 

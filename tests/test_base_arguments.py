@@ -1,37 +1,48 @@
 """Arguments of the Keras layers that the table of cases does not reach."""
 
+import inspect
+
 import keras
 import numpy as np
 import pytest
 from layer_cases import merged_kernel
 from layer_cases import to_numpy
-from test_laws import assert_close
-from test_laws import assert_equal_bits
+from shared import assert_close
+from shared import assert_equal_bits
 
 import keras_lora
 from keras_lora import LoRADense
 from keras_lora import LoRAEmbedding
 
+LORA_ARGUMENTS = {"rank", "alpha", "dropout", "use_rslora", "merge_weights"}
+LORA_ARGUMENTS |= {"a_initializer", "b_initializer"}
+REQUIRED = {
+    "Dense": {"units": 3},
+    "EinsumDense": {"equation": "ab,bc->ac", "output_shape": 3},
+    "Embedding": {"input_dim": 4, "output_dim": 3},
+    **{f"Conv{n}D": {"filters": 3, "kernel_size": 1} for n in (1, 2, 3)},
+}
 
-def signature_names(cls):
-    import inspect
 
-    return list(inspect.signature(cls).parameters)
-
-
-@pytest.mark.parametrize(
-    "name", ["Dense", "EinsumDense", "Embedding", "Conv1D", "Conv2D", "Conv3D"]
-)
-def test_signature_is_the_base_class_and_the_lora_arguments(name):
-    base = signature_names(getattr(keras.layers, name))
-    ours = signature_names(getattr(keras_lora, f"LoRA{name}"))
-    kept = [
-        argument for argument in base if argument not in ("lora_rank", "lora_alpha")
-    ]
-    assert [argument for argument in ours if argument in base] == kept
-    lora = {"rank", "alpha", "dropout", "use_rslora", "merge_weights"}
-    lora |= {"a_initializer", "b_initializer"}
-    assert set(ours) - set(base) - {"factorization"} == lora
+@pytest.mark.parametrize("name", REQUIRED)
+def test_constructor_takes_what_its_signature_shows(name):
+    """All arguments of the Keras layer, and those of LoRA, each of them really."""
+    cls = getattr(keras_lora, f"LoRA{name}")
+    shown = inspect.signature(cls).parameters
+    base = inspect.signature(getattr(keras.layers, name).__init__).parameters
+    named = {p for p, x in base.items() if x.kind not in (x.VAR_KEYWORD,)}
+    missing = named - {"self", "lora_rank", "lora_alpha"} - set(shown)
+    assert not missing and set(shown) >= LORA_ARGUMENTS
+    defaults = {
+        argument: parameter.default
+        for argument, parameter in shown.items()
+        if parameter.default is not parameter.empty
+    }
+    layer = cls(**{**defaults, **REQUIRED[name]})
+    plain = getattr(keras.layers, name)(**REQUIRED[name]).get_config()
+    config = layer.get_config()
+    kept = plain.keys() - {"name"}
+    assert {key: config[key] for key in kept} == {key: plain[key] for key in kept}
 
 
 @pytest.mark.skipif(

@@ -9,10 +9,10 @@ from pretrained import PRETRAINED
 from pretrained import convolutional
 from pretrained import sequential
 from pretrained import transformer
-from test_adapter_files import adapted
-from test_apply import adapt
-from test_apply import flags
-from test_merging import predict
+from shared import adapt
+from shared import adapted
+from shared import flags
+from shared import predict
 
 import keras_lora
 from keras_lora.models.adapt import lora_layers

@@ -1,35 +1,15 @@
 """The same losses on several devices as on one; a process for each number of them."""
 
 import json
-import os
 import socket
-import subprocess
-import sys
 
 import keras
 import numpy as np
 import pytest
+from processes import finish
+from processes import run
+from processes import start
 
-MODEL = """
-import keras, keras_lora
-import numpy as np
-keras.utils.set_random_seed(0)
-def build():
-    options = {"rank": 2, "alpha": 3}
-    model = keras.Sequential([
-        keras.Input((6,)),
-        keras_lora.LoRADense(16, activation="tanh", name="wide", **options),
-        keras_lora.LoRADense(3, **options),
-    ])
-    model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=False)
-    return model
-random = np.random.default_rng(0)
-x = random.standard_normal((32, 6), "float32")
-y = random.standard_normal((32, 3), "float32")
-def losses(model):
-    fitted = model.fit(x, y, epochs=3, batch_size=16, verbose=0, shuffle=False)
-    return fitted.history["loss"]
-"""
 TENSORFLOW = """
 import json, sys
 import tensorflow as tf
@@ -95,26 +75,6 @@ if kind == "model":
     assert shards == {(2, 4)}, shards
 print(json.dumps(found))
 """
-
-
-def run(program, argument, **environment):
-    return finish(start(program, argument, **environment))
-
-
-def start(program, argument, **environment):
-    return subprocess.Popen(
-        [sys.executable, "-c", MODEL + program, argument],
-        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process):
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors[-2000:]
-    return json.loads(output.splitlines()[-1])
 
 
 def free_ports(count):

@@ -12,10 +12,10 @@ from models import MODELS
 from models import sequential
 from models import trained
 from models import x
-from test_merging import assert_same_state
-from test_merging import optimizer_state
-from test_merging import predict
-from test_merging import state
+from shared import assert_same_state
+from shared import optimizer_state
+from shared import predict
+from shared import state
 
 import keras_lora
 from keras_lora.models.adapt import lora_layers

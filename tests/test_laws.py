@@ -10,26 +10,13 @@ from layer_cases import POLICIES
 from layer_cases import fill
 from layer_cases import merged_kernel
 from layer_cases import to_numpy
+from shared import assert_close
+from shared import assert_equal_bits
 
 from keras_lora.layers.adapter import LowRankAdapter
 
 over_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 over_policies = pytest.mark.parametrize("policy", POLICIES)
-# Summed in another order the last bits differ; relative to the largest output.
-TOLERANCE = 1e-5
-
-
-def assert_close(actual, expected, tolerance=TOLERANCE):
-    actual, expected = to_numpy(actual), to_numpy(expected)
-    scale = np.abs(expected).max()
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * scale)
-
-
-def assert_equal_bits(actual, expected, case=None):
-    """To the bit; an embedding sums its rows in another order than the table."""
-    actual, expected = to_numpy(actual), to_numpy(expected)
-    last_place = np.spacing(np.abs(expected).max()) if case and case.vocabulary else 0
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=last_place)
 
 
 @over_cases
@@ -150,7 +137,7 @@ def test_config_round_trip(case):
 @over_cases
 def test_dropout_acts_on_the_adapter_alone(case):
     if case.vocabulary:
-        return  # ids cannot be dropped; refused, see test_embedding.py
+        pytest.skip("ids cannot be dropped: refused, see test_base_arguments.py")
     layer = case.trained_layer(dropout=0.5)
     inputs = case.inputs()
     first, second = (to_numpy(layer(inputs, training=True)) for _ in range(2))
@@ -189,12 +176,12 @@ def test_merging_rounds_once(case, policy):
 def test_half_precision_training_keeps_small_updates(case, policy):
     """An update below the last bit of W still reaches the training outputs."""
     if case.vocabulary:
-        return  # no sum that a kernel of ones could make zero
+        pytest.skip("no sum that a kernel of ones could make zero")
     if "..." in case.arguments.get("equation", "") and policy in (
         "float16",
         "mixed_float16",
     ):
-        return  # tf.einsum with an ellipsis is wrong in float16, plain Keras's too
+        pytest.skip("tf.einsum with an ellipsis is wrong in float16, in Keras too")
     plain_activation = {"activation": None} if "activation" in case.arguments else {}
     layer = case.trained_layer(dtype=policy, dropout=0.0, **plain_activation)
     layer.frozen_kernel.assign(np.ones(layer.frozen_kernel.shape))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from layer_cases import to_numpy
 from peft.optimizers import create_loraplus_optimizer
-from test_distribution import run
+from processes import run
 
 import keras_lora
 

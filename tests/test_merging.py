@@ -9,29 +9,15 @@ from models import sequential
 from models import trained
 from models import x
 from models import y
+from shared import assert_same_state
+from shared import optimizer_state
+from shared import predict
+from shared import state
 
 import keras_lora
 from keras_lora.models.adapt import lora_layers
 
 over_models = pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)
-
-
-def predict(model):
-    return model.predict(x(), verbose=0)
-
-
-def state(model):
-    return [(v.path, v.trainable, to_numpy(v)) for v in model.weights]
-
-
-def optimizer_state(model):
-    return [to_numpy(v) for v in model.optimizer.variables]
-
-
-def assert_same_state(before, after):
-    for (path, trainable, value), now in zip(before, after, strict=True):
-        assert (path, trainable) == now[:2]
-        np.testing.assert_array_equal(value, now[2])
 
 
 @over_models
@@ -67,7 +53,7 @@ def test_merged_model_trains_its_kernels(build):
 def test_merged_model_can_be_saved_as_a_plain_one(build, tmp_path):
     model = trained(build)
     if not isinstance(model, (keras.Sequential, keras.src.models.Functional)):
-        return  # its own configuration makes LoRA layers
+        pytest.skip("its own configuration makes LoRA layers")
     keras_lora.merge_lora(model)
     model.save(tmp_path / "plain.keras")
     loaded = keras.models.load_model(tmp_path / "plain.keras")

@@ -1,7 +1,6 @@
 """The same random weights in transformers and in KerasHub, adapters both ways."""
 
 import json
-import warnings
 
 import keras
 import keras_hub
@@ -12,36 +11,19 @@ import torch
 import transformers
 from layer_cases import fill
 from layer_cases import to_numpy
+from their_models import BERT
+from their_models import GEMMA
+from their_models import GPT2
+from their_models import SIZES
+from their_models import ids
+from their_models import loaded_by_peft
+from their_models import theirs
 
 import keras_lora
 from keras_lora.files.config import CONFIG
 
-SIZES = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 2}
-BERT = transformers.BertConfig(
-    **SIZES,
-    num_attention_heads=2,
-    intermediate_size=24,
-    max_position_embeddings=12,
-    hidden_act="gelu_pytorch_tanh",  # KerasHub's
-)
-GPT2 = transformers.GPT2Config(
-    vocab_size=30,
-    n_embd=16,
-    n_layer=2,
-    n_head=2,
-    n_positions=12,
-    bos_token_id=0,
-    eos_token_id=0,
-)
 LLAMA = transformers.LlamaConfig(
     **SIZES, num_attention_heads=4, num_key_value_heads=2, intermediate_size=24
-)
-GEMMA = transformers.GemmaConfig(
-    **SIZES,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    intermediate_size=24,
 )
 # table: torch's class and configuration, KerasHub's class, a norm that trains
 MODELS = {
@@ -76,10 +58,6 @@ def pair(table, folder):
     return module.base_model, backbone.from_preset(str(folder))
 
 
-def ids():
-    return np.random.default_rng(2).integers(1, 30, (3, 7)).astype("int32")
-
-
 def ours(table, model):
     mask = np.ones_like(ids())
     inputs = {"token_ids": ids(), "padding_mask": mask}
@@ -89,21 +67,8 @@ def ours(table, model):
     return to_numpy(model(inputs))
 
 
-def theirs(module):
-    with torch.no_grad():
-        return module(torch.tensor(ids()).long())[0].numpy()
-
-
 def assert_same(table, model, module):
     np.testing.assert_allclose(ours(table, model), theirs(module), rtol=0, atol=1e-5)
-
-
-def loaded_by_peft(module, folder):
-    """Without a warning but transformers' own."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.simplefilter("ignore", FutureWarning)
-        return peft.PeftModel.from_pretrained(module, folder)
 
 
 def targets(table):

@@ -12,12 +12,12 @@ import torch
 import transformers
 from layer_cases import fill
 from layer_cases import to_numpy
-from test_name_tables import BERT
-from test_name_tables import GEMMA
-from test_name_tables import GPT2
-from test_name_tables import ids
-from test_name_tables import loaded_by_peft
-from test_name_tables import theirs
+from their_models import BERT
+from their_models import GEMMA
+from their_models import GPT2
+from their_models import ids
+from their_models import loaded_by_peft
+from their_models import theirs
 
 import keras_lora
 from keras_lora.files.config import CONFIG

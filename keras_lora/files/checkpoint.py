@@ -25,7 +25,8 @@ class AdapterCheckpoint(keras.callbacks.Callback):
 
     Example:
 
-    >>> model.fit(x, y, callbacks=[keras_lora.AdapterCheckpoint("adapter")])
+    >>> checkpoint = keras_lora.AdapterCheckpoint("adapter")
+    >>> history = model.fit(x, y, callbacks=[checkpoint], verbose=0)
     """
 
     def __init__(

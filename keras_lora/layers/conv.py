@@ -125,7 +125,7 @@ class LoRAConv1D(LoRAConv, keras.layers.Conv1D):
     Example:
 
     >>> layer = LoRAConv1D(32, 3, padding="causal", rank=4)
-    >>> layer(keras.ops.ones((2, 20, 8))).shape
+    >>> tuple(layer(keras.ops.ones((2, 20, 8))).shape)
     (2, 20, 32)
     """  # noqa: E501
 
@@ -162,7 +162,7 @@ class LoRAConv2D(LoRAConv, keras.layers.Conv2D):
     Example:
 
     >>> layer = LoRAConv2D(32, 3, strides=2, rank=4)
-    >>> layer(keras.ops.ones((2, 9, 9, 8))).shape
+    >>> tuple(layer(keras.ops.ones((2, 9, 9, 8))).shape)
     (2, 4, 4, 32)
     """  # noqa: E501
 
@@ -199,7 +199,7 @@ class LoRAConv3D(LoRAConv, keras.layers.Conv3D):
     Example:
 
     >>> layer = LoRAConv3D(16, 3, padding="same", rank=2)
-    >>> layer(keras.ops.ones((2, 5, 5, 5, 4))).shape
+    >>> tuple(layer(keras.ops.ones((2, 5, 5, 5, 4))).shape)
     (2, 5, 5, 5, 16)
     """  # noqa: E501
 

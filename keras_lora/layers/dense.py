@@ -27,7 +27,7 @@ class LoRADense(LoRALayer, keras.layers.Dense):
     Example:
 
     >>> layer = LoRADense(64, activation="relu", rank=8, alpha=16, dropout=0.05)
-    >>> layer(keras.ops.ones((2, 32))).shape
+    >>> tuple(layer(keras.ops.ones((2, 32))).shape)
     (2, 64)
     """
 

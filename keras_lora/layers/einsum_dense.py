@@ -44,7 +44,7 @@ class LoRAEinsumDense(LoRALayer, keras.layers.EinsumDense):
     Example:
 
     >>> query = LoRAEinsumDense("abc,cde->abde", (None, 4, 16), bias_axes="de", rank=4)
-    >>> query(keras.ops.ones((2, 10, 64))).shape
+    >>> tuple(query(keras.ops.ones((2, 10, 64))).shape)
     (2, 10, 4, 16)
     """  # noqa: E501
 

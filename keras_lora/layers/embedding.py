@@ -30,7 +30,7 @@ class LoRAEmbedding(LoRALayer, keras.layers.Embedding):
     Example:
 
     >>> layer = LoRAEmbedding(1000, 64, mask_zero=True, rank=4)
-    >>> layer(keras.ops.ones((2, 10), "int32")).shape
+    >>> tuple(layer(keras.ops.ones((2, 10), "int32")).shape)
     (2, 10, 64)
     """
 

@@ -38,7 +38,7 @@ class LoRAMergedDense(LoRALayer, keras.layers.Dense):
     Example:
 
     >>> layer = LoRAMergedDense(96, rank=4, enable_lora=(True, False, True))
-    >>> layer(keras.ops.ones((2, 32))).shape
+    >>> tuple(layer(keras.ops.ones((2, 32))).shape)
     (2, 96)
 
     Reference: `MergedLinear` in https://github.com/microsoft/LoRA

@@ -28,7 +28,7 @@ def merged(model):
     Example:
 
     >>> with keras_lora.merged(model):
-    ...     predictions = model.predict(x)
+    ...     predictions = model.predict(x, verbose=0)
 
     Args:
         model: Any Keras model or layer that holds LoRA layers.

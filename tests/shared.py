@@ -1,0 +1,96 @@
+"""What several test files need: adapting, training and comparing models."""
+
+import keras
+import numpy as np
+from layer_cases import to_numpy
+from models import x
+from models import y
+from pretrained import subclassed
+from pretrained import transformer
+
+import keras_lora
+from keras_lora import apply_lora
+
+# Summed in another order the last bits differ; relative to the largest output.
+TOLERANCE = 1e-5
+
+
+def assert_close(actual, expected, tolerance=TOLERANCE):
+    actual, expected = to_numpy(actual), to_numpy(expected)
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * scale)
+
+
+def assert_equal_bits(actual, expected, case=None):
+    """To the bit; an embedding sums its rows in another order than the table."""
+    actual, expected = to_numpy(actual), to_numpy(expected)
+    last_place = np.spacing(np.abs(expected).max()) if case and case.vocabulary else 0
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=last_place)
+
+
+def predict(model):
+    return model.predict(x(), verbose=0)
+
+
+def state(model):
+    return [(v.path, v.trainable, to_numpy(v)) for v in model.weights]
+
+
+def optimizer_state(model):
+    return [to_numpy(v) for v in model.optimizer.variables]
+
+
+def assert_same_state(before, after):
+    for (path, trainable, value), now in zip(before, after, strict=True):
+        assert (path, trainable) == now[:2]
+        np.testing.assert_array_equal(value, now[2])
+
+
+HEADS = {subclassed: "head"}  # whose graph does not tell
+
+
+def adapt(build, **kwargs):
+    model = build()
+    if build in HEADS:
+        kwargs.setdefault("exclude", [HEADS[build]])
+    return model, apply_lora(model, **{"rank": 2, "alpha": 6, **kwargs})
+
+
+def fit(model, epochs=2):
+    history = model.fit(x(), y(), epochs=epochs, batch_size=8, verbose=0, shuffle=False)
+    return history.history["loss"]
+
+
+def assert_same(actual, expected):
+    """To the bit on TensorFlow. JAX compiles anew and sums in another order, and
+    torch's bits depend on how a kernel lies in memory."""
+    tolerance = 0.0 if keras.backend.backend() == "tensorflow" else 1e-6
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * scale)
+
+
+def compile_(model):
+    model.compile(keras.optimizers.Adam(0.02), "mse", jit_compile=False)
+    return model
+
+
+def flags(model):
+    return [
+        (type(layer), layer.trainable, [(w.path, w.trainable) for w in layer.weights])
+        for layer in model._flatten_layers()
+    ]
+
+
+def same_base(model, build):
+    """A plain model with the weights of the given one."""
+    keras_lora.remove_lora(model)
+    plain = build()
+    plain.set_weights(model.get_weights())
+    return plain
+
+
+def adapted(build=transformer, **kwargs):
+    model, _ = adapt(build, **kwargs)
+    compile_(model)
+    fit(model, 1)
+    return model

@@ -1,0 +1,44 @@
+"""The examples in the docstrings run and give what they say."""
+
+import doctest
+import importlib
+import pkgutil
+
+import keras
+import numpy as np
+import pytest
+
+import keras_lora
+
+
+def examples():
+    found = {}
+    for module in pkgutil.walk_packages(keras_lora.__path__, "keras_lora."):
+        tests = doctest.DocTestFinder().find(importlib.import_module(module.name))
+        found |= {test.name: test for test in tests if test.examples}
+    return found
+
+
+EXAMPLES = examples()
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    x, y = np.ones((4, 6), "float32"), np.ones((4, 2), "float32")
+    model = keras.Sequential([keras.Input((6,)), keras_lora.LoRADense(2)])
+    model.compile("sgd", "mse", jit_compile=False)
+    names = vars(keras_lora) | {"keras": keras, "keras_lora": keras_lora}
+    names |= {"x": x, "y": y, "model": model}
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    example = EXAMPLES[name]
+    example.globs = names
+    lines = []
+    runner.run(example, out=lines.append)
+    assert runner.failures == 0, "".join(lines)
+
+
+def test_every_public_layer_has_an_example():
+    layers = [name for name in keras_lora.__all__ if name.startswith("LoRA")]
+    layers = set(layers) - {"LoRALayer", "LoRAPlus"}
+    assert layers <= {name.rsplit(".", 1)[-1] for name in EXAMPLES}
