@@ -143,6 +143,38 @@ def seen_as(layer, cls):
     return view
 
 
+def twin(layer, cls, changed):
+    """A view of a layer under a class, of which some attributes are others."""
+    view = object.__new__(cls)
+    object.__setattr__(view, "__dict__", {**vars(layer), **changed})
+    return view
+
+
+def kernel_variables(layer) -> dict:
+    """Attribute -> variable of a layer itself, all but its bias.
+
+    Those of a layer that is quantized: its integers, scales, zeros and groups.
+    """
+    return {
+        name: value
+        for name, value in vars(layer).items()
+        if isinstance(value, keras.Variable) and name != "bias"
+    }
+
+
+def exchange_variables(layer, other):
+    """Gives a quantized layer the kernels of a float one like it."""
+    with unlocked(layer):
+        for name in kernel_variables(layer):
+            delattr(layer, name)
+        for name, variable in kernel_variables(other).items():
+            setattr(layer, name, variable)
+    order = [variable.name for variable in other._trainable_variables]
+    layer._trainable_variables.sort(key=lambda variable: order.index(variable.name))
+    layer._is_quantized = False
+    layer.quantization_config = None
+
+
 def replace_kernel(layer, kernel_name, variable):
     """Puts another variable in the place of the layer's kernel, list and all."""
     old = getattr(layer, kernel_name)

@@ -70,8 +70,8 @@ def test_enable_lora(case):
 
 
 def test_quantized_policy():
-    with pytest.raises(ValueError, match="float policy"):
-        LoRADense(4, dtype="int8_from_float32")
+    with pytest.raises(ValueError, match="float, int8 and int4 kernels"):
+        LoRADense(4, dtype="float8_from_float32")
 
 
 @over_kinds

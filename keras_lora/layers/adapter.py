@@ -190,7 +190,7 @@ class LowRankAdapter(keras.layers.Layer):
 
     def outputs(self, host, inputs, training):
         """What the host gives before bias and activation."""
-        if training or not host.merge_weights or host.form.looks_up:
+        if training or not host.merges_in_call or host.form.looks_up:
             return self.low_rank_outputs(host, inputs, training)
         kernel = self.effective_kernel(host.base_kernel(self.variable_dtype))
         return host.apply_kernel(inputs, kernel)

@@ -1,6 +1,7 @@
 """LoRAEinsumDense: the projections of attention."""
 
 import math
+import warnings
 
 import keras
 import numpy as np
@@ -11,6 +12,7 @@ from keras_lora.layers.equation import split_equation
 from keras_lora.layers.form import LowRankForm
 from keras_lora.layers.form import unchanged
 from keras_lora.layers.lora_layer import LoRALayer
+from keras_lora.layers.quantized_host import dequantize
 
 
 @keras.saving.register_keras_serializable(package="keras_lora")
@@ -52,6 +54,32 @@ class LoRAEinsumDense(LoRALayer, keras.layers.EinsumDense):
 
     def linear(self, inputs, kernel):
         return ops.einsum(self.equation, inputs, kernel)
+
+    def linear_back(self, upstream, kernel):
+        return ops.einsum(split_equation(self.equation).back, upstream, kernel)
+
+    def warn_of_quantization(self):
+        split = split_equation(self.equation)
+        if self.quantization_mode == "int4" and not split.kernel.startswith(
+            split.contracted
+        ):
+            warnings.warn(
+                f"The int4 kernel of {self.name!r} has a large error: Keras quantizes "
+                f"it along axes over which {self.equation!r} does not sum. Its error "
+                "is several times that of a Dense kernel. Use int8 for this layer, or "
+                "leave it in float (`filters` of `Model.quantize`).",
+                stacklevel=2,
+            )
+
+    def from_integers(self, integers, scale, zero, groups):
+        if zero is None and (self.quantization_mode == "int8" or scale.ndim > 1):
+            split = split_equation(self.equation)
+            scale = split.over_kernel(scale, integers.shape)
+            return dequantize(integers, scale)
+        # Keras reshapes the kernel to a matrix, whichever axes come first.
+        matrix = ops.reshape(integers, (-1, scale.shape[-1]))
+        values = dequantize(matrix, scale, zero, groups)
+        return ops.reshape(values, integers.shape)
 
     @classmethod
     def check_host(cls, layer):

@@ -3,8 +3,11 @@
 import keras
 from keras import ops
 
+from keras_lora.keras_internals import kernel_variables
+from keras_lora.keras_internals import twin
 from keras_lora.layers.form import LowRankForm
 from keras_lora.layers.lora_layer import LoRALayer
+from keras_lora.layers.quantized_host import dequantize
 from keras_lora.layers.torch_layout import EMBEDDING
 
 
@@ -68,6 +71,11 @@ class LoRAEmbedding(LoRALayer, keras.layers.Embedding):
         # Keras builds the layer inside its constructor when it is given weights;
         # the adapter has to exist before that.
         if weights is not None:
+            if self.is_quantized:
+                raise ValueError(
+                    "`weights` cannot be given to a layer that is quantized. Received: "
+                    f"dtype={self.dtype_policy.name!r}."
+                )
             self.build()
             table = weights[0] if isinstance(weights, list) else weights
             self.frozen_kernel.assign(table)
@@ -84,7 +92,25 @@ class LoRAEmbedding(LoRALayer, keras.layers.Embedding):
     # Looked up first and cast after: a cast would touch the whole table.
 
     def frozen_linear(self, inputs):
+        if self.is_quantized:
+            return self.quantized_linear(inputs)
         return ops.stop_gradient(self.linear(inputs, self.frozen_kernel))
+
+    def quantized_linear(self, inputs):
+        ids = ops.reshape(ops.cast(inputs, "int32"), (-1,))
+        rows = {
+            name: ops.take(variable, ids, axis=0)
+            for name, variable in kernel_variables(self).items()
+            if variable.name.startswith(self.kernel_name)
+        }
+        plain = twin(self, self.plain_class, rows)
+        outputs = plain.quantized_call(ops.arange(ops.shape(ids)[0]))
+        shape = (*ops.shape(inputs), self.output_dim)
+        return ops.stop_gradient(ops.reshape(outputs, shape))
+
+    def from_integers(self, integers, scale, zero, groups):
+        scale = ops.expand_dims(scale, -1) if zero is None else scale
+        return dequantize(integers, scale, zero, groups, axis=1)
 
     def apply_kernel(self, inputs, kernel):
         return self.linear(inputs, kernel)

@@ -17,6 +17,7 @@ class SplitEquation(NamedTuple):
     up: str  # hidden, B -> outputs
     compose: str  # A, B -> kernel
     outputs: str
+    back: str  # gradient of outputs, kernel -> gradient of inputs
 
     def axes(self, letters):
         """Where the kernel has these axes."""
@@ -34,6 +35,17 @@ class SplitEquation(NamedTuple):
         for place, axis in enumerate(trail):
             if axis not in own:
                 value = ops.expand_dims(value, place)
+        return value
+
+    def over_kernel(self, value, sizes):
+        """What lies as the outputs do, with 1 for axes not the kernel's, beside it."""
+        size = dict(zip(self.kernel, sizes, strict=True))
+        found = [axis for axis in self.outputs if axis in self.kernel]
+        value = ops.reshape(value, [size[axis] for axis in found])
+        own = [axis for axis in self.kernel if axis in found]
+        value = ops.transpose(value, [found.index(axis) for axis in own])
+        for place in sorted(self.axes(self.contracted)):
+            value = ops.expand_dims(value, place)
         return value
 
 
@@ -63,6 +75,7 @@ def split_equation(equation):
         up=f"{hidden},{b}->{outputs}",
         compose=f"{a},{b}->{kernel}",
         outputs=outputs,
+        back=f"{outputs},{kernel}->{inputs}",
     )
 
 

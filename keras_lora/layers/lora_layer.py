@@ -18,15 +18,19 @@ from keras_lora.layers.form import LowRankForm
 from keras_lora.layers.layer_files import LayerFiles
 from keras_lora.layers.methods import make_adapter
 from keras_lora.layers.methods import take_method
+from keras_lora.layers.quantized_host import QuantizedHost
+from keras_lora.layers.quantized_host import refuse_mode
 from keras_lora.layers.settings import checked_rank
 from keras_lora.layers.torch_layout import TorchLayout
 
 
-class LoRALayer(LayerFiles, TorchLayout):
+class LoRALayer(LayerFiles, TorchLayout, QuantizedHost):
     """Mixin that gives a Keras layer a frozen kernel W and an adapter A, B.
 
         training=True    y = finish( linear(x, W) + linear(drop(x), A) @ (scaling * B) )
         training=False   y = finish( linear(x, round(W + delta)) )
+
+    Over a quantized kernel the first line holds for both: see `QuantizedHost`.
 
     A kind of layer is `class LoRAKind(LoRALayer, keras.layers.Kind)`. It answers
     `linear` and `low_rank_form`, and `finish` where a bias is not added last.
@@ -106,12 +110,7 @@ class LoRALayer(LayerFiles, TorchLayout):
                 f"kept by a low-rank update. Received: {constraint!r}. Leave it out, "
                 "or use rank=0."
             )
-        if layer.quantization_mode is not None:
-            raise ValueError(
-                f"The layer {layer.name!r} is quantized, and its quantized call would "
-                f"leave the adapter out. Received: dtype={layer.dtype_policy.name!r}. "
-                "Use a float policy."
-            )
+        refuse_mode(layer, layer.quantization_mode)
         if getattr(layer, "lora_enabled", False):
             raise ValueError(
                 f"The layer {layer.name!r} has Keras's own adapter (`enable_lora`). "
@@ -151,6 +150,8 @@ class LoRALayer(LayerFiles, TorchLayout):
     @property
     def frozen_kernel(self):
         """The variable W, under the same name for every kind."""
+        if self.is_quantized:  # behind the property it may be packed
+            return next(v for v in self.variables if v.name == self.kernel_name)
         kernel = getattr(self.plain_class, self.kernel_name, None)
         if isinstance(kernel, property):
             return kernel.fget(self)
@@ -158,14 +159,19 @@ class LoRALayer(LayerFiles, TorchLayout):
 
     @property
     def kernel_shape(self) -> tuple:
-        return tuple(self.frozen_kernel.shape)
+        kernel = self.kernel_values() if self.is_quantized else self.frozen_kernel
+        return tuple(kernel.shape)
 
     def base_kernel(self, dtype):
         """W as a value."""
+        if self.is_quantized:
+            return self.dequantized(dtype)
         return ops.cast(ops.convert_to_tensor(self.frozen_kernel), dtype)
 
     def frozen_linear(self, inputs):
         """linear(inputs, W), without a gradient of W."""
+        if self.is_quantized:
+            return self.quantized_linear(inputs)
         kernel = ops.stop_gradient(self.base_kernel(self.compute_dtype))
         return self.linear(inputs, kernel)
 
@@ -192,7 +198,10 @@ class LoRALayer(LayerFiles, TorchLayout):
         regularizer = getattr(self, f"{self.kernel_name}_regularizer", None)
         form = self.low_rank_form(self.lora.rank)
         self.lora.build(form, regularizer, self.base_kernel)
-        self._kernel_place = freeze(self, self.frozen_kernel)
+        if self.is_quantized:  # and born frozen
+            self.warn_of_quantization()
+        else:
+            self._kernel_place = freeze(self, self.frozen_kernel)
 
     def call(self, inputs, training=None):
         return self.adapted_call(inputs, training)
@@ -204,7 +213,7 @@ class LoRALayer(LayerFiles, TorchLayout):
             return inputs.with_flat_values(values)
         host = None if self.lora is None else self.host(**options)
         if host is None:
-            return super().call(inputs, **options)
+            return self.plain_call(inputs, **options)
         strategy = self.stand_in or self.lora
         return host.finish(strategy.outputs(host, inputs, training))
 
@@ -223,13 +232,6 @@ class LoRALayer(LayerFiles, TorchLayout):
             f"{type(self).__name__}, which brings its own adapter. Choose its rank "
             "with `rank=` when it is constructed, or call "
             "`keras_lora.merge_lora(model)` first."
-        )
-
-    def quantize(self, *args, **kwargs):
-        raise ValueError(
-            f"`quantize()` was called on {self.name!r}, a {type(self).__name__}: "
-            "the quantized call would leave the adapter out. Call "
-            "`keras_lora.merge_lora(model)` first, then quantize."
         )
 
 

@@ -6,6 +6,9 @@ from keras import ops
 from keras_lora.keras_internals import set_mask
 from keras_lora.layers.embedding import LoRAEmbedding
 from keras_lora.layers.form import LowRankForm
+from keras_lora.layers.quantized_host import dequantize
+from keras_lora.layers.quantized_host import quantization
+from keras_lora.layers.quantized_host import straight_through
 
 
 @keras.saving.register_keras_serializable(package="keras_lora")
@@ -33,7 +36,7 @@ class LoRAReversibleEmbedding(LoRAEmbedding, keras.layers.ReversibleEmbedding):
 
     def call(self, inputs, reverse=False, training=None):
         outputs = self.adapted_call(inputs, training, reverse=reverse)
-        if not reverse:
+        if not reverse and not self.is_quantized:  # Keras drops it there
             mask = keras.layers.Embedding.compute_mask(self, inputs)
             if mask is not None:
                 set_mask(outputs, mask)
@@ -43,6 +46,26 @@ class LoRAReversibleEmbedding(LoRAEmbedding, keras.layers.ReversibleEmbedding):
         if not reverse:
             return self
         return ReverseSide(self) if self.tie_weights else None
+
+    def plain_call(self, inputs, reverse=False):
+        if not (reverse and self.is_quantized):
+            return super().plain_call(inputs, reverse=reverse)
+        side = ReverseSide(self)  # Keras differentiates through `round`
+        return side.finish(side.frozen_linear(inputs))
+
+    def other_kernels(self):
+        if self.tie_weights:
+            return {}
+        name, integers = "reverse_embeddings", self.reverse_embeddings
+        if self.quantization_mode == "int4":
+            integers = keras.quantizers.unpack_int4(integers, self.output_dim, axis=0)
+        return {name: dequantize(integers, *quantization(self, name))}
+
+    def reverse_kernel(self, dtype):
+        """What the reverse direction multiplies with, as its operation means it."""
+        for kernel in self.other_kernels().values():
+            return ops.cast(kernel, dtype)
+        return ops.transpose(self.base_kernel(dtype))
 
     def compute_output_spec(self, inputs, reverse=False, training=None):
         return keras.layers.ReversibleEmbedding.compute_output_spec(
@@ -62,14 +85,20 @@ class ReverseSide:
 
     def __init__(self, layer):
         self.layer = layer
-        self.merge_weights = layer.merge_weights
-        self.compute_dtype = layer.reverse_dtype or layer.compute_dtype
+        self.merges_in_call = layer.merges_in_call
+        # Keras's quantized call knows no `reverse_dtype`.
+        own = None if layer.is_quantized else layer.reverse_dtype
+        self.compute_dtype = own or layer.compute_dtype
         self.base_kernel = layer.base_kernel
-        self.form = ReverseForm(
-            a_shape=layer.form.a_shape,
-            b_shape=layer.form.b_shape,
-            fan_in=layer.output_dim,
-            compose=layer.form.compose,
+
+    @property
+    def form(self):
+        form = self.layer.form
+        return ReverseForm(
+            a_shape=form.a_shape,
+            b_shape=form.b_shape,
+            fan_in=self.layer.output_dim,
+            compose=form.compose,
             down=self.linear,
             up=self.linear,
             input_axes=(1,),
@@ -80,6 +109,15 @@ class ReverseSide:
         return ops.matmul(inputs, ops.transpose(kernel))
 
     def frozen_linear(self, inputs):
+        if self.layer.is_quantized:
+            return straight_through(
+                self.layer,
+                inputs,
+                lambda plain, inputs: plain.quantized_call(inputs, reverse=True),
+                lambda own, upstream: ops.matmul(
+                    upstream, ops.transpose(own.reverse_kernel(upstream.dtype))
+                ),
+            )
         kernel = self.base_kernel(self.layer.compute_dtype)
         return self.apply_kernel(inputs, ops.stop_gradient(kernel))
 

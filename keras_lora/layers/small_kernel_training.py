@@ -13,7 +13,7 @@ from keras import ops
 def merging_pays(host, adapter, inputs):
     """Whether a step is compiled by TensorFlow, exact, and the host's kernel small."""
     form = host.form
-    if not (form.merges_in_training and host.merge_weights and in_tensorflow_graph()):
+    if not (form.merges_in_training and host.merges_in_call and in_tensorflow_graph()):
         return False
     sizes = [size or 16 for size in inputs.shape]  # 16 where it is not known
     return (

@@ -34,10 +34,18 @@ def merged(model):
         model: Any Keras model or layer that holds LoRA layers.
 
     Raises:
-        ValueError: If there is no LoRA layer, A, B or the sum is not finite, or
-            inside `merged` or `disabled`.
+        ValueError: If there is no LoRA layer, a kernel is quantized, A, B or the sum
+            is not finite, or inside `merged` or `disabled`.
     """
     layers = checked_lora_layers(model)
+    for layer in layers:
+        if layer.is_quantized:
+            raise ValueError(
+                f"The kernel of {layer.name!r} is quantized: what stands for W + delta "
+                "would be a float kernel, with other outputs than the model's and the "
+                "memory that was saved. Call the model as it is, or merge for good: "
+                'merge_lora(model, quantized="dequantize").'
+            )
     stand_ins = [
         FixedKernel(kernel_variable(layer, checked_merged_kernel(layer)))
         for layer in layers

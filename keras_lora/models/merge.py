@@ -11,17 +11,25 @@ from keras_lora.keras_internals import change_class
 from keras_lora.keras_internals import compile_again
 from keras_lora.keras_internals import detach
 from keras_lora.keras_internals import flatten_layers
+from keras_lora.keras_internals import hold_resource
 from keras_lora.keras_internals import refresh_torch_parameters
 from keras_lora.keras_internals import refuse_while_running
+from keras_lora.keras_internals import release_resource
 from keras_lora.keras_internals import replace_kernel
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.models.adapt import checked_lora_layers
 from keras_lora.models.adapt import make_plain
 from keras_lora.models.keras_files import restore_models
+from keras_lora.models.paths import layer_paths
+from keras_lora.models.quantized import MergedLayer
+from keras_lora.models.quantized import checked_way
+from keras_lora.models.quantized import merged_plain
+from keras_lora.models.quantized import relative_error
+from keras_lora.models.quantized import take_over
 from keras_lora.models.record import base_values
 
 
-def merge_lora(model):
+def merge_lora(model, quantized: str | None = None) -> list[MergedLayer]:
     """Merges every adapter into its kernel, for good.
 
         W <- round(W + scaling * A @ B)
@@ -32,19 +40,38 @@ def merge_lora(model):
 
     Args:
         model: Any Keras model or layer that holds LoRA layers.
+        quantized: What to make of layers whose kernel is quantized. "dequantize":
+            float layers with W + delta. "requantize": W + delta quantized anew, as W
+            was. The default is an error, as each has its price.
+
+    Returns:
+        For the quantized layers, rows of .path .layer .error, the relative error of
+        the kernel to W + delta.
 
     Raises:
         ValueError: If there is no LoRA layer, if A, B or a merged kernel is not
-            finite, or inside `merged()` or `disabled()`. The model is then as
-            before.
+            finite, a kernel is quantized and `quantized` does not say what to do, or
+            inside `merged()` or `disabled()`. The model is then as before.
     """
     layers = checked_lora_layers(model)
+    hosts = [layer for layer in layers if layer.is_quantized]
+    checked_way(hosts, quantized)
     refuse_while_running(model)
+    names = {id(layer): path for path, layer in layer_paths(model).items()}
+    report, made = [], {}
     for layer in layers:
-        checked_merged_kernel(layer)
+        kernel = checked_merged_kernel(layer)
+        if layer.is_quantized:
+            made[layer] = plain = merged_plain(layer, kernel, quantized)
+            error = relative_error(layer, plain, kernel)
+            report.append(MergedLayer(names[id(layer)], layer, error))
     for layer in layers:
-        layer.frozen_kernel.assign(layer.merged_kernel(layer.frozen_kernel.dtype))
+        if layer.is_quantized:
+            take_over(layer, made[layer])
+        else:
+            layer.frozen_kernel.assign(layer.merged_kernel(layer.kernel_dtype))
     _make_plain(model)
+    return report
 
 
 def remove_lora(model):
@@ -86,6 +113,11 @@ def merged_meanwhile(model):
     undo = contextlib.ExitStack()
     with undo:
         for layer in checked_lora_layers(model):
+            if layer.is_quantized:  # stays as it is, with A and B beside W
+                checked_merged_kernel(layer)
+                hold_resource(layer.lora, "scaling", layer.lora._scaling.variable)
+                undo.callback(release_resource, layer.lora, "scaling")
+                continue
             kernel = kernel_variable(
                 layer, checked_merged_kernel(layer), layer._kernel_place.autocast
             )
@@ -113,7 +145,7 @@ def kernel_variable(layer, values, autocast=False):
 
 def checked_merged_kernel(layer):
     """W + delta in the kernel's dtype, which must be finite."""
-    kernel = layer.merged_kernel(layer.frozen_kernel.dtype)
+    kernel = layer.merged_kernel(layer.kernel_dtype)
     factors = {x.upper(): factor for x, factor in layer.lora.named_factors().items()}
     for name, values in {**factors, "the merged kernel": kernel}.items():
         if not bool(ops.all(ops.isfinite(values))):

@@ -33,5 +33,8 @@ def restore_trainable_state(layers, state):
 
 def set_flags(layer, trainable, flags):
     layer.trainable = trainable
-    for variable, flag in zip(own_variables(layer), flags, strict=True):
+    variables = own_variables(layer)
+    # A kernel that was quantized since, or is float again, stands first.
+    flags = ([trainable] * len(variables) + flags)[len(flags) :]
+    for variable, flag in zip(variables, flags, strict=True):
         variable.trainable = flag

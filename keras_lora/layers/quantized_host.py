@@ -1,0 +1,153 @@
+"""How a LoRA layer reads a kernel that Keras has quantized."""
+
+from keras import ops
+
+from keras_lora.keras_internals import kernel_variables
+from keras_lora.keras_internals import twin
+
+MODES = ("int8", "int4")
+WHY_NOT = {
+    "float8": "there the scales train, by the gradients of all that the layer does",
+    "gptq": "there Keras keeps a float kernel beside the integers until it calibrates",
+    "awq": "there Keras keeps a float kernel beside the integers until it calibrates",
+}
+
+
+# The attributes of a layer whose work comes after the adapter's.
+BEFORE_FINISH = {"bias": None, "activation": None, "logit_soft_cap": None}
+
+
+class QuantizedHost:
+    """What of a LoRA layer is another once its kernel is quantized.
+
+        y = finish( quantized(x, W) + linear(drop(x), A) @ (scaling * B) )
+
+    in training and at inference alike, as no integers stand for W + delta. `quantized`
+    is Keras's own operation; its gradient is that of linear(x, dequantized W), straight
+    through what is rounded. Integers, scales and zeros never move.
+    """
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.quantization_mode is not None
+
+    @property
+    def merges_in_call(self) -> bool:
+        """Whether a call at training=False may use one kernel for W and adapter."""
+        return self.merge_weights and not self.is_quantized
+
+    def quantized_call(self, *args, **kwargs):
+        return self.call(*args, **kwargs)
+
+    def plain_call(self, inputs, **options):
+        """The call of a layer in which no adapter has a part."""
+        call = super().quantized_call if self.is_quantized else super().call
+        return call(inputs, **options)
+
+    def quantize(self, mode=None, type_check=True, config=None, **kwargs):
+        """Quantizes W as the plain layer does; A and B stay as they are."""
+        if self.lora is not None:
+            refuse_mode(self, mode)
+        super().quantize(mode, type_check=False, config=config, **kwargs)
+        vars(self).pop("_kernel_place", None)  # the kernel that was frozen is no more
+        self.warn_of_quantization()
+
+    @property
+    def kernel_dtype(self):
+        """The dtype of a kernel that W and the adapter are merged into."""
+        return self.variable_dtype if self.is_quantized else self.frozen_kernel.dtype
+
+    def kernel_values(self):
+        """W, or its integers, in the kernel's own shape."""
+        return getattr(self.plain_class, self.kernel_name).fget(self)
+
+    def dequantized(self, dtype):
+        """W as Keras's quantized operation means it."""
+        scale, zero, groups = quantization(self, self.kernel_name)
+        values = self.from_integers(self.kernel_values(), scale, zero, groups)
+        return ops.cast(values, dtype)
+
+    def other_kernels(self) -> dict:
+        """Name -> value of what is quantized beside the kernel."""
+        return {}
+
+    def warn_of_quantization(self):
+        """What a user should know of how Keras has quantized the kernel."""
+
+    # What a kind says of its kernel; here as a dense layer.
+
+    def linear_back(self, upstream, kernel):
+        """The gradient of `linear` for its inputs."""
+        return ops.matmul(upstream, ops.transpose(kernel))
+
+    def from_integers(self, integers, scale, zero, groups):
+        """What they stand for: a scale, and a zero in blocks, for each output."""
+        return dequantize(integers, scale, zero, groups)
+
+    def quantized_linear(self, inputs):
+        """The plain layer's operation, before bias and activation."""
+        return straight_through(
+            self,
+            inputs,
+            lambda plain, inputs: plain.quantized_call(inputs),
+            lambda own, upstream: own.linear_back(
+                upstream, own.dequantized(upstream.dtype)
+            ),
+        )
+
+
+def refuse_mode(layer, mode):
+    """A ValueError for a mode in which the adapter would be left out."""
+    if mode in MODES or mode is None:
+        return
+    why = f", as {WHY_NOT[mode]}" if mode in WHY_NOT else ""
+    raise ValueError(
+        f"The layer {layer.name!r} cannot have an adapter beside a kernel in {mode!r}"
+        f"{why}. Adapters work over float, int8 and int4 kernels."
+    )
+
+
+def quantization(layer, name):
+    """Scale, zero and groups of a quantized variable; the latter only of blocks."""
+    scale, zero = (getattr(layer, f"{name}_{x}", None) for x in ("scale", "zero"))
+    return scale, zero, None if zero is None else layer.g_idx
+
+
+def dequantize(integers, scale, zero=None, groups=None, axis=0):
+    """integers / scale, or in blocks along an axis (integers - zero) * scale."""
+    scale = ops.convert_to_tensor(scale)
+    values = ops.cast(integers, scale.dtype)
+    if zero is None:
+        return ops.divide(values, scale)
+    groups = ops.cast(groups, "int32")
+    scale, zero = (ops.take(x, groups, axis=axis) for x in (scale, zero))
+    return ops.multiply(ops.subtract(values, ops.cast(zero, scale.dtype)), scale)
+
+
+def straight_through(layer, inputs, forward, backward):
+    """forward(plain layer, inputs), with the gradient backward(layer, upstream).
+
+    Both see the layer by twins without bias and activation, of which the variables
+    are values: the layer itself does not change, and nothing but these values is kept
+    from one to the other.
+    """
+    names, variables = zip(*kernel_variables(layer).items(), strict=True)
+
+    def seen(cls, values):
+        values = dict(zip(names, values, strict=True))
+        return twin(layer, cls, {**BEFORE_FINISH, **values})
+
+    @ops.custom_gradient
+    def call(inputs, *values):
+        def gradient(*args, upstream=None):
+            (upstream,) = args or (upstream,)
+            found = backward(seen(type(layer), values), upstream)
+            return (ops.cast(found, dtype), *[None] * len(values))
+
+        return forward(
+            seen(layer.plain_class, values), ops.stop_gradient(inputs)
+        ), gradient
+
+    inputs = ops.convert_to_tensor(inputs)
+    dtype = inputs.dtype
+    return call(inputs, *map(ops.convert_to_tensor, variables))

@@ -1,0 +1,91 @@
+"""What merging makes of layers whose kernel is quantized."""
+
+from typing import NamedTuple
+
+import keras
+import numpy as np
+
+from keras_lora.keras_internals import exchange_variables
+from keras_lora.keras_internals import kernel_variables
+from keras_lora.keras_internals import seen_as
+from keras_lora.keras_internals import twin
+from keras_lora.layers.torch_layout import to_numpy
+
+WAYS = ("dequantize", "requantize")
+
+
+class MergedLayer(NamedTuple):
+    """A merged layer; error: |kernel - (W + delta)| / |W + delta|."""
+
+    path: str
+    layer: object
+    error: float
+
+
+def checked_way(layers, way):
+    """How to merge quantized layers: a ValueError where it is not said."""
+    if way is not None and way not in WAYS:
+        raise ValueError(
+            f"`quantized` must be None, 'dequantize' or 'requantize'. Received: {way!r}"
+        )
+    if layers and way is None:
+        names = ", ".join(repr(layer.name) for layer in layers[:5])
+        raise ValueError(
+            f"The kernels of {len(layers)} adapted layers are quantized ({names}), and "
+            "no integers stand for W + delta exactly. Say what to make of them: "
+            'quantized="dequantize" leaves float layers with the dequantized W + delta '
+            'and the memory of float kernels; quantized="requantize" quantizes W + '
+            "delta anew, and the report says each layer's error. `export` keeps the "
+            "quantized kernels with A and B beside them."
+        )
+
+
+def merged_plain(layer, kernel, way):
+    """A plain layer like this one, that has a kernel, float or quantized anew."""
+    config = seen_as(layer, layer.plain_class).get_config()
+    config["dtype"] = float_policy(layer).name
+    config.pop("quantization_config", None)
+    plain = layer.plain_class.from_config(config)
+    plain.build_from_config(layer.get_build_config())
+    values = {layer.kernel_name: kernel, **layer.other_kernels()}
+    for variable in kernel_variables(plain).values():
+        variable.assign(values[variable.name])
+    if way == "requantize":
+        plain.quantize(
+            layer.quantization_mode, config=quantization_config(layer), type_check=False
+        )
+    return plain
+
+
+def relative_error(layer, plain, kernel):
+    """Of the kernel of a plain layer, as its operation means it."""
+    found, wanted = (
+        to_numpy(x).astype("float64")
+        for x in (twin(plain, type(layer), {}).base_kernel(layer.kernel_dtype), kernel)
+    )
+    return float(np.linalg.norm(found - wanted) / (np.linalg.norm(wanted) or 1.0))
+
+
+def take_over(layer, plain):
+    """Gives a layer the kernel, scales and policy of a plain one like it."""
+    if plain.quantization_mode is not None:
+        own = kernel_variables(layer)
+        for name, variable in kernel_variables(plain).items():
+            own[name].assign(variable)
+        return
+    exchange_variables(layer, plain)
+    layer.dtype_policy = float_policy(layer)
+
+
+def float_policy(layer):
+    """The policy that the layer had before it was quantized."""
+    return keras.dtype_policies.get(layer.dtype_policy.name.partition("_from_")[2])
+
+
+def quantization_config(layer):
+    """How the layer was quantized; without a word of it, what its policy says."""
+    config = getattr(layer, "quantization_config", None)
+    block_size = getattr(layer.dtype_policy, "block_size", None)
+    if config is None and block_size is not None:
+        return keras.quantizers.Int4QuantizationConfig(block_size=block_size)
+    return config

@@ -1,0 +1,483 @@
+"""Adapters over kernels that Keras has quantized.
+
+The measure is NumPy in float64: W unpacked and dequantized by hand from the layer's
+variables. What Keras's own operation does with it is taken from the plain layer.
+"""
+
+import threading
+from dataclasses import dataclass
+
+import keras
+import numpy as np
+import pytest
+from gradients import gradients
+from layer_cases import fill
+from layer_cases import to_numpy
+
+import keras_lora
+from keras_lora.models.adapt import lora_layers
+
+# Of int4 where the first axis is not summed over; a test of its own asks for it.
+pytestmark = pytest.mark.filterwarnings("ignore:The int4 kernel of")
+Int8 = keras.quantizers.Int8QuantizationConfig
+Int4 = keras.quantizers.Int4QuantizationConfig
+
+MODES = {
+    "int8": lambda: Int8(),
+    "int8 weights": lambda: Int8(activation_quantizer=None),
+    "int4 blocks": lambda: Int4(block_size=2),
+    "int4": lambda: Int4(block_size=None),
+}
+
+
+@dataclass(frozen=True)
+class Host:
+    """A layer that Keras quantizes, and how its kernel maps inputs to outputs."""
+
+    make: object  # a function of further arguments
+    input_shape: tuple
+    equation: str
+    vocabulary: int = 0
+    kernel_name: str = "kernel"
+
+    def inputs(self, batch=6, seed=1):
+        random = np.random.default_rng(seed)
+        shape = (batch, *self.input_shape)
+        if self.vocabulary:
+            return random.integers(0, self.vocabulary, shape).astype("int32")
+        return random.standard_normal(shape).astype("float32")
+
+    def as_floats(self, inputs):
+        """What the equation multiplies: ids as rows of the unit matrix."""
+        inputs = np.eye(self.vocabulary)[inputs] if self.vocabulary else inputs
+        return inputs.astype("float64")
+
+    def quantized(self, mode, bias=True, **arguments):
+        layer = self.make(name="host", **arguments)
+        layer.build((None, *self.input_shape))
+        if layer_bias(layer) is not None and bias:
+            fill(layer.bias, seed=5)
+        layer.quantize(MODES[mode]().mode, config=MODES[mode]())
+        return layer
+
+    def apply(self, layer, **settings):
+        dtype = "int32" if self.vocabulary else "float32"
+        model = keras.Sequential([keras.Input(self.input_shape, dtype=dtype), layer])
+        keras_lora.apply_lora(model, rank=3, target=["host"], **settings)
+
+    def adapted(self, mode, trained=True, **arguments):
+        layer = self.quantized(mode, **arguments)
+        self.apply(layer, alpha=6)
+        if trained:
+            fill(layer.lora.a, 8, scale=0.3)
+            fill(layer.lora.b, 9, scale=0.3)
+        return layer
+
+
+def dense(**more):
+    return keras.layers.Dense(5, **more)
+
+
+def einsum(equation, output_shape, bias_axes):
+    def make(use_bias=True, **more):
+        axes = bias_axes if use_bias else None
+        return keras.layers.EinsumDense(equation, output_shape, bias_axes=axes, **more)
+
+    return make
+
+
+def embedding(use_bias=None, activation=None, **more):
+    return keras.layers.Embedding(9, 5, **more)
+
+
+HOSTS = {
+    "dense": Host(dense, (7,), "ab,bc->ac"),
+    "query": Host(einsum("abc,cde->abde", (4, 3, 5), "de"), (4, 6), "abc,cde->abde"),
+    "output": Host(einsum("abde,dec->abc", (4, 6), "c"), (4, 3, 5), "abde,dec->abc"),
+    "gemma": Host(einsum("btd,ndh->btnh", (4, 3, 5), "nh"), (4, 6), "btd,ndh->btnh"),
+    "experts": Host(einsum("abc,bcd->abd", (4, 5), "bd"), (4, 6), "abc,bcd->abd"),
+    "embedding": Host(embedding, (4,), "abv,vd->abd", 9, "embeddings"),
+}
+over_hosts = pytest.mark.parametrize("name", HOSTS)
+over_modes = pytest.mark.parametrize("mode", MODES)
+
+
+def layer_bias(layer):
+    return getattr(layer, "bias", None)
+
+
+def dequantized(layer):
+    """W in float64, from the layer's variables alone."""
+    stored = {v.name: to_numpy(v) for v in layer.variables}
+    table = "embeddings" in stored
+    name = "embeddings" if table else "kernel"
+    kernel = stored[name]
+    scale = stored[f"{name}_scale"].astype("float64")
+    if layer.quantization_mode == "int8":
+        if hasattr(layer, "equation"):  # Keras keeps it as the outputs lie
+            own, outputs = layer.equation.split(",")[1].split("->")
+            letters = "".join(axis for axis in outputs if axis in own)
+            wanted = f"{own},{letters}->{own}"
+            return np.einsum(wanted, kernel.astype("f8"), 1 / scale.squeeze())
+        return kernel / (scale[:, None] if table else scale)
+    # Two a byte along the last axis, the lower half first; what is no table is a
+    # matrix, reshaped.
+    halves = np.stack([kernel & 15, (kernel >> 4) & 15], axis=-1).reshape(
+        len(kernel), -1
+    )
+    width = layer.output_dim if table else scale.shape[-1]
+    values = ((halves.astype("int64") ^ 8) - 8)[:, :width]
+    if f"{name}_zero" in stored:
+        groups = stored["g_idx"].astype("int64")
+        zero = stored[f"{name}_zero"].astype("float64")
+        scale, zero = (np.take(x, groups, axis=int(table)) for x in (scale, zero))
+        values = (values - zero) * scale
+    else:
+        values = values / (scale[:, None] if table else scale)
+    shape = getattr(layer, "original_kernel_shape", values.shape)
+    return values.reshape(shape)
+
+
+def delta(layer):
+    """scaling * A @ B in W's shape."""
+    a, b = (to_numpy(v).astype("float64") for v in (layer.lora.a, layer.lora.b))
+    if not hasattr(layer, "equation"):
+        return layer.lora.scaling * a @ b
+    inputs, own, outputs = layer.equation.replace("->", ",").split(",")
+    batch = "".join(x for x in own if x in inputs and x in outputs)
+    contracted = "".join(x for x in own if x in inputs and x not in outputs)
+    new = "".join(x for x in own if x not in inputs)
+    compose = f"{batch}{contracted}r,{batch}r{new}->{own}"
+    return layer.lora.scaling * np.einsum(compose, a, b)
+
+
+def integers(layer):
+    """What must never move, by path."""
+    adapter = {id(v) for v in layer.lora.variables} if layer.lora else set()
+    return {v.path: to_numpy(v) for v in layer.variables if id(v) not in adapter}
+
+
+def assert_unmoved(layer, before):
+    after = integers(layer)
+    assert after.keys() == before.keys()
+    for path, value in before.items():
+        np.testing.assert_array_equal(after[path], value, err_msg=path)
+
+
+def close(found, wanted, tolerance=2e-5):
+    scale = np.abs(wanted).max() or 1.0
+    np.testing.assert_allclose(
+        to_numpy(found).astype("float64") / scale, wanted / scale, atol=tolerance
+    )
+
+
+@over_hosts
+@over_modes
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+def test_a_fresh_adapter_changes_no_bit(name, mode, policy):
+    host, inputs = HOSTS[name], HOSTS[name].inputs()
+    layer = host.quantized(mode, dtype=policy)
+    wanted = to_numpy(layer(inputs))
+    stored = {v.path: to_numpy(v) for v in layer.variables}
+    host.apply(layer)
+    for training in (False, True):
+        found = layer(inputs, training=training)
+        assert keras.backend.standardize_dtype(found.dtype) == layer.compute_dtype
+        np.testing.assert_array_equal(to_numpy(found), wanted)
+    assert_unmoved(layer, stored)
+
+
+@over_hosts
+@over_modes
+@pytest.mark.parametrize("training", [False, True])
+def test_outputs_are_keras_operation_and_bypass_then_bias_and_activation(
+    name, mode, training
+):
+    host, inputs = HOSTS[name], HOSTS[name].inputs()
+    layer = host.adapted(mode, activation="relu")
+    bare = host.quantized(mode, use_bias=False)
+    for variable in bare.variables:
+        source = next(v for v in layer.variables if v.name == variable.name)
+        variable.assign(source)
+    bypass = np.einsum(host.equation, host.as_floats(inputs), delta(layer))
+    wanted = to_numpy(bare(inputs)) + bypass
+    if layer_bias(layer) is not None:
+        wanted = np.maximum(wanted + to_numpy(layer.bias), 0)
+    close(layer(inputs, training=training), wanted)
+
+
+@over_hosts
+@over_modes
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_are_those_of_the_dequantized_float_layer(name, mode, compiled):
+    host, inputs = HOSTS[name], HOSTS[name].inputs()
+    layer = host.adapted(mode)
+    before = integers(layer)
+    outputs = to_numpy(layer(inputs))
+    weights = np.random.default_rng(2).standard_normal(outputs.shape, "float32")
+    x, w, out = host.equation.replace("->", ",").split(",")
+    kernel = dequantized(layer)
+    of_kernel = np.einsum(f"{x},{out}->{w}", host.as_floats(inputs), weights)
+    # A and B train as if each were the only factor of W + delta.
+    wanted = [
+        directional(layer, of_kernel, factor) for factor in (layer.lora.a, layer.lora.b)
+    ]
+    if not host.vocabulary:
+        of_inputs = np.einsum(f"{out},{w}->{x}", weights, kernel + delta(layer))
+        wanted.append(of_inputs)
+    found = gradients(layer, inputs, weights, compiled=compiled)
+    for value, expected in zip(found, wanted, strict=True):
+        close(value, expected)
+    assert_unmoved(layer, before)
+
+
+def directional(layer, of_kernel, factor):
+    """The gradient of A or B for one of the kernel: delta is linear in each."""
+    value, found = to_numpy(factor), []
+    for index in np.ndindex(value.shape):
+        unit = np.zeros_like(value)
+        unit[index] = 1
+        factor.assign(unit)
+        found.append((delta(layer) * of_kernel).sum())
+    factor.assign(value)
+    return np.reshape(found, value.shape)
+
+
+def model_of(host, mode, adapted=True):
+    """A model with an adapted layer between plain ones, and data to train it."""
+    keras.utils.set_random_seed(3)
+    dtype = "int32" if host.vocabulary else "float32"
+    first = keras.Input(host.input_shape, dtype=dtype)
+    x = host.make(name="host")(first)
+    x = keras.layers.Flatten()(x)
+    model = keras.Model(first, keras.layers.Dense(2, name="head")(x))
+    for layer in model.layers:
+        if layer.variables:
+            layer.quantize(MODES[mode]().mode, config=MODES[mode]())
+    model.compile(keras.optimizers.Adam(0.05), "mse", jit_compile=False)
+    if adapted:
+        keras_lora.apply_lora(model, rank=3, target=["host"])
+    inputs = host.inputs(16)
+    targets = np.random.default_rng(4).standard_normal((16, 2)).astype("float32")
+    return model, inputs, targets
+
+
+def losses(model, inputs, targets, epochs=3):
+    fitted = model.fit(
+        inputs, targets, epochs=epochs, batch_size=8, shuffle=False, verbose=0
+    )
+    return fitted.history["loss"]
+
+
+def predict(model, inputs):
+    return to_numpy(model.predict(inputs, verbose=0))
+
+
+@over_hosts
+@over_modes
+def test_training_moves_the_adapter_alone_and_goes_on_after_reloading(
+    name, mode, tmp_path
+):
+    model, inputs, targets = model_of(HOSTS[name], mode)
+    host = model.get_layer("host")
+    before = integers(host)
+    first = losses(model, inputs, targets, epochs=8)
+    assert first[-1] < first[0]
+    assert_unmoved(host, before)
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    assert again.get_layer("host").quantization_mode == MODES[mode]().mode
+    assert_unmoved(again.get_layer("host"), before)
+    np.testing.assert_array_equal(predict(again, inputs), predict(model, inputs))
+    wanted = losses(model, inputs, targets)
+    np.testing.assert_allclose(losses(again, inputs, targets), wanted, rtol=1e-6)
+    assert_unmoved(again.get_layer("host"), before)
+
+
+@over_hosts
+@over_modes
+def test_what_trains_is_counted_and_removed_to_the_bit(name, mode):
+    plain, inputs, targets = model_of(HOSTS[name], mode, adapted=False)
+    model, *_ = model_of(HOSTS[name], mode)
+    host = model.get_layer("host")
+    count = sum(int(np.prod(v.shape)) for v in (host.lora.a, host.lora.b))
+    assert keras_lora.summary(model).trained == count
+    assert [v.name for v in model.trainable_variables] == ["a", "b"]
+    losses(model, inputs, targets)
+    keras_lora.remove_lora(model)
+    for layer, other in zip(model.layers, plain.layers, strict=True):
+        assert type(layer) is type(other)
+        assert [v.name for v in layer.variables] == [v.name for v in other.variables]
+        assert [v.trainable for v in layer.variables] == [
+            v.trainable for v in other.variables
+        ]
+    np.testing.assert_array_equal(predict(model, inputs), predict(plain, inputs))
+
+
+@over_hosts
+@over_modes
+def test_merging_says_what_it_loses(name, mode):
+    model, inputs, _ = model_of(HOSTS[name], mode)
+    host = model.get_layer("host")
+    fill(host.lora.a, 8, scale=0.3)
+    fill(host.lora.b, 9, scale=0.3)
+    before = integers(host)
+    with pytest.raises(ValueError, match=r'"dequantize".*"requantize"'):
+        keras_lora.merge_lora(model)
+    with pytest.raises(ValueError, match="Received: 'round'"):
+        keras_lora.merge_lora(model, quantized="round")
+    with pytest.raises(ValueError, match="'host' is quantized"):
+        keras_lora.merged(model)
+    assert_unmoved(host, before)
+    wanted = dequantized(host) + delta(host)
+
+    copy, *_ = model_of(HOSTS[name], mode)
+    copy.set_weights(model.get_weights())
+    (row,) = keras_lora.merge_lora(copy, quantized="dequantize")
+    layer = copy.get_layer("host")
+    assert (row.path, row.layer) == ("host", layer)
+    assert row.error < 1e-6
+    assert layer.quantization_mode is None and type(layer) is type(HOSTS[name].make())
+    close(getattr(layer, HOSTS[name].kernel_name), wanted)
+    names = [v.name for v in layer.variables]
+    float_layer = HOSTS[name].make()
+    float_layer.build((None, *HOSTS[name].input_shape))
+    assert names == [v.name for v in float_layer.variables]
+    assert all(v.trainable for v in layer.variables)
+    copy.compile("sgd", "mse")
+    losses(copy, inputs, np.zeros((16, 2), "float32"), epochs=1)
+
+    (row,) = keras_lora.merge_lora(model, quantized="requantize")
+    assert host.quantization_mode == MODES[mode]().mode
+    assert {v.path for v in host.variables} == before.keys()
+    found = np.linalg.norm(dequantized(host) - wanted) / np.linalg.norm(wanted)
+    assert 1e-4 < found < 0.5
+    np.testing.assert_allclose(row.error, found, rtol=1e-3)
+
+
+@over_hosts
+@over_modes
+def test_the_exported_artefact_needs_no_package_and_gives_the_live_outputs(
+    name, mode, tmp_path
+):
+    tf = pytest.importorskip("tensorflow")
+    if keras.backend.backend() == "torch":
+        pytest.skip("Keras exports no SavedModel from torch.")
+    model, inputs, targets = model_of(HOSTS[name], mode)
+    losses(model, inputs, targets)
+    before = integers(model.get_layer("host"))
+    keras_lora.export(model, tmp_path / "served")
+    served = tf.saved_model.load(str(tmp_path / "served"))
+    found = served.serve(tf.constant(inputs)).numpy()
+    np.testing.assert_allclose(found, predict(model, inputs), rtol=1e-5, atol=1e-6)
+    assert_unmoved(model.get_layer("host"), before)
+    assert len(lora_layers(model)) == 1
+
+
+@over_hosts
+@over_modes
+def test_an_adapter_goes_to_the_float_model_and_back(name, mode, tmp_path):
+    host = HOSTS[name]
+    model, inputs, targets = model_of(host, mode)
+    losses(model, inputs, targets)
+    keras_lora.save_adapter(model, tmp_path / "adapter")
+    floats = keras.Sequential(
+        [
+            keras.Input(host.input_shape, dtype="int32" if host.vocabulary else None),
+            host.make(name="host"),
+        ]
+    )
+    keras_lora.load_adapter(floats, tmp_path / "adapter")
+    own, other = model.get_layer("host").lora, floats.get_layer("host").lora
+    np.testing.assert_array_equal(to_numpy(other.a), to_numpy(own.a))
+    np.testing.assert_array_equal(to_numpy(other.b), to_numpy(own.b))
+    assert other.scaling == own.scaling
+    fresh, *_ = model_of(host, mode, adapted=False)
+    keras_lora.load_adapter(fresh, tmp_path / "adapter")
+    np.testing.assert_array_equal(predict(fresh, inputs), predict(model, inputs))
+
+
+@over_hosts
+@over_modes
+def test_disabled_is_the_quantized_model(name, mode):
+    host, inputs = HOSTS[name], HOSTS[name].inputs()
+    layer = host.adapted(mode, trained=False)
+    wanted = to_numpy(layer(inputs))
+    fill(layer.lora.a, 8)
+    fill(layer.lora.b, 9)
+    assert np.abs(to_numpy(layer(inputs)) - wanted).max() > 0.1
+    with keras_lora.disabled(layer):
+        np.testing.assert_array_equal(to_numpy(layer(inputs)), wanted)
+
+
+@over_hosts
+def test_threads_see_what_one_sees_and_a_call_changes_nothing(name):
+    layer = HOSTS[name].adapted("int8")
+    batches = [HOSTS[name].inputs(seed=seed) for seed in range(8)]
+    wanted = [to_numpy(layer(x)) for x in batches]
+    attributes = {key: id(value) for key, value in vars(layer).items()}
+    found = [[] for _ in batches]
+
+    def call(index):
+        for _ in range(20):
+            found[index].append(to_numpy(layer(batches[index])))
+
+    threads = [threading.Thread(target=call, args=(n,)) for n in range(len(batches))]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    for outputs, expected in zip(found, wanted, strict=True):
+        assert len(outputs) == 20
+        for output in outputs:
+            np.testing.assert_array_equal(output, expected)
+    assert {key: id(value) for key, value in vars(layer).items()} == attributes
+
+
+@over_hosts
+def test_constructors_take_quantized_policies(name):
+    host = HOSTS[name]
+    lora_class = type(host.adapted("int8"))
+    config = host.make().get_config() | {"dtype": "int8_from_float32", "name": "own"}
+    layer = lora_class.from_config(config | {"rank": 2})
+    layer.build((None, *host.input_shape))
+    source = host.quantized("int8")
+    for variable in source.variables:
+        own = next(v for v in layer.variables if v.name == variable.name)
+        own.assign(variable)
+    np.testing.assert_array_equal(
+        to_numpy(layer(host.inputs())), to_numpy(source(host.inputs()))
+    )
+    assert [v.name for v in layer.trainable_variables if v.name != "bias"] == ["a", "b"]
+
+
+def test_float8_is_refused_by_name():
+    layer = keras.layers.Dense(4, name="projection")
+    model = keras.Sequential([keras.Input((3,)), layer])
+    layer.quantize("float8")
+    with pytest.raises(ValueError, match=r"'projection'.*'float8'.*scales train"):
+        keras_lora.apply_lora(model, target=keras.layers.Dense)
+    assert type(layer) is keras.layers.Dense
+    with pytest.raises(ValueError, match="'float8'"):
+        keras_lora.LoRADense(4, dtype="float8_from_float32")
+
+
+def test_int4_kernels_that_keras_quantizes_along_a_wrong_axis_are_named():
+    """Gemma's query: the error is that of blocks of unlike numbers."""
+    kernel = np.random.default_rng(0).standard_normal((6, 8, 16))
+    kernel *= 4.0 ** np.arange(6)[:, None, None]  # heads of unlike size
+    mean = {}
+    for equation, value in {
+        "btd,dnh->btnh": kernel.transpose(1, 0, 2),
+        "btd,ndh->btnh": kernel,
+    }.items():
+        layer = keras.layers.EinsumDense(equation, (None, 6, 16), name="query")
+        model = keras.Sequential([keras.Input((3, 8)), layer])
+        layer.kernel.assign(value)
+        layer.quantize("int4", config=Int4(block_size=-1))
+        mean[equation] = np.mean(np.abs(dequantized(layer) / value - 1))
+        if "ndh" in equation:
+            message = "int4 kernel of 'query'.*btd,ndh->btnh"
+            with pytest.warns(UserWarning, match=message):
+                keras_lora.apply_lora(model, target=["query"])
+        else:
+            keras_lora.apply_lora(model, target=["query"])
+    assert mean["btd,ndh->btnh"] > 2 * mean["btd,dnh->btnh"]
