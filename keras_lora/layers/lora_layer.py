@@ -117,9 +117,9 @@ class LoRALayer(LayerFiles, TorchLayout, QuantizedHost):
                 "Save the model and load it again, which merges that adapter, and "
                 "start there."
             )
-        if layer.built and not isinstance(
-            getattr(layer, cls.kernel_name), keras.Variable
-        ):
+        kernel = layer.built and getattr(layer, cls.kernel_name)
+        plain = layer.built and layer.quantization_mode is None
+        if plain and not isinstance(kernel, keras.Variable):
             raise ValueError(
                 f"`{cls.kernel_name}` of layer {layer.name!r}, a "
                 f"{type(layer).__name__}, is computed and no variable: there is "
