@@ -20,7 +20,7 @@ def compiled_call(layer, inputs):
 
 
 def dense(network, arguments, rounds):
-    """LoRADense merged in the call, by the low-rank path, folded, and exported."""
+    """LoRADense merged in the call, by the low-rank path, merged for good, and exported."""
     width, rows, rank = arguments
     kernel, b = normal(width, width), normal(rank, width)
 
@@ -46,15 +46,15 @@ def dense(network, arguments, rounds):
         artefact.serve(inputs), artefact.serve(inputs)
         return lambda: artefact.serve(inputs).numpy()
 
-    folded = adapted()
-    keras_lora.merge_lora(folded)
+    merged = adapted()
+    keras_lora.merge_lora(merged)
     x = normal(rows, width)
     calls = {
         "plain layer": compiled_call(plain().layers[0], x),
         "control": compiled_call(plain().layers[0], x),
         "merged in the call": compiled_call(adapted().layers[0], x),
         "low-rank path": compiled_call(adapted(merge_weights=False).layers[0], x),
-        "folded": compiled_call(folded.layers[0], x),
+        "merged for good": compiled_call(merged.layers[0], x),
     }
     exports = {
         "plain, exported": served(plain(), lambda m, p: m.export(p, verbose=False)),

@@ -1,4 +1,4 @@
-"""Real architectures with random weights: adapt, train, reload, fold, compare.
+"""Real architectures with random weights: adapt, train, reload, merge, compare.
 
 python tests/compatibility.py       writes docs/compatibility.md, some minutes
 """
@@ -123,8 +123,8 @@ def check(model):
     merged = np.abs(low_rank - adapted).max() / np.abs(adapted).max()
     parameters = sum(row.parameters for row in report)
     keras_lora.merge_lora(model)
-    fold = np.abs(flat(model(inputs, training=False)) - adapted).max()
-    assert fold == 0, f"folding changes the outputs by {fold:.1e}"
+    moved = np.abs(flat(model(inputs, training=False)) - adapted).max()
+    assert moved == 0, f"merging changes the outputs by {moved:.1e}"
     assert_no_gradient(model, inputs, untrained)
     return [
         str(len(report)),
@@ -168,14 +168,14 @@ def row(make, name):
 
 def main():
     head = ["model", "layers adapted", "parameters", "with a gradient"]
-    head += ["two paths differ by", "reload and fold", "what fails"]
+    head += ["two paths differ by", "reload and merge", "what fails"]
     lines = [
         "# Compatibility",
         "",
         f"Written by `python tests/compatibility.py` with Keras {keras.version()} on "
         f"{keras.backend.backend()}: random weights, `apply_lora(model, rank=2)`. Each "
         "model starts with its own outputs to the bit, trains two steps with its "
-        "kernels at rest, is saved and loaded, and folded. Where an adapter got no "
+        "kernels at rest, is saved and loaded, and merged. Where an adapter got no "
         "gradient, the plain model's kernel gets none either: its output reaches none "
         "of the model's with these inputs.",
         "",

@@ -78,7 +78,7 @@ def test_readme_takes_a_preset_to_a_merged_saved_model(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_language_model_still_generates(tmp_path):
-    """Adapted, reloaded and folded, a task generates the same tokens."""
+    """Adapted, reloaded and merged, a task generates the same tokens."""
     model = keras_hub.models.GPT2CausalLM(
         backbones.backbone("GPT2Backbone"), preprocessor=None
     )
