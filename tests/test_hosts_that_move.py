@@ -129,6 +129,19 @@ def test_a_subclass_with_a_constructor_of_its_own_is_adapted():
     np.testing.assert_array_equal(to_numpy(model(x())), expected)
 
 
+class SmallTable(keras.layers.Embedding):
+    """Everything is optional, where the Keras layer has required arguments."""
+
+    def __init__(self, size=4, **options):
+        super().__init__(9, size, **options)
+
+
+def test_a_subclass_whose_arguments_are_all_optional_is_adapted():
+    inputs = keras.Input((3,), dtype="int32")
+    model = keras.Model(inputs, SmallTable(name="table")(inputs))
+    assert [row.path for row in apply_lora(model, target=SmallTable)] == ["table"]
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kind", ["LoRADense", "LoRAMergedDense", "LoRAEmbedding"])
 def test_an_empty_batch(kind, training):
