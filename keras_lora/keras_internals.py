@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import keras
 from keras.src.backend.common import global_state
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 
 class HiddenVariable:
@@ -111,6 +112,25 @@ def was_called(layer):
 def in_a_call():
     """Whether this runs inside the call of some layer."""
     return global_state.get_global_attribute("current_call_ctx") is not None
+
+
+def traced_for_xla():
+    """Whether TensorFlow compiles what runs now with XLA.
+
+    A variable that is made there cannot start from another's value. (In a stateless
+    scope, where Keras builds a model symbolically, it is made later.)
+    """
+    if keras.backend.backend() != "tensorflow" or in_stateless_scope():
+        return False
+    import tensorflow as tf
+
+    graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+    while graph is not None:
+        context = graph._get_control_flow_context()
+        if context is not None and context.IsXLAContext():
+            return True
+        graph = getattr(graph, "outer_graph", None)
+    return False
 
 
 def flatten_layers(model):

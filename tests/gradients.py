@@ -6,9 +6,13 @@ from layer_cases import to_numpy
 
 
 def gradients(layer, inputs, weights, training=True, compiled=False):
-    """d sum(weights * layer(inputs)) with respect to A, B and float inputs."""
+    """d sum(weights * layer(inputs)) by A, B, DoRA's m and float inputs."""
     backend = _BACKENDS[keras.backend.backend()]
     return backend(layer, inputs, weights, training, compiled)
+
+
+def factors(layer):
+    return [variable.value for variable in layer.lora.named_factors().values()]
 
 
 def _tensorflow(layer, inputs, weights, training, compiled):
@@ -19,7 +23,7 @@ def _tensorflow(layer, inputs, weights, training, compiled):
             if x.dtype.is_floating:
                 tape.watch(x)
             loss = tf.reduce_sum(layer(x, training=training) * weights)
-        sources = [layer.lora.a.value, layer.lora.b.value] + [x] * x.dtype.is_floating
+        sources = factors(layer) + [x] * x.dtype.is_floating
         return [tf.convert_to_tensor(g) for g in tape.gradient(loss, sources)]
 
     found = tf.function(found) if compiled else found
@@ -32,7 +36,7 @@ def _torch(layer, inputs, weights, training, compiled):
     x = torch.tensor(inputs)
     x.requires_grad = x.is_floating_point()
     loss = (layer(x, training=training) * torch.tensor(weights)).sum()
-    sources = [layer.lora.a.value, layer.lora.b.value] + [x] * x.is_floating_point()
+    sources = factors(layer) + [x] * x.is_floating_point()
     return [to_numpy(g) for g in torch.autograd.grad(loss, sources)]
 
 
@@ -51,8 +55,8 @@ def _jax(layer, inputs, weights, training, compiled):
     found = jax.jit(found) if compiled else found
     of_trained, *of_inputs = found(trained, inputs)
     ids = [id(v) for v in layer.trainable_variables]
-    a, b = (of_trained[ids.index(id(v))] for v in (layer.lora.a, layer.lora.b))
-    return [np.asarray(g) for g in (a, b, *of_inputs)]
+    own = [of_trained[ids.index(id(v))] for v in layer.lora.named_factors().values()]
+    return [np.asarray(g) for g in (*own, *of_inputs)]
 
 
 _BACKENDS = {"tensorflow": _tensorflow, "torch": _torch, "jax": _jax}

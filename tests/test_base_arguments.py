@@ -15,7 +15,7 @@ from keras_lora import LoRADense
 from keras_lora import LoRAEmbedding
 
 LORA_ARGUMENTS = {"rank", "alpha", "dropout", "use_rslora", "merge_weights"}
-LORA_ARGUMENTS |= {"a_initializer", "b_initializer"}
+LORA_ARGUMENTS |= {"use_dora", "a_initializer", "b_initializer"}
 REQUIRED = {
     "Dense": {"units": 3},
     "EinsumDense": {"equation": "ab,bc->ac", "output_shape": 3},

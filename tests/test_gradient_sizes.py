@@ -94,7 +94,7 @@ def training_step(layer, inputs):
             if x.dtype.is_floating:
                 tape.watch(x)
             loss = tf.reduce_sum(layer(x, training=True) ** 2)
-        sources = [layer.lora.a.value, layer.lora.b.value]
+        sources = [v.value for v in layer.lora.named_factors().values()]
         if x.dtype.is_floating:
             sources.append(x)
         return tape.gradient(loss, sources)

@@ -47,7 +47,6 @@ REFUSED = (
     "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
-    "use_dora",
     "use_qalora",
 )
 

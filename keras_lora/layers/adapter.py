@@ -50,6 +50,7 @@ class LowRankAdapter(keras.layers.Layer):
     keyword = None  # what chooses another method: LoRADense(64, use_dora=True)
     factor_names = ("a", "b")
     more_suffixes = ()  # of arrays in a file beside A's and B's
+    magnitude = None  # DoRA's m
 
     def __init__(
         self,
@@ -147,6 +148,9 @@ class LowRankAdapter(keras.layers.Layer):
             "b", form.b_shape, self.b_initializer or form.b_initializer, regularizer
         )
         self.b.lora_factor = "B"  # by this LoRAPlus knows it among all variables
+
+    def start_from_kernel(self):
+        """For methods that start from W: starts them anew after W was assigned."""
 
     def add_factor(self, name, shape, initializer, regularizer=None):
         # autocast=False: merging needs the stored float32 values, also inside a

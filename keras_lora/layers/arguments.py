@@ -24,6 +24,11 @@ LoRA arguments (keyword-only, after those of the Keras layer):
     alpha: Number > 0, default `rank`. The update is scaled by alpha / rank.
     dropout: Number in [0, 1): dropout on the adapter's input while training.
     use_rslora: Boolean, scale by alpha / sqrt(rank) instead.
+    use_dora: Boolean, DoRA: the columns of W + delta get lengths m of their own,
+        which train and start as those of W. Every call forms A^T @ W as well; for
+        an embedding that reads the whole table. With dropout, training takes a
+        second product with W. `layer.lora.start_from_kernel()` starts m anew where
+        W is assigned after the layer was built.
     a_initializer, b_initializer: Initializers of A and B; None means the
         starting values given above.
     merge_weights: Boolean. True: with training=False the call uses the merged
@@ -31,15 +36,17 @@ LoRA arguments (keyword-only, after those of the Keras layer):
         evaluated is what is exported. False: the low-rank path there too.
 
 A kernel regularizer applies to A and B, which train in the kernel's place.
-`layer.lora` holds the adapter (.rank .alpha .scaling .a .b .delta()), None with
-rank=0; the kernel attribute of the Keras layer is the frozen W.
+`layer.lora` holds the adapter (.rank .alpha .scaling .a .b .delta(), and m as
+.magnitude), None with rank=0; the kernel attribute of the Keras layer is the frozen
+W.
 
 Raises:
     ValueError: If an argument is out of range, a keyword is another library's
         word for one of the above, or the kernel has a constraint.
 
 Reference:
-    [LoRA: Hu et al., 2021](https://arxiv.org/abs/2106.09685)
+    [LoRA: Hu et al., 2021](https://arxiv.org/abs/2106.09685);
+    [DoRA: Liu et al., 2024](https://arxiv.org/abs/2402.09353)
 """
 
 

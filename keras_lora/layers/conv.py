@@ -53,7 +53,7 @@ class LoRAConv(LoRALayer):
             input_axes=tuple(range(self.rank + 1)),
             over_outputs=self.over_outputs,
             merges_in_training=True,
-            **convolutions_in_file(self.groups),
+            **convolutions_in_file(self.groups, len(self.kernel_shape)),
         )
 
     @property

@@ -79,6 +79,8 @@ class LoRAEmbedding(LoRALayer, keras.layers.Embedding):
             self.build()
             table = weights[0] if isinstance(weights, list) else weights
             self.frozen_kernel.assign(table)
+            if self.lora is not None:
+                self.lora.start_from_kernel()
 
     def build(self, input_shape=None):
         if not self.built:

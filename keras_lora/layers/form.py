@@ -18,6 +18,15 @@ def matrices_to_file(a, b):
     return a.reshape(-1, a.shape[-1]).T, b.reshape(b.shape[0], -1).T
 
 
+def same(value):
+    return value
+
+
+def flat(vector):
+    """A value of the kernel's output axes as torch's linear modules have it."""
+    return vector.reshape(-1)
+
+
 def unchanged(a, b):
     """For factors that torch has no module for: they stand in the file as they are."""
     return a, b
@@ -44,8 +53,13 @@ class LowRankForm:
         batch_axes: The kernel's axes that inputs and outputs share.
         over_outputs: A value in the shape of the kernel's other axes, in their order
             -> the same where it can be multiplied with outputs.
+        adapted_outputs: Booleans, which outputs the update reaches, of a kernel that
+            has one axis of them; None for all.
+        spread: B -> the B, (batch..., r, new axes...), that `compose` multiplies A
+            with, where it is another.
         to_file: (A, B) as NumPy arrays -> what a file of PEFT holds for them.
         from_file: The inverse; None where `to_file` only reshapes and transposes.
+        vector_to_file: The same for a value that `over_outputs` takes.
         file_rank: The rank of the file's arrays, if it is another than the layer's.
         file_note: What to say where a file's arrays have other shapes.
         looks_up: Boolean: `linear` picks rows. What is added to its outputs is then
@@ -64,8 +78,11 @@ class LowRankForm:
     input_axes: tuple = (0,)
     batch_axes: tuple = ()
     over_outputs: Callable = last_axes
+    adapted_outputs: np.ndarray | None = None
+    spread: Callable = same
     to_file: Callable = matrices_to_file
     from_file: Callable | None = None
+    vector_to_file: Callable = flat
     file_rank: int | None = None
     file_note: str = ""
     looks_up: bool = False

@@ -74,6 +74,7 @@ class LoRALayer(LayerFiles, TorchLayout, QuantizedHost):
         alpha=None,
         dropout=0.0,
         use_rslora=False,
+        use_dora=False,
         a_initializer=None,
         b_initializer=None,
         merge_weights=True,
@@ -92,6 +93,7 @@ class LoRALayer(LayerFiles, TorchLayout, QuantizedHost):
                 "alpha": alpha,
                 "dropout": dropout,
                 "use_rslora": use_rslora,
+                "use_dora": use_dora,
                 "a_initializer": a_initializer,
                 "b_initializer": b_initializer,
             }

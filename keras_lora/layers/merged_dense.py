@@ -64,6 +64,10 @@ class LoRAMergedDense(LoRALayer, keras.layers.Dense):
             compose=lambda a, b: ops.matmul(a, self.spread(b)),
             down=ops.matmul,
             up=lambda hidden, b: ops.matmul(hidden, self.spread(b)),
+            adapted_outputs=np.repeat(
+                self.adapted_slices, units // len(self.adapted_slices)
+            ),
+            spread=self.spread,
             to_file=lambda a, b: (a.T, ops.convert_to_numpy(self.spread(b)).T),
             from_file=lambda a, b: self.gather(a.T, b.T),
             file_rank=adapted * rank,

@@ -1,6 +1,7 @@
 """The table of methods: what an adapter makes of W, chosen by a keyword."""
 
 from keras_lora.layers.adapter import LowRankAdapter
+from keras_lora.layers.dora import DoRAAdapter
 
 METHODS = {None: LowRankAdapter}
 
@@ -9,6 +10,9 @@ def register_method(adapter_class):
     """Teaches all kinds another method, chosen by its `keyword`; a decorator."""
     METHODS[adapter_class.keyword] = adapter_class
     return adapter_class
+
+
+register_method(DoRAAdapter)
 
 
 def take_method(keywords) -> dict:

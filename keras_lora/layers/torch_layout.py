@@ -63,7 +63,11 @@ def convolutions_from_file(a, b):
     return np.moveaxis(a, (0, 1), (-1, -2)), b.reshape(b.shape[:2]).T
 
 
-def convolutions_in_file(groups):
-    """What a convolution's form says about files."""
-    files = {"to_file": convolutions_to_file, "from_file": convolutions_from_file}
+def convolutions_in_file(groups, ndim):
+    """What a convolution's form says about files; ndim: of its kernel."""
+    files = {
+        "to_file": convolutions_to_file,
+        "from_file": convolutions_from_file,
+        "vector_to_file": lambda vector: vector.reshape(1, -1, *[1] * (ndim - 2)),
+    }
     return files | ({"file_note": GROUPS_NOTE} if groups > 1 else {})

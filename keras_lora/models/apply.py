@@ -33,6 +33,7 @@ def apply_lora(
     rank_pattern: Mapping | None = None,
     alpha_pattern: Mapping | None = None,
     use_rslora: bool = False,
+    use_dora: bool = False,
     bias: str = "none",
     also_train: str | Sequence | type | Callable | None = None,
     dry_run: bool = False,
@@ -63,6 +64,9 @@ def apply_lora(
         rank_pattern: Dict from an expression for the end of a path to a rank.
         alpha_pattern: Likewise for alpha.
         use_rslora: Boolean, scale by alpha / sqrt(rank).
+        use_dora: Boolean, DoRA: lengths of the columns of W + delta that train by
+            themselves (`layer.lora.magnitude`). A step costs more; with dropout, or
+            on an embedding, a good deal more.
         bias: "none", "lora_only" (those of adapted layers) or "all".
         also_train: Layers that train in full, such as a new head; a rule as
             `target`.
@@ -79,7 +83,8 @@ def apply_lora(
             fitted. The model is then as before.
 
     Reference:
-        [LoRA: Hu et al., 2021](https://arxiv.org/abs/2106.09685)
+        [LoRA: Hu et al., 2021](https://arxiv.org/abs/2106.09685);
+        [DoRA: Liu et al., 2024](https://arxiv.org/abs/2402.09353)
     """
     checked_bias(bias)
     LowRankAdapter(rank, alpha, dropout, use_rslora)  # errors without a path
@@ -102,6 +107,7 @@ def apply_lora(
             "alpha": alphas.get(path, alpha),
             "dropout": dropout,
             "use_rslora": use_rslora,
+            "use_dora": use_dora,
         }
         for path in chosen
     }

@@ -1,0 +1,198 @@
+"""DoRA: the update of LoRA, and a trained length for each column of the kernel."""
+
+import string
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_lora.keras_internals import traced_for_xla
+from keras_lora.layers.adapter import LowRankAdapter
+from keras_lora.layers.form import last_axes
+from keras_lora.layers.torch_layout import to_numpy
+
+MAGNITUDE = ".lora_magnitude_vector"
+
+
+@keras.saving.register_keras_serializable(package="keras_lora")
+class DoRAAdapter(LowRankAdapter):
+    """Trainable factors A and B, and a trainable length m of each column.
+
+        V  = W + scaling * A @ B
+        n  = ||V|| over the axes that are summed over; no gradient goes through n
+        W' = V * m / n
+
+    W' is not formed in training. Nor is V: n comes from products with A and B.
+
+        y   = (m / n) * (linear(x, W) + linear(x, A) @ (scaling * B))
+        n^2 = ||W||^2 + sum over r of scaling * B * (2 A^T W + A^T A @ (scaling * B))
+
+    A^T W reads W once more in every call, and ||W||^2 writes down the squares of W
+    where no compiler makes one operation of it. For an embedding that is the whole
+    table, at inference too. With dropout there is a second full product:
+
+        y = linear(x, W) + (m / n - 1) * linear(drop(x), W)
+            + (m / n) * linear(drop(x), A) @ (scaling * B)
+
+    m starts as n, so that nothing changes, and a column of zeros stays one until B
+    moves it. `start_from_kernel` starts m anew where W was assigned later. `delta()`
+    is scaling * A @ B, without m.
+
+    Reference:
+        [DoRA: Liu et al., 2024](https://arxiv.org/abs/2402.09353)
+    """
+
+    keyword = "use_dora"
+    factor_names = ("a", "b", "magnitude")
+    more_suffixes = (MAGNITUDE,)
+
+    def build_factors(self, form, regularizer, read_kernel):
+        super().build_factors(form, regularizer, read_kernel)
+        if traced_for_xla():
+            raise ValueError(
+                "With `use_dora` a layer cannot be built inside a function that XLA "
+                "compiles: m starts from W. Build the model first, with "
+                "`model.build(input_shape)` or by one call."
+            )
+        self.read_kernel = lambda: read_kernel(self.variable_dtype)
+        sizes = tuple(self.read_kernel().shape)
+        refuse_other_products(form, sizes)
+        shape = [n for axis, n in enumerate(sizes) if axis not in form.input_axes]
+        if form.adapted_outputs is not None:
+            shape = [int(np.sum(form.adapted_outputs))]
+        # An initializer: where the layer is built inside of a compiled function, W
+        # has its value only when that is asked for.
+        self.magnitude = self.add_factor(
+            "magnitude", shape, lambda shape, dtype: self.starting_magnitude()
+        )
+
+    def starting_magnitude(self):
+        norm = self.norm(self.read_kernel(), ops.multiply(self.b, self.scaling))
+        return self.of_adapted(norm)
+
+    def start_from_kernel(self):
+        self.magnitude.assign(self.starting_magnitude())
+
+    # The formula.
+
+    def norm(self, kernel, scaled_b):
+        """n, in the shape of the kernel's axes that are not summed over."""
+        form = self.form
+        a, b = ops.convert_to_tensor(self.a), form.spread(scaled_b)
+        a, b, kernel = (ops.stop_gradient(value) for value in (a, b, kernel))
+        axes = string.ascii_lowercase[: len(kernel.shape)]
+        inputs, batch = (
+            "".join(axes[axis] for axis in own)
+            for own in (form.input_axes, form.batch_axes)
+        )
+        others = "".join(axis for axis in axes if axis not in inputs)
+        new = "".join(axis for axis in others if axis not in batch)
+        of_a, of_b = f"{batch}{inputs}", f"{batch}Y{new}"
+        with_a = ops.einsum(f"{of_a}X,{of_a}Y->{batch}XY", a, a)
+        with_a = ops.einsum(f"{batch}XY,{of_b}->{batch}X{new}", with_a, b)
+        with_kernel = ops.einsum(f"{of_a}Y,{axes}->{of_b}", a, kernel)
+        more = ops.sum(b * (2 * with_kernel + with_a), axis=len(batch))
+        more = ops.transpose(more, [(batch + new).index(axis) for axis in others])
+        squares = ops.sum(ops.square(kernel), axis=form.input_axes)
+        return ops.sqrt(ops.maximum(squares + more, 0))
+
+    def gain(self, kernel):
+        """m / n for each output; 1 where there is no length, and in `disabled()`."""
+        norm = self.norm(kernel, ops.multiply(self.b, self._scaling.variable))
+        norm = self.of_adapted(norm)
+        there = norm > 0
+        gain = ops.divide(self.magnitude, ops.where(there, norm, 1))
+        acts = ops.logical_and(there, self.switched > 0)
+        return self.over_all(ops.where(acts, gain, 1))
+
+    def of_adapted(self, values):
+        """Of values for all outputs those that the update reaches."""
+        adapted = self.form.adapted_outputs
+        if adapted is None:
+            return values
+        return ops.take(values, np.flatnonzero(adapted))
+
+    def over_all(self, gain):
+        """The inverse: the others are left as they are."""
+        adapted = self.form.adapted_outputs
+        if adapted is None:
+            return gain
+        places = np.where(adapted, np.cumsum(adapted) - 1, np.sum(adapted))
+        return ops.take(ops.append(gain, ops.ones((1,), gain.dtype)), places)
+
+    # What the layer's call makes of it.
+
+    def effective_kernel(self, kernel):
+        """V * m / n"""
+        kernel = ops.cast(kernel, self.variable_dtype)
+        gain = self.form.over_kernel(self.gain(kernel))
+        return ops.multiply(super().effective_kernel(kernel), gain)
+
+    def low_rank_outputs(self, host, inputs, training):
+        gain = self.gain(host.base_kernel(self.variable_dtype))
+        gain = self.form.over_outputs(gain)
+        if host.form.input_axes != self.form.input_axes:  # it works backwards
+            inputs = ops.convert_to_tensor(inputs)
+            inputs = ops.cast(self.times(inputs, gain), inputs.dtype)
+            return super().low_rank_outputs(host, inputs, training)
+        if not training or self.dropout == 0:
+            outputs = super().low_rank_outputs(host, inputs, training)
+            return ops.cast(self.times(outputs, gain), outputs.dtype)
+        dropped = self.dropped(inputs)  # once: one mask for both terms
+        bypass = host.form.bypass(dropped, *self.factors(host.compute_dtype))
+        more = self.times(host.frozen_linear(dropped), gain - 1)
+        more = ops.add(more, self.times(bypass, gain))
+        return ops.add(host.frozen_linear(inputs), ops.cast(more, bypass.dtype))
+
+    def times(self, values, gain):
+        """In float32 at least: half precision would move whole columns."""
+        return ops.multiply(ops.cast(values, self.variable_dtype), gain)
+
+    # What is kept.
+
+    def to_file(self, suffixes):
+        magnitude, adapted = to_numpy(self.magnitude), self.form.adapted_outputs
+        if adapted is not None:
+            norm = self.own_norm()
+            norm[adapted] = magnitude
+            magnitude = norm
+        magnitude = self.form.vector_to_file(magnitude)
+        return {**super().to_file(suffixes), MAGNITUDE: magnitude}
+
+    def from_file(self, arrays, suffixes):
+        magnitude, adapted = arrays[MAGNITUDE], self.form.adapted_outputs
+        if adapted is None:
+            magnitude = magnitude.reshape(self.magnitude.shape)
+        else:
+            refuse_other_norm(magnitude[~adapted], self.own_norm()[~adapted])
+            magnitude = magnitude[adapted]
+        return {**super().from_file(arrays, suffixes), "magnitude": magnitude}
+
+    def own_norm(self):
+        """||W||"""
+        return to_numpy(self.norm(self.read_kernel(), ops.zeros_like(self.b)))
+
+
+def refuse_other_norm(found, expected):
+    """m of outputs that are not adapted says nothing but how long they are."""
+    if not np.allclose(found, expected, rtol=1e-4, atol=0):
+        raise ValueError(
+            "the file has trained the magnitude of outputs that the layer does not "
+            "adapt. Adapt them too."
+        )
+
+
+def refuse_other_products(form, sizes):
+    """A ValueError where the norm, or the outputs, cannot be had from the factors."""
+    axes = (*form.batch_axes, *form.input_axes)
+    if form.a_shape[:-1] != tuple(sizes[axis] for axis in axes):
+        raise ValueError(
+            f"`use_dora` needs a kernel that is the product of A and B. The factors "
+            f"have shapes {form.a_shape} and {form.b_shape}, and the kernel {sizes}. "
+            'For a convolution use factorization="standard".'
+        )
+    if form.over_outputs is last_axes and len(sizes) - len(form.input_axes) > 1:
+        raise ValueError(
+            "`use_dora` needs to know how a value for each of the kernel's outputs is "
+            "multiplied with the layer's outputs: give its LowRankForm `over_outputs`."
+        )
