@@ -20,7 +20,7 @@ def compiled_call(layer, inputs):
 
 
 def dense(network, arguments, rounds):
-    """LoRADense merged in the call, by the low-rank path, merged for good, and exported."""
+    """LoRADense merged in the call, low-rank, merged for good, and exported."""
     width, rows, rank = arguments
     kernel, b = normal(width, width), normal(rank, width)
 
