@@ -47,7 +47,8 @@ def combine_adapters(
 
     Raises:
         ValueError: If there is no adapter, the weights do not fit, factors of one
-            module have other shapes, or two adapters trained the same layer in full.
+            module have other shapes, two adapters trained the same layer in full, or
+            one has DoRA's magnitudes.
         OSError: If a file cannot be read.
     """
     adapters = [x if isinstance(x, Adapter) else Adapter.read(x) for x in adapters]
@@ -56,6 +57,7 @@ def combine_adapters(
     counts = {m: len(r) for adapter in adapters for m, r in adapter.slices.items()}
     slots = [slot for module, n in counts.items() for slot in slices_of(module, n)]
     files = [factors_of(adapter, slots) for adapter in adapters]
+    refuse_methods(files)
     use_rslora = all(file.config["use_rslora"] for file in files)
     tensors, ranks, alphas, errors = {}, {}, {}, {}
     for module in dict.fromkeys(m for file in files for m in file.factors):
@@ -102,6 +104,15 @@ def combine_adapters(
         **{key: found.pop() for key, found in said.items() if len(found) == 1},
     )
     return Adapter(tensors, config, slices, errors)
+
+
+def refuse_methods(files):
+    for word in [word for file in files for word in file.config["method"]]:
+        raise ValueError(
+            f"An adapter with {word} is no update that could be added to others. Load "
+            "it into a model and merge it, `merge_lora(model)`; what "
+            "`extract_adapter(base_model, model, rank)` gives can be combined."
+        )
 
 
 def scaling_of(file, module):

@@ -22,6 +22,7 @@ class FileFactors(NamedTuple):
     ranks: dict
     alphas: dict
     config: dict
+    unadapted: dict  # slice of an adapted module -> {suffix: array}, without A and B
 
 
 def factors_of(adapter, modules) -> FileFactors:
@@ -42,6 +43,12 @@ def factors_of(adapter, modules) -> FileFactors:
             factors.setdefault(name.removesuffix(suffix), {})[suffix] = value
     if not factors:
         raise ValueError(f"{TENSORS} holds no factors of an adapter.")
+    fused = {without_slice(name) for name in shares}
+    unadapted = {
+        name: factors.pop(name)
+        for name in [name for name in factors if name not in shares]
+        if name != without_slice(name) and without_slice(name) in fused
+    }
     for module, pair in factors.items():
         expected = [set(method.suffixes_for(kind)) for kind in (LINEAR, EMBEDDING)]
         if set(pair) not in expected:
@@ -68,7 +75,7 @@ def factors_of(adapter, modules) -> FileFactors:
             )
         ranks[module] = rank
         alphas[module] = alpha_at(rank, alphas[module], total, config["use_rslora"])
-    return FileFactors(factors, others, ranks, alphas, config)
+    return FileFactors(factors, others, ranks, alphas, config, unadapted)
 
 
 def suffixes_of(pair):

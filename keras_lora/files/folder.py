@@ -20,10 +20,13 @@ from keras_lora.files.pair import parsed
 from keras_lora.files.pair import read_together
 from keras_lora.files.pair import replace_files
 from keras_lora.files.patterns import LONGEST
+from keras_lora.layers.methods import more_suffixes
 from keras_lora.models.atomic import temporary_folder
 
 PREFIX = "base_model.model."
-NAMED = re.compile(r"\.lora_(?:embedding_)?[AB]\.(?!weight$)(\w+)(\.weight)?$")
+NAMED = re.compile(
+    r"\.lora_(?:(?:embedding_)?[AB]|magnitude_vector)\.(?!weight$)(\w+)(\.weight)?$"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +118,7 @@ class Adapter:
 
 def checked_tensors(tensors):
     """Module and suffix -> float32 or float64."""
-    floats = {}
+    floats, more = {}, tuple(more_suffixes())
     for key, value in tensors.items():
         name = key.removeprefix(PREFIX)
         if name == key or len(key) > LONGEST:
@@ -132,6 +135,8 @@ def checked_tensors(tensors):
         if ".original_module." in name:
             continue  # what PEFT's bias="all" repeats of a head: it was not trained
         name = name.replace(".modules_to_save.", ".")
+        if name.removesuffix(".weight").endswith(more):  # as parameters or as modules
+            name = name.removesuffix(".weight")
         value = value if value.dtype == "float64" else value.astype("float32")
         if not np.array_equal(floats.setdefault(name, value), value, equal_nan=True):
             raise ValueError(f"There are two tensors for {name!r}, which differ.")

@@ -22,6 +22,7 @@ from keras_lora.files.slices import slices_of
 from keras_lora.files.slices import without_slice
 from keras_lora.files.tensors import file_rank
 from keras_lora.files.tensors import from_tensors
+from keras_lora.files.tensors import kernel_to_tensor
 from keras_lora.files.tensors import own_alpha
 from keras_lora.files.tensors import suffixes
 from keras_lora.files.tensors import torch_name
@@ -34,6 +35,7 @@ from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.kinds import lora_class_of
 from keras_lora.layers.kinds import obstacle
 from keras_lora.layers.lora_layer import is_adapted
+from keras_lora.layers.methods import METHODS
 from keras_lora.models.adapt import checked_lora_layers
 from keras_lora.models.change import adapted
 from keras_lora.models.freezing import freeze_adapters
@@ -142,6 +144,7 @@ class Contents:
     use_rslora: bool
     method: dict  # the keyword of another method than LoRA
     inputs_first: bool
+    unadapted: dict  # slice of an adapted module -> {suffix: array}
 
     @property
     def adapted(self):
@@ -150,7 +153,7 @@ class Contents:
 
 
 def contents(adapter, modules, names) -> Contents:
-    factors, others, ranks, alphas, config = factors_of(adapter, modules)
+    factors, others, ranks, alphas, config, unadapted = factors_of(adapter, modules)
     refuse_unknown_modules(factors, modules)
     refuse_ranks_without_values(factors, ranks, modules)
     file = Contents(
@@ -165,6 +168,7 @@ def contents(adapter, modules, names) -> Contents:
         use_rslora=config["use_rslora"],
         method=config["method"],
         inputs_first=config["fan_in_fan_out"],
+        unadapted=unadapted,
     )
     split_others(file)
     return file
@@ -262,6 +266,31 @@ def refuse_other_modules(file):
             "The file and the model adapt other layers. Only in the model: "
             f"{missing}. Only in the file: {more}."
         )
+    word = next(iter(file.method), None)
+    for module, layer in file.adapted.items():
+        if layer.lora.keyword != word:
+            raise ValueError(
+                f"The adapter of {module!r} has {layer.lora.keyword or 'LoRA'}, and "
+                f"the file {word or 'LoRA'}. Call remove_lora(model) first: the file "
+                "then brings its own."
+            )
+
+
+def refuse_changed_slices(file):
+    """What a file has for a slice without A and B must leave the layer as it is."""
+    for module, arrays in file.unadapted.items():
+        if module not in file.modules:
+            raise ValueError(f"`names` has no layer for {module!r} of the file.")
+        method = METHODS[next(iter(file.method), None)]
+        expected = method.of_plain_layer(kernel_to_tensor(file.modules[module]))
+        for suffix, value in arrays.items():
+            if value.shape != expected[suffix].shape or not np.allclose(
+                value, expected[suffix], rtol=1e-4, atol=0
+            ):
+                raise ValueError(
+                    f"{suffix[1:]} of {module!r}, which has no A and B, does not leave "
+                    "the model's kernel as it is: the file is of another base model."
+                )
 
 
 def checked_values(file):
@@ -275,6 +304,7 @@ def checked_values(file):
                 f"{file_rank(layer)} in the model."
             )
         values += from_tensors(layer, pair, module)
+    refuse_changed_slices(file)
     index = {}
     for module, layer in file.modules.items():
         infix = ".base_layer" if module in file.factors else ""

@@ -20,6 +20,7 @@ from keras_lora.files.slices import slices_of
 from keras_lora.files.slices import without_slice
 from keras_lora.files.tensors import file_alpha
 from keras_lora.files.tensors import file_rank
+from keras_lora.files.tensors import kernel_to_tensor
 from keras_lora.files.tensors import to_tensors
 from keras_lora.files.tensors import torch_name
 from keras_lora.files.tensors import weight_to_tensor
@@ -86,6 +87,7 @@ def adapter_of(model, names=None, trained=None) -> Adapter:
     tensors = {}
     for module, layer in adapters.items():
         tensors |= {module + suffix: x for suffix, x in to_tensors(layer).items()}
+    tensors |= of_unadapted_slices(modules, adapters)
     if trained is None:
         trained = trained_beside(modules, adapters)
     changed = {module: modules[module] for module in [*adapters, *dict(trained)]}
@@ -135,6 +137,25 @@ def method_of(adapters) -> dict:
             "file says one for all of them. Merge or remove those of one method."
         )
     return {word: True for word in words if word}
+
+
+def of_unadapted_slices(modules, adapters) -> dict:
+    """What a module's file needs of those of its slices that have no adapter."""
+    tensors = {}
+    for module, count in fused_modules(adapters).items():
+        names = slices_of(module, count)
+        method = next(type(adapters[name].lora) for name in names if name in adapters)
+        if not method.more_suffixes:
+            continue
+        for name in [name for name in names if name not in adapters]:
+            if name not in modules:
+                raise ValueError(
+                    f"{module!r} is written as one module: `names` has no layer for "
+                    f"{name!r}."
+                )
+            values = method.of_plain_layer(kernel_to_tensor(modules[name]))
+            tensors |= {name + suffix: value for suffix, value in values.items()}
+    return tensors
 
 
 def trained_beside(modules, adapters):

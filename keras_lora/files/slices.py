@@ -6,8 +6,8 @@ A fused module has one A for all slices, the layers here have one each:
     save    A = [A_0; A_1; ...] of rank R = r_0 + r_1 + ..., B in blocks
     load    A copied to each layer, B sliced
 
-Both are exact. What was stacked comes apart again: the file's metadata says the
-ranks of the slices.
+Both are exact. A value for each output, DoRA's m, is joined and sliced. What was
+stacked comes apart again: the file's metadata says the ranks of the slices.
 """
 
 import re
@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from keras_lora.layers.methods import more_suffixes
 from keras_lora.layers.settings import alpha_at
 from keras_lora.layers.settings import divisor
 from keras_lora.layers.torch_layout import LINEAR
@@ -65,6 +66,10 @@ def fuse(tensors, ranks, alphas, use_rslora) -> dict:
     layout = {}
     for module, count in fused_modules(ranks).items():
         names = slices_of(module, count)
+        for suffix in more_suffixes():
+            parts = [tensors.pop(name + suffix, None) for name in names]
+            if parts[0] is not None:
+                tensors[module + suffix] = np.concatenate(parts)
         own = [name for name in names if name in ranks]
         a, b = ([tensors.pop(name + suffix) for name in own] for suffix in LINEAR)
         size = b[0].shape[0]
@@ -116,6 +121,16 @@ def split(tensors, modules, layout) -> dict:
                 f"The factors of {module!r} have shapes {a.shape} and {b.shape}, which "
                 f"do not fit {count} slices."
             )
+        for suffix in more_suffixes():
+            values = tensors.pop(module + suffix, None)
+            if values is not None:
+                if values.ndim != 1 or len(values) != len(b):
+                    raise ValueError(
+                        f"{suffix[1:]} of {module!r} has shape {values.shape}; B has "
+                        f"{len(b)} outputs."
+                    )
+                parts = np.split(values, count)
+                tensors |= zip((x + suffix for x in names), parts, strict=True)
         ranks = layout.get(module, [len(a)] * count)
         stacked = module in layout
         if stacked and (len(ranks) != count or sum(ranks) != len(a)):

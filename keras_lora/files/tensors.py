@@ -102,6 +102,11 @@ def weight_to_tensor(layer, variable, inputs_first=False):
     return np.ascontiguousarray(value)
 
 
+def kernel_to_tensor(layer):
+    """The kernel of a layer, plain or adapted, as (outputs, inputs)."""
+    return weight_to_tensor(layer, getattr(layer, kind_of(type(layer)).kernel_name))
+
+
 def weight_from_tensor(layer, variable, value, where, inputs_first=False):
     """The inverse; a ValueError where shapes do not fit."""
     expected = weight_to_tensor(layer, variable, inputs_first).shape

@@ -259,6 +259,16 @@ class LowRankAdapter(keras.layers.Layer):
         """All that a file has for an adapter; suffixes: its host's for A and B."""
         return (*suffixes, *cls.more_suffixes)
 
+    @classmethod
+    def of_plain_layer(cls, weight) -> dict:
+        """Suffix -> array for a slice of a module that is adapted in other slices.
+
+        weight: (outputs, inputs), as NumPy. For methods that have `more_suffixes`.
+        """
+        raise ValueError(
+            f"{cls.__name__} needs an adapter on all slices of a module. Adapt them."
+        )
+
     def to_file(self, suffixes) -> dict:
         """Suffix -> array, as a file has the factors; suffixes: the host's for A, B."""
         arrays = self.form.to_file(to_numpy(self.a), to_numpy(self.b))

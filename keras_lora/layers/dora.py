@@ -164,22 +164,23 @@ class DoRAAdapter(LowRankAdapter):
         if adapted is None:
             magnitude = magnitude.reshape(self.magnitude.shape)
         else:
-            refuse_other_norm(magnitude[~adapted], self.own_norm()[~adapted])
+            others = magnitude[~adapted], self.own_norm()[~adapted]
+            if not np.allclose(*others, rtol=1e-4, atol=0):
+                raise ValueError(
+                    "the file has trained the magnitude of outputs that the layer does "
+                    "not adapt. Adapt them too."
+                )
             magnitude = magnitude[adapted]
         return {**super().from_file(arrays, suffixes), "magnitude": magnitude}
+
+    @classmethod
+    def of_plain_layer(cls, weight):
+        norm = np.linalg.norm(weight.astype("float64"), axis=1)
+        return {MAGNITUDE: norm.astype(weight.dtype)}
 
     def own_norm(self):
         """||W||"""
         return to_numpy(self.norm(self.read_kernel(), ops.zeros_like(self.b)))
-
-
-def refuse_other_norm(found, expected):
-    """m of outputs that are not adapted says nothing but how long they are."""
-    if not np.allclose(found, expected, rtol=1e-4, atol=0):
-        raise ValueError(
-            "the file has trained the magnitude of outputs that the layer does not "
-            "adapt. Adapt them too."
-        )
 
 
 def refuse_other_products(form, sizes):

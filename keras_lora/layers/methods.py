@@ -15,6 +15,11 @@ def register_method(adapter_class):
 register_method(DoRAAdapter)
 
 
+def more_suffixes() -> list:
+    """Of all arrays that some method's files have beside A and B."""
+    return [suffix for method in METHODS.values() for suffix in method.more_suffixes]
+
+
 def take_method(keywords) -> dict:
     """Takes the keyword that chooses a method out of a constructor's keywords."""
     chosen = [word for word in METHODS if word and keywords.pop(word, False)]
