@@ -182,6 +182,21 @@ def kernel_variables(layer) -> dict:
     }
 
 
+class QuantizedWhole:
+    """A mixin before a layer's class: `Model.quantize` does not pass the layer by.
+
+    It asks every layer for what is inside, and quantizes those with nothing in them;
+    `filters` are asked for these alone. An adapter is inside its layer.
+    """
+
+    def _flatten_layers(self, include_self=True, recursive=True):
+        caller = inspect.currentframe().f_back
+        asked_by = caller.f_locals.get("self")
+        if caller.f_code.co_name == "quantize" and isinstance(asked_by, keras.Model):
+            return [self]
+        return super()._flatten_layers(include_self, recursive)
+
+
 def exchange_variables(layer, other):
     """Gives a quantized layer the kernels of a float one like it."""
     with unlocked(layer):

@@ -99,6 +99,17 @@ HOSTS = {
     "embedding": Host(embedding, (4,), "abv,vd->abd", 9, "embeddings"),
 }
 over_hosts = pytest.mark.parametrize("name", HOSTS)
+# Each host and each mode, where the product of both would say no more.
+PAIRS = [("dense", mode) for mode in MODES] + [
+    ("query", "int8"),
+    ("query", "int4 blocks"),
+    ("gemma", "int8"),
+    ("output", "int4"),
+    ("experts", "int8 weights"),
+    ("embedding", "int8"),
+    ("embedding", "int4 blocks"),
+]
+over_pairs = pytest.mark.parametrize(("name", "mode"), PAIRS)
 over_modes = pytest.mark.parametrize("mode", MODES)
 
 
@@ -206,9 +217,11 @@ def test_outputs_are_keras_operation_and_bypass_then_bias_and_activation(
     close(layer(inputs, training=training), wanted)
 
 
-@over_hosts
-@over_modes
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("name", "mode", "compiled"),
+    [(name, mode, False) for name in HOSTS for mode in MODES]
+    + [(name, mode, True) for name, mode in PAIRS],
+)
 def test_gradients_are_those_of_the_dequantized_float_layer(name, mode, compiled):
     host, inputs = HOSTS[name], HOSTS[name].inputs()
     layer = host.adapted(mode)
@@ -243,7 +256,7 @@ def directional(layer, of_kernel, factor):
     return np.reshape(found, value.shape)
 
 
-def model_of(host, mode, adapted=True):
+def model_of(host, mode, adapted=True, eager=True):
     """A model with an adapted layer between plain ones, and data to train it."""
     keras.utils.set_random_seed(3)
     dtype = "int32" if host.vocabulary else "float32"
@@ -254,7 +267,8 @@ def model_of(host, mode, adapted=True):
     for layer in model.layers:
         if layer.variables:
             layer.quantize(MODES[mode]().mode, config=MODES[mode]())
-    model.compile(keras.optimizers.Adam(0.05), "mse", jit_compile=False)
+    how = {"run_eagerly": True} if eager else {"jit_compile": False}
+    model.compile(keras.optimizers.Adam(0.05), "mse", **how)
     if adapted:
         keras_lora.apply_lora(model, rank=3, target=["host"])
     inputs = host.inputs(16)
@@ -270,15 +284,14 @@ def losses(model, inputs, targets, epochs=3):
 
 
 def predict(model, inputs):
-    return to_numpy(model.predict(inputs, verbose=0))
+    return to_numpy(model(inputs, training=False))
 
 
-@over_hosts
-@over_modes
+@over_pairs
 def test_training_moves_the_adapter_alone_and_goes_on_after_reloading(
     name, mode, tmp_path
 ):
-    model, inputs, targets = model_of(HOSTS[name], mode)
+    model, inputs, targets = model_of(HOSTS[name], mode, eager=False)
     host = model.get_layer("host")
     before = integers(host)
     first = losses(model, inputs, targets, epochs=8)
@@ -294,8 +307,7 @@ def test_training_moves_the_adapter_alone_and_goes_on_after_reloading(
     assert_unmoved(again.get_layer("host"), before)
 
 
-@over_hosts
-@over_modes
+@over_pairs
 def test_what_trains_is_counted_and_removed_to_the_bit(name, mode):
     plain, inputs, targets = model_of(HOSTS[name], mode, adapted=False)
     model, *_ = model_of(HOSTS[name], mode)
@@ -314,8 +326,7 @@ def test_what_trains_is_counted_and_removed_to_the_bit(name, mode):
     np.testing.assert_array_equal(predict(model, inputs), predict(plain, inputs))
 
 
-@over_hosts
-@over_modes
+@over_pairs
 def test_merging_says_what_it_loses(name, mode):
     model, inputs, _ = model_of(HOSTS[name], mode)
     host = model.get_layer("host")
@@ -344,7 +355,7 @@ def test_merging_says_what_it_loses(name, mode):
     float_layer.build((None, *HOSTS[name].input_shape))
     assert names == [v.name for v in float_layer.variables]
     assert all(v.trainable for v in layer.variables)
-    copy.compile("sgd", "mse")
+    copy.compile("sgd", "mse", run_eagerly=True)
     losses(copy, inputs, np.zeros((16, 2), "float32"), epochs=1)
 
     (row,) = keras_lora.merge_lora(model, quantized="requantize")
@@ -355,8 +366,7 @@ def test_merging_says_what_it_loses(name, mode):
     np.testing.assert_allclose(row.error, found, rtol=1e-3)
 
 
-@over_hosts
-@over_modes
+@over_pairs
 def test_the_exported_artefact_needs_no_package_and_gives_the_live_outputs(
     name, mode, tmp_path
 ):
@@ -374,8 +384,7 @@ def test_the_exported_artefact_needs_no_package_and_gives_the_live_outputs(
     assert len(lora_layers(model)) == 1
 
 
-@over_hosts
-@over_modes
+@over_pairs
 def test_an_adapter_goes_to_the_float_model_and_back(name, mode, tmp_path):
     host = HOSTS[name]
     model, inputs, targets = model_of(host, mode)
@@ -397,8 +406,7 @@ def test_an_adapter_goes_to_the_float_model_and_back(name, mode, tmp_path):
     np.testing.assert_array_equal(predict(fresh, inputs), predict(model, inputs))
 
 
-@over_hosts
-@over_modes
+@over_pairs
 def test_disabled_is_the_quantized_model(name, mode):
     host, inputs = HOSTS[name], HOSTS[name].inputs()
     layer = host.adapted(mode, trained=False)
@@ -481,3 +489,256 @@ def test_int4_kernels_that_keras_quantizes_along_a_wrong_axis_are_named():
         else:
             keras_lora.apply_lora(model, target=["query"])
     assert mean["btd,ndh->btnh"] > 2 * mean["btd,dnh->btnh"]
+
+
+def head(mode="int8", quantize=True, **arguments):
+    """A tied embedding, and its table in float64."""
+    layer = keras.layers.ReversibleEmbedding(9, 5, name="host", **arguments)
+    ids = keras.Input((4,), dtype="int32")
+    model = keras.Model(ids, layer(layer(ids), reverse=True))
+    fill(layer.embeddings, 3)
+    if not layer.tie_weights:
+        fill(layer.reverse_embeddings, 4)
+    if quantize:
+        layer.quantize(MODES[mode]().mode, config=MODES[mode]())
+    return layer, model
+
+
+class Backwards(keras.layers.Layer):
+    """The reverse direction of a layer, for `gradients`."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.inner, self.built = layer, True
+
+    def call(self, inputs, training=None):
+        if training is None or not hasattr(self.inner, "lora"):
+            return self.inner(inputs, reverse=True)
+        return self.inner(inputs, reverse=True, training=training)
+
+
+@over_modes
+def test_a_tied_head_starts_equal_in_both_directions(mode):
+    layer, model = head(mode, logit_soft_cap=3.0)
+    ids = np.random.default_rng(0).integers(0, 9, (2, 4)).astype("int32")
+    hidden = np.random.default_rng(1).standard_normal((2, 4, 5)).astype("float32")
+    wanted = to_numpy(layer(ids)), to_numpy(layer(hidden, reverse=True))
+    keras_lora.apply_lora(model, rank=2, target=["host"])
+    for training in (False, True):
+        found = layer(ids, training=training)
+        np.testing.assert_array_equal(to_numpy(found), wanted[0])
+        found = layer(hidden, reverse=True, training=training)
+        np.testing.assert_array_equal(to_numpy(found), wanted[1])
+
+
+@over_modes
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("adapted", [True, False])
+def test_a_quantized_head_has_the_gradient_of_its_dequantized_table(
+    mode, tied, adapted
+):
+    """Without an adapter too; Keras goes through `round` in int8."""
+    layer, model = head(mode, tie_weights=tied)
+    other = keras.layers.Dense(2, name="other")  # something to adapt
+    model = keras.Model(model.input, other(model.output))
+    keras_lora.apply_lora(model, rank=2, target=["host"] if adapted else ["other"])
+    kernel = dequantized(layer).T
+    if not tied:
+        kernel = untied(layer)
+    if adapted:
+        fill(layer.lora.a, 8)
+        fill(layer.lora.b, 9)
+        kernel = kernel + delta(layer).T * tied
+    hidden = np.random.default_rng(1).standard_normal((2, 4, 5)).astype("float32")
+    weights = np.random.default_rng(2).standard_normal((2, 4, 9)).astype("float32")
+    found = of_inputs(Backwards(layer), hidden, weights)
+    close(found, weights @ kernel.T)
+    keras_lora.remove_lora(model)
+    assert type(layer) is keras.layers.ReversibleEmbedding
+
+
+def untied(layer):
+    """The kernel of an untied head in float64; int4 is packed along its first axis."""
+    stored = {v.name: to_numpy(v) for v in layer.variables}
+    kernel = stored["reverse_embeddings"]
+    scale = stored["reverse_embeddings_scale"].astype("float64")
+    if layer.quantization_mode == "int8":
+        return kernel / scale
+    halves = np.stack([kernel & 15, (kernel >> 4) & 15], axis=1)
+    values = (halves.reshape(-1, kernel.shape[1]).astype("int64") ^ 8) - 8
+    values = values[: layer.output_dim]
+    if "reverse_embeddings_zero" not in stored:
+        return values / scale
+    groups = stored["g_idx"].astype("int64")
+    return (values - stored["reverse_embeddings_zero"][groups]) * scale[groups]
+
+
+def of_inputs(layer, inputs, weights):
+    """d sum(weights * layer(inputs)) / d inputs."""
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        x = tf.constant(inputs)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            loss = tf.reduce_sum(layer(x) * weights)
+        return tape.gradient(loss, x).numpy()
+    if backend == "torch":
+        import torch
+
+        x = torch.tensor(inputs, requires_grad=True)
+        (layer(x) * torch.tensor(weights)).sum().backward()
+        return to_numpy(x.grad)
+    import jax
+
+    return np.asarray(jax.grad(lambda x: (layer(x) * weights).sum())(inputs))
+
+
+def test_keras_own_int8_head_has_another_gradient():
+    """So that the mending above is seen to be needed; it may go when Keras is right."""
+    layer, _ = head("int8")
+    hidden = np.random.default_rng(1).standard_normal((2, 4, 5)).astype("float32")
+    weights = np.random.default_rng(2).standard_normal((2, 4, 9)).astype("float32")
+    found = of_inputs(Backwards(layer), hidden, weights)
+    assert cosine(found, weights @ dequantized(layer)) < 0.9
+
+
+def cosine(one, other):
+    one, other = np.ravel(one), np.ravel(other)
+    return one @ other / np.linalg.norm(one) / np.linalg.norm(other)
+
+
+def test_a_head_goes_through_files_and_merges(tmp_path):
+    for tied in (True, False):
+        layer, model = head("int8", tie_weights=tied)
+        keras_lora.apply_lora(model, rank=2, target=["host"])
+        fill(layer.lora.a, 8, scale=0.3)
+        fill(layer.lora.b, 9, scale=0.3)
+        ids = np.random.default_rng(0).integers(0, 9, (2, 4)).astype("int32")
+        model.save(tmp_path / "model.keras")
+        again = keras.saving.load_model(tmp_path / "model.keras")
+        np.testing.assert_array_equal(predict(again, ids), predict(model, ids))
+        table = dequantized(layer) + delta(layer)
+        back = table.T if tied else untied(layer)
+        keras_lora.merge_lora(model, quantized="dequantize")
+        assert type(layer) is keras.layers.ReversibleEmbedding
+        assert layer.quantization_mode is None
+        close(predict(model, ids), table[ids] @ back)
+        (row,) = keras_lora.merge_lora(again, quantized="requantize")
+        host = again.get_layer("host")
+        found = np.linalg.norm(dequantized(host) - table) / np.linalg.norm(table)
+        np.testing.assert_allclose(row.error, found, rtol=1e-3)
+
+
+def float_model():
+    """Two Dense layers and an embedding in a functional model, adapted and trained."""
+    ids = keras.Input((4,), dtype="int32")
+    x = keras.layers.Embedding(9, 6, name="table")(ids)
+    x = keras.layers.Dense(8, activation="relu", name="hidden")(x)
+    x = keras.layers.Flatten()(x)
+    model = keras.Model(ids, keras.layers.Dense(2, name="out")(x))
+    model.compile(keras.optimizers.Adam(0.02), "mse", run_eagerly=True)
+    keras_lora.apply_lora(model, rank=2, alpha=5, target=["table", "hidden"])
+    inputs = np.random.default_rng(0).integers(0, 9, (16, 4)).astype("int32")
+    targets = np.random.default_rng(1).standard_normal((16, 2)).astype("float32")
+    return model, inputs, targets
+
+
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize`")
+@over_modes
+def test_quantizing_an_adapted_model_keeps_its_adapters(mode, tmp_path):
+    model, inputs, targets = float_model()
+    losses(model, inputs, targets)
+    table, hidden = model.get_layer("table"), model.get_layer("hidden")
+    adapters = [to_numpy(v) for v in model.trainable_variables]
+    kernel, before = to_numpy(hidden.kernel), predict(model, inputs)
+    model.quantize(MODES[mode]().mode, config=MODES[mode]())
+    for layer in (table, hidden, model.get_layer("out")):
+        assert layer.quantization_mode == MODES[mode]().mode
+    plain = keras.layers.Dense(8)
+    plain.build((None, 6))
+    plain.kernel.assign(kernel)
+    plain.quantize(MODES[mode]().mode, config=MODES[mode]())
+    np.testing.assert_array_equal(dequantized(hidden), dequantized(plain))
+    for variable, value in zip(model.trainable_variables, adapters, strict=True):
+        np.testing.assert_array_equal(to_numpy(variable), value)
+    assert hidden.lora.alpha == 5
+    after = predict(model, inputs)
+    assert 0 < np.abs(after - before).max() < 0.5
+    unmoved = integers(hidden)
+    first = losses(model, inputs, targets)
+    assert first[-1] < first[0]
+    assert_unmoved(hidden, unmoved)
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(predict(again, inputs), predict(model, inputs))
+    keras_lora.remove_lora(model)
+    assert type(hidden) is keras.layers.Dense
+    assert [v.name for v in hidden.variables] == [v.name for v in plain.variables]
+
+
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize`")
+def test_filters_and_modes_of_quantizing_an_adapted_model():
+    model, *_ = float_model()
+    with pytest.raises(ValueError, match="'float8'"):
+        model.quantize("float8")
+    assert all(layer.quantization_mode is None for layer in model.layers)
+    model.quantize("int8", filters="hid")
+    found = {layer.name for layer in model.layers if layer.quantization_mode}
+    assert found == {"hidden"}
+
+
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize`")
+def test_layers_that_were_constructed_with_an_adapter_are_quantized():
+    model = keras.Sequential([keras.Input((6,)), keras_lora.LoRADense(3, rank=2)])
+    inputs = np.random.default_rng(0).standard_normal((4, 6)).astype("float32")
+    fill(model.layers[0].lora.b, 9)
+    before = predict(model, inputs)
+    model.quantize("int8")
+    assert model.layers[0].quantization_mode == "int8"
+    assert 0 < np.abs(predict(model, inputs) - before).max() < 0.1
+
+
+def test_models_to_extract_an_adapter_from_are_float():
+    models = [keras.Sequential([keras.Input((6,)), keras.layers.Dense(3)])] * 2
+    models[0].layers[0].quantize("int8")
+    with pytest.raises(ValueError, match=r"'dense' of .* is quantized"):
+        keras_lora.extract_adapter(*models, rank=2)
+
+
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize`")
+@pytest.mark.parametrize("target", ["all-linear", ["token_embedding", "query"]])
+def test_the_gradient_of_a_quantized_language_model_is_the_float_models(target):
+    """Keras's own, through its int8 head, has a cosine of 0.26 with it."""
+    keras_hub = pytest.importorskip("keras_hub")
+    found = []
+    for mode in (None, "int8"):
+        keras.utils.set_random_seed(1)
+        backbone = keras_hub.models.GPT2Backbone(
+            vocabulary_size=60,
+            num_layers=2,
+            num_heads=2,
+            hidden_dim=16,
+            intermediate_dim=32,
+            max_sequence_length=8,
+            dropout=0.0,
+        )
+        model = keras_hub.models.GPT2CausalLM(backbone=backbone, preprocessor=None)
+        if mode:
+            model.quantize(mode)
+        keras_lora.apply_lora(model, rank=2, target=target)
+        layers = lora_layers(model)
+        for seed, layer in enumerate(layers):
+            fill(layer.lora.a, seed, scale=0.1)
+            fill(layer.lora.b, seed + 50, scale=0.1)
+        before = [to_numpy(v) for v in model.trainable_variables]
+        ids = np.random.default_rng(0).integers(0, 60, (4, 8)).astype("int32")
+        batch = {"token_ids": ids, "padding_mask": np.ones((4, 8), "int32")}
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        # A step of plain descent is the gradient.
+        model.compile(keras.optimizers.SGD(1.0), loss, jit_compile=False)
+        model.train_on_batch(batch, np.roll(ids, -1, axis=1))
+        moved = zip(model.trainable_variables, before, strict=True)
+        found.append(np.concatenate([np.ravel(to_numpy(v) - old) for v, old in moved]))
+    assert cosine(*found) > 0.99

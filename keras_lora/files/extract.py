@@ -56,6 +56,12 @@ def extract_adapter(
                 f"{model.name!r} holds LoRA layers. Call merge_lora or remove_lora on "
                 "it, or on a copy of it, first."
             )
+        for path, layer in layer_paths(model).items():
+            if layer.quantization_mode is not None:
+                raise ValueError(
+                    f"The layer {path!r} of {model.name!r} is quantized: kernels of "
+                    "integers have no difference of low rank. Give the float models."
+                )
     paths = layer_paths(base_model)
     path_of = {id(layer): path for path, layer in paths.items()}
     base = module_names(paths, names)

@@ -190,6 +190,9 @@ class LowRankAdapter(keras.layers.Layer):
         """The update scaling * A @ B, in the kernel's shape and A's dtype."""
         return self.form.compose(*self.factors(self.variable_dtype))
 
+    def quantize(self, mode=None, type_check=True, config=None):
+        """A and B train: they stay as they are when their model is quantized."""
+
     # What the layer's call makes of it.
 
     def outputs(self, host, inputs, training):

@@ -19,6 +19,7 @@ from keras_lora.layers.layer_files import LayerFiles
 from keras_lora.layers.methods import make_adapter
 from keras_lora.layers.methods import take_method
 from keras_lora.layers.quantized_host import QuantizedHost
+from keras_lora.layers.quantized_host import own_kernel
 from keras_lora.layers.quantized_host import refuse_mode
 from keras_lora.layers.settings import checked_rank
 from keras_lora.layers.torch_layout import TorchLayout
@@ -119,9 +120,9 @@ class LoRALayer(LayerFiles, TorchLayout, QuantizedHost):
                 "Save the model and load it again, which merges that adapter, and "
                 "start there."
             )
-        kernel = layer.built and getattr(layer, cls.kernel_name)
-        plain = layer.built and layer.quantization_mode is None
-        if plain and not isinstance(kernel, keras.Variable):
+        if layer.built and not isinstance(
+            own_kernel(layer, cls.kernel_name), keras.Variable
+        ):
             raise ValueError(
                 f"`{cls.kernel_name}` of layer {layer.name!r}, a "
                 f"{type(layer).__name__}, is computed and no variable: there is "
@@ -152,8 +153,8 @@ class LoRALayer(LayerFiles, TorchLayout, QuantizedHost):
     @property
     def frozen_kernel(self):
         """The variable W, under the same name for every kind."""
-        if self.is_quantized:  # behind the property it may be packed
-            return next(v for v in self.variables if v.name == self.kernel_name)
+        if self.is_quantized:
+            return own_kernel(self, self.kernel_name)
         kernel = getattr(self.plain_class, self.kernel_name, None)
         if isinstance(kernel, property):
             return kernel.fget(self)

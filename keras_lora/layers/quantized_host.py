@@ -2,6 +2,7 @@
 
 from keras import ops
 
+from keras_lora.keras_internals import QuantizedWhole
 from keras_lora.keras_internals import kernel_variables
 from keras_lora.keras_internals import twin
 
@@ -17,7 +18,7 @@ WHY_NOT = {
 BEFORE_FINISH = {"bias": None, "activation": None, "logit_soft_cap": None}
 
 
-class QuantizedHost:
+class QuantizedHost(QuantizedWhole):
     """What of a LoRA layer is another once its kernel is quantized.
 
         y = finish( quantized(x, W) + linear(drop(x), A) @ (scaling * B) )
@@ -26,6 +27,8 @@ class QuantizedHost:
     is Keras's own operation; its gradient is that of linear(x, dequantized W), straight
     through what is rounded. Integers, scales and zeros never move.
     """
+
+    mends_gradient = False  # whether Keras's own, of a quantized layer, is a wrong one
 
     @property
     def is_quantized(self) -> bool:
@@ -105,6 +108,13 @@ def refuse_mode(layer, mode):
         f"The layer {layer.name!r} cannot have an adapter beside a kernel in {mode!r}"
         f"{why}. Adapters work over float, int8 and int4 kernels."
     )
+
+
+def own_kernel(layer, name):
+    """The variable of a layer's kernel: a quantized one's property may unpack it."""
+    if layer.quantization_mode is None:
+        return getattr(layer, name)
+    return next(variable for variable in layer.variables if variable.name == name)
 
 
 def quantization(layer, name):

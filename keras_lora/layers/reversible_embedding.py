@@ -33,6 +33,7 @@ class LoRAReversibleEmbedding(LoRAEmbedding, keras.layers.ReversibleEmbedding):
     """
 
     plain_class = keras.layers.ReversibleEmbedding
+    mends_gradient = True  # that of int8 goes through `round`
 
     def call(self, inputs, reverse=False, training=None):
         outputs = self.adapted_call(inputs, training, reverse=reverse)
@@ -50,7 +51,7 @@ class LoRAReversibleEmbedding(LoRAEmbedding, keras.layers.ReversibleEmbedding):
     def plain_call(self, inputs, reverse=False):
         if not (reverse and self.is_quantized):
             return super().plain_call(inputs, reverse=reverse)
-        side = ReverseSide(self)  # Keras differentiates through `round`
+        side = ReverseSide(self)
         return side.finish(side.frozen_linear(inputs))
 
     def other_kernels(self):

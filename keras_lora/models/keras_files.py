@@ -22,9 +22,12 @@ from keras_lora.keras_internals import sublayers
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.lora_layer import is_adapted
+from keras_lora.layers.quantized_host import refuse_mode
 from keras_lora.models.adapt import adapt
+from keras_lora.models.adapt import lora_layers
 from keras_lora.models.adapt import new_adapter
 from keras_lora.models.paths import layer_paths
+from keras_lora.models.quantized import mend_gradients
 from keras_lora.models.record import NOTHING
 from keras_lora.models.record import Record
 from keras_lora.models.record import record_of
@@ -113,6 +116,7 @@ class Adapted:
                 adapters[places[path]] = options
         for path, options in adapters.items():
             adapt(layers[path], new_adapter(layers[path], options))
+        mend_gradients(layers.values())
         for path, merge_weights in config["merge_weights"].items():
             layers[places[path]].merge_weights = merge_weights
         layers_now = {"": model, **layer_paths(model)}
@@ -137,6 +141,12 @@ class Adapted:
             set_base(layer, index, values.get(name))
         others = [name for name in values if not name.startswith(BASE)]
         super().load_own_variables({name: values[name] for name in others})
+
+    def quantize(self, mode=None, config=None, **kwargs):
+        for layer in lora_layers(self):
+            refuse_mode(layer, mode)  # before any layer changes
+        super().quantize(mode, config=config, **kwargs)
+        mend_gradients(flatten_layers(self))
 
     def build_from_config(self, config):
         """Built in `from_config`, before the adapters could be attached."""
@@ -222,7 +232,7 @@ def carriers(model):
         if isinstance(layer, Adapted):
             continue
         if isinstance(layer, LoRALayer):
-            if is_adapted(layer) and not is_registered(type(layer)):
+            if not is_registered(type(layer)):
                 yield layer
         elif (
             record_of(layer).base

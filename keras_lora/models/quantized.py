@@ -5,13 +5,34 @@ from typing import NamedTuple
 import keras
 import numpy as np
 
+from keras_lora.keras_internals import change_class
 from keras_lora.keras_internals import exchange_variables
 from keras_lora.keras_internals import kernel_variables
 from keras_lora.keras_internals import seen_as
 from keras_lora.keras_internals import twin
+from keras_lora.layers.kinds import lora_class_of
+from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.torch_layout import to_numpy
 
 WAYS = ("dequantize", "requantize")
+
+
+def mend_gradients(layers) -> list:
+    """Gives quantized layers the gradient that Keras gets wrong; returns them.
+
+    Without an adapter too: those of the layers before it learn by that gradient.
+    """
+    mended = [layer for layer in layers if has_wrong_gradient(layer)]
+    for layer in mended:
+        change_class(layer, lora_class_of(type(layer)))
+    return mended
+
+
+def has_wrong_gradient(layer):
+    if layer.quantization_mode is None or isinstance(layer, LoRALayer):
+        return False
+    lora_class = lora_class_of(type(layer))
+    return lora_class is not None and lora_class.mends_gradient
 
 
 class MergedLayer(NamedTuple):
