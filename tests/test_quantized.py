@@ -737,7 +737,7 @@ def test_the_gradient_of_a_quantized_language_model_is_the_float_models(target):
         batch = {"token_ids": ids, "padding_mask": np.ones((4, 8), "int32")}
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         # A step of plain descent is the gradient.
-        model.compile(keras.optimizers.SGD(1.0), loss, jit_compile=False)
+        model.compile(keras.optimizers.SGD(1.0), loss, run_eagerly=True)
         model.train_on_batch(batch, np.roll(ids, -1, axis=1))
         moved = zip(model.trainable_variables, before, strict=True)
         found.append(np.concatenate([np.ravel(to_numpy(v) - old) for v, old in moved]))

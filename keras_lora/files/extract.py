@@ -10,7 +10,7 @@ import numpy as np
 from keras_lora.files.folder import Adapter
 from keras_lora.files.names import module_names
 from keras_lora.files.save import adapter_of
-from keras_lora.keras_internals import layer_state
+from keras_lora.keras_internals.layers import layer_state
 from keras_lora.layers.kinds import form_of
 from keras_lora.layers.kinds import lora_class_of
 from keras_lora.layers.kinds import obstacle

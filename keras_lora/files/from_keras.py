@@ -11,7 +11,7 @@ from keras_lora.files.config import settings
 from keras_lora.files.folder import Adapter
 from keras_lora.files.load import load_adapter
 from keras_lora.files.pair import assert_readable
-from keras_lora.keras_internals import flatten_layers
+from keras_lora.keras_internals.layers import flatten_layers
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.kinds import form_of
 from keras_lora.layers.kinds import kind_of

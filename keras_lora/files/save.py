@@ -24,8 +24,8 @@ from keras_lora.files.tensors import kernel_to_tensor
 from keras_lora.files.tensors import to_tensors
 from keras_lora.files.tensors import torch_name
 from keras_lora.files.tensors import weight_to_tensor
-from keras_lora.keras_internals import layer_state
-from keras_lora.keras_internals import synchronize
+from keras_lora.keras_internals.calls import synchronize
+from keras_lora.keras_internals.layers import layer_state
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.lora_layer import is_adapted
 from keras_lora.models.adapt import built_lora_layers

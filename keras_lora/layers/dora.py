@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lora.keras_internals import traced_for_xla
+from keras_lora.keras_internals.calls import traced_for_xla
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.form import last_axes
 from keras_lora.layers.torch_layout import to_numpy

@@ -3,8 +3,8 @@
 import keras
 from keras import ops
 
-from keras_lora.keras_internals import kernel_variables
-from keras_lora.keras_internals import twin
+from keras_lora.keras_internals.layers import kernel_variables
+from keras_lora.keras_internals.layers import twin
 from keras_lora.layers.form import LowRankForm
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.quantized_host import dequantize

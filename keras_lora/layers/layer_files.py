@@ -1,6 +1,6 @@
 """What a LoRA layer writes into configurations and Keras's weight files."""
 
-from keras_lora.keras_internals import own_variables
+from keras_lora.keras_internals.layers import own_variables
 
 
 class LayerFiles:

@@ -1,31 +1,29 @@
 """What every LoRA layer shares: building, its call, its config."""
 
 import textwrap
-import warnings
 
-import keras
 from keras import ops
 
-from keras_lora.keras_internals import attach
-from keras_lora.keras_internals import freeze
-from keras_lora.keras_internals import in_a_call
-from keras_lora.keras_internals import own_variables
+from keras_lora.keras_internals.layers import attach
+from keras_lora.keras_internals.layers import freeze
+from keras_lora.keras_internals.layers import own_variables
 from keras_lora.layers.arguments import COMMON_ARGUMENTS
 from keras_lora.layers.arguments import default_name
 from keras_lora.layers.arguments import full_signature
 from keras_lora.layers.arguments import refuse_foreign_keywords
 from keras_lora.layers.form import LowRankForm
+from keras_lora.layers.host_checks import HostChecks
+from keras_lora.layers.host_checks import watched
 from keras_lora.layers.layer_files import LayerFiles
 from keras_lora.layers.methods import make_adapter
 from keras_lora.layers.methods import take_method
 from keras_lora.layers.quantized_host import QuantizedHost
 from keras_lora.layers.quantized_host import own_kernel
-from keras_lora.layers.quantized_host import refuse_mode
 from keras_lora.layers.settings import checked_rank
 from keras_lora.layers.torch_layout import TorchLayout
 
 
-class LoRALayer(LayerFiles, TorchLayout, QuantizedHost):
+class LoRALayer(HostChecks, LayerFiles, TorchLayout, QuantizedHost):
     """Mixin that gives a Keras layer a frozen kernel W and an adapter A, B.
 
         training=True    y = finish( linear(x, W) + linear(drop(x), A) @ (scaling * B) )
@@ -102,32 +100,6 @@ class LoRALayer(LayerFiles, TorchLayout, QuantizedHost):
             attach(self, "lora", adapter)
 
     # What a kind answers.
-
-    @classmethod
-    def check_host(cls, layer):
-        """A ValueError where an adapter cannot do justice to the Keras layer."""
-        constraint = getattr(layer, f"{cls.kernel_name}_constraint", None)
-        if constraint is not None:
-            raise ValueError(
-                f"`{cls.kernel_name}_constraint` of layer {layer.name!r} cannot be "
-                f"kept by a low-rank update. Received: {constraint!r}. Leave it out, "
-                "or use rank=0."
-            )
-        refuse_mode(layer, layer.quantization_mode)
-        if getattr(layer, "lora_enabled", False):
-            raise ValueError(
-                f"The layer {layer.name!r} has Keras's own adapter (`enable_lora`). "
-                "Save the model and load it again, which merges that adapter, and "
-                "start there."
-            )
-        if layer.built and not isinstance(
-            own_kernel(layer, cls.kernel_name), keras.Variable
-        ):
-            raise ValueError(
-                f"`{cls.kernel_name}` of layer {layer.name!r}, a "
-                f"{type(layer).__name__}, is computed and no variable: there is "
-                "nothing to freeze."
-            )
 
     def linear(self, inputs, kernel):
         """The host's own operation: matmul, einsum, gather or convolution."""
@@ -236,26 +208,6 @@ class LoRALayer(LayerFiles, TorchLayout, QuantizedHost):
             "with `rank=` when it is constructed, or call "
             "`keras_lora.merge_lora(model)` first."
         )
-
-
-def watched(kernel):
-    """The Keras layer's property of its kernel, which tells who else computes with it.
-
-    This library reads W by `frozen_kernel`. What reads the property inside of a call
-    is another layer, and it gets W without the adapter.
-    """
-
-    def read(layer):
-        if layer.lora is not None and in_a_call():
-            warnings.warn(
-                f"A layer reads the kernel of {layer.name!r}, which has an adapter, in "
-                "its own call: there the adapter has no effect until it is merged. "
-                "Leave that layer out with exclude=, or merge first.",
-                stacklevel=2,
-            )
-        return kernel.fget(layer)
-
-    return property(read, doc=kernel.__doc__)
 
 
 def is_adapted(layer):

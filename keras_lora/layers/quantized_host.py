@@ -2,9 +2,9 @@
 
 from keras import ops
 
-from keras_lora.keras_internals import QuantizedWhole
-from keras_lora.keras_internals import kernel_variables
-from keras_lora.keras_internals import twin
+from keras_lora.keras_internals.layers import QuantizedWhole
+from keras_lora.keras_internals.layers import kernel_variables
+from keras_lora.keras_internals.layers import twin
 
 MODES = ("int8", "int4")
 WHY_NOT = {

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_lora.keras_internals import set_mask
+from keras_lora.keras_internals.calls import set_mask
 from keras_lora.layers.embedding import LoRAEmbedding
 from keras_lora.layers.form import LowRankForm
 from keras_lora.layers.quantized_host import dequantize

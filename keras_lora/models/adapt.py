@@ -2,14 +2,14 @@
 
 import keras
 
-from keras_lora.keras_internals import attach
-from keras_lora.keras_internals import change_class
-from keras_lora.keras_internals import detach
-from keras_lora.keras_internals import flatten_layers
-from keras_lora.keras_internals import name_scope_of
-from keras_lora.keras_internals import sublayers
-from keras_lora.keras_internals import unfreeze
-from keras_lora.keras_internals import was_called
+from keras_lora.keras_internals.calls import was_called
+from keras_lora.keras_internals.layers import attach
+from keras_lora.keras_internals.layers import change_class
+from keras_lora.keras_internals.layers import detach
+from keras_lora.keras_internals.layers import flatten_layers
+from keras_lora.keras_internals.layers import name_scope_of
+from keras_lora.keras_internals.layers import sublayers
+from keras_lora.keras_internals.layers import unfreeze
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.kinds import kind_of
 from keras_lora.layers.kinds import lora_class_of

@@ -4,10 +4,10 @@ import contextlib
 
 from keras import ops
 
-from keras_lora.keras_internals import flatten_layers
-from keras_lora.keras_internals import hold_resource
-from keras_lora.keras_internals import release_resource
-from keras_lora.keras_internals import take_compiled_functions
+from keras_lora.keras_internals.hidden_state import hold_resource
+from keras_lora.keras_internals.hidden_state import release_resource
+from keras_lora.keras_internals.layers import flatten_layers
+from keras_lora.keras_internals.tracing import take_compiled_functions
 from keras_lora.layers.adapter import FixedKernel
 from keras_lora.models.adapt import built_lora_layers
 from keras_lora.models.adapt import checked_lora_layers

@@ -2,9 +2,9 @@
 
 import warnings
 
-from keras_lora.keras_internals import flatten_layers
-from keras_lora.keras_internals import layer_state
-from keras_lora.keras_internals import own_variables
+from keras_lora.keras_internals.layers import flatten_layers
+from keras_lora.keras_internals.layers import layer_state
+from keras_lora.keras_internals.layers import own_variables
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.lora_layer import is_adapted
 from keras_lora.models.adapt import built_lora_layers

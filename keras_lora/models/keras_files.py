@@ -11,14 +11,13 @@ import functools
 
 import keras
 
-from keras_lora.keras_internals import UNPICKLE
-from keras_lora.keras_internals import change_class
-from keras_lora.keras_internals import flatten_layers
-from keras_lora.keras_internals import legacy_format
-from keras_lora.keras_internals import own_variables
-from keras_lora.keras_internals import refresh_torch_parameters
-from keras_lora.keras_internals import seen_as
-from keras_lora.keras_internals import sublayers
+from keras_lora.keras_internals.calls import UNPICKLE
+from keras_lora.keras_internals.calls import legacy_format
+from keras_lora.keras_internals.layers import change_class
+from keras_lora.keras_internals.layers import flatten_layers
+from keras_lora.keras_internals.layers import own_variables
+from keras_lora.keras_internals.layers import refresh_torch_parameters
+from keras_lora.keras_internals.layers import seen_as
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.lora_layer import is_adapted
@@ -27,14 +26,15 @@ from keras_lora.models.adapt import adapt
 from keras_lora.models.adapt import lora_layers
 from keras_lora.models.adapt import new_adapter
 from keras_lora.models.paths import layer_paths
+from keras_lora.models.presets import plain_class_of
+from keras_lora.models.presets import save_to_preset
 from keras_lora.models.quantized import mend_gradients
-from keras_lora.models.record import NOTHING
 from keras_lora.models.record import Record
+from keras_lora.models.record import base_names
 from keras_lora.models.record import record_of
 from keras_lora.models.record import set_base
 from keras_lora.models.record import set_record
 from keras_lora.models.trainable_flags import restore_trainable_state
-from keras_lora.models.trainable_flags import set_flags
 from keras_lora.models.trainable_flags import trainable_state
 
 # All classes under one name, as `from_config` is the same for each of them.
@@ -131,13 +131,13 @@ class Adapted:
 
     def save_own_variables(self, store):
         super().save_own_variables(store)
-        for name, (layer, index) in base_names(self).items():
+        for name, (layer, index) in base_names(self, Adapted).items():
             if record_of(layer).base[index] is not None:
                 store[name] = record_of(layer).base[index]
 
     def load_own_variables(self, store):
         values = {name: store[name] for name in store.keys()}  # noqa: SIM118
-        for name, (layer, index) in base_names(self).items():
+        for name, (layer, index) in base_names(self, Adapted).items():
             set_base(layer, index, values.get(name))
         others = [name for name in values if not name.startswith(BASE)]
         super().load_own_variables({name: values[name] for name in others})
@@ -154,32 +154,6 @@ class Adapted:
     def __reduce__(self):
         # The inherited one names a method of this class, which no import finds.
         return UNPICKLE, super().__reduce__()[1]
-
-
-BASE = "base_"
-
-
-def base_names(owner) -> dict:
-    """{name in a file: (layer, index)} for values of the base that an owner carries.
-
-    An owner inside has its own.
-    """
-    found, seen = [], set()
-
-    def walk(layer):
-        seen.add(id(layer))
-        found.extend((layer, index) for index in sorted(record_of(layer).base))
-        for part in sublayers(layer):
-            if id(part) not in seen and not isinstance(part, Adapted):
-                walk(part)
-
-    walk(owner)
-    return {f"{BASE}{place}": entry for place, entry in enumerate(found)}
-
-
-def plain_class_of(cls):
-    """The class under which the configuration is asked for."""
-    return cls.plain_class if issubclass(cls, LoRALayer) else cls.plain_owner
 
 
 @functools.cache
@@ -199,22 +173,6 @@ def adapted_class(cls):
     # of KerasHub's own when it looks for the task of a preset.
     register(Adapted)
     return adapted
-
-
-def save_to_preset(self, *args, **kwargs):
-    """KerasHub finds a task by the class in its file, which must be the plain one."""
-    view = self
-    if hasattr(self, "backbone"):
-        carried = set(map(id, flatten_layers(self.backbone)))
-        for path, layer in layer_paths(self).items():
-            if is_adapted(layer) and id(layer) not in carried:
-                raise ValueError(
-                    f"A preset cannot hold the adapter of {path!r}, which lies outside "
-                    "the backbone. Save the model as .keras, or its adapters with "
-                    "`save_adapter`."
-                )
-        view = seen_as(self, plain_class_of(type(self)))
-    plain_class_of(type(self)).save_to_preset(view, *args, **kwargs)
 
 
 def is_registered(cls):
@@ -247,17 +205,3 @@ def carry(model):
     for layer in list(carriers(model)):
         change_class(layer, adapted_class(type(layer)))
     refresh_torch_parameters(flatten_layers(model))
-
-
-def restore_models(model):
-    """What `apply_lora` had changed beside the adapted layers: classes and flags."""
-    for layer in flatten_layers(model):
-        if isinstance(layer, Adapted) and not any(
-            is_adapted(part) for part in flatten_layers(layer)
-        ):
-            change_class(layer, layer.plain_owner)
-    for layer in flatten_layers(model):
-        record = record_of(layer)
-        if record.before is not None:
-            set_flags(layer, *record.before)
-        set_record(layer, NOTHING)

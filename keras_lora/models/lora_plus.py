@@ -5,9 +5,9 @@ import math
 
 import keras
 
-from keras_lora.keras_internals import TwoRates
-from keras_lora.keras_internals import as_plain_optimizer
-from keras_lora.keras_internals import optimizer_class
+from keras_lora.keras_internals.optimizers import TwoRates
+from keras_lora.keras_internals.optimizers import as_plain_optimizer
+from keras_lora.keras_internals.optimizers import optimizer_class
 from keras_lora.layers.settings import is_number
 
 register = keras.saving.register_keras_serializable(package="keras_lora")

@@ -6,27 +6,32 @@ import warnings
 import keras
 from keras import ops
 
-from keras_lora.keras_internals import attach
-from keras_lora.keras_internals import change_class
-from keras_lora.keras_internals import compile_again
-from keras_lora.keras_internals import detach
-from keras_lora.keras_internals import flatten_layers
-from keras_lora.keras_internals import hold_resource
-from keras_lora.keras_internals import refresh_torch_parameters
-from keras_lora.keras_internals import refuse_while_running
-from keras_lora.keras_internals import release_resource
-from keras_lora.keras_internals import replace_kernel
+from keras_lora.keras_internals.hidden_state import hold_resource
+from keras_lora.keras_internals.hidden_state import release_resource
+from keras_lora.keras_internals.layers import attach
+from keras_lora.keras_internals.layers import change_class
+from keras_lora.keras_internals.layers import detach
+from keras_lora.keras_internals.layers import flatten_layers
+from keras_lora.keras_internals.layers import refresh_torch_parameters
+from keras_lora.keras_internals.layers import replace_kernel
+from keras_lora.keras_internals.tracing import compile_again
+from keras_lora.keras_internals.tracing import refuse_while_running
 from keras_lora.layers.lora_layer import LoRALayer
+from keras_lora.layers.lora_layer import is_adapted
 from keras_lora.models.adapt import checked_lora_layers
 from keras_lora.models.adapt import make_plain
-from keras_lora.models.keras_files import restore_models
+from keras_lora.models.keras_files import Adapted
 from keras_lora.models.paths import layer_paths
 from keras_lora.models.quantized import MergedLayer
 from keras_lora.models.quantized import checked_way
 from keras_lora.models.quantized import merged_plain
 from keras_lora.models.quantized import relative_error
 from keras_lora.models.quantized import take_over
+from keras_lora.models.record import NOTHING
 from keras_lora.models.record import base_values
+from keras_lora.models.record import record_of
+from keras_lora.models.record import set_record
+from keras_lora.models.trainable_flags import set_flags
 
 
 def merge_lora(model, quantized: str | None = None) -> list[MergedLayer]:
@@ -155,3 +160,17 @@ def checked_merged_kernel(layer):
                 "learning rate."
             )
     return kernel
+
+
+def restore_models(model):
+    """What `apply_lora` had changed beside the adapted layers: classes and flags."""
+    for layer in flatten_layers(model):
+        if isinstance(layer, Adapted) and not any(
+            is_adapted(part) for part in flatten_layers(layer)
+        ):
+            change_class(layer, layer.plain_owner)
+    for layer in flatten_layers(model):
+        record = record_of(layer)
+        if record.before is not None:
+            set_flags(layer, *record.before)
+        set_record(layer, NOTHING)

@@ -6,7 +6,7 @@ import re
 
 import keras
 
-from keras_lora.keras_internals import sublayers
+from keras_lora.keras_internals.layers import sublayers
 from keras_lora.layers.arguments import snake_case
 from keras_lora.layers.lora_layer import LoRALayer
 

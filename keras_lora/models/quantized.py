@@ -5,11 +5,11 @@ from typing import NamedTuple
 import keras
 import numpy as np
 
-from keras_lora.keras_internals import change_class
-from keras_lora.keras_internals import exchange_variables
-from keras_lora.keras_internals import kernel_variables
-from keras_lora.keras_internals import seen_as
-from keras_lora.keras_internals import twin
+from keras_lora.keras_internals.layers import change_class
+from keras_lora.keras_internals.layers import exchange_variables
+from keras_lora.keras_internals.layers import kernel_variables
+from keras_lora.keras_internals.layers import seen_as
+from keras_lora.keras_internals.layers import twin
 from keras_lora.layers.kinds import lora_class_of
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.torch_layout import to_numpy

@@ -10,8 +10,9 @@ import itertools
 import numpy as np
 from keras import ops
 
-from keras_lora.keras_internals import layer_state
-from keras_lora.keras_internals import own_variables
+from keras_lora.keras_internals.layers import layer_state
+from keras_lora.keras_internals.layers import own_variables
+from keras_lora.keras_internals.layers import sublayers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Record:
     base: dict = dataclasses.field(default_factory=dict)
 
 
+BASE = "base_"
 NOTHING = Record()
 
 
@@ -90,3 +92,21 @@ def base_values(layer) -> list:
         for index, value in record_of(layer).base.items()
         if value is not None
     ]
+
+
+def base_names(owner, owner_class) -> dict:
+    """{name in a file: (layer, index)} for values of the base that an owner carries.
+
+    An owner inside, which is of that class too, has its own.
+    """
+    found, seen = [], set()
+
+    def walk(layer):
+        seen.add(id(layer))
+        found.extend((layer, index) for index in sorted(record_of(layer).base))
+        for part in sublayers(layer):
+            if id(part) not in seen and not isinstance(part, owner_class):
+                walk(part)
+
+    walk(owner)
+    return {f"{BASE}{place}": entry for place, entry in enumerate(found)}

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from keras_lora.keras_internals import own_variables
+from keras_lora.keras_internals.layers import own_variables
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.lora_layer import is_adapted
 from keras_lora.models.paths import layer_paths

@@ -1,6 +1,6 @@
 """The trainable flags of a whole model, to put back later or elsewhere."""
 
-from keras_lora.keras_internals import own_variables
+from keras_lora.keras_internals.layers import own_variables
 
 
 def trainable_state(layers) -> dict:

@@ -1,0 +1,96 @@
+"""Whether what a file holds fits a model: values for its variables."""
+
+import difflib
+import itertools
+
+import ml_dtypes
+import numpy as np
+
+from keras_lora.files.tensors import file_rank
+from keras_lora.files.tensors import from_tensors
+from keras_lora.files.tensors import kernel_to_tensor
+from keras_lora.files.tensors import torch_name
+from keras_lora.files.tensors import weight_from_tensor
+from keras_lora.files.tensors import weight_to_tensor
+from keras_lora.keras_internals.layers import layer_state
+from keras_lora.layers.lora_layer import is_adapted
+from keras_lora.layers.methods import METHODS
+
+
+def refuse_other_modules(file):
+    """An adapted model takes a file for the same layers only."""
+    own = {module for module, layer in file.modules.items() if is_adapted(layer)}
+    missing, more = sorted(own - set(file.factors)), sorted(set(file.factors) - own)
+    if missing or more:
+        raise ValueError(
+            "The file and the model adapt other layers. Only in the model: "
+            f"{missing}. Only in the file: {more}."
+        )
+    word = next(iter(file.method), None)
+    for module, layer in file.adapted.items():
+        if layer.lora.keyword != word:
+            raise ValueError(
+                f"The adapter of {module!r} has {layer.lora.keyword or 'LoRA'}, and "
+                f"the file {word or 'LoRA'}. Call remove_lora(model) first: the file "
+                "then brings its own."
+            )
+
+
+def refuse_changed_slices(file):
+    """What a file has for a slice without A and B must leave the layer as it is."""
+    for module, arrays in file.unadapted.items():
+        if module not in file.modules:
+            raise ValueError(f"`names` has no layer for {module!r} of the file.")
+        method = METHODS[next(iter(file.method), None)]
+        expected = method.of_plain_layer(kernel_to_tensor(file.modules[module]))
+        for suffix, value in arrays.items():
+            if value.shape != expected[suffix].shape or not np.allclose(
+                value, expected[suffix], rtol=1e-4, atol=0
+            ):
+                raise ValueError(
+                    f"{suffix[1:]} of {module!r}, which has no A and B, does not leave "
+                    "the model's kernel as it is: the file is of another base model."
+                )
+
+
+def checked_values(file):
+    """[(variable, value)] for the whole file, of which every shape fits."""
+    values = []
+    for module, pair in file.factors.items():
+        layer = file.modules[module]
+        if file.ranks[module] != file_rank(layer):
+            raise ValueError(
+                f"The rank of {module!r} is {file.ranks[module]} in the file and "
+                f"{file_rank(layer)} in the model."
+            )
+        values += from_tensors(layer, pair, module)
+    refuse_changed_slices(file)
+    index = {}
+    for module, layer in file.modules.items():
+        infix = ".base_layer" if module in file.factors else ""
+        for variable in itertools.chain(*layer_state(layer)):
+            key = f"{module}{infix}.{torch_name(layer, variable)}"
+            index[key] = layer, variable
+            if module in file.heads and key not in file.others:
+                raise ValueError(f"The file has no tensor {key!r}.")
+    for key, value in file.others.items():
+        if key.endswith(".base_layer.weight"):
+            continue  # PEFT repeats a targeted embedding or head
+        if key not in index:
+            close = difflib.get_close_matches(key, index, n=3)
+            raise ValueError(f"Unexpected tensor {key!r}. Close are: {close}.")
+        layer, variable = index[key]
+        # Beside transformers' Conv1D there may be a head that is a Linear.
+        linear = weight_to_tensor(layer, variable).shape
+        is_linear = value.shape == linear and linear != linear[::-1]
+        inputs_first = file.inputs_first and not is_linear
+        value = weight_from_tensor(layer, variable, value, key, inputs_first)
+        values.append((variable, value))
+    for variable, value in values:
+        limit = float(ml_dtypes.finfo(variable.dtype).max)
+        if np.max(np.abs(value), initial=0) > limit:
+            raise ValueError(
+                f"A value for {variable.path!r} is finite in the file and infinite in "
+                f"{variable.dtype}: it is above {limit:.3g}."
+            )
+    return values

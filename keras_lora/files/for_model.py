@@ -1,0 +1,136 @@
+"""What a file holds, under the names of a model's modules."""
+
+import collections
+import dataclasses
+import difflib
+import math
+
+import numpy as np
+
+from keras_lora.files.contents import factors_of
+from keras_lora.files.slices import fused_modules
+from keras_lora.files.slices import outputs_axis
+from keras_lora.files.slices import slices_of
+from keras_lora.files.slices import without_slice
+from keras_lora.files.tensors import suffixes
+from keras_lora.layers.kinds import lora_class_of
+from keras_lora.layers.kinds import obstacle
+from keras_lora.layers.lora_layer import is_adapted
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What a file holds, under the names of a model's modules."""
+
+    modules: dict  # module -> layer, for all of the model
+    factors: dict  # module -> {suffix: array}
+    others: dict  # key -> array, for what trained in full
+    ranks: dict
+    alphas: dict
+    heads: dict  # module -> layer
+    bias: str
+    dropout: float
+    use_rslora: bool
+    method: dict  # the keyword of another method than LoRA
+    inputs_first: bool
+    unadapted: dict  # slice of an adapted module -> {suffix: array}
+
+    @property
+    def adapted(self):
+        """Module -> layer, for those that the file has factors for."""
+        return {module: self.modules[module] for module in self.factors}
+
+
+def contents(adapter, modules, names) -> Contents:
+    factors, others, ranks, alphas, config, unadapted = factors_of(adapter, modules)
+    refuse_unknown_modules(factors, modules)
+    refuse_ranks_without_values(factors, ranks, modules)
+    file = Contents(
+        modules=modules,
+        factors=factors,
+        others=others,
+        ranks=ranks,
+        alphas=alphas,
+        heads=heads_of(config["modules_to_save"], modules, others),
+        bias=config["bias"],
+        dropout=config["dropout"],
+        use_rslora=config["use_rslora"],
+        method=config["method"],
+        inputs_first=config["fan_in_fan_out"],
+        unadapted=unadapted,
+    )
+    split_others(file)
+    return file
+
+
+def heads_of(names, modules, others):
+    """{module: layer} that `modules_to_save` means: by a name or the end of one."""
+    heads, slices = {}, collections.defaultdict(list)
+    for module in modules:
+        slices[without_slice(module)].append(module)
+    for name in names:
+        meant = [m for m in slices if m == name or m.endswith(f".{name}")]
+        stored = [m for m in meant if any(key.startswith(f"{m}.") for key in others)]
+        for module in stored:
+            heads |= {part: modules[part] for part in slices[module]}
+    if names and not heads:  # PEFT names those of other models too, its "score"
+        raise ValueError(
+            f"modules_to_save names {', '.join(map(repr, names))}, which is no layer "
+            "that the file has tensors for."
+        )
+    return heads
+
+
+def split_others(file):
+    """Biases and weights of a fused module become those of its slices, in place."""
+    for module, count in fused_modules(file.modules).items():
+        for key in [key for key in file.others if key.startswith(f"{module}.")]:
+            value = file.others.pop(key)
+            name = key.split(".")[-1]
+            if key.endswith(".base_layer.weight"):
+                continue  # PEFT repeats a targeted head
+            axis = outputs_axis(value, file.inputs_first)
+            if value.shape[axis] % count:
+                raise ValueError(
+                    f"The tensor {key!r} has shape {value.shape}, which does not "
+                    f"divide into {count} slices."
+                )
+            parts = np.split(value, count, axis)
+            for part, values in zip(slices_of(module, count), parts, strict=True):
+                infix = ".base_layer" if part in file.factors else ""
+                file.others[f"{part}{infix}.{name}"] = values
+
+
+def refuse_unknown_modules(factors, modules):
+    for module in factors:
+        layer = modules.get(module)
+        if layer is None or not can_hold(layer):
+            close = difflib.get_close_matches(
+                module, [m for m, x in modules.items() if can_hold(x)], n=3, cutoff=0.3
+            )
+            raise ValueError(
+                f"The file has an adapter for {module!r}, which the model has not"
+                f"{' in a form that can be adapted' if layer is not None else ''}. "
+                f"Close are: {close}. `names` can map paths to modules."
+            )
+
+
+def refuse_ranks_without_values(factors, ranks, modules):
+    """So that an adapter made for the file is no larger than the file."""
+    for module, pair in factors.items():
+        layer = modules[module]
+        if is_adapted(layer) or not pair.keys() >= set(suffixes(layer)):
+            continue
+        a, b = (pair[suffix] for suffix in suffixes(layer))
+        kernel = getattr(layer, lora_class_of(type(layer)).kernel_name)
+        if a.size * b.size < ranks[module] ** 2 * math.prod(kernel.shape):
+            raise ValueError(
+                f"The factors of {module!r} have shapes {a.shape} and {b.shape}; they "
+                f"do not make rank {ranks[module]} for a kernel of {kernel.shape}."
+            )
+
+
+def can_hold(layer):
+    if is_adapted(layer):
+        return True
+    return lora_class_of(type(layer)) is not None and obstacle(layer) is None

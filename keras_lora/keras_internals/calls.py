@@ -1,0 +1,55 @@
+"""What runs now: inside of which call, loop, trace or saving."""
+
+import keras
+from keras.src.backend.common import global_state
+from keras.src.backend.common.stateless_scope import in_stateless_scope
+
+
+def was_called(layer):
+    """Whether a layer was ever called, symbolically too."""
+    return layer._called
+
+
+def in_a_call():
+    """Whether this runs inside the call of some layer."""
+    return global_state.get_global_attribute("current_call_ctx") is not None
+
+
+def traced_for_xla():
+    """Whether TensorFlow compiles what runs now with XLA.
+
+    A variable that is made there cannot start from another's value. (In a stateless
+    scope, where Keras builds a model symbolically, it is made later.)
+    """
+    if keras.backend.backend() != "tensorflow" or in_stateless_scope():
+        return False
+    import tensorflow as tf
+
+    graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+    while graph is not None:
+        context = graph._get_control_flow_context()
+        if context is not None and context.IsXLAContext():
+            return True
+        graph = getattr(graph, "outer_graph", None)
+    return False
+
+
+def set_mask(tensor, mask):
+    keras.src.backend.set_keras_mask(tensor, mask)
+
+
+def synchronize(model):
+    """On JAX the state of a model that is being fitted lies outside of it."""
+    if hasattr(model, "jax_state_sync"):
+        model.jax_state_sync()
+
+
+def legacy_format():
+    """Whether a configuration is asked for by the writer of the old .h5 format."""
+    return keras.src.backend.common.global_state.get_global_attribute(
+        "use_legacy_config", False
+    )
+
+
+# What unpickles any layer: pickle finds it by the name of a class that is importable.
+UNPICKLE = keras.layers.Layer._unpickle_model

@@ -1,0 +1,66 @@
+"""Variables that are read and are no weights, which TensorFlow has to find."""
+
+import json
+
+import keras
+
+
+class HiddenVariable:
+    """A variable that a layer reads, and that is none of its weights.
+
+    Keras tracks what attributes hold; it does not look into this object.
+    """
+
+    def __init__(self):
+        self.variable = None
+
+    def make(self, initializer, dtype, name):
+        self.variable = keras.Variable(
+            initializer,
+            shape=(),
+            dtype=dtype,
+            trainable=False,
+            autocast=False,
+            name=name,
+        )
+
+    def seen_by_jax(self):
+        """JAX passes state by hand, and what is not passed becomes a constant."""
+        on_jax = keras.backend.backend() == "jax"
+        return [self.variable] if on_jax and self.variable is not None else []
+
+
+def hold_resource(layer, name, variable):
+    """Lets TensorFlow find a variable that Keras does not track.
+
+    tf.saved_model.save refuses functions that read one that no object holds.
+    """
+    if keras.backend.backend() == "tensorflow":
+        layer._track_trackable(variable.value, name, overwrite=True)
+
+
+def release_resource(layer, name):
+    if keras.backend.backend() == "tensorflow":
+        layer._delete_tracking(name)
+
+
+def hold_state(layer, name, variable, get, put):
+    """The same for a variable that may get its value later, when a call has ended.
+
+    TensorFlow's own checkpoints take for it what `get` gives, any JSON value, and hand
+    it to `put`.
+    """
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        class State(tf.train.experimental.PythonState):
+            def serialize(self):
+                return json.dumps(get())
+
+            def deserialize(self, string):
+                put(json.loads(string))
+
+            def _trackable_children(self, save_type="checkpoint", **kwargs):
+                return {"value": variable.value} if save_type == "savedmodel" else {}
+
+        layer._track_trackable(State(), name, overwrite=True)

@@ -1,0 +1,156 @@
+"""Optimizers for other variables than they were built for."""
+
+import keras
+
+
+def renewed_optimizer(optimizer, variables):
+    """The optimizer itself where it has no state yet, else one like it without.
+
+    Not by way of `from_config`: the configuration of an optimizer leaves out what was
+    called on it (`exclude_from_weight_decay`), and schedules, callables and
+    constructors of a user's own need not have any.
+    """
+    if optimizer is None or not optimizer.built:
+        return optimizer
+    if list(map(id, optimizer._trainable_variables)) == list(map(id, variables)):
+        return optimizer
+    names = {"_iterations", "_learning_rate"}
+    old = {id(variable) for variable in optimizer.variables}
+    for _ in range(2):
+        renewed = without_state(optimizer, names)
+        for part in (renewed, getattr(renewed, "inner_optimizer", None)):
+            if isinstance(part, TwoRates) and not any(map(part.is_faster, variables)):
+                part.__class__ = part.plain_class
+        renewed.build(variables)
+        found = attributes_with(renewed, old)
+        if not found:
+            return renewed
+        # What `build` has not replaced was made in the constructor.
+        names |= found
+    raise ValueError(f"it keeps variables of its own in {sorted(found)}")
+
+
+def attributes_with(optimizer, ids) -> set:
+    """Names of attributes that are, or hold, one of these variables."""
+    found = set()
+    for name, value in vars(optimizer).items():
+        if name.startswith("_self_"):
+            continue
+        if isinstance(value, keras.optimizers.Optimizer):
+            found |= attributes_with(value, ids)
+        elif isinstance(value, (list, tuple, dict)):
+            values = value.values() if isinstance(value, dict) else value
+            found |= {name for held in values if id(held) in ids}
+        elif id(value) in ids:
+            found.add(name)
+    return found
+
+
+def without_state(optimizer, names):
+    """A copy before `build`: the variables of these names are new, all else shared."""
+    copy = object.__new__(type(optimizer))
+    for name, value in vars(optimizer).items():
+        if not name.startswith("_self_"):  # TensorFlow's register of the original
+            vars(copy)[name] = value
+    del vars(copy)["_tracker"]
+    copy.built = False
+    copy._variables, copy._trainable_variables = [], []
+    is_variable, _ = optimizer._tracker.config["variables"]
+    copy._tracker = type(optimizer._tracker)(
+        {"variables": (is_variable, copy._variables)}
+    )
+    copy._trainable_variables_indices = {}
+    if hasattr(optimizer, "_exclude_from_weight_decay_cache"):
+        copy._exclude_from_weight_decay_cache = {}
+    for name, value in vars(optimizer).items():
+        if isinstance(value, keras.optimizers.Optimizer):  # that of a loss scale
+            setattr(copy, name, without_state(value, names))
+        elif name in names and isinstance(value, keras.Variable):
+            start = keras.ops.convert_to_numpy(value)
+            variable = keras.Variable(
+                0 * start if name == "_iterations" else start,
+                dtype=value.dtype,
+                trainable=False,
+                aggregation=value.aggregation,
+                name=value.name,
+            )
+            variable._path = value.path
+            setattr(copy, name, variable)
+    return copy
+
+
+def replace_optimizer(model, optimizer):
+    """Past Keras's and TensorFlow's tracking, as `compile` itself does it."""
+    old = model.optimizer
+    config = getattr(model, "_compile_config", None)
+    if old is not optimizer:
+        vars(model)["optimizer"] = optimizer
+        if optimizer is None:
+            model.compiled = False
+        elif config is not None:
+            inside = getattr(old, "inner_optimizer", None)  # compile wrapped a user's
+            wrapped = inside is not None and config.config["optimizer"] is inside
+            config.config["optimizer"] = (
+                optimizer.inner_optimizer if wrapped else optimizer
+            )
+    if hasattr(model, "_compiled_trainable_state"):
+        model._compiled_trainable_state = {
+            layer: layer.trainable for layer in model._flatten_layers()
+        }
+
+
+class TwoRates(keras.optimizers.Optimizer):
+    """A mixin before an optimizer's own class: some variables learn faster.
+
+    Subclasses have `plain_class`, and say `is_faster(variable)` and `faster(rate)`.
+    The learning rate is no variable's own in Keras: `update_step` gets it for one
+    variable at a time, weight decay reads the optimizer's for a list of them.
+    """
+
+    def update_step(self, gradient, variable, learning_rate):
+        # By the index: on TensorFlow this is not Keras's variable but one replica's.
+        index = self._get_variable_index(variable)
+        if self.is_faster(self._trainable_variables[index]):
+            learning_rate = self.faster(learning_rate)
+        # By position: Adadelta calls the gradient `grad`.
+        super().update_step(gradient, variable, learning_rate)
+
+    def _apply_weight_decay(self, variables):
+        if keras.backend.backend() == "torch":
+            # Leaves out those without decay only later, and refuses an empty list.
+            variables = [v for v in variables if self._use_weight_decay(v)]
+        slow = [v for v in variables if not self.is_faster(v)]
+        fast = [v for v in variables if self.is_faster(v)]
+        if slow:
+            super()._apply_weight_decay(slow)
+        if fast:
+            # Not a rate that changes meanwhile: the replicas of a distribution
+            # strategy are threads that share this object.
+            rated = as_plain_optimizer(
+                self, _learning_rate=lambda: self.faster(self.learning_rate)
+            )
+            rated._apply_weight_decay(fast)
+
+    def __reduce__(self):
+        # Keras names a method of the object's class, which pickle cannot find.
+        load, arguments = super().__reduce__()
+        return getattr(TwoRates, load.__name__), arguments
+
+
+def as_plain_optimizer(optimizer, **changed):
+    """The optimizer as its plain class has it: a second view of the same state."""
+    view = object.__new__(optimizer_class(optimizer.plain_class))
+    vars(view).update(vars(optimizer), **changed)
+    return view
+
+
+def optimizer_class(cls):
+    """The class whose `update_step` makes the update.
+
+    On torch Keras puts subclasses of its own in the place of most optimizers. They
+    update all variables in one call, at one rate, and skip `update_step`.
+    """
+    return next(c for c in cls.__mro__ if not c.__module__.startswith(BACKENDS))
+
+
+BACKENDS = "keras.src.backend."

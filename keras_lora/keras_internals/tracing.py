@@ -1,0 +1,104 @@
+"""Traced functions and compiled models, of a model and of all that share its layers."""
+
+import gc
+import inspect
+
+import keras
+
+from keras_lora.keras_internals.layers import flatten_layers
+from keras_lora.keras_internals.layers import own_variables
+from keras_lora.keras_internals.layers import refresh_torch_parameters
+from keras_lora.keras_internals.optimizers import renewed_optimizer
+from keras_lora.keras_internals.optimizers import replace_optimizer
+
+COMPILED_FUNCTIONS = (
+    "train_function",
+    "test_function",
+    "predict_function",
+    "generate_function",  # of KerasHub's tasks
+)
+
+
+def holders(model) -> list:
+    """The layers of a model, and every live model that shares one which has variables.
+
+    A layer does not know its owners, and their traced functions know it as it was. So
+    they are looked for among the garbage collector's objects.
+    """
+    layers = flatten_layers(model)
+    own = {id(vars(layer)) for layer in layers}  # a second view has the same
+    shared = {id(x) for x in layers if own_variables(x) or x._non_trainable_variables}
+    around = [
+        found
+        for found in gc.get_objects()
+        if issubclass(type(found), keras.Model)
+        and id(vars(found)) not in own
+        and "_layers" in vars(found)
+        and not shared.isdisjoint(map(id, flatten_layers(found)))
+    ]
+    return layers + around
+
+
+def take_compiled_functions(layers):
+    """Removes the traced functions of those that are models; returns them."""
+    taken = []
+    for layer in layers:
+        for name in COMPILED_FUNCTIONS:
+            if getattr(layer, name, None) is not None:
+                taken.append((layer, name, getattr(layer, name)))
+                setattr(layer, name, None)
+    return taken
+
+
+def compile_again(model) -> list:
+    """The optimizers of a compiled model, for the variables that train now.
+
+    Likewise those of compiled models around it and beside it that share its layers.
+
+    Loss, metrics and all else that `compile` was told stay as they are. An optimizer
+    that cannot be had anew leaves its model uncompiled; what is returned says so.
+    """
+    layers = holders(model)
+    compiled = [layer for layer in layers if getattr(layer, "compiled", False)]
+    renewed, notes = {}, []
+    for layer in compiled:
+        old = layer.optimizer
+        try:
+            if id(old) not in renewed:
+                renewed[id(old)] = renewed_optimizer(old, layer.trainable_variables)
+        except Exception as error:  # whatever a user's optimizer raises
+            renewed[id(old)] = None
+            notes.append(
+                f"{layer.name!r} is not compiled any more: its "
+                f"{type(old).__name__} cannot be made anew for other variables "
+                f"({type(error).__name__}: {error}). Call `compile` again."
+            )
+    # Up to here nothing has changed; from here on nothing can fail.
+    for layer in compiled:
+        replace_optimizer(layer, renewed[id(layer.optimizer)])
+    take_compiled_functions(layers)
+    refresh_torch_parameters(layers)
+    return notes
+
+
+# What runs a model in a loop, during which its layers cannot become others.
+LOOPS = ("fit", "evaluate", "predict")
+
+
+def refuse_while_running(model):
+    """An error where the call comes from inside `fit`: from a callback, say.
+
+    Keras has no word for it, and its loops go on with the traced step that they have.
+    """
+    frame, changed = inspect.currentframe(), None
+    while frame is not None:
+        runs = frame.f_locals.get("self") if frame.f_code.co_name in LOOPS else None
+        if isinstance(runs, keras.Model):
+            changed = changed or set(map(id, flatten_layers(model)))
+            if changed & set(map(id, flatten_layers(runs))):
+                raise ValueError(
+                    f"Layers of {runs.name!r} cannot change while its "
+                    f"`{frame.f_code.co_name}()` runs. Nothing was changed. Do it "
+                    "before or after that call."
+                )
+        frame = frame.f_back

@@ -1,0 +1,59 @@
+"""Whether an adapter can do justice to a Keras layer, and who reads its kernel."""
+
+import warnings
+
+import keras
+
+from keras_lora.keras_internals.calls import in_a_call
+from keras_lora.layers.quantized_host import own_kernel
+from keras_lora.layers.quantized_host import refuse_mode
+
+
+class HostChecks:
+    """Mixin of a LoRA layer's class: what it asks of the layer that it extends."""
+
+    @classmethod
+    def check_host(cls, layer):
+        """A ValueError where an adapter cannot do justice to the Keras layer."""
+        constraint = getattr(layer, f"{cls.kernel_name}_constraint", None)
+        if constraint is not None:
+            raise ValueError(
+                f"`{cls.kernel_name}_constraint` of layer {layer.name!r} cannot be "
+                f"kept by a low-rank update. Received: {constraint!r}. Leave it out, "
+                "or use rank=0."
+            )
+        refuse_mode(layer, layer.quantization_mode)
+        if getattr(layer, "lora_enabled", False):
+            raise ValueError(
+                f"The layer {layer.name!r} has Keras's own adapter (`enable_lora`). "
+                "Save the model and load it again, which merges that adapter, and "
+                "start there."
+            )
+        if layer.built and not isinstance(
+            own_kernel(layer, cls.kernel_name), keras.Variable
+        ):
+            raise ValueError(
+                f"`{cls.kernel_name}` of layer {layer.name!r}, a "
+                f"{type(layer).__name__}, is computed and no variable: there is "
+                "nothing to freeze."
+            )
+
+
+def watched(kernel):
+    """The Keras layer's property of its kernel, which tells who else computes with it.
+
+    This library reads W by `frozen_kernel`. What reads the property inside of a call
+    is another layer, and it gets W without the adapter.
+    """
+
+    def read(layer):
+        if layer.lora is not None and in_a_call():
+            warnings.warn(
+                f"A layer reads the kernel of {layer.name!r}, which has an adapter, in "
+                "its own call: there the adapter has no effect until it is merged. "
+                "Leave that layer out with exclude=, or merge first.",
+                stacklevel=2,
+            )
+        return kernel.fget(layer)
+
+    return property(read, doc=kernel.__doc__)
