@@ -29,6 +29,7 @@ from keras_lora.models.paths import layer_paths
 from keras_lora.models.presets import plain_class_of
 from keras_lora.models.presets import save_to_preset
 from keras_lora.models.quantized import mend_gradients
+from keras_lora.models.record import BASE
 from keras_lora.models.record import Record
 from keras_lora.models.record import base_names
 from keras_lora.models.record import record_of
