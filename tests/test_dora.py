@@ -33,6 +33,16 @@ on_tensorflow = pytest.mark.skipif(
 )
 # loralib's factors of a convolution are no product that could be normed.
 CASES = [case for case in CASES if case.lora.get("factorization") is None]
+CASES.append(
+    Case(
+        "einsum-dense-batch-axis-last",
+        keras_lora.LoRAEinsumDense,
+        {"equation": "abc,dcb->abd", "output_shape": (3, 5)},
+        input_shape=(3, 6),
+        lora={"rank": 2},
+        fan_in=6,
+    )
+)
 over_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
