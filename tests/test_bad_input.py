@@ -41,6 +41,8 @@ def test_dropout(case, dropout):
         ("lora_rank", "rank"),
         ("lora_alpha", "alpha"),
         ("lora_dropout", "dropout"),
+        ("dora_rank", "rank` beside `use_dora=True"),
+        ("dora_alpha", "alpha` beside `use_dora=True"),
     ],
 )
 def test_keywords_of_other_libraries(case, keyword, ours):

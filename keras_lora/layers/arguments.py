@@ -12,6 +12,8 @@ FOREIGN_KEYWORDS = {
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
     "rslora": "use_rslora",
+    "dora_rank": "rank` beside `use_dora=True",
+    "dora_alpha": "alpha` beside `use_dora=True",
     "lora_a_initializer": "a_initializer",
     "lora_b_initializer": "b_initializer",
     "init_lora_weights": "a_initializer` and `b_initializer",

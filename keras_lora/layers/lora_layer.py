@@ -203,11 +203,13 @@ class LoRALayer(HostChecks, LayerFiles, TorchLayout, QuantizedHost):
 
     def enable_lora(self, *args, **kwargs):
         raise ValueError(
-            f"`enable_lora()` was called on {self.name!r}, a "
+            f"Keras's own adapter was asked of {self.name!r}, a "
             f"{type(self).__name__}, which brings its own adapter. Choose its rank "
             "with `rank=` when it is constructed, or call "
             "`keras_lora.merge_lora(model)` first."
         )
+
+    enable_dora = enable_lora  # of coming releases of Keras
 
 
 def is_adapted(layer):
