@@ -742,3 +742,45 @@ def test_the_gradient_of_a_quantized_language_model_is_the_float_models(target):
         moved = zip(model.trainable_variables, before, strict=True)
         found.append(np.concatenate([np.ravel(to_numpy(v) - old) for v, old in moved]))
     assert cosine(*found) > 0.99
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="reads its graph")
+@over_modes
+def test_a_compiled_step_forms_each_float_kernel_when_its_turn_comes(mode):
+    """Neither all at the start, nor kept from forward to backward."""
+    import tensorflow as tf
+
+    layer = keras.layers.Dense(48, name="host")
+    model = keras.Sequential([keras.Input((64,)), layer])
+    layer.quantize(MODES[mode]().mode, config=MODES[mode]())
+    keras_lora.apply_lora(model, rank=2, target=["host"])
+
+    @tf.function
+    def step(x, upstream):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            outputs = layer(x, training=True)
+        return tape.gradient(outputs, x, output_gradients=upstream)
+
+    shapes = tf.TensorSpec((2, 64)), tf.TensorSpec((2, 48))
+    graph = step.get_concrete_function(*shapes).graph
+    x, upstream = (tensor.op for tensor in graph.inputs[:2])
+
+    def needs(op):
+        found, waiting = set(), [op]
+        while waiting:
+            op = waiting.pop()
+            if op not in found:
+                found.add(op)
+                waiting += [*(t.op for t in op.inputs), *op.control_inputs]
+        return found
+
+    large = [
+        needs(op)
+        for op in graph.get_operations()
+        if any(
+            t.dtype.is_floating and t.shape.num_elements() == 3072 for t in op.outputs
+        )
+    ]
+    assert all({x, upstream} & found for found in large)
+    assert any(upstream in found for found in large)

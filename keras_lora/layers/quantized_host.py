@@ -1,10 +1,12 @@
 """How a LoRA layer reads a kernel that Keras has quantized."""
 
+import keras
 from keras import ops
 
 from keras_lora.keras_internals.layers import QuantizedWhole
 from keras_lora.keras_internals.layers import kernel_variables
 from keras_lora.keras_internals.layers import twin
+from keras_lora.layers.small_kernel_training import in_tensorflow_graph
 
 MODES = ("int8", "int4")
 WHY_NOT = {
@@ -143,7 +145,8 @@ def straight_through(layer, inputs, forward, backward):
     """
     names, variables = zip(*kernel_variables(layer).items(), strict=True)
 
-    def seen(cls, values):
+    def seen(cls, values, tensor):
+        values = [not_before(tensor, value) for value in values]
         values = dict(zip(names, values, strict=True))
         return twin(layer, cls, {**BEFORE_FINISH, **values})
 
@@ -151,13 +154,26 @@ def straight_through(layer, inputs, forward, backward):
     def call(inputs, *values):
         def gradient(*args, upstream=None):
             (upstream,) = args or (upstream,)
-            found = backward(seen(type(layer), values), upstream)
+            found = backward(seen(type(layer), values, upstream), upstream)
             return (ops.cast(found, dtype), *[None] * len(values))
 
-        return forward(
-            seen(layer.plain_class, values), ops.stop_gradient(inputs)
-        ), gradient
+        inputs = ops.stop_gradient(inputs)
+        return forward(seen(layer.plain_class, values, inputs), inputs), gradient
 
     inputs = ops.convert_to_tensor(inputs)
     dtype = inputs.dtype
     return call(inputs, *map(ops.convert_to_tensor, variables))
+
+
+def not_before(tensor, value):
+    """A value that a compiled function has no sooner than a tensor.
+
+    Else it forms the float kernels of all layers as it starts, or keeps them from
+    forward to backward: the memory that quantization saved.
+    """
+    if not in_tensorflow_graph() and keras.backend.backend() != "jax":
+        return value
+    first = ops.reshape(tensor, (-1,))[:1]
+    # False for every number, which a compiler does not see.
+    never = ops.logical_and(ops.equal(first, first), ops.not_equal(first, first))
+    return ops.add(value, ops.cast(ops.any(never), value.dtype))
