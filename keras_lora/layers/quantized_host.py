@@ -153,7 +153,8 @@ def straight_through(layer, inputs, forward, backward):
     @ops.custom_gradient
     def call(inputs, *values):
         def gradient(*args, upstream=None):
-            (upstream,) = args or (upstream,)
+            if upstream is None:  # torch gives it beside the arguments
+                (upstream,) = args
             found = backward(seen(type(layer), values, upstream), upstream)
             return (ops.cast(found, dtype), *[None] * len(values))
 
