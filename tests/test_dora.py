@@ -287,7 +287,7 @@ def test_dropout_is_that_of_peft(reference, dtype, tolerance):
 
     def dropped(inputs):
         drawn.append(inputs)
-        return inputs * pair.to_ours(dropout.mask)
+        return keras.ops.multiply(inputs, pair.to_ours(dropout.mask))
 
     pair.layer.lora.dropout, pair.layer.lora.dropped = 0.5, dropped
     outputs = pair.ours(training=True)
@@ -488,6 +488,7 @@ def factors_of(layer):
     return layer.lora.named_factors().values()
 
 
+@pytest.mark.skipif(keras.backend.backend() == "torch", reason="has no XLA")
 @pytest.mark.parametrize("name", ["dense-dropout", "conv2d-plain", "embedding-mask"])
 def test_steps_under_xla_are_those_without(name):
     case = next(case for case in CASES if case.name == name)
