@@ -21,7 +21,9 @@ from keras_lora.models.adapt import lora_layers
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The int4 kernel of"),
     # Keras transposes a scale of one axis.
-    pytest.mark.filterwarnings("ignore:(?s:.)*The use of `x.T`"),
+    pytest.mark.filterwarnings("ignore:[\\s\\S]*The use of `x.T`"),
+    # jax2tf's own parameter, which Keras passes.
+    pytest.mark.filterwarnings("ignore:The `native_serialization`"),
 ]
 Int8 = keras.quantizers.Int8QuantizationConfig
 Int4 = keras.quantizers.Int4QuantizationConfig
