@@ -23,6 +23,7 @@ from keras_lora.models.contexts import disabled
 from keras_lora.models.contexts import merged
 from keras_lora.models.export import export
 from keras_lora.models.freezing import mark_only_lora_as_trainable
+from keras_lora.models.initialize import initialize_lora
 from keras_lora.models.lora_plus import LoRAPlus
 from keras_lora.models.merge import merge_lora
 from keras_lora.models.merge import remove_lora
@@ -48,6 +49,7 @@ __all__ = [
     "disabled",
     "export",
     "extract_adapter",
+    "initialize_lora",
     "load_adapter",
     "load_keras_lora",
     "load_loralib",

@@ -7,7 +7,7 @@ import weakref
 from keras_lora.files.patterns import Budget
 from keras_lora.files.patterns import parse
 from keras_lora.files.targeting import pattern
-from keras_lora.layers.methods import METHODS
+from keras_lora.layers.methods import methods_in_files
 from keras_lora.layers.settings import checked_alpha
 from keras_lora.layers.settings import checked_dropout
 from keras_lora.layers.settings import checked_rank
@@ -21,7 +21,7 @@ SETTINGS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 
 def stated(config) -> dict:
     """The settings that the tensors mean nothing without, another method's too."""
-    methods = [word for word in METHODS if word and config.get(word)]
+    methods = [word for word in methods_in_files() if word and config.get(word)]
     return {key: config.get(key) for key in (*SETTINGS, *methods)}
 
 
@@ -97,7 +97,7 @@ def checked_config(file):
             f"{CONFIG} must have peft_type 'LORA'. Received: {file.get('peft_type')!r}."
         )
     for key in REFUSED:
-        if file.get(key) and key not in METHODS:
+        if file.get(key) and key not in methods_in_files():
             raise ValueError(f"{CONFIG} has {key}={file[key]!r}, which is not read.")
     start = file.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower().startswith(
@@ -156,12 +156,15 @@ def checked_config(file):
         "target_modules": targets,
         "bias": bias,
         "modules_to_save": heads,
-        "method": {word: True for word in METHODS if word and file.get(word)},
+        "method": {
+            word: True for word in methods_in_files() if word and file.get(word)
+        },
     }
 
 
 def warn_of_unknown(file):
-    unknown = sorted(key for key in file.keys() - KNOWN - METHODS.keys() if file[key])
+    known = KNOWN | methods_in_files().keys()
+    unknown = sorted(key for key in file.keys() - known if file[key])
     if unknown:
         warnings.warn(f"{CONFIG}: ignored {', '.join(unknown)}.", stacklevel=5)
 

@@ -6,7 +6,6 @@ import itertools
 import ml_dtypes
 import numpy as np
 
-from keras_lora.files.tensors import file_rank
 from keras_lora.files.tensors import from_tensors
 from keras_lora.files.tensors import kernel_to_tensor
 from keras_lora.files.tensors import torch_name
@@ -26,8 +25,8 @@ def refuse_other_modules(file):
             "The file and the model adapt other layers. Only in the model: "
             f"{missing}. Only in the file: {more}."
         )
-    word = next(iter(file.method), None)
     for module, layer in file.adapted.items():
+        word = next(iter(file.method_of(module)), None)
         if layer.lora.keyword != word:
             raise ValueError(
                 f"The adapter of {module!r} has {layer.lora.keyword or 'LoRA'}, and "
@@ -58,10 +57,11 @@ def checked_values(file):
     values = []
     for module, pair in file.factors.items():
         layer = file.modules[module]
-        if file.ranks[module] != file_rank(layer):
+        if file.ranks[module] != layer.lora.file_rank:
             raise ValueError(
                 f"The rank of {module!r} is {file.ranks[module]} in the file and "
-                f"{file_rank(layer)} in the model."
+                f"{layer.lora.file_rank} in the model. Call remove_lora(model) first: "
+                "the file then brings its own."
             )
         values += from_tensors(layer, pair, module)
     refuse_changed_slices(file)

@@ -42,12 +42,15 @@ class Adapter:
             there.
         errors: Module -> relative error of an update that was cut to a lower rank,
             in the Frobenius norm.
+        starts: Modules whose second half of factors is a start that does not train,
+            as `initialize_lora` makes it.
     """
 
     tensors: dict
     config: dict
     slices: dict = dataclasses.field(default_factory=dict)
     errors: dict = dataclasses.field(default_factory=dict)
+    starts: list = dataclasses.field(default_factory=list)
 
     @classmethod
     def read(cls, directory) -> "Adapter":
@@ -70,8 +73,8 @@ class Adapter:
         config, tensors, metadata = read_together(directory)
         checked_config(config)
         warn_of_unknown(config)
-        slices = checked_metadata(metadata, config, tensors)
-        return cls(checked_tensors(tensors), config, slices)
+        slices, starts = checked_metadata(metadata, config, tensors)
+        return cls(checked_tensors(tensors), config, slices, starts=starts)
 
     def save(self, directory):
         """Writes the two files: the old adapter or the new one is there, whole.
@@ -100,6 +103,8 @@ class Adapter:
         }
         if self.slices:
             metadata["slices"] = json.dumps(self.slices)
+        if self.starts:
+            metadata["starts"] = json.dumps(self.starts)
         metadata["sha256"] = digest(tensors, metadata)
         config = json.dumps(self.config, indent=2, sort_keys=True).encode()
         tensors = safetensors.numpy.save(tensors, metadata)
@@ -150,19 +155,22 @@ def digest(tensors, metadata):
         value = tensors[key]
         found.update(f"{key} {value.dtype} {value.shape}\n".encode())
         found.update(np.ascontiguousarray(value).tobytes())
-    for key in ("settings", "slices"):
+    for key in ("settings", "slices", "starts"):
         found.update(metadata.get(key, "").encode())
     return found.hexdigest()
 
 
 def checked_metadata(metadata, config, tensors):
-    """What the file says of itself, if it is one of ours: the ranks of slices."""
+    """What a file of ours says of itself: the ranks of slices, and the starts."""
     if "settings" not in metadata:
-        return {}
+        return {}, []
     found = digest(tensors, metadata)
     if metadata.get("sha256", found) != found:
         raise ValueError(f"{TENSORS} is damaged: its checksum does not fit.")
-    stored, slices = (object_in(metadata, key) for key in ("settings", "slices"))
+    stored, slices = (stated_in(metadata, key, {}) for key in ("settings", "slices"))
+    starts = stated_in(metadata, "starts", [])
+    if not all(isinstance(module, str) for module in starts):
+        raise ValueError(f"{TENSORS}: starts are modules. Received: {starts!r}.")
     for ranks in slices.values():
         if not isinstance(ranks, list) or not all(
             type(rank) is int and rank >= 0 for rank in ranks
@@ -175,16 +183,18 @@ def checked_metadata(metadata, config, tensors):
                 f"{CONFIG} and {TENSORS} do not belong together: {key} is "
                 f"{said.get(key)!r} and {stored.get(key)!r}."
             )
-    return slices
+    return slices, starts
 
 
-def object_in(metadata, key):
+def stated_in(metadata, key, default):
+    """A value of the default's type."""
     try:
-        value = parsed(metadata.get(key, "{}"))
+        value = parsed(metadata.get(key, json.dumps(default)))
     except ValueError as error:
         raise ValueError(f"{TENSORS} is damaged: {key}: {error}.") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{TENSORS}: {key} must be an object. Received: {value!r}.")
+    if type(value) is not type(default):
+        kind = "an object" if isinstance(default, dict) else "a list"
+        raise ValueError(f"{TENSORS}: {key} must be {kind}. Received: {value!r}.")
     return value
 
 

@@ -16,6 +16,7 @@ from keras_lora.files.tensors import suffixes
 from keras_lora.layers.kinds import lora_class_of
 from keras_lora.layers.kinds import obstacle
 from keras_lora.layers.lora_layer import is_adapted
+from keras_lora.layers.started import StartedAdapter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Contents:
     dropout: float
     use_rslora: bool
     method: dict  # the keyword of another method than LoRA
+    starts: list  # modules whose second half of factors does not train
     inputs_first: bool
     unadapted: dict  # slice of an adapted module -> {suffix: array}
 
@@ -39,6 +41,10 @@ class Contents:
     def adapted(self):
         """Module -> layer, for those that the file has factors for."""
         return {module: self.modules[module] for module in self.factors}
+
+    def method_of(self, module):
+        """The keyword that the adapter of a layer has."""
+        return {StartedAdapter.keyword: True} if module in self.starts else self.method
 
 
 def contents(adapter, modules, names) -> Contents:
@@ -56,11 +62,22 @@ def contents(adapter, modules, names) -> Contents:
         dropout=config["dropout"],
         use_rslora=config["use_rslora"],
         method=config["method"],
+        starts=checked_starts(adapter.starts, factors, ranks),
         inputs_first=config["fan_in_fan_out"],
         unadapted=unadapted,
     )
     split_others(file)
     return file
+
+
+def checked_starts(starts, factors, ranks):
+    for module in starts:
+        if module not in factors or ranks[module] % 2:
+            raise ValueError(
+                f"The file has a start for {module!r}, and for that module no factors "
+                "of an even rank. Load it with the `names` that it was written with."
+            )
+    return starts
 
 
 def heads_of(names, modules, others):

@@ -1,5 +1,6 @@
 """An adapter from PEFT's files into a model."""
 
+import dataclasses
 from collections.abc import Callable
 from collections.abc import Mapping
 
@@ -15,6 +16,7 @@ from keras_lora.keras_internals.tracing import compile_again
 from keras_lora.keras_internals.tracing import refuse_while_running
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.lora_layer import is_adapted
+from keras_lora.layers.settings import Settings
 from keras_lora.models.adapt import checked_lora_layers
 from keras_lora.models.change import adapted
 from keras_lora.models.freezing import freeze_adapters
@@ -109,10 +111,11 @@ def unread_base_values(layers, values):
 
 
 def new_adapter(file, module):
+    settings = Settings(file.ranks[module], file.alphas[module], file.use_rslora)
+    if module in file.starts:
+        settings = settings.at(settings.rank // 2)
     return {
-        "rank": file.ranks[module],
-        "alpha": file.alphas[module],
+        **dataclasses.asdict(settings),
         "dropout": file.dropout,
-        "use_rslora": file.use_rslora,
-        **file.method,
+        **file.method_of(module),
     }

@@ -19,7 +19,6 @@ from keras_lora.files.slices import outputs_axis
 from keras_lora.files.slices import slices_of
 from keras_lora.files.slices import without_slice
 from keras_lora.files.tensors import file_alpha
-from keras_lora.files.tensors import file_rank
 from keras_lora.files.tensors import kernel_to_tensor
 from keras_lora.files.tensors import to_tensors
 from keras_lora.files.tensors import torch_name
@@ -93,7 +92,7 @@ def adapter_of(model, names=None, trained=None) -> Adapter:
     changed = {module: modules[module] for module in [*adapters, *dict(trained)]}
     refuse_tied_head(model, names, changed)
     use_rslora = all(layer.lora.use_rslora for layer in adapters.values())
-    ranks = {module: file_rank(layer) for module, layer in adapters.items()}
+    ranks = {module: layer.lora.file_rank for module, layer in adapters.items()}
     alphas = {m: file_alpha(layer, use_rslora) for m, layer in adapters.items()}
     layout = fuse(tensors, ranks, alphas, use_rslora)
     # What the table does not name, a head of one's own, is a Linear there.
@@ -125,12 +124,14 @@ def adapter_of(model, names=None, trained=None) -> Adapter:
         fan_in_fan_out=inputs_first,
         **method_of(adapters),
     )
-    return Adapter(tensors, config, layout)
+    starts = sorted(m for m, layer in adapters.items() if not layer.lora.in_files)
+    return Adapter(tensors, config, layout, starts=starts)
 
 
 def method_of(adapters) -> dict:
     """The keyword of another method than LoRA, which a file has for all or none."""
-    words = {layer.lora.keyword for layer in adapters.values()}
+    adapters = [layer.lora for layer in adapters.values()]
+    words = {lora.keyword if lora.in_files else None for lora in adapters}
     if len(words) > 1:
         raise ValueError(
             f"The model has adapters of several methods, {sorted(map(str, words))}; a "

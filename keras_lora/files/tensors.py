@@ -24,14 +24,9 @@ def suffixes(layer):
     return kind_of(type(layer)).file_suffixes
 
 
-def file_rank(layer):
-    """The rank that the file's tensors have; G * r for a merged dense layer."""
-    return layer.form.file_rank or layer.lora.rank
-
-
 def file_alpha(layer, use_rslora):
     """The alpha that gives the layer's scaling with the file's rank."""
-    rank = file_rank(layer)
+    rank = layer.lora.file_rank
     if use_rslora == layer.lora.use_rslora and rank == layer.lora.rank:
         return layer.lora.alpha
     return layer.lora.scaling * divisor(rank, use_rslora)
@@ -39,7 +34,7 @@ def file_alpha(layer, use_rslora):
 
 def own_alpha(layer, alpha, use_rslora):
     """The inverse of `file_alpha`: the layer's alpha for a file's alpha."""
-    return Settings(file_rank(layer), alpha, use_rslora).at(layer.lora.rank).alpha
+    return Settings(layer.lora.file_rank, alpha, use_rslora).at(layer.lora.rank).alpha
 
 
 def to_tensors(layer):

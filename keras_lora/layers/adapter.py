@@ -48,6 +48,7 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
     """
 
     keyword = None  # what chooses another method: LoRADense(64, use_dora=True)
+    in_files = True  # whether a file says the keyword
     factor_names = ("a", "b")
     more_suffixes = ()  # of arrays in a file beside A's and B's
     magnitude = None  # DoRA's m

@@ -55,6 +55,11 @@ class AdapterFiles:
             f"{cls.__name__} needs an adapter on all slices of a module. Adapt them."
         )
 
+    @property
+    def file_rank(self) -> int:
+        """The rank that a file's arrays have: G * r for a merged dense layer."""
+        return self.form.file_rank or self.rank
+
     def to_file(self, suffixes) -> dict:
         """Suffix -> array, as a file has the factors; suffixes: the host's for A, B."""
         arrays = self.form.to_file(to_numpy(self.a), to_numpy(self.b))

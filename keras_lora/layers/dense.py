@@ -32,9 +32,13 @@ class LoRADense(LoRALayer, keras.layers.Dense):
     """
 
     plain_class = keras.layers.Dense
+    kernel_is_matrix = True
 
     def linear(self, inputs, kernel):
         return ops.matmul(inputs, kernel)
+
+    def input_rows(self, inputs):
+        return ops.reshape(inputs, (-1, self.kernel_shape[0]))
 
     def low_rank_form(self, rank):
         inputs, units = self.kernel_shape

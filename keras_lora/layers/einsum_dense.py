@@ -51,6 +51,7 @@ class LoRAEinsumDense(LoRALayer, keras.layers.EinsumDense):
     """  # noqa: E501
 
     plain_class = keras.layers.EinsumDense
+    kernel_is_matrix = True
 
     def linear(self, inputs, kernel):
         return ops.einsum(self.equation, inputs, kernel)
@@ -80,6 +81,9 @@ class LoRAEinsumDense(LoRALayer, keras.layers.EinsumDense):
         matrix = ops.reshape(integers, (-1, scale.shape[-1]))
         values = dequantize(matrix, scale, zero, groups)
         return ops.reshape(values, integers.shape)
+
+    def input_rows(self, inputs):
+        return split_equation(self.equation).rows(inputs)
 
     @classmethod
     def check_host(cls, layer):

@@ -9,6 +9,7 @@ from keras import ops
 class SplitEquation(NamedTuple):
     """An equation's kernel axes by what they do, and the low-rank equations."""
 
+    inputs: str
     kernel: str
     batch: str
     contracted: str
@@ -36,6 +37,20 @@ class SplitEquation(NamedTuple):
             if axis not in own:
                 value = ops.expand_dims(value, place)
         return value
+
+    def rows(self, inputs):
+        """Inputs as (n, contracted axes as one); None where the kernel is a stack."""
+        if self.batch:
+            return None
+        own = self.inputs.replace("...", "")
+        places = [own.index(axis) for axis in self.contracted]
+        if "..." in self.inputs:
+            first = self.inputs.index("...")
+            more = len(inputs.shape) - len(own)
+            places = [place + more * (place >= first) for place in places]
+        others = [place for place in range(len(inputs.shape)) if place not in places]
+        size = math.prod(inputs.shape[place] for place in places)
+        return ops.reshape(ops.transpose(inputs, others + places), (-1, size))
 
     def over_kernel(self, value, sizes):
         """What lies as the outputs do, with 1 for axes not the kernel's, beside it."""
@@ -67,6 +82,7 @@ def split_equation(equation):
     hidden = "".join(x for x in outputs if x not in new) + rank
     a, b = batch + contracted + rank, batch + rank + new
     return SplitEquation(
+        inputs,
         kernel,
         batch,
         contracted,

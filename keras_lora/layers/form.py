@@ -61,6 +61,8 @@ class LowRankForm:
         from_file: The inverse; None where `to_file` only reshapes and transposes.
         vector_to_file: The same for a value that `over_outputs` takes.
         file_rank: The rank of the file's arrays, if it is another than the layer's.
+        one_rank: Boolean: A's last axis and B's first, after the batch axes, are the
+            rank, so that two pairs of factors side by side are one of twice the rank.
         file_note: What to say where a file's arrays have other shapes.
         looks_up: Boolean: `linear` picks rows. What is added to its outputs is then
             added to the kernel, and one path serves training and inference.
@@ -84,6 +86,7 @@ class LowRankForm:
     from_file: Callable | None = None
     vector_to_file: Callable = flat
     file_rank: int | None = None
+    one_rank: bool = True
     file_note: str = ""
     looks_up: bool = False
     merges_in_training: bool = False
@@ -97,6 +100,13 @@ class LowRankForm:
         for axis in sorted(self.input_axes):
             vector = ops.expand_dims(vector, axis)
         return vector
+
+    @property
+    def rank_axes_in_file(self):
+        """Of the arrays for A and B, where the factors have one rank."""
+        if self.to_file is unchanged:
+            return -1, len(self.batch_axes)
+        return 0, 1
 
     def read_file(self, a, b):
         """A and B from what a file holds for them."""

@@ -39,6 +39,8 @@ class LoRALayer(HostChecks, LayerFiles, TorchLayout, QuantizedHost):
     Attributes of a kind:
         plain_class: The Keras class that it extends.
         kernel_name: The attribute of that class that holds W.
+        kernel_is_matrix: Whether W is a matrix, or a stack of them, that multiplies
+            the inputs' rows (`input_rows`): what `initialize_lora` can decompose.
         in_all_linear: Whether the target "all-linear" means layers of this kind.
         takes_dropout: Whether there is something to drop: not where inputs are ids.
         replaces: Methods of the Keras class whose work is done here. A subclass with
@@ -47,6 +49,7 @@ class LoRALayer(HostChecks, LayerFiles, TorchLayout, QuantizedHost):
 
     plain_class = None
     kernel_name = "kernel"
+    kernel_is_matrix = False
     in_all_linear = True
     takes_dropout = True
     replaces = ("call",)
@@ -109,6 +112,13 @@ class LoRALayer(HostChecks, LayerFiles, TorchLayout, QuantizedHost):
         """How the kernel that has just been built is made of A and B."""
         raise NotImplementedError
 
+    def input_rows(self, inputs):
+        """Inputs as the rows that a matrix W multiplies, (n, fan in).
+
+        None for a kind or an equation in which W is no such matrix.
+        """
+        return None
+
     def over_outputs(self, bias):
         """A bias where it can be added to the outputs."""
         return bias
@@ -168,11 +178,15 @@ class LoRALayer(HostChecks, LayerFiles, TorchLayout, QuantizedHost):
             if variable.name in self.frozen_names:
                 variable.trainable = False
 
-    def build_adapter(self):
-        """Makes A and B to fit W, and freezes W."""
+    def build_factors(self):
+        """Makes A and B to fit W."""
         regularizer = getattr(self, f"{self.kernel_name}_regularizer", None)
         form = self.low_rank_form(self.lora.rank)
         self.lora.build(form, regularizer, self.base_kernel)
+
+    def build_adapter(self):
+        """Makes A and B to fit W, and freezes W."""
+        self.build_factors()
         if self.is_quantized:  # and born frozen
             self.warn_of_quantization()
         else:

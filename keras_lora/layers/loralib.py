@@ -45,6 +45,7 @@ def loralib_convolution(layer, rank):
         over_outputs=layer.over_outputs,
         to_file=unchanged,
         from_file=unchanged,
+        one_rank=False,
     )
 
 

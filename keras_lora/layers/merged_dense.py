@@ -71,6 +71,7 @@ class LoRAMergedDense(LoRALayer, keras.layers.Dense):
             to_file=lambda a, b: (a.T, ops.convert_to_numpy(self.spread(b)).T),
             from_file=lambda a, b: self.gather(a.T, b.T),
             file_rank=adapted * rank,
+            one_rank=False,
         )
 
     def spread(self, b):

@@ -2,6 +2,7 @@
 
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.dora import DoRAAdapter
+from keras_lora.layers.started import StartedAdapter
 
 METHODS = {None: LowRankAdapter}
 
@@ -13,6 +14,12 @@ def register_method(adapter_class):
 
 
 register_method(DoRAAdapter)
+register_method(StartedAdapter)
+
+
+def methods_in_files() -> dict:
+    """The keyword in a file's settings -> method; None is LoRA."""
+    return {word: method for word, method in METHODS.items() if method.in_files}
 
 
 def more_suffixes() -> list:

@@ -28,12 +28,18 @@ class Report(Sequence):
     """The adapted layers of a model as rows (.path .layer .rank .alpha).
 
     `print(report)` gives the table of `keras_lora.summary`.
+
+    Attributes:
+        skipped: Path -> why the layer was passed over.
+        notes: What has to be said beside the table.
+        errors: Path -> relative errors of the kernel, before and after a "loftq".
     """
 
-    def __init__(self, model, paths=None, skipped=(), notes=()):
+    def __init__(self, model, paths=None, skipped=(), notes=(), errors=()):
         self.model_name = model.name
         self.skipped = dict(skipped)
         self.notes = list(notes)
+        self.errors = dict(errors)
         paths = {"": model, **(layer_paths(model) if paths is None else paths)}
         self.rows = [
             adapted_row(path, layer)
@@ -57,6 +63,7 @@ class Report(Sequence):
 
     def __str__(self):
         adapters = sum(row.parameters for row in self)
+        added = sum(count(row.layer.lora.weights) for row in self)
         lines = table(
             ["layer", "kind", "rank", "alpha", "scaling", "parameters", "share"],
             [
@@ -82,7 +89,7 @@ class Report(Sequence):
                 f"({percent(self.trained / max(self.total, 1))})",
                 "Optimizer memory (two moments, float32): "
                 f"{megabytes(8 * self.trained)}, full fine-tuning "
-                f"{megabytes(8 * (self.total - adapters))}",
+                f"{megabytes(8 * (self.total - added))}",
                 *(f"Skipped {path}: {why}" for path, why in self.skipped.items()),
                 *self.notes,
             ]
@@ -104,7 +111,7 @@ def summary(model) -> Report:
 
 
 def adapted_row(path, layer):
-    lora, parameters = layer.lora, count(layer.lora.weights)
+    lora, parameters = layer.lora, count(own_variables(layer.lora))
     return Row(
         path,
         layer,

@@ -1,0 +1,193 @@
+"""Where the adapters of a model start: other values for A and B."""
+
+from collections.abc import Callable
+
+import keras
+import numpy as np
+
+from keras_lora.keras_internals.tracing import compile_again
+from keras_lora.layers.adapter import LowRankAdapter
+from keras_lora.layers.settings import checked_rank
+from keras_lora.layers.started import StartedAdapter
+from keras_lora.models.adapt import checked_lora_layers
+from keras_lora.models.adapt import make_plain
+from keras_lora.models.decompositions import KERNEL_STARTS
+from keras_lora.models.paths import layer_paths
+from keras_lora.models.quantized import take_over
+from keras_lora.models.renew import renewed
+from keras_lora.models.report import Report
+from keras_lora.models.start_values import eva
+from keras_lora.models.start_values import from_kernel
+from keras_lora.models.start_values import loftq
+
+METHODS = [*KERNEL_STARTS, "eva", "loftq"]
+
+
+def initialize_lora(
+    model, method: str | Callable, data=None, budget: int | None = None
+) -> Report:
+    """Starting values of fresh adapters, chosen by the kernels or by data.
+
+        delta = scaling * (A @ B - A0 @ B0)
+
+    A and B start at A0 and B0, which stay beside them as weights that do not train,
+    so that W does not move and the outputs do not change. A file holds the adapter as
+    a LoRA of twice the rank, over the model as it was. Where A0 @ B0 = 0, as of
+    "eva", nothing is subtracted and the rank stays.
+
+    Args:
+        model: A Keras model whose adapters have not trained.
+        method: "pissa": the largest singular values and vectors of W, in A and B.
+            "olora": the first columns of W's QR decomposition. "orthogonal": random,
+            spanning spaces at right angles; the ranks must be even. "eva": A spans
+            the principal directions of each layer's inputs, B = 0. "loftq": for
+            quantized kernels; A and B make up for what quantizing lost, and the
+            kernels are quantized anew around them. Or a function of a layer, whose
+            `kernel` is W, that returns A and B in the shapes of `layer.lora.a` and
+            `layer.lora.b`.
+        data: For "eva" batches of the model's inputs: an array, a dict of arrays, or
+            what gives batches, (inputs, targets) too. For "loftq" the float model
+            that was quantized.
+        budget: For "eva": whole number > 0, the sum of all ranks, which go where the
+            inputs have most of their variance, at most twice its rank to a layer.
+            A layer's scaling stays. A layer that gets none has no adapter any more,
+            and is frozen.
+
+    Returns:
+        The report of `keras_lora.summary`. For "loftq", `.errors` maps paths to the
+        relative errors of the kernel before and after.
+
+    Raises:
+        ValueError: If an adapter has trained, has a start or DoRA; if a method does
+            not reach a layer (convolutions, embeddings, several projections in one
+            kernel), a rank is above its kernel's, or values are not finite. The model
+            is then as before.
+
+    Example:
+
+        keras_lora.apply_lora(model, rank=8)
+        keras_lora.initialize_lora(model, "pissa")
+
+    Reference:
+        [PiSSA: Meng et al., 2024](https://arxiv.org/abs/2404.02948);
+        [OLoRA: Büyükakyüz, 2024](https://arxiv.org/abs/2406.01775);
+        [EVA: Paischer et al., 2024](https://arxiv.org/abs/2410.07170);
+        [LoftQ: Li et al., 2023](https://arxiv.org/abs/2310.08659)
+    """
+    layers = checked_lora_layers(model)
+    checked_arguments(method, data, budget)
+    paths = {"": model, **layer_paths(model)}
+    path_of = {id(layer): path for path, layer in paths.items()}
+    layers = {path_of[id(layer)]: layer for layer in layers}
+    for path, layer in layers.items():
+        refuse_used(path, layer)
+        if isinstance(method, str) and not layer.kernel_is_matrix:
+            raise ValueError(
+                f"{method!r} does not reach {path!r}, a {type(layer).__name__}: it "
+                "needs one kernel that is a matrix. Leave the layer out with exclude=, "
+                "or give a function of the layer."
+            )
+    if method == "eva":
+        starts = eva(model, layers, data, budget)
+    elif method == "loftq":
+        starts = loftq(layers, data)
+    else:
+        starts = with_bar(layers, lambda path, layer: from_kernel(path, layer, method))
+    for path, layer in layers.items():
+        refuse_unusable(path, layer, starts[path])
+    options = {
+        layer: options_for(layer, starts[path])
+        for path, layer in layers.items()
+        if starts[path].rank
+    }
+    with renewed(model, options):
+        for path, layer in layers.items():
+            starts[path].assign_to(layer)
+    for path, layer in layers.items():
+        if starts[path].plain is not None:
+            take_over(layer, starts[path].plain)
+        if not starts[path].rank:
+            make_plain(layer)
+            layer.trainable = False
+    errors = {path: start.errors for path, start in starts.items() if start.errors}
+    return Report(model, notes=compile_again(model), errors=errors)
+
+
+def checked_arguments(method, data, budget):
+    if not callable(method) and method not in METHODS:
+        raise ValueError(
+            f"`method` must be one of {', '.join(map(repr, METHODS))} or a function of "
+            f"a layer. Received: {method!r}."
+        )
+    if budget is not None:
+        checked_budget(method, budget)
+    if data is None and method in ("eva", "loftq"):
+        what = "batches of inputs" if method == "eva" else "the float model"
+        raise ValueError(f"{method!r} needs `data`: {what}.")
+    if data is not None and method not in ("eva", "loftq"):
+        raise ValueError(f"{method!r} looks at the kernels alone, and takes no `data`.")
+
+
+def checked_budget(method, budget):
+    if method != "eva":
+        raise ValueError(
+            f"`budget` is for 'eva', which moves ranks. Received: method={method!r}."
+        )
+    try:
+        checked_rank(budget)
+    except ValueError:
+        raise ValueError(
+            "`budget` must be a whole number > 0, the sum of all ranks. Received: "
+            f"{budget!r}."
+        ) from None
+
+
+def refuse_used(path, layer):
+    lora = layer.lora
+    if type(lora) is not LowRankAdapter:
+        raise ValueError(
+            f"The adapter of {path!r} is a {type(lora).__name__}: it has a start "
+            "already, or starts at W. Remove it with remove_lora(model) first."
+        )
+    if np.any(keras.ops.convert_to_numpy(lora.a)) and np.any(
+        keras.ops.convert_to_numpy(lora.b)
+    ):
+        raise ValueError(
+            f"The adapter of {path!r} has trained: another start would lose what it "
+            "has learned. Call remove_lora(model) and apply_lora(model) for a new one."
+        )
+
+
+def refuse_unusable(path, layer, start):
+    if not start.rank:
+        return
+    form = layer.low_rank_form(start.rank)
+    for name, value, shape in (
+        ("A", start.a, form.a_shape),
+        ("B", start.b, form.b_shape),
+    ):
+        if value.shape != tuple(shape) or not np.isfinite(value).all():
+            raise ValueError(
+                f"{name} of {path!r} must have shape {shape} and finite values. "
+                f"Received: shape {value.shape}."
+            )
+
+
+def options_for(layer, start):
+    """The new adapter's arguments: its rank, at the same scaling, and a start."""
+    settings = layer.lora.settings.at(start.rank)
+    word = {StartedAdapter.keyword: True} if start.is_subtracted else {}
+    options = {"rank": start.rank, "alpha": settings.alpha}
+    return {**layer.lora.options(), **options, **word}
+
+
+def with_bar(layers, function):
+    """function(path, layer) for each layer; long work shows a progress bar."""
+    sizes = {path: np.sort(layer.kernel_shape)[::-1] for path, layer in layers.items()}
+    work = sum(float(np.prod(size)) * size[-1] for size in sizes.values())
+    bar = keras.utils.Progbar(len(layers), verbose=int(work > 1e10), unit_name="layer")
+    found = {}
+    for path, layer in layers.items():
+        found[path] = function(path, layer)
+        bar.add(1)
+    return found

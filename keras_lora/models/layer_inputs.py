@@ -1,0 +1,96 @@
+"""What a model's LoRA layers are fed: the principal directions of their inputs."""
+
+import collections
+import hashlib
+
+import keras
+import numpy as np
+
+from keras_lora.layers.torch_layout import to_numpy
+
+
+class Moments:
+    """Number, sum and products of rows that are seen one batch after the other."""
+
+    def __init__(self):
+        self.count, self.sum, self.products = 0, 0.0, 0.0
+        self.digests = []
+
+    def add(self, rows, time):
+        """time: the how manieth rows these are; those that are known must be equal."""
+        digest = hashlib.sha256(rows.tobytes()).digest()
+        if time < len(self.digests):
+            return digest == self.digests[time]
+        rows = rows.astype("float64")
+        self.digests.append(digest)
+        self.count += len(rows)
+        self.sum = self.sum + rows.sum(axis=0)
+        self.products = self.products + rows.T @ rows
+        return True
+
+    def principal(self, most):
+        """Directions (inputs, most) of largest variance, and their shares of it all."""
+        mean = self.sum / self.count
+        covariance = self.products / self.count - np.outer(mean, mean)
+        values, vectors = np.linalg.eigh(covariance)
+        values, vectors = values[::-1].clip(min=0), vectors[:, ::-1]
+        return vectors[:, :most], values[:most] / (values.sum() or 1.0)
+
+
+class Recorder:
+    """Stands in for an adapter while a model is called.
+
+    groups: digest of a layer's first rows -> Moments. Layers with equal inputs, as
+    query, key and value have, share one.
+    """
+
+    def __init__(self, groups):
+        self.groups, self.moments, self.times = groups, None, 0
+
+    def outputs(self, host, inputs, training):
+        rows = to_numpy(host.input_rows(inputs))
+        if self.moments is None:
+            digest = hashlib.sha256(rows.tobytes()).digest()
+            self.moments = self.groups[digest]
+        if not self.moments.add(rows, self.times):
+            raise ValueError(
+                f"The inputs of {host.name!r} were another layer's in the first batch "
+                "of `data`, and are not in a later one. Begin with a larger batch."
+            )
+        self.times += 1
+        return host.frozen_linear(inputs)
+
+
+def layer_moments(model, layers, data) -> dict:
+    """Layer -> Moments of its inputs, for batches of the model's inputs."""
+    groups = collections.defaultdict(Moments)
+    recorders = {layer: Recorder(groups) for layer in layers}
+    try:
+        for layer, recorder in recorders.items():
+            layer.stand_in = recorder
+        for batch in batches_of(data):
+            model(batch, training=False)
+    finally:
+        for layer in layers:
+            layer.stand_in = None
+    for layer, recorder in recorders.items():
+        if recorder.moments is None:
+            raise ValueError(f"{layer.name!r} was not called for any batch of `data`.")
+    return {layer: recorder.moments for layer, recorder in recorders.items()}
+
+
+def batches_of(data):
+    """Inputs from an array, a dict of arrays, or anything that gives batches.
+
+    Batches of (inputs, targets), as `fit` takes them, give their inputs.
+    """
+    if data is None:
+        raise ValueError(
+            "This start needs `data`: batches of the model's inputs, such as `data=x`."
+        )
+    if hasattr(data, "shape") or isinstance(data, dict):
+        data = [data]
+    for batch in data:
+        if isinstance(batch, tuple):
+            batch, *_ = keras.utils.unpack_x_y_sample_weight(batch)
+        yield batch
