@@ -35,27 +35,52 @@ def grown(network, arguments, variant):
     return peak() - before
 
 
+def in_process(network, arguments, variant):
+    """`grown` in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.memory", network]
+    run = subprocess.run(
+        [*command, json.dumps(arguments), variant],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[1],
+    )
+    return int(run.stdout.split()[-1])
+
+
 def step(network, arguments, rounds):
     """Every variant over the baseline; the median of `rounds` processes for each."""
     work = getattr(networks, network)(*arguments)
     sizes = {name: [] for name in work.models}
     for _ in range(rounds):
         for name, found in sizes.items():
-            command = [sys.executable, "-m", "benchmarks.memory", network]
-            run = subprocess.run(
-                [*command, json.dumps(arguments), name],
-                capture_output=True,
-                text=True,
-                check=True,
-                cwd=Path(__file__).parents[1],
-            )
-            found.append(int(run.stdout.split()[-1]))
+            found.append(in_process(network, arguments, name))
     base = sorted(sizes[work.baseline])[rounds // 2]
     result = {}
     for name, found in sizes.items():
         low, median, high = min(found), sorted(found)[rounds // 2], max(found)
         result[name] = Ratio(median / base, low / base, high / base, low / base)
     return result
+
+
+def by_layer(network, arguments, rounds):
+    """What a layer more needs, over the baseline's: all else is the same."""
+    *arguments, few, many = arguments
+    work = getattr(networks, network)(*arguments, few)
+    found = {}
+    for name in work.models:
+        sizes = [
+            sorted(in_process(network, [*arguments, n], name) for _ in range(rounds))
+            for n in (few, many)
+        ]
+        found[name] = [more - less for less, more in zip(*sizes, strict=True)]
+    base = found[work.baseline][rounds // 2]
+    return {
+        name: Ratio(
+            *(sorted(x)[place] / base for place in (rounds // 2, 0, rounds - 1, 0))
+        )
+        for name, x in found.items()
+    }
 
 
 if __name__ == "__main__":

@@ -5,25 +5,31 @@ trainable vector, so that the whole backward pass runs.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import keras
 import numpy as np
 
 import keras_lora
+from keras_lora.models.adapt import lora_layers
 
 FLOOR = "floor"
 LINEAR = (keras.layers.Dense, keras.layers.EinsumDense, keras.layers.Conv2D)
 
 
 class Work(NamedTuple):
-    """Inputs, targets, {variant: () -> model}, and the optimizer's class."""
+    """Inputs, targets, {variant: () -> model}, and the optimizer's class.
+
+    methods: {method: () -> model} of the same network.
+    """
 
     x: np.ndarray
     y: np.ndarray
     models: dict[str, Callable]
     baseline: str = FLOOR
     optimizer: type = keras.optimizers.AdamW
+    methods: dict[str, Callable] = {}  # noqa: RUF012
 
 
 class Scale(keras.layers.Layer):
@@ -53,15 +59,7 @@ def variants(build, rank, dropout=0.0):
         return model
 
     def adapted():
-        model = build()
-        keras_lora.apply_lora(
-            model,
-            rank=rank,
-            dropout=dropout,
-            target=lambda path, layer: isinstance(layer, LINEAR),
-            also_train=[model.layers[1].name],
-        )
-        return model
+        return adapt(build(), rank, dropout=dropout)
 
     def enabled():
         model = frozen()
@@ -80,6 +78,35 @@ def variants(build, rank, dropout=0.0):
     }
 
 
+def adapt(model, rank, **settings):
+    keras_lora.apply_lora(
+        model,
+        rank=rank,
+        target=lambda path, layer: isinstance(layer, LINEAR),
+        also_train=[model.layers[1].name],
+        **settings,
+    )
+    return model
+
+
+def methods(build, rank, dropout=0.0):
+    """LoRA, the same again, DoRA and a start that is subtracted, of a network."""
+
+    def lora():
+        return adapt(build(), rank, dropout=dropout)
+
+    def started():
+        model = lora()
+        if all(layer.kernel_is_matrix for layer in lora_layers(model)):
+            keras_lora.initialize_lora(model, "olora")
+        return model
+
+    def dora():
+        return adapt(build(), rank, dropout=dropout, use_dora=True)
+
+    return {"LoRA": lora, "control": lora, "DoRA": dora, "OLoRA's start": started}
+
+
 def dense(width, rows, rank, layers=6, dropout=0.0, dtype="float32", activation=None):
     """A stack of square layers."""
 
@@ -93,7 +120,9 @@ def dense(width, rows, rank, layers=6, dropout=0.0, dtype="float32", activation=
         return keras.Model(inputs, x)
 
     x = normal(rows, width)
-    return Work(x, x, variants(build, rank, dropout))
+    return Work(
+        x, x, variants(build, rank, dropout), methods=methods(build, rank, dropout)
+    )
 
 
 def attention(width, length, rank, batch=8):
@@ -109,7 +138,7 @@ def attention(width, length, rank, batch=8):
         return keras.Model(inputs, keras.layers.LayerNormalization()(hidden + down))
 
     x = normal(batch, length, width)
-    return Work(x, x, variants(build, rank))
+    return Work(x, x, variants(build, rank), methods=methods(build, rank))
 
 
 def convolution(channels, size, rank, batch=8):
@@ -123,7 +152,7 @@ def convolution(channels, size, rank, batch=8):
         return keras.Model(inputs, x)
 
     x = normal(batch, size, size, channels)
-    return Work(x, x, variants(build, rank))
+    return Work(x, x, variants(build, rank), methods=methods(build, rank))
 
 
 def resnet_block(channels, size, rank, batch=8):
@@ -175,6 +204,37 @@ def fused(width, rows, rank):
         "three LoRADense": three,
     }
     return Work(normal(rows, width), normal(rows, 3 * width), models)
+
+
+def quantized(width, rows, rank, layers=6):
+    """A stack of square layers over kernels in float32, int8 and int4.
+
+    Keras makes quantized layers by their dtype policy, so that no float kernel is
+    ever there.
+    """
+
+    def stack(policy, layer_class, **settings):
+        inputs = keras.Input((width,))
+        x = Scale()(inputs)
+        for _ in range(layers):
+            x = layer_class(width, use_bias=False, dtype=policy, **settings)(x)
+        return keras.Model(inputs, x)
+
+    def of_keras(policy):
+        model = stack(policy, keras.layers.Dense)
+        for layer in model.layers[2:]:
+            layer.enable_lora(rank)
+        return model
+
+    def ours(policy):
+        return stack(policy, keras_lora.LoRADense, rank=rank)
+
+    models = {"float32": partial(ours, "float32"), "control": partial(ours, "float32")}
+    for mode, policy in (("int8", "int8"), ("int4", "int4/128")):
+        models[mode] = partial(ours, f"{policy}_from_float32")
+        models[f"Keras {mode}"] = partial(of_keras, f"{policy}_from_float32")
+    x = normal(rows, width)
+    return Work(x, x, models, "float32")
 
 
 def embedding(vocabulary, rank, width=256, batch=64, length=32):

@@ -29,6 +29,9 @@ class Section(NamedTuple):
     why: str = ""  # what keeps a bar from being met, and what was tried
 
 
+methods = training.methods
+
+
 def stack(title, *arguments, rounds, function=training.step):
     """A row about Dense layers: width, rows, rank, layers, dropout, policy, ..."""
     defaults = (None, None, None, 6, 0.0)
@@ -181,6 +184,49 @@ SECTIONS = [
             "product to k*k*r channels and a sum of shifted slices (2.45 to 2.92 at "
             "64 channels)."
         ),
+    ),
+    Section(
+        "Training step: DoRA and a start that is subtracted",
+        "Over the same network with LoRA; PEFT's DoRA over PEFT's LoRA. Convolutions "
+        "have no such start.",
+        [
+            stack("d=1024, 1024 rows, r=8", 1024, 1024, 8, rounds=15, function=methods),
+            stack("d=1024, 256 rows, r=8", 1024, 256, 8, rounds=25, function=methods),
+            ("Conv2D, 64 channels", methods, "convolution", (64, 16, 8), 25),
+            ("Conv2D, 256 channels", methods, "convolution", (256, 16, 8), 12),
+            (
+                "transformer block, d=768, 8 x 128 tokens",
+                methods,
+                "attention",
+                (768, 128, 8),
+                12,
+            ),
+        ],
+        bars=(Bar("DoRA", 1.15, "d=1024, 1024 rows"),),
+    ),
+    Section(
+        "Training step over a quantized kernel",
+        "Six layers of d=1024 with r=8, over the same with kernels in float32; "
+        "beside it Keras's own adapters over quantized kernels.",
+        [
+            (f"{rows} rows", training.step, "quantized", (1024, rows, 8), 12)
+            for rows in (1024, 64)
+        ],
+    ),
+    Section(
+        "Memory of a frozen quantized kernel",
+        "What one layer more adds to the peak of a training process, over the same in "
+        "float32: d=2048, 16 rows, r=8; from 8 layers to 24.",
+        [
+            (
+                "Dense, d=2048",
+                memory.by_layer,
+                "quantized",
+                (2048, 16, 8, 8, 24),
+                3,
+            )
+        ],
+        bars=(Bar("int8", 0.27), Bar("int4", 0.15)),
     ),
     Section(
         "Training step: Embedding",

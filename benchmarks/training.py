@@ -51,6 +51,26 @@ def step(network, arguments, rounds, jit=False):
     return ratios(steps, work.baseline, rounds)
 
 
+def methods(network, arguments, rounds):
+    """Methods over LoRA, and for a stack of Dense layers PEFT's DoRA over its LoRA."""
+    work = getattr(networks, network)(*arguments)
+    steps = {name: keras_step(make(), work) for name, make in work.methods.items()}
+    found = ratios(steps, "LoRA", rounds)
+    if network != "dense":
+        return found
+    width, _, rank, layers, dropout = arguments
+    names = [str(index) for index in range(layers)]
+    theirs = {}
+    for name, use_dora in (("PEFT's LoRA", False), ("PEFT's DoRA", True)):
+        linears = (torch.nn.Linear(width, width, bias=False) for _ in names)
+        config = peft.LoraConfig(
+            r=rank, lora_dropout=dropout, target_modules=names, use_dora=use_dora
+        )
+        model = peft.get_peft_model(torch.nn.Sequential(*linears), config)
+        theirs[name] = torch_step(model, work.x, work.y)
+    return found | ratios(theirs, "PEFT's LoRA", rounds)
+
+
 def jit_step(network, arguments, rounds):
     return step(network, arguments, rounds, jit=True)
 
