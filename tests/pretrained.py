@@ -74,3 +74,25 @@ def subclassed():
 
 
 PRETRAINED = [sequential, convolutional, transformer, subclassed]
+
+
+def small_classifier(words):
+    """A BERT of KerasHub with random weights, which knows some words."""
+    import keras_hub
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    backbone = keras_hub.models.BertBackbone(
+        vocabulary_size=len(words),
+        num_layers=2,
+        num_heads=2,
+        hidden_dim=16,
+        intermediate_dim=32,
+        max_sequence_length=12,
+    )
+    tokenizer = keras_hub.models.BertTokenizer(vocabulary=words)
+    preprocessor = keras_hub.models.BertTextClassifierPreprocessor(
+        tokenizer, sequence_length=8
+    )
+    return keras_hub.models.BertTextClassifier(
+        backbone=backbone, num_classes=2, preprocessor=preprocessor
+    )

@@ -1,6 +1,5 @@
 """Two of the models of docs/compatibility.md, in the suite; the table has all."""
 
-import re
 from pathlib import Path
 
 import backbones
@@ -24,56 +23,6 @@ def test_application(name):
     assert float(difference) < 1e-5
     assert (reload, reason) == ("exact", "")
     assert int(parameters.replace(",", "")) > 0
-
-
-def readme_block(word):
-    """The code block of README that holds a word."""
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    return next(block for block in blocks if word in block)
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.skipif(
-    keras.backend.backend() != "tensorflow", reason="README serves with TensorFlow"
-)
-def test_readme_takes_a_preset_to_a_merged_saved_model(tmp_path, monkeypatch):
-    """The very code, with a small random preset in place of the one to download."""
-    monkeypatch.chdir(tmp_path)
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film"]
-    backbone = keras_hub.models.BertBackbone(
-        vocabulary_size=len(words),
-        num_layers=2,
-        num_heads=2,
-        hidden_dim=16,
-        intermediate_dim=32,
-        max_sequence_length=12,
-    )
-    preset = keras_hub.models.BertTextClassifier(
-        backbone=backbone,
-        num_classes=2,
-        preprocessor=keras_hub.models.BertTextClassifierPreprocessor(
-            keras_hub.models.BertTokenizer(vocabulary=words), sequence_length=8
-        ),
-    )
-    preset.save_to_preset("preset")
-    texts, labels = ["good film", "bad film"] * 16, np.array([1, 0] * 16)
-    names = {"keras": keras, "keras_lora": keras_lora, "texts": texts, "labels": labels}
-    exec(readme_block("from_preset").replace("bert_base_en", "./preset"), names)
-
-    classifier = names["classifier"]
-    assert len(keras_lora.summary(classifier)) == 4
-    expected = classifier.predict(texts, verbose=0)
-    np.testing.assert_allclose(names["logits"], expected, rtol=0, atol=1e-5)
-    loaded = keras.models.load_model("classifier.keras")
-    assert isinstance(loaded, keras_hub.models.TextClassifier)
-    np.testing.assert_array_equal(loaded.predict(texts, verbose=0), expected)
-    fresh = keras_hub.models.TextClassifier.from_preset("./preset", num_classes=2)
-    fresh.set_weights(preset.get_weights())
-    keras_lora.load_adapter(fresh, "adapter", names="bert")
-    np.testing.assert_array_equal(fresh.predict(texts, verbose=0), expected)
-    keras_lora.merge_lora(classifier)
-    assert type(classifier) is keras_hub.models.BertTextClassifier
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,0 +1,108 @@
+"""Every block of code on README and the pages runs as pasted, in order."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+from pretrained import small_classifier
+
+import keras_lora
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    "README.md",
+    *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md")),
+]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# A block for another backend says so in its first line, and runs in its own process.
+SETTINGS = re.compile(r"# ((?:[A-Z_]+=\S+ ?)+)\n")
+
+pytestmark = [
+    pytest.mark.skipif(
+        keras.backend.backend() != "tensorflow", reason="exports, once is enough"
+    ),
+    pytest.mark.filterwarnings("ignore"),
+]
+
+
+def blocks(page):
+    return BLOCK.findall((ROOT / page).read_text())
+
+
+def run_block(block, names):
+    settings = SETTINGS.match(block)
+    if settings:
+        environment = dict(pair.split("=", 1) for pair in settings[1].split())
+        process = subprocess.run(
+            [sys.executable, "-c", block],
+            env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **environment},
+            capture_output=True,
+            text=True,
+        )
+        assert process.returncode == 0, process.stderr[-2000:]
+    else:
+        exec(block, names)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder, and a small random preset in place of the one to download."""
+    monkeypatch.chdir(tmp_path)
+    preset = small_classifier(["good", "bad", "fine", "poor"])
+    preset.save_to_preset("preset")
+    real = keras_hub.models.TextClassifier.from_preset
+
+    def from_preset(name, **kwargs):
+        return real("./preset", **kwargs)
+
+    monkeypatch.setattr(keras_hub.models.TextClassifier, "from_preset", from_preset)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
+def test_page(page, folder):
+    names = {"__name__": "__main__"}
+    for block in blocks(page):
+        run_block(block, names)
+    if page == "README.md":
+        check_readme(names)
+
+
+def check_readme(names):
+    """What the blocks say that they do."""
+    losses = names["model"].history.history["loss"]
+    assert losses[-1] < losses[0]
+    assert len(names["errors"]) == 2
+    classifier, texts = names["classifier"], names["texts"]
+    expected = classifier.predict(texts, verbose=0)
+    np.testing.assert_allclose(names["logits"], expected, rtol=0, atol=1e-5)
+    loaded = keras.models.load_model("classifier.keras")
+    assert isinstance(loaded, keras_hub.models.TextClassifier)
+    np.testing.assert_array_equal(loaded.predict(texts, verbose=0), expected)
+    fresh = keras_hub.models.TextClassifier.from_preset("bert_base_en", num_classes=2)
+    keras_lora.load_adapter(fresh, "bert_adapter", names="bert")
+    assert len(keras_lora.summary(fresh)) == len(keras_lora.summary(classifier)) == 4
+    keras_lora.merge_lora(classifier)
+    assert type(classifier) is keras_hub.models.BertTextClassifier
+
+
+def test_the_quick_start_is_short():
+    lines = [line for line in blocks("README.md")[0].splitlines() if line.strip()]
+    assert len(lines) <= 20
+    assert all(len(line) <= 100 for line in lines)
+
+
+def test_links_and_pictures_are_there():
+    for page in PAGES:
+        folder = (ROOT / page).parent
+        for target in re.findall(
+            r"\]\(([^)#\s]+)(?:#[^)]*)?\)", (ROOT / page).read_text()
+        ):
+            if "://" not in target:
+                assert (folder / target).exists(), (page, target)
