@@ -7,6 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_lora.keras_internals.distribution import lay_out
 from keras_lora.keras_internals.hidden_state import HiddenVariable
 from keras_lora.keras_internals.hidden_state import hold_state
 from keras_lora.layers.adapter_files import AdapterFiles
@@ -52,6 +53,7 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
     factor_names = ("a", "b")
     more_suffixes = ()  # of arrays in a file beside A's and B's
     magnitude = None  # DoRA's m
+    kernel_layout = None  # while it is built, under `keras.distribution`
 
     def __init__(
         self,
@@ -124,6 +126,8 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
     def build(self, form, regularizer=None, read_kernel=None):
         self.form = form
         self.build_factors(form, regularizer, read_kernel)
+        if self.kernel_layout is not None:
+            self.lay_out_factors(self.kernel_layout)
         self._scaling.make(self._scaling_value, self.variable_dtype, "scaling")
         hold_state(
             self,
@@ -149,6 +153,17 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
             "b", form.b_shape, self.b_initializer or form.b_initializer, regularizer
         )
         self.b.lora_factor = "B"  # by this LoRAPlus knows it among all variables
+
+    def lay_out_factors(self, layout):
+        """A lies as the kernel's input axes do, B as its output axes.
+
+        layout: the kernel's, under `keras.distribution.ModelParallel`.
+        """
+        axes = self.form.factor_axes(layout.axes)
+        for name, variable in self.named_factors().items():
+            own = axes.get(name.removesuffix("_start"), ())
+            if any(own):
+                lay_out(variable, own, layout)
 
     def start_from_kernel(self):
         """For methods that start from W: starts them anew after W was assigned."""

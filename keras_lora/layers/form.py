@@ -101,6 +101,23 @@ class LowRankForm:
             vector = ops.expand_dims(vector, axis)
         return vector
 
+    def factor_axes(self, axes) -> dict:
+        """What stands for each axis of the kernel, for those of A, B and m.
+
+        Where a factor's axes are not the kernel's own, it has none.
+        """
+        if not self.one_rank:
+            return {}
+        batch = [axes[axis] for axis in self.batch_axes]
+        inputs = [axes[axis] for axis in self.input_axes]
+        rest = [axis for axis in range(len(axes)) if axis not in self.input_axes]
+        new = [axes[axis] for axis in rest if axis not in self.batch_axes]
+        return {
+            "a": [*batch, *inputs, None],
+            "b": [*batch, None, *new],
+            "magnitude": [axes[axis] for axis in rest],
+        }
+
     @property
     def rank_axes_in_file(self):
         """Of the arrays for A and B, where the factors have one rank."""

@@ -4,6 +4,7 @@ import textwrap
 
 from keras import ops
 
+from keras_lora.keras_internals.distribution import layout_of
 from keras_lora.keras_internals.layers import attach
 from keras_lora.keras_internals.layers import freeze
 from keras_lora.keras_internals.layers import own_variables
@@ -182,7 +183,9 @@ class LoRALayer(HostChecks, LayerFiles, TorchLayout, QuantizedHost):
         """Makes A and B to fit W."""
         regularizer = getattr(self, f"{self.kernel_name}_regularizer", None)
         form = self.low_rank_form(self.lora.rank)
+        self.lora.kernel_layout = layout_of(self.frozen_kernel)
         self.lora.build(form, regularizer, self.base_kernel)
+        self.lora.kernel_layout = None
 
     def build_adapter(self):
         """Makes A and B to fit W, and freezes W."""
