@@ -28,11 +28,13 @@ from keras_lora.models.lora_plus import LoRAPlus
 from keras_lora.models.merge import merge_lora
 from keras_lora.models.merge import remove_lora
 from keras_lora.models.report import summary
+from keras_lora.serving.bank import AdapterBank
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Adapter",
+    "AdapterBank",
     "AdapterCheckpoint",
     "LoRAConv1D",
     "LoRAConv2D",

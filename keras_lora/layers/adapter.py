@@ -54,6 +54,8 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
     more_suffixes = ()  # of arrays in a file beside A's and B's
     magnitude = None  # DoRA's m
     kernel_layout = None  # while it is built, under `keras.distribution`
+    taken_off_by = "merge_lora(model) or remove_lora(model)"
+    is_bank = False  # many adapters, which their bank alone may change
 
     def __init__(
         self,
@@ -232,6 +234,17 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
         outputs = ops.cast(host.frozen_linear(inputs), dtype)
         # Not ops.add, which on TensorFlow takes an empty batch's rows for a bias.
         return outputs + ops.cast(host.form.bypass(dropped, a, b), dtype)
+
+    def for_bank(self) -> tuple:
+        """What a bank keeps of it: A, scaling * B, and gain or None in
+
+            y = gain * (linear(x, W) + linear(x, A) @ (scaling * B))
+
+        with the gain in the shape of the kernel's other axes.
+        """
+        if type(self).effective_kernel is not LowRankAdapter.effective_kernel:
+            raise ValueError(f"{type(self).__name__} cannot be one of a bank's.")
+        return (*self.factors(self.variable_dtype), None)
 
     def dropped(self, inputs):
         """Dropout on the adapter's inputs."""

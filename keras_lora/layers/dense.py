@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_lora.layers.by_row import matmul_by_row
 from keras_lora.layers.form import LowRankForm
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.loralib import merged_linear
@@ -49,6 +50,8 @@ class LoRADense(LoRALayer, keras.layers.Dense):
             compose=ops.matmul,
             down=ops.matmul,
             up=ops.matmul,
+            down_by_row=matmul_by_row,
+            up_by_row=matmul_by_row,
         )
 
     @classmethod

@@ -144,6 +144,9 @@ class DoRAAdapter(LowRankAdapter):
         more = ops.add(more, self.times(bypass, gain))
         return ops.add(host.frozen_linear(inputs), ops.cast(more, bypass.dtype))
 
+    def for_bank(self):
+        return (*self.factors(self.variable_dtype), self.gain(self.read_kernel()))
+
     def times(self, values, gain):
         """In float32 at least: half precision would move whole columns."""
         return ops.multiply(ops.cast(values, self.variable_dtype), gain)
@@ -180,7 +183,9 @@ class DoRAAdapter(LowRankAdapter):
 
     def own_norm(self):
         """||W||"""
-        return to_numpy(self.norm(self.read_kernel(), ops.zeros_like(self.b)))
+        return to_numpy(
+            self.norm(self.read_kernel(), ops.zeros(self.b.shape, self.variable_dtype))
+        )
 
 
 def refuse_other_products(form, sizes):

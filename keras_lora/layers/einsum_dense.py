@@ -7,6 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_lora.layers.by_row import einsum_by_row
 from keras_lora.layers.equation import as_matrix
 from keras_lora.layers.equation import split_equation
 from keras_lora.layers.form import LowRankForm
@@ -119,8 +120,21 @@ class LoRAEinsumDense(LoRALayer, keras.layers.EinsumDense):
             compose=lambda a, b: ops.einsum(split.compose, a, b),
             down=lambda inputs, a: ops.einsum(split.down, inputs, a),
             up=lambda hidden, b: ops.einsum(split.up, hidden, b),
+            down_by_row=self._down_by_row,
+            up_by_row=self._up_by_row,
             input_axes=split.axes(split.contracted),
             batch_axes=split.axes(split.batch),
             over_outputs=split.over_outputs,
             **in_file,
         )
+
+    def _down_by_row(self, inputs, a, slots):
+        down, _, row = split_equation(self.equation).by_row(len(inputs.shape))
+        return einsum_by_row(down, row, inputs, a, slots)
+
+    def _up_by_row(self, hidden, b, slots):
+        split = split_equation(self.equation)
+        # The inputs have the contracted axes more, and not that of the rank.
+        ndim = len(hidden.shape) - 1 + len(split.contracted)
+        _, up, row = split.by_row(ndim)
+        return einsum_by_row(up, row, hidden, b, slots)

@@ -5,6 +5,8 @@ from keras import ops
 
 from keras_lora.keras_internals.layers import kernel_variables
 from keras_lora.keras_internals.layers import twin
+from keras_lora.layers.by_row import matmul_by_row
+from keras_lora.layers.by_row import take_by_row
 from keras_lora.layers.form import LowRankForm
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.quantized_host import dequantize
@@ -128,6 +130,8 @@ class LoRAEmbedding(LoRALayer, keras.layers.Embedding):
             compose=ops.matmul,
             down=self.linear,
             up=ops.matmul,
+            down_by_row=take_by_row,
+            up_by_row=matmul_by_row,
             a_initializer="zeros",
             b_initializer=keras.initializers.RandomNormal(mean=0.0, stddev=1.0),
             looks_up=True,

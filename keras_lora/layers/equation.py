@@ -1,6 +1,7 @@
 """An einsum equation, split into what a low-rank update needs of it."""
 
 import math
+import string
 from typing import NamedTuple
 
 from keras import ops
@@ -51,6 +52,20 @@ class SplitEquation(NamedTuple):
         others = [place for place in range(len(inputs.shape)) if place not in places]
         size = math.prod(inputs.shape[place] for place in places)
         return ops.reshape(ops.transpose(inputs, others + places), (-1, size))
+
+    def by_row(self, ndim):
+        """(down, up, letter of the rows), with letters in the place of "..."."""
+        free = (x for x in string.ascii_letters if x not in self.down + self.up)
+        inputs = self.down.partition(",")[0]
+        others = "".join(next(free) for _ in range(ndim - len(inputs) + 3))
+        down, up = (x.replace("...", others) for x in (self.down, self.up))
+        row = down[0]
+        if row in self.kernel:
+            raise ValueError(
+                f"The first axis of the inputs in {self.down!r} is one of the kernel's "
+                "own: rows cannot have adapters of their own."
+            )
+        return down, up, row
 
     def over_kernel(self, value, sizes):
         """What lies as the outputs do, with 1 for axes not the kernel's, beside it."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from keras import ops
 
+from keras_lora.layers.by_row import mapped_by_row
+
 
 def last_axes(vector):
     """For kinds whose outputs end with the kernel's output axes."""
@@ -30,6 +32,12 @@ def flat(vector):
 def unchanged(a, b):
     """For factors that torch has no module for: they stand in the file as they are."""
     return a, b
+
+
+def padded(value, shape):
+    """Zeros at the ends of a value's axes."""
+    more = [(0, size - own) for size, own in zip(shape, value.shape, strict=True)]
+    return np.pad(value, more)
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,9 @@ class LowRankForm:
         one_rank: Boolean: A's last axis and B's first, after the batch axes, are the
             rank, so that two pairs of factors side by side are one of twice the rank.
         file_note: What to say where a file's arrays have other shapes.
+        down_by_row, up_by_row: `down` and `up` for rows with adapters of their own:
+            (inputs, stack of A, slots) -> hidden, where row i uses stack[slots[i]].
+            Without them the bypass is mapped over the rows.
         looks_up: Boolean: `linear` picks rows. What is added to its outputs is then
             added to the kernel, and one path serves training and inference.
         merges_in_training: Boolean: a step may use W + delta where that is cheap.
@@ -88,12 +99,28 @@ class LowRankForm:
     file_rank: int | None = None
     one_rank: bool = True
     file_note: str = ""
+    down_by_row: Callable | None = None
+    up_by_row: Callable | None = None
     looks_up: bool = False
     merges_in_training: bool = False
 
     def bypass(self, inputs, a, b):
         """linear(inputs, compose(A, B)), without forming that kernel."""
         return self.up(self.down(inputs, a), b)
+
+    def bypass_by_row(self, inputs, a, b, slots):
+        """The same with stacks of A and B, of which row i uses number slots[i]."""
+        if self.down_by_row is None:
+            return mapped_by_row(self.bypass, inputs, a, b, slots)
+        return self.up_by_row(self.down_by_row(inputs, a, slots), b, slots)
+
+    def widened(self, a, b, rank, wider):
+        """A and B of a rank (NumPy) as those of a form of a higher rank: zeros."""
+        parts = (self.file_rank or rank) // rank  # updates side by side in A
+        lead, wide = list(a.shape[:-1]), list(wider.a_shape[:-1])
+        a = a.reshape(*lead, parts, -1)
+        a = padded(a, (*wide, parts, wider.a_shape[-1] // parts))
+        return a.reshape(wider.a_shape), padded(b, wider.b_shape)
 
     def over_kernel(self, vector):
         """A value in the shape of the kernel's other axes, to multiply W with."""

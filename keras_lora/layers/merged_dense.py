@@ -4,6 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_lora.layers.by_row import matmul_by_row
 from keras_lora.layers.form import LowRankForm
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.loralib import checked_mask
@@ -68,6 +69,8 @@ class LoRAMergedDense(LoRALayer, keras.layers.Dense):
                 self.adapted_slices, units // len(self.adapted_slices)
             ),
             spread=self.spread,
+            down_by_row=matmul_by_row,
+            up_by_row=self._up_by_row,
             to_file=lambda a, b: (a.T, ops.convert_to_numpy(self.spread(b)).T),
             from_file=lambda a, b: self.gather(a.T, b.T),
             file_rank=adapted * rank,
@@ -79,6 +82,10 @@ class LoRAMergedDense(LoRALayer, keras.layers.Dense):
         placement = np.eye(len(self.adapted_slices))[list(self.adapted_slices)]
         blocks = ops.einsum("grn,gs->grsn", b, ops.cast(placement, b.dtype))
         return ops.reshape(blocks, (-1, self.units))
+
+    def _up_by_row(self, hidden, b, slots):
+        blocks = ops.vectorized_map(self.spread, ops.take(b, slots, axis=0))
+        return matmul_by_row(hidden, blocks, ops.arange(ops.shape(slots)[0]))
 
     def gather(self, a, blocks):
         """A and B for this layer from arrays A and `spread` B, in any order of ranks.

@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_lora.keras_internals.calls import set_mask
+from keras_lora.layers.by_row import matmul_by_row
 from keras_lora.layers.embedding import LoRAEmbedding
 from keras_lora.layers.form import LowRankForm
 from keras_lora.layers.quantized_host import dequantize
@@ -80,6 +81,9 @@ class ReverseForm(LowRankForm):
     def bypass(self, inputs, a, b):
         return self.up(self.down(inputs, b), a)
 
+    def bypass_by_row(self, inputs, a, b, slots):
+        return self.up_by_row(self.down_by_row(inputs, b, slots), a, slots)
+
 
 class ReverseSide:
     """The layer as the adapter works on it from outputs back to ids."""
@@ -102,12 +106,18 @@ class ReverseSide:
             compose=form.compose,
             down=self.linear,
             up=self.linear,
+            down_by_row=self._by_row,
+            up_by_row=self._by_row,
             input_axes=(1,),
         )
 
     def linear(self, inputs, kernel):
         inputs = ops.cast(inputs, self.compute_dtype)
         return ops.matmul(inputs, ops.transpose(kernel))
+
+    def _by_row(self, inputs, stack, slots):
+        inputs = ops.cast(inputs, self.compute_dtype)
+        return matmul_by_row(inputs, stack, slots, transpose=True)
 
     def frozen_linear(self, inputs):
         if self.layer.is_quantized:

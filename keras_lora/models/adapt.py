@@ -81,6 +81,15 @@ def lora_layers(model) -> list:
     return [layer for layer in flatten_layers(model) if is_adapted(layer)]
 
 
+def refuse_banked(layer, path):
+    """A ValueError for a layer whose adapters are a bank's."""
+    if layer.lora.is_bank:
+        raise ValueError(
+            f"The layer {path!r} holds the adapters of an AdapterBank, which alone may "
+            f"change them. Call {layer.lora.taken_off_by} first."
+        )
+
+
 def built_lora_layers(model):
     """The same, of which there must be one, and all built."""
     layers = lora_layers(model)
@@ -90,6 +99,7 @@ def built_lora_layers(model):
             "(rank > 0)."
         )
     for layer in layers:
+        refuse_banked(layer, layer.name)
         if not layer.lora.built:
             raise ValueError(
                 f"The LoRA layer {layer.name!r} is not built yet. Build the model "

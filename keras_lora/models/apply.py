@@ -92,8 +92,8 @@ def apply_lora(
     for path, layer in paths.items():
         if is_adapted(layer):
             raise ValueError(
-                f"The layer {path!r} has an adapter. Call merge_lora(model) or "
-                "remove_lora(model) first."
+                f"The layer {path!r} has an adapter. Call {layer.lora.taken_off_by} "
+                "first."
             )
     if lora_class_of(type(model)) is not None:  # one layer, under its own name
         paths = {model.name: model, **paths}

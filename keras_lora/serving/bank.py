@@ -1,0 +1,281 @@
+"""AdapterBank: many adapters resident over one model, one for each row of a batch."""
+
+import contextlib
+import threading
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_lora.keras_internals.tracing import holders
+from keras_lora.keras_internals.tracing import refuse_while_running
+from keras_lora.keras_internals.tracing import take_compiled_functions
+from keras_lora.layers.settings import checked_rank
+from keras_lora.models.apply import choose
+from keras_lora.models.paths import layer_paths
+from keras_lora.serving.arguments import checked_adapters
+from keras_lora.serving.arguments import checked_capacity
+from keras_lora.serving.arguments import named
+from keras_lora.serving.arguments import refuse_adapters
+from keras_lora.serving.compiled import CompiledFunctions
+from keras_lora.serving.directory import Directory
+from keras_lora.serving.hosts import Hosts
+from keras_lora.serving.leading_axis import as_rows
+from keras_lora.serving.leading_axis import find_leading_axes
+from keras_lora.serving.leading_axis import made_inputs
+from keras_lora.serving.reading import read
+from keras_lora.serving.rows import Choice
+
+
+class AdapterBank(keras.Model):
+    """Many adapters over one model, and one of them for each row of a batch.
+
+        y[i] = what the model gives for x[i] with the adapter that ids[i] means
+
+    The layers change their class in place, as in `apply_lora`; their kernels stay
+    where they are, and each has a stack of all adapters' factors beside it. Adapters
+    of different ranks, alphas and layers live together: where one has no factors, its
+    rows get the base model. Biases, dense layers that trained in full and DoRA's
+    lengths are kept for each adapter. A bank serves: it does not train.
+
+    Args:
+        model: A Keras model that is built and holds no adapter.
+        adapters: Dict from a name to a folder that `save_adapter` or PEFT has
+            written, or to an `Adapter`.
+        capacity: How many adapters there can be at once; default as many as given.
+        max_rank: The highest rank that there is room for; default that of the
+            adapters given, 8 without any.
+        target: Which layers there is room at, beside those of the adapters given: a
+            rule as in `apply_lora`.
+        names: As in `load_adapter`, for the adapters given and for `add`.
+
+    Raises:
+        ValueError: If the model has adapters or a bank, an adapter does not fit, or
+            the rows cannot be told apart at a layer. The model is then as before.
+        OSError: If a file cannot be read.
+
+    Example:
+
+    >>> keras_lora.save_adapter(model, "french")
+    >>> keras_lora.remove_lora(model)
+    >>> bank = AdapterBank(model, {"french": "french"}, capacity=8)
+    >>> ids = bank.ids(["french", None, "french", None])
+    >>> bank.predict({"inputs": x, "adapter": ids}, verbose=0).shape
+    (4, 2)
+    """
+
+    def __init__(
+        self,
+        model,
+        adapters: Mapping | None = None,
+        capacity: int | None = None,
+        max_rank: int | None = None,
+        target: str | Sequence | type | Callable | None = None,
+        names: str | Mapping | Callable | None = None,
+    ):
+        paths = layer_paths(model)
+        refuse_adapters(paths)
+        refuse_while_running(model)
+        adapters = checked_adapters(adapters, target)
+        capacity = checked_capacity(capacity, adapters)
+        most = np.inf if max_rank is None else checked_rank(max_rank)
+        found = {
+            name: named(name, read, model, paths, adapter, names, most)
+            for name, adapter in adapters.items()
+        }
+        every = [item for each in found.values() for item in each.items()]
+        lora_ranks = [values.rank for _, values in every if not values.in_full]
+        super().__init__(name=f"{model.name}_bank", dtype=model.dtype_policy)
+        self.autocast = False
+        self.model, self.capacity, self.names_given = model, capacity, names
+        self.max_rank = max_rank or max(lora_ranks, default=8) or 8
+        self.directory, self.choice = Directory(capacity), Choice()
+        self.hosts = Hosts(paths, self.choice, self.directory.slot_count)
+        self.slots = []
+        self._changes, self._active, self._row_names = threading.RLock(), None, None
+        self._compiled = CompiledFunctions(model)
+        with_gain = any(values.gain is not None for _, values in every)
+        chosen = [] if target is None else choose(model, paths, target, None, [])[0]
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.hosts.release)
+            for path, layer in paths.items():
+                ranks = [values.rank for other, values in every if other == path]
+                if ranks or path in chosen:
+                    rank = max([self.max_rank, *ranks])
+                    self.slots.append(self.hosts.take(path, layer, rank, with_gain))
+            find_leading_axes(self, made_inputs(model))
+            for name, values in found.items():
+                self._put(name, named(name, self.hosts.prepared, values))
+            undo.pop_all()
+        take_compiled_functions(holders(model))
+        self.built = True
+
+    @property
+    def names(self) -> list:
+        """The names of the adapters that are there."""
+        return self.directory.names
+
+    # Calls.
+
+    def ids(self, names) -> np.ndarray:
+        """The ids of a batch: a name, or None for the base model, for each row.
+
+        Raises:
+            ValueError: If a name is not known.
+        """
+        known = self.directory.known(names)
+        return np.array([self.directory.id_of[name] for name in known], "int32")
+
+    def call(self, inputs, training=False):
+        if not self.hosts.layers:
+            raise ValueError(f"{self.name!r} was released.")
+        if not isinstance(inputs, Mapping) or set(inputs) != {"inputs", "adapter"}:
+            raise ValueError(
+                'A bank is called with {"inputs": ..., "adapter": ids}. Received: '
+                f"{inputs!r}"[:300]
+            )
+        inputs, ids = inputs["inputs"], inputs["adapter"]
+        ids = ops.convert_to_tensor(ids)
+        if "int" not in str(ids.dtype) or len(ids.shape) != 1:
+            raise ValueError(
+                '"adapter" must be a vector of whole numbers, as `bank.ids(names)` '
+                f"gives them. Received: shape {ids.shape}, dtype {ids.dtype}."
+            )
+        self._look_at(inputs)
+        with self.choice.using(self.directory.slots(ids)):
+            return self.model(inputs, training=training)
+
+    def compute_output_spec(self, inputs, training=False):
+        return self.model.compute_output_spec(inputs["inputs"], training=training)
+
+    def _look_at(self, inputs):
+        if not self.choice.all_known:
+            try:
+                inputs = keras.tree.map_structure(as_rows, inputs)
+            except Exception:  # a value of a function that is being traced
+                return
+            find_leading_axes(self, [inputs], raising=True)
+
+    def predict(self, x, *args, **kwargs):
+        if isinstance(x, Mapping) and "inputs" in x:
+            # Before: on JAX the model has no values during Keras's predict.
+            self._look_at(x["inputs"])
+        return super().predict(x, *args, **kwargs)
+
+    def fit(self, *args, **kwargs):
+        raise ValueError(
+            "A bank serves and does not train. Train an adapter with "
+            "apply_lora(model), save_adapter, and add it to the bank."
+        )
+
+    train_on_batch = fit
+
+    # What is in it.
+
+    def add(self, name: str, adapter):
+        """Gives a name an adapter, in the place of an older one if there is one.
+
+        Nothing is traced anew. All is checked before anything is assigned, and a
+        thread that predicts meanwhile gets the old adapter or the new one.
+
+        Args:
+            name: A string.
+            adapter: A folder or an `Adapter`.
+
+        Raises:
+            ValueError: If the bank is full, the adapter is damaged or does not fit,
+                or there is no room for it at a layer. The bank is then as before.
+            OSError: If a file cannot be read.
+        """
+        checked_adapters({name: adapter}, None)
+        with self._changes:
+            self.directory.refuse_if_full(name)
+            values = named(
+                name,
+                read,
+                self.model,
+                self.hosts.paths,
+                adapter,
+                self.names_given,
+                self.max_rank,
+            )
+            self._put(name, named(name, self.hosts.prepared, values))
+
+    def _put(self, name, prepared):
+        self.hosts.write(self.directory.free_slot(), prepared)
+        self.directory.publish(name)
+        self._point()
+
+    def remove(self, name: str):
+        """Takes an adapter out. Rows with its id get NaN from now on."""
+        with self._changes:
+            if self.directory.checked(name) is None:
+                raise ValueError("None is the base model, which stays.")
+            if name == self._active:
+                raise ValueError(
+                    f"{name!r} is active: bank.activate(None) first, or another name."
+                )
+            self.directory.withdraw(name)
+            self._point()
+
+    def activate(self, name: str | None):
+        """One adapter for all rows of what calls the model itself, until None.
+
+        It is the model's, not a thread's. The bank's own calls go by their ids.
+        """
+        with self._changes:
+            self._active = self.directory.checked(name)
+            self._point()
+
+    @contextlib.contextmanager
+    def rows(self, names):
+        """Inside, row i of each batch that the model itself gets uses names[i].
+
+        For calls whose inputs cannot be changed, such as `generate`. Functions that
+        were compiled for as many rows serve other names too; those that Keras does
+        not know of, a user's own tf.function, must be traced inside.
+
+        Raises:
+            ValueError: If a name is not known, or a batch has another size
+                (InvalidArgumentError inside a compiled call).
+        """
+        names = self.directory.known(names)
+        with self._changes:
+            if self._row_names is not None:
+                raise ValueError("The bank is inside of `rows` already.")
+            self._row_names = names
+            self.choice.set_rows(len(names))
+            self._point()
+            self._compiled.change_to(len(names))
+        try:
+            yield self
+        finally:
+            with self._changes:
+                self._row_names = None
+                self.choice.set_rows(None)
+                self._compiled.change_to(None)
+
+    def _point(self):
+        """What is active, and the rows, are at the slots that their names have now."""
+        slot_of = self.directory.slot_of
+        self.choice.active.assign(slot_of[self._active])
+        if self._row_names is not None:
+            no_slot = self.directory.no_slot
+            slots = [slot_of.get(name, no_slot) for name in self._row_names]
+            self.choice.rows.assign(slots)
+
+    def release(self):
+        """The model's layers are plain Keras layers again. The bank is empty then."""
+        refuse_while_running(self.model)
+        self.hosts.release()
+        take_compiled_functions(holders(self.model))
+
+    def get_config(self):
+        raise ValueError(
+            "A bank is not saved as a Keras model: its adapters have their folders. "
+            "`bank.export(path)` writes an artefact; `bank.model.save(path)` writes "
+            "the model without adapters."
+        )

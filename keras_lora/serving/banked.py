@@ -1,0 +1,125 @@
+"""A layer that holds the adapters of a bank."""
+
+import functools
+
+import keras
+from keras import ops
+
+from keras_lora.keras_internals.layers import change_class
+from keras_lora.keras_internals.layers import seen_as
+from keras_lora.layers.kinds import lora_class_of
+from keras_lora.layers.lora_layer import LoRALayer
+
+
+class BankAdapters:
+    """What stands in the place of a layer's adapter: those of a bank.
+
+        y = gain[s] * (linear(x, W) + linear(x, A[s]) @ B[s]) + bias[s]
+
+    where s is the slot that the bank says a row uses.
+
+    It is no Keras layer and not tracked: the plain model's files know nothing of it.
+    """
+
+    taken_off_by = "release() on the bank"
+    is_bank = True
+
+    def __init__(self, choice, form, slots, name):
+        self.choice, self.form, self.slots, self.name = choice, form, slots, name
+        self.leading = None  # what the leading axis of the inputs is; not known yet
+
+    @property
+    def variables(self):
+        return [*self.slots.variables, *self.choice.variables]
+
+    def outputs(self, host, inputs, training):
+        if training:
+            raise ValueError(
+                f"{self.name!r} holds the adapters of an AdapterBank, which serves "
+                "them: it cannot be called with training=True."
+            )
+        inputs = ops.convert_to_tensor(inputs, sparse=False)
+        if self.choice.probe is not None:
+            self.choice.probe.saw(self, inputs)
+            return host.frozen_linear(inputs)
+        chosen = self.choice.now().seen_by(self, ops.shape(inputs)[0])
+        slots = self.slots
+        dtype = slots.variable_dtype if host.form.looks_up else host.compute_dtype
+        gain, backwards = slots.gain, host.form.input_axes != self.form.input_axes
+        if gain is not None and backwards:
+            inputs = times(inputs, chosen.over(gain, len(inputs.shape)))
+        outputs = ops.cast(host.frozen_linear(inputs), dtype)
+        more = chosen.bypass(host.form, inputs, slots.a, slots.b)
+        outputs = outputs + ops.cast(more, dtype)
+        if gain is not None and not backwards:
+            outputs = times(outputs, chosen.over(gain, len(outputs.shape)))
+        if slots.bias is not None:
+            bias = chosen.over(slots.bias, len(outputs.shape))
+            outputs = outputs + ops.cast(bias, dtype)
+        return outputs
+
+
+def times(values, gain):
+    """In the gain's dtype: half precision would move whole columns."""
+    return ops.cast(ops.multiply(ops.cast(values, gain.dtype), gain), values.dtype)
+
+
+class Banked:
+    """Mixin before a LoRA layer's class: in files the layer is what it was before."""
+
+    class_before = None
+
+    def adapted_call(self, inputs, training, **options):
+        if hasattr(inputs, "with_flat_values"):
+            raise ValueError(
+                f"{self.name!r} gets a ragged tensor, whose values are not rows of the "
+                "batch: a bank cannot tell which adapter they use."
+            )
+        return super().adapted_call(inputs, training, **options)
+
+    @property
+    def variables(self):
+        found = super().variables
+        if keras.backend.backend() != "jax":
+            return found
+        # JAX passes state by hand, and what is not passed becomes a constant.
+        known = set(map(id, found))
+        return found + [v for v in self.lora.variables if id(v) not in known]
+
+    def get_config(self):
+        return seen_as(self, self.class_before).get_config()
+
+    def save_own_variables(self, store):
+        seen_as(self, self.class_before).save_own_variables(store)
+
+    def load_own_variables(self, store):
+        seen_as(self, self.class_before).load_own_variables(store)
+
+    def quantize(self, *args, **kwargs):
+        raise ValueError(
+            f"{self.name!r} holds the adapters of an AdapterBank. Call "
+            f"{self.lora.taken_off_by} first, quantize, and make the bank anew."
+        )
+
+
+@functools.cache
+def banked_class(cls):
+    """The class of a layer while it is in a bank: under its own class's name."""
+    own = cls if issubclass(cls, LoRALayer) else lora_class_of(cls)
+    attributes = {"__module__": cls.__module__, "class_before": cls}
+    banked = type(cls.__name__, (Banked, own), attributes)
+    package, _, name = keras.saving.get_registered_name(cls).rpartition(">")
+    if package:
+        for each in (banked, cls):  # a file's name for it means the class before
+            keras.saving.register_keras_serializable(package, name)(each)
+    return banked
+
+
+def bank_layer(layer, adapters):
+    change_class(layer, banked_class(type(layer)))
+    vars(layer)["lora"] = adapters
+
+
+def unbank_layer(layer):
+    vars(layer).pop("lora", None)
+    change_class(layer, type(layer).class_before)

@@ -1,0 +1,98 @@
+"""The layers of a bank: what room each has, and what an adapter writes into it."""
+
+import numpy as np
+from keras import ops
+
+from keras_lora.layers.torch_layout import to_numpy
+from keras_lora.serving.banked import BankAdapters
+from keras_lora.serving.banked import bank_layer
+from keras_lora.serving.banked import unbank_layer
+from keras_lora.serving.reading import as_host
+from keras_lora.serving.slots import Slots
+
+
+class Hosts:
+    """The layers of a model, and those among them that hold the bank's adapters.
+
+    Attributes:
+        paths: Path -> layer, all.
+        layers: Path -> layer, those.
+    """
+
+    def __init__(self, paths, choice, count):
+        self.paths, self.choice, self.count = paths, choice, count
+        self.layers = {}
+
+    def take(self, path, layer, rank, with_gain):
+        """The layer holds the bank's adapters from now on."""
+        host = as_host(layer)
+        form = host.low_rank_form(rank)
+        bias = getattr(layer, "bias", None)
+        bias_shape = gain_shape = None
+        if bias is not None:
+            bias_shape = laid_out(host.over_outputs, np.zeros(bias.shape)).shape
+        if with_gain:
+            gain_shape = laid_out(
+                form.over_outputs, np.ones(outputs_of(host, form))
+            ).shape
+        slots = Slots(self.count, form, bias_shape, gain_shape, layer.variable_dtype)
+        slots.rank = rank
+        bank_layer(layer, BankAdapters(self.choice, form, slots, path))
+        self.layers[path] = layer
+        # Its functions know the layer that it is now.
+        layer.lora.form = layer.low_rank_form(rank)
+        return slots
+
+    def release(self):
+        for layer in self.layers.values():
+            unbank_layer(layer)
+        self.layers = {}
+
+    def prepared(self, found) -> dict:
+        """{path: what `Slots.write` takes} of an adapter; a ValueError without room."""
+        no_room, prepared = {}, {}
+        for path, values in found.items():
+            layer = self.layers.get(path)
+            if layer is None:
+                no_room[path] = "the layer is none of the bank's"
+                continue
+            slots, own = layer.lora.slots, {}
+            if values.rank > slots.rank:
+                no_room[path] = f"rank {values.rank}, there is room for {slots.rank}"
+            elif values.gain is not None and slots.gain is None:
+                no_room[path] = "DoRA's lengths"
+            else:
+                if values.a is not None:
+                    form = layer.low_rank_form(values.rank)
+                    own["a"], own["b"] = form.widened(
+                        values.a, values.b, values.rank, layer.form
+                    )
+                if values.gain is not None:
+                    own["gain"] = laid_out(layer.form.over_outputs, values.gain)
+                if values.bias is not None:
+                    own["bias"] = laid_out(layer.over_outputs, values.bias)
+                prepared[path] = own
+        if no_room:
+            reasons = "; ".join(f"{path!r}: {why}" for path, why in no_room.items())
+            raise ValueError(
+                f"The bank has no room for this adapter at {reasons}. Make the bank "
+                "with this adapter, or with `target` and `max_rank` that reach so far."
+            )
+        return prepared
+
+    def write(self, slot, prepared):
+        """Writes one adapter; layers that it leaves out get the base model's."""
+        for path, layer in self.layers.items():
+            layer.lora.slots.write(slot, **prepared.get(path, {}))
+
+
+def outputs_of(host, form):
+    """The shape of the kernel's axes that are not summed over."""
+    return [
+        n for axis, n in enumerate(host.kernel_shape) if axis not in form.input_axes
+    ]
+
+
+def laid_out(function, value):
+    """A bias or gain as it is combined with outputs."""
+    return to_numpy(function(ops.convert_to_tensor(value.astype("float32"))))

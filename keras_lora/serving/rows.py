@@ -1,0 +1,143 @@
+"""Which adapter the rows of a call use."""
+
+import contextlib
+import threading
+
+import keras
+from keras import ops
+
+from keras_lora.keras_internals.layers import unlocked
+
+# What a layer's leading axis is: that of the batch, or a longer one in which each row
+# comes several times in a row, or all rows several times.
+ROWS, REPEAT, TILE = "rows", "repeat", "tile"
+
+
+class OneForAll:
+    """One slot, a scalar variable, for all rows."""
+
+    def __init__(self, slot):
+        self.slot = slot
+
+    def seen_by(self, adapters, size):
+        return self
+
+    def bypass(self, form, inputs, a, b):
+        a, b = (ops.take(stack, self.slot, axis=0) for stack in (a, b))
+        if not form.looks_up:
+            dtype = keras.backend.standardize_dtype(inputs.dtype)
+            a, b = ops.cast(a, dtype), ops.cast(b, dtype)
+        return form.bypass(inputs, a, b)
+
+    def over(self, stack, ndim):
+        """A value for each slot, laid out to be combined with outputs."""
+        return ops.take(stack, self.slot, axis=0)
+
+
+class RowByRow:
+    """Row i uses slots[i]."""
+
+    def __init__(self, slots):
+        self.slots = slots
+
+    def seen_by(self, adapters, size):
+        """The same for a layer that sees the rows in another form.
+
+        Args:
+            adapters: The layer's.
+            size: Of the leading axis of its inputs, a number or a tensor.
+        """
+        if adapters.leading is None:
+            raise ValueError(
+                f"It is not known yet what the leading axis of {adapters.name!r} is. "
+                "Call the bank once, with real inputs and outside of other functions: "
+                'bank({"inputs": ..., "adapter": ...}).'
+            )
+        rows = ops.shape(self.slots)[0]
+        if adapters.leading == ROWS:
+            assert_equal(size, rows, adapters.name)
+            return self
+        place = ops.arange(size)
+        if adapters.leading == REPEAT:
+            place = ops.floor_divide(place, ops.floor_divide(size, rows))
+        else:
+            place = ops.mod(place, rows)
+        return RowByRow(ops.take(self.slots, place))
+
+    def bypass(self, form, inputs, a, b):
+        return form.bypass_by_row(inputs, a, b, self.slots)
+
+    def over(self, stack, ndim):
+        """As in OneForAll; a value starts with the outputs' first axis, of size 1,
+        or has fewer axes."""
+        value = ops.take(stack, self.slots, axis=0)
+        shape = value.shape[1:]
+        shape = ((1,) * (ndim - len(shape)) + tuple(shape))[1:]
+        return ops.reshape(value, (-1, *shape))
+
+
+def assert_equal(size, rows, name):
+    """The leading axis of a layer's inputs is that of the ids, and not guessed."""
+    message = (
+        f"{name!r} gets another number of rows than there are adapters for: one name "
+        "or id for each row of the batch."
+    )
+    if isinstance(size, int) and isinstance(rows, int):
+        if size != rows:
+            raise ValueError(f"{message} Received: {size} rows, {rows} adapters.")
+    elif keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        tf.debugging.assert_equal(size, rows, message)
+
+
+class Choice(keras.layers.Layer):
+    """What the layers of a bank ask: which slots do the rows of this call use?
+
+    While the bank is called, those of its ids: a value of the thread that calls or
+    traces it. Else those of `rows`, a variable that is there inside of `bank.rows`;
+    else the one of `active`, for all rows.
+    """
+
+    probe = None  # what looks at the layers' inputs, while it does
+
+    def __init__(self):
+        super().__init__(dtype="float32", trainable=False)
+        self.active = self.slots_variable((), "active")
+        self._of = {}  # number of rows -> variable
+        self.rows = None
+        self.all_known = False  # what every layer's leading axis is
+        self._local = threading.local()
+        self.built = True
+
+    def slots_variable(self, shape, name):
+        return self.add_weight(
+            name=name,
+            shape=shape,
+            initializer="zeros",
+            dtype="int32",
+            trainable=False,
+            autocast=False,
+        )
+
+    def set_rows(self, count):
+        """From now on there are rows of a number; None: one slot for all."""
+        if count is not None and count not in self._of:
+            with unlocked(self):
+                self._of[count] = self.slots_variable((count,), f"rows_{count}")
+        self.rows = None if count is None else self._of[count]
+
+    def now(self):
+        slots = getattr(self._local, "slots", None)
+        if slots is None:
+            slots = self.rows
+        return OneForAll(self.active) if slots is None else RowByRow(slots)
+
+    @contextlib.contextmanager
+    def using(self, slots):
+        before = getattr(self._local, "slots", None)
+        self._local.slots = slots
+        try:
+            yield
+        finally:
+            self._local.slots = before

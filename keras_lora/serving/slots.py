@@ -1,0 +1,76 @@
+"""The factors of all adapters of one layer, side by side."""
+
+import math
+
+import keras
+import numpy as np
+from keras import ops
+
+BASE = 0  # the slot of the base model: zeros
+
+
+class Slots(keras.layers.Layer):
+    """Stacked variables, of which each adapter has a slot.
+
+        A   (slots, *A's shape)   padded with zeros to the highest rank
+        B   (slots, *B's shape)   scaling * B
+        bias, gain                as they are combined with outputs; where needed
+
+    The first slot is the base model's: zeros, and 1 for the gain. The last holds NaN
+    in B, for ids that name nothing.
+
+    Args:
+        count: How many slots.
+        form: The layer's, at the highest rank.
+        bias_shape: Laid out over the outputs; None: no bias is kept.
+        gain_shape: Likewise.
+        dtype: That of the layer's variables, float32 at least.
+    """
+
+    def __init__(self, count, form, bias_shape, gain_shape, dtype):
+        super().__init__(
+            dtype="float64" if dtype == "float64" else "float32", trainable=False
+        )
+        self.count = count
+        self.bias = self.gain = None
+        self.a = self._stack("a", form.a_shape)
+        self.b = self._stack("b", form.b_shape)
+        self.write(count - 1, b=np.nan)
+        if bias_shape is not None:
+            self.bias = self._stack("bias", bias_shape)
+        if gain_shape is not None:
+            self.gain = self._stack("gain", gain_shape, "ones")
+        self.built = True
+
+    def _stack(self, name, shape, initializer="zeros"):
+        return self.add_weight(
+            name=name,
+            shape=(self.count, *shape),
+            initializer=initializer,
+            trainable=False,
+            autocast=False,
+        )
+
+    def stacks(self) -> dict:
+        found = {"a": self.a, "b": self.b, "bias": self.bias, "gain": self.gain}
+        return {name: stack for name, stack in found.items() if stack is not None}
+
+    def write(self, slot, **values):
+        """Values for one slot; what is not named gets the base model's."""
+        for name, stack in self.stacks().items():
+            value = values.get(name, 1 if name == "gain" else 0)
+            write_slot(stack, slot, np.broadcast_to(value, stack.shape[1:]))
+
+    def bytes_per_adapter(self):
+        size = sum(math.prod(stack.shape[1:]) for stack in self.stacks().values())
+        return size * (8 if self.variable_dtype == "float64" else 4)
+
+
+def write_slot(stack, slot, value):
+    """stack[slot] = value; threads that read see the old values or the new ones."""
+    value = ops.convert_to_tensor(np.ascontiguousarray(value, stack.dtype))
+    if keras.backend.backend() == "tensorflow":
+        stack.value[slot].assign(value)  # in place
+        return
+    start = [slot] + [0] * (len(stack.shape) - 1)
+    stack.assign(ops.slice_update(stack.value, start, value[None]))
