@@ -22,10 +22,15 @@ from keras_lora.serving.arguments import named
 from keras_lora.serving.arguments import refuse_adapters
 from keras_lora.serving.compiled import CompiledFunctions
 from keras_lora.serving.directory import Directory
+from keras_lora.serving.export import export_by_id
+from keras_lora.serving.export import export_by_name
+from keras_lora.serving.export import specs_of
+from keras_lora.serving.export import swap_arrays
 from keras_lora.serving.hosts import Hosts
 from keras_lora.serving.leading_axis import as_rows
 from keras_lora.serving.leading_axis import find_leading_axes
 from keras_lora.serving.leading_axis import made_inputs
+from keras_lora.serving.leading_axis import specs_in
 from keras_lora.serving.reading import read
 from keras_lora.serving.rows import Choice
 
@@ -107,6 +112,7 @@ class AdapterBank(keras.Model):
                     rank = max([self.max_rank, *ranks])
                     self.slots.append(self.hosts.take(path, layer, rank, with_gain))
             find_leading_axes(self, made_inputs(model))
+            self.hosts.input_specs = specs_of(specs_in(model))
             for name, values in found.items():
                 self._put(name, named(name, self.hosts.prepared, values))
             undo.pop_all()
@@ -158,6 +164,8 @@ class AdapterBank(keras.Model):
             except Exception:  # a value of a function that is being traced
                 return
             find_leading_axes(self, [inputs], raising=True)
+            if self.hosts.input_specs is None:
+                self.hosts.input_specs = specs_of(inputs)
 
     def predict(self, x, *args, **kwargs):
         if isinstance(x, Mapping) and "inputs" in x:
@@ -193,16 +201,19 @@ class AdapterBank(keras.Model):
         checked_adapters({name: adapter}, None)
         with self._changes:
             self.directory.refuse_if_full(name)
-            values = named(
-                name,
-                read,
-                self.model,
-                self.hosts.paths,
-                adapter,
-                self.names_given,
-                self.max_rank,
-            )
-            self._put(name, named(name, self.hosts.prepared, values))
+            self._put(name, self._prepared(name, adapter))
+
+    def _prepared(self, name, adapter):
+        values = named(
+            name,
+            read,
+            self.model,
+            self.hosts.paths,
+            adapter,
+            self.names_given,
+            self.max_rank,
+        )
+        return named(name, self.hosts.prepared, values)
 
     def _put(self, name, prepared):
         self.hosts.write(self.directory.free_slot(), prepared)
@@ -272,6 +283,50 @@ class AdapterBank(keras.Model):
         refuse_while_running(self.model)
         self.hosts.release()
         take_compiled_functions(holders(self.model))
+
+    # Artefacts.
+
+    def export(self, path, format="tf_saved_model", **kwargs):
+        """Writes one artefact that serves all adapters and needs no keras_lora.
+
+        A SavedModel's `serve(inputs, adapter)` takes names as strings, one for each
+        row: b"" is the base model, an unknown name an InvalidArgumentError. The
+        signature "serving_default" takes the same by name: "adapter" beside the
+        model's inputs, which are called by their keys, or "inputs". The signature
+        "swap" replaces one adapter in the loaded artefact; `swap_inputs` says what to
+        feed it. Other formats take ids, those of `bank.ids` now, as "adapter".
+
+        Args:
+            path: Where to write, as in `keras_lora.export`.
+            format: "tf_saved_model", or another format of `keras.Model.export`.
+            kwargs: Of `keras.Model.export`, for other formats.
+
+        Raises:
+            ValueError: If a SavedModel is asked for on another backend than
+                TensorFlow, or a subclassed model's inputs are not known.
+            OSError: If the artefact cannot be written.
+        """
+        if self.hosts.input_specs is None:
+            raise ValueError(
+                "The model does not say what its inputs are. Call the bank once: "
+                'bank({"inputs": ..., "adapter": ...}).'
+            )
+        if format == "tf_saved_model":
+            export_by_name(self, path)
+        else:
+            export_by_id(self, super().export, path, format=format, **kwargs)
+
+    def swap_inputs(self, name: str, adapter) -> dict:
+        """What the artefact's signature "swap" takes to give a name another adapter.
+
+        >>> swap = tf.saved_model.load(path).signatures["swap"]  # doctest: +SKIP
+        >>> swap(**bank.swap_inputs("french", "adapters/fr-2"))  # doctest: +SKIP
+        """
+        checked_adapters({name: adapter}, None)
+        arrays = swap_arrays(self, self._prepared(name, adapter))
+        return {name: ops.convert_to_tensor(x) for name, x in arrays.items()} | {
+            "adapter": ops.convert_to_tensor(name)
+        }
 
     def get_config(self):
         raise ValueError(

@@ -17,11 +17,12 @@ class Hosts:
     Attributes:
         paths: Path -> layer, all.
         layers: Path -> layer, those.
+        input_specs: Shapes and dtypes of the model's inputs; None: not known yet.
     """
 
     def __init__(self, paths, choice, count):
         self.paths, self.choice, self.count = paths, choice, count
-        self.layers = {}
+        self.layers, self.input_specs = {}, None
 
     def take(self, path, layer, rank, with_gain):
         """The layer holds the bank's adapters from now on."""

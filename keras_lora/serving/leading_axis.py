@@ -135,13 +135,18 @@ def as_rows(array):
     return array[np.arange(COUNT) % len(array)]
 
 
+def specs_in(model):
+    """What a model says of its inputs; None: a subclassed one does not."""
+    try:
+        return model.inputs[0] if isinstance(model, keras.Sequential) else model.input
+    except (AttributeError, ValueError):
+        return None
+
+
 def made_inputs(model):
     """Three rows that fit a model's inputs, for each guess of what they leave open."""
-    try:
-        specs = model.inputs[0] if isinstance(model, keras.Sequential) else model.input
-    except (AttributeError, ValueError):  # a subclassed model has none
-        return
-    for size in OPEN_SIZES:
+    specs = specs_in(model)
+    for size in OPEN_SIZES if specs is not None else ():
         random = np.random.default_rng(0)
         yield keras.tree.map_structure(
             lambda spec, size=size, random=random: made(spec, size, random), specs

@@ -57,9 +57,10 @@ class RowByRow:
         if adapters.leading == ROWS:
             assert_equal(size, rows, adapters.name)
             return self
-        place = ops.arange(size)
+        place, rows = ops.arange(size), ops.maximum(rows, 1)  # 0 in an empty batch
         if adapters.leading == REPEAT:
-            place = ops.floor_divide(place, ops.floor_divide(size, rows))
+            times = ops.maximum(ops.floor_divide(size, rows), 1)
+            place = ops.floor_divide(place, times)
         else:
             place = ops.mod(place, rows)
         return RowByRow(ops.take(self.slots, place))

@@ -1,7 +1,5 @@
 """The factors of all adapters of one layer, side by side."""
 
-import math
-
 import keras
 import numpy as np
 from keras import ops
@@ -9,7 +7,17 @@ from keras import ops
 BASE = 0  # the slot of the base model: zeros
 
 
-class Slots(keras.layers.Layer):
+class Stacks:
+    """What a banked layer reads."""
+
+    a = b = bias = gain = None
+
+    def stacks(self) -> dict:
+        found = {"a": self.a, "b": self.b, "bias": self.bias, "gain": self.gain}
+        return {name: stack for name, stack in found.items() if stack is not None}
+
+
+class Slots(Stacks, keras.layers.Layer):
     """Stacked variables, of which each adapter has a slot.
 
         A   (slots, *A's shape)   padded with zeros to the highest rank
@@ -32,7 +40,6 @@ class Slots(keras.layers.Layer):
             dtype="float64" if dtype == "float64" else "float32", trainable=False
         )
         self.count = count
-        self.bias = self.gain = None
         self.a = self._stack("a", form.a_shape)
         self.b = self._stack("b", form.b_shape)
         self.write(count - 1, b=np.nan)
@@ -51,24 +58,25 @@ class Slots(keras.layers.Layer):
             autocast=False,
         )
 
-    def stacks(self) -> dict:
-        found = {"a": self.a, "b": self.b, "bias": self.bias, "gain": self.gain}
-        return {name: stack for name, stack in found.items() if stack is not None}
+    def rows(self, **values) -> dict:
+        """Name -> what one slot holds; what is not named gets the base model's."""
+        base = {"gain": 1.0}
+        return {
+            name: np.ascontiguousarray(
+                np.broadcast_to(values.get(name, base.get(name, 0.0)), stack.shape[1:]),
+                self.variable_dtype,
+            )
+            for name, stack in self.stacks().items()
+        }
 
     def write(self, slot, **values):
-        """Values for one slot; what is not named gets the base model's."""
-        for name, stack in self.stacks().items():
-            value = values.get(name, 1 if name == "gain" else 0)
-            write_slot(stack, slot, np.broadcast_to(value, stack.shape[1:]))
-
-    def bytes_per_adapter(self):
-        size = sum(math.prod(stack.shape[1:]) for stack in self.stacks().values())
-        return size * (8 if self.variable_dtype == "float64" else 4)
+        for name, row in self.rows(**values).items():
+            write_slot(self.stacks()[name], slot, row)
 
 
 def write_slot(stack, slot, value):
     """stack[slot] = value; threads that read see the old values or the new ones."""
-    value = ops.convert_to_tensor(np.ascontiguousarray(value, stack.dtype))
+    value = ops.convert_to_tensor(value)
     if keras.backend.backend() == "tensorflow":
         stack.value[slot].assign(value)  # in place
         return

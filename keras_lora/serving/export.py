@@ -1,0 +1,181 @@
+"""One artefact that serves all adapters of a bank."""
+
+import contextlib
+import re
+
+import keras
+
+from keras_lora.models.atomic import replacing
+from keras_lora.models.export import assert_replaceable
+from keras_lora.serving.slots import Stacks
+
+
+def export_by_name(bank, path):
+    """Writes a SavedModel whose functions take names of adapters as strings.
+
+    The model's weights stand in it once, and the factors of the adapters that are in
+    the bank, without its free slots.
+    """
+    if keras.backend.backend() != "tensorflow":
+        raise ValueError(
+            "A bank is exported on the TensorFlow backend, which looks up names. "
+            f"Received: backend {keras.backend.backend()!r}. The adapters' folders and "
+            "the model's file make the same bank there."
+        )
+    import tensorflow as tf
+
+    assert_replaceable(path, "tf_saved_model")
+    specs, adapters = bank.hosts.input_specs, bank.names
+    flat = {spec.name: spec for spec in keras.tree.flatten(specs)}
+    artefact = tf.Module()
+    artefact.table = table = table_of(adapters)
+    with traced_alone(bank) as stacks:
+        artefact.held = [variable.value for variable in bank.model.variables]
+        artefact.stacks = [list(own.values()) for own in stacks.values()]
+
+        def serve(inputs, adapter):
+            with bank.choice.using(slots_in(table, adapter, adapters)):
+                return bank.model(inputs, training=False)
+
+        def serving_default(adapter, **inputs):
+            values = [inputs[name] for name in flat]
+            inputs = keras.tree.pack_sequence_as(specs, values)
+            outputs = keras.tree.flatten(serve(inputs, adapter))
+            return {f"output_{place}": value for place, value in enumerate(outputs)}
+
+        def swap(adapter, **arrays):
+            slot = slots_in(table, adapter[None], adapters, lowest=1)[0]
+            for key, name in swap_names(bank).items():
+                path, factor = key
+                stacks[path][factor][slot].assign(arrays[name])
+            return {"adapter": adapter}
+
+        def spec(like, name=None, shape=None):
+            shape = like.shape if shape is None else shape
+            return tf.TensorSpec(shape, like.dtype, name)
+
+        names = tf.TensorSpec([None], tf.string, "adapter")
+        nested = keras.tree.map_structure(spec, specs)
+        artefact.serve = tf.function(serve, input_signature=[nested, names])
+        signatures = {
+            "serving_default": tf.function(serving_default).get_concrete_function(
+                adapter=names, **{name: spec(x, name) for name, x in flat.items()}
+            ),
+            "swap": tf.function(swap).get_concrete_function(
+                adapter=tf.TensorSpec([], tf.string, "adapter"),
+                **{
+                    name: spec(
+                        stacks[path][factor], name, stacks[path][factor].shape[1:]
+                    )
+                    for (path, factor), name in swap_names(bank).items()
+                },
+            ),
+        }
+        with replacing(path) as new:
+            tf.saved_model.save(artefact, str(new), signatures=signatures)
+
+
+def export_by_id(bank, export, path, **kwargs):
+    """Writes a bank as Keras does a model, with ids as an input.
+
+    export: Keras's own.
+    """
+    assert_replaceable(path, kwargs["format"])
+    ids = keras.InputSpec(shape=(None,), dtype="int32", name="adapter")
+    data = {"inputs": bank.hosts.input_specs, "adapter": ids}
+    kwargs = {"verbose": False, "input_signature": [data], **kwargs}
+    with replacing(path) as new:
+        export(str(new), **kwargs)
+
+
+def swap_names(bank) -> dict:
+    """{(path, factor): input of "swap"}, which TensorFlow wants to be a word."""
+    names = {}
+    for path, layer in bank.hosts.layers.items():
+        for factor in layer.lora.slots.stacks():
+            name = f"{re.sub('[^A-Za-z0-9]', '_', path)}_{factor}"
+            while name in names.values():
+                name += "_"
+            names[path, factor] = name
+    return names
+
+
+def swap_arrays(bank, prepared) -> dict:
+    """{input of "swap": array}: the layers that an adapter leaves out are the base."""
+    rows = {
+        path: layer.lora.slots.rows(**prepared.get(path, {}))
+        for path, layer in bank.hosts.layers.items()
+    }
+    return {
+        name: rows[path][factor] for (path, factor), name in swap_names(bank).items()
+    }
+
+
+@contextlib.contextmanager
+def traced_alone(bank):
+    """The layers read stacks of the bank's adapters alone; yields them by path."""
+    import tensorflow as tf
+
+    directory, hosts = bank.directory, bank.hosts.layers
+    order = [directory.slot_of[name] for name in (None, *bank.names)]
+    before = {path: layer.lora.slots for path, layer in hosts.items()}
+    found = {}
+    try:
+        for path, layer in hosts.items():
+            own = {
+                factor: tf.Variable(tf.gather(stack.value, order), trainable=False)
+                for factor, stack in before[path].stacks().items()
+            }
+            found[path] = own
+            layer.lora.slots = stand_in = Stacks()
+            vars(stand_in).update(own, variable_dtype=before[path].variable_dtype)
+        yield found
+    finally:
+        for path, layer in hosts.items():
+            layer.lora.slots = before[path]
+
+
+def table_of(names):
+    """From the names in an artefact to their slots in it; -1 for others."""
+    import tensorflow as tf
+
+    return tf.lookup.StaticHashTable(
+        tf.lookup.KeyValueTensorInitializer(
+            tf.constant(["", *names]), tf.range(len(names) + 1)
+        ),
+        default_value=-1,
+    )
+
+
+def slots_in(table, adapters, names, lowest=0):
+    """The slots of names; an InvalidArgumentError for one that is not known."""
+    import tensorflow as tf
+
+    found = table.lookup(adapters)
+    unknown = tf.boolean_mask(adapters, found < lowest)
+    check = tf.debugging.Assert(
+        tf.equal(tf.size(unknown), 0),
+        ["There is no adapter", unknown, f"There are: {', '.join(map(repr, names))}."],
+    )
+    with tf.control_dependencies([check]):
+        return tf.identity(found)
+
+
+def specs_of(inputs):
+    """What a bank remembers of a model's inputs: shapes with the batch open.
+
+    An input is called by its key, or "inputs"; without keys "inputs_0" and so on.
+    """
+    if inputs is None:
+        return None
+    found = keras.tree.flatten_with_path(inputs)
+    specs = []
+    for path, x in found:
+        name = "_".join(str(part) for part in path)
+        if not isinstance(inputs, dict):
+            name = "inputs" if len(found) == 1 else f"inputs_{name}"
+        dtype = keras.backend.standardize_dtype(x.dtype)
+        specs.append(
+            keras.InputSpec(shape=(None, *x.shape[1:]), dtype=dtype, name=name)
+        )
+    return keras.tree.pack_sequence_as(inputs, specs)
