@@ -12,6 +12,7 @@ import torch
 import transformers
 from layer_cases import fill
 from layer_cases import to_numpy
+from name_tables import NAME_TABLES
 from their_models import BERT
 from their_models import GEMMA
 from their_models import GPT2
@@ -200,7 +201,7 @@ def test_the_files_own_fan_in_fan_out_decides(names, tmp_path):
     settings["fan_in_fan_out"] = True
     adapted = saved_by_peft(module, tmp_path / "theirs", **settings)
     if names == "function":
-        table = keras_lora.files.names.NAME_TABLES["gpt2"]
+        table = NAME_TABLES["gpt2"]
         names = lambda path: table(path)  # noqa: E731
     keras_lora.load_adapter(model, tmp_path / "theirs", names=names)
     close(labels(model), theirs(adapted))

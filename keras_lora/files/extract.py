@@ -64,8 +64,8 @@ def extract_adapter(
                 )
     paths = layer_paths(base_model)
     path_of = {id(layer): path for path, layer in paths.items()}
-    base = module_names(paths, names)
-    tuned = module_names(layer_paths(tuned_model), names)
+    base = module_names(paths, names, base_model)
+    tuned = module_names(layer_paths(tuned_model), names, tuned_model)
     adapters, updates, beside, errors = {}, {}, [], {}
     for module, (layer, variables) in paired_layers(base, tuned).items():
         changed = {v.name: (v, other) for v, other in variables if differ(v, other)}

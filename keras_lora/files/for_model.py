@@ -5,12 +5,13 @@ import dataclasses
 import difflib
 import math
 
-import numpy as np
-
 from keras_lora.files.contents import factors_of
 from keras_lora.files.slices import fused_modules
+from keras_lora.files.slices import inputs_in_order
 from keras_lora.files.slices import outputs_axis
+from keras_lora.files.slices import rows_of
 from keras_lora.files.slices import slices_of
+from keras_lora.files.slices import total_of
 from keras_lora.files.slices import without_slice
 from keras_lora.files.tensors import suffixes
 from keras_lora.layers.kinds import lora_class_of
@@ -107,15 +108,19 @@ def split_others(file):
             if key.endswith(".base_layer.weight"):
                 continue  # PEFT repeats a targeted head
             axis = outputs_axis(value, file.inputs_first)
-            if value.shape[axis] % count:
+            names, places = slices_of(module, count), file.modules.places
+            total = total_of(names, value.shape[axis] // count, places)
+            if value.shape[axis] != total:
                 raise ValueError(
                     f"The tensor {key!r} has shape {value.shape}, which does not "
                     f"divide into {count} slices."
                 )
-            parts = np.split(value, count, axis)
-            for part, values in zip(slices_of(module, count), parts, strict=True):
+            if value.ndim > 1:
+                value = inputs_in_order(value, names, places, 1 - axis, inverse=True)
+            for part in names:
                 infix = ".base_layer" if part in file.factors else ""
-                file.others[f"{part}{infix}.{name}"] = values
+                rows = rows_of(part, total, places)
+                file.others[f"{part}{infix}.{name}"] = value.take(rows, axis)
 
 
 def refuse_unknown_modules(factors, modules):

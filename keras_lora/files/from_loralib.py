@@ -70,7 +70,7 @@ def load_loralib(
             "`state_dict` must be what `loralib.lora_state_dict(model)` returns, or a "
             f"file of it. Received: {type(state_dict).__name__}."
         )
-    modules = module_names(layer_paths(model), names)
+    modules = module_names(layer_paths(model), names, model)
     arrays = {key: as_array(key, value) for key, value in state_dict.items()}
     tensors, ranks = {}, {}
     for key in [key for key in arrays if key.endswith(".lora_A")]:

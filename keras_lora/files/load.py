@@ -52,7 +52,8 @@ def load_adapter(
         model: A Keras model that is built.
         directory: Folder with adapter_config.json and adapter_model.safetensors,
             or an `Adapter`.
-        names: As in `save_adapter`.
+        names: As in `save_adapter`. For "transformers" the file says the prefix and
+            whether its names are those before transformers 5.
         trainable: Boolean, whether the adapter goes on training.
 
     Returns:
@@ -66,7 +67,7 @@ def load_adapter(
     """
     adapter = directory if isinstance(directory, Adapter) else Adapter.read(directory)
     paths = layer_paths(model)
-    file = contents(adapter, module_names(paths, names), names)
+    file = contents(adapter, module_names(paths, names, model, adapter), names)
     refuse_tied_head(model, names, file.adapted | file.heads)
     layers, notes = {"": model, **paths}, []
     if any(map(is_adapted, layers.values())):

@@ -1,136 +1,39 @@
 """Names of another framework for the layers of a model."""
 
+import collections
 import difflib
-import re
 from collections.abc import Callable
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import keras
+import numpy as np
 
+from keras_lora.files.families import TRANSFORMERS_4
+from keras_lora.files.families import family
 from keras_lora.models.targets import output_layers
 
 
-class NameTable(NamedTuple):
-    """The same architecture in KerasHub and in Hugging Face transformers.
+class Modules(dict):
+    """Module -> layer.
 
     Attributes:
-        prefix: Where transformers' task models keep the backbone.
-        backbone: Expression for a path in the KerasHub backbone -> module.
-        task: Likewise for what a task adds to its backbone.
-        fan_in_fan_out: Whether the modules keep their weights as (in, out).
+        places: {module: Place} for layers that are not a whole module in its order.
+        inputs_first: The modules that keep their weights as (in, out).
+        unnamed: The modules that have no counterpart, if another framework's are
+            derived: they are called by their path.
     """
 
-    prefix: str
-    backbone: Mapping
-    task: Mapping
-    fan_in_fan_out: bool = False
-
-    def __call__(self, path):
-        for rule, module in self.task.items():
-            if re.fullmatch(rule, path):
-                return re.sub(rule, module, path)
-        for rule, module in self.backbone.items():
-            match = re.fullmatch(rf"(.+/)?{rule}", path)
-            if match:
-                prefix = self.prefix if match[1] else ""
-                return prefix + re.sub(rf"(?:.+/)?{rule}", module, path)
-        return None
+    def __init__(self, layers=(), places=(), inputs_first=(), unnamed=()):
+        super().__init__(layers)
+        self.places = dict(places)
+        self.inputs_first = set(inputs_first)
+        self.unnamed = set(unnamed)
 
 
-LAYER, BLOCK = r"transformer_layer_(\d+)/", r"decoder_block_(\d+)/"
-NAME_TABLES = {
-    "bert": NameTable(
-        prefix="bert.",
-        backbone={
-            "token_embedding": "embeddings.word_embeddings",
-            "position_embedding": "embeddings.position_embeddings",
-            "segment_embedding": "embeddings.token_type_embeddings",
-            "embeddings_layer_norm": "embeddings.LayerNorm",
-            rf"{LAYER}self_attention_layer/(query|key|value)": (
-                r"encoder.layer.\1.attention.self.\2"
-            ),
-            rf"{LAYER}self_attention_layer/attention_output": (
-                r"encoder.layer.\1.attention.output.dense"
-            ),
-            rf"{LAYER}self_attention_layer_norm": (
-                r"encoder.layer.\1.attention.output.LayerNorm"
-            ),
-            rf"{LAYER}feedforward_intermediate_dense": (
-                r"encoder.layer.\1.intermediate.dense"
-            ),
-            rf"{LAYER}feedforward_output_dense": r"encoder.layer.\1.output.dense",
-            rf"{LAYER}feedforward_layer_norm": r"encoder.layer.\1.output.LayerNorm",
-            "pooled_dense": "pooler.dense",
-        },
-        task={"logits": "classifier"},
-    ),
-    "gpt2": NameTable(
-        prefix="transformer.",
-        backbone={
-            "token_embedding": "wte",
-            "position_embedding": "wpe",
-            rf"{LAYER}self_attention/query": r"h.\1.attn.c_attn[0/3]",
-            rf"{LAYER}self_attention/key": r"h.\1.attn.c_attn[1/3]",
-            rf"{LAYER}self_attention/value": r"h.\1.attn.c_attn[2/3]",
-            rf"{LAYER}self_attention/attention_output": r"h.\1.attn.c_proj",
-            rf"{LAYER}self_attention_layer_norm": r"h.\1.ln_1",
-            rf"{LAYER}feedforward_intermediate_dense": r"h.\1.mlp.c_fc",
-            rf"{LAYER}feedforward_output_dense": r"h.\1.mlp.c_proj",
-            rf"{LAYER}feedforward_layer_norm": r"h.\1.ln_2",
-            "layer_norm": "ln_f",
-        },
-        task={},
-        fan_in_fan_out=True,
-    ),
-    "llama": NameTable(
-        prefix="model.",
-        backbone={
-            "token_embedding": "embed_tokens",
-            rf"{LAYER}self_attention/query": r"layers.\1.self_attn.q_proj",
-            rf"{LAYER}self_attention/key": r"layers.\1.self_attn.k_proj",
-            rf"{LAYER}self_attention/value": r"layers.\1.self_attn.v_proj",
-            rf"{LAYER}self_attention/attention_output": (r"layers.\1.self_attn.o_proj"),
-            rf"{LAYER}feedforward_gate_dense": r"layers.\1.mlp.gate_proj",
-            rf"{LAYER}feedforward_intermediate_dense": r"layers.\1.mlp.up_proj",
-            rf"{LAYER}feedforward_output_dense": r"layers.\1.mlp.down_proj",
-            rf"{LAYER}self_attention_layernorm": r"layers.\1.input_layernorm",
-            rf"{LAYER}feedforward_layernorm": r"layers.\1.post_attention_layernorm",
-            "sequence_output_layernorm": "norm",
-        },
-        task={},
-    ),
-    "gemma": NameTable(
-        prefix="model.",
-        backbone={
-            "token_embedding": "embed_tokens",
-            rf"{BLOCK}pre_attention_norm": r"layers.\1.input_layernorm",
-            rf"{BLOCK}pre_ffw_norm": r"layers.\1.post_attention_layernorm",
-            "final_normalization": "norm",
-            rf"{BLOCK}attention/query": r"layers.\1.self_attn.q_proj",
-            rf"{BLOCK}attention/key": r"layers.\1.self_attn.k_proj",
-            rf"{BLOCK}attention/value": r"layers.\1.self_attn.v_proj",
-            rf"{BLOCK}attention/attention_output": (r"layers.\1.self_attn.o_proj"),
-            rf"{BLOCK}ffw_gating": r"layers.\1.mlp.gate_proj",
-            rf"{BLOCK}ffw_gating_2": r"layers.\1.mlp.up_proj",
-            rf"{BLOCK}ffw_linear": r"layers.\1.mlp.down_proj",
-        },
-        task={},
-    ),
-}
-
-
-def name_function(names: str | Mapping | Callable | None, paths) -> Callable:
+def name_function(names: Mapping | Callable | None, paths) -> Callable:
     """Path -> module, or None where the path itself is meant."""
     if names is None:
         return lambda path: None
-    if isinstance(names, str):
-        if names not in NAME_TABLES:
-            raise ValueError(
-                f"`names` must be one of {sorted(NAME_TABLES)}, a dict or a function. "
-                f"Received: names={names!r}."
-            )
-        return NAME_TABLES[names]
     if callable(names):
         return names
     unknown = [path for path in names if path not in paths]
@@ -142,16 +45,67 @@ def name_function(names: str | Mapping | Callable | None, paths) -> Callable:
     return names.get
 
 
-def module_names(paths, names) -> dict:
-    """Module -> layer."""
+def module_names(paths, names, model=None, adapter=None) -> Modules:
+    """Module -> layer.
+
+    model: what `paths` are of. adapter: the file that is read, if one is, whose names
+    may be those of an earlier transformers or have another prefix.
+    """
+    if isinstance(names, str):
+        return derived_names(paths, names, model, adapter)
     get = name_function(names, paths)
-    modules = {}
+    modules = Modules()
     for path, layer in paths.items():
         module = get(path) or path.replace("/", ".")
         if module in modules:
             raise ValueError(f"`names` gives two layers the name {module!r}.")
         modules[module] = layer
     return modules
+
+
+def derived_names(paths, names, model, adapter) -> Modules:
+    """As KerasHub's converters know them."""
+    found = family(model, paths, names)
+    if adapter is None:
+        named = found.written(since_5=names != TRANSFORMERS_4)
+    else:
+        named = found.read(adapter.tensors)
+    slices = collections.defaultdict(list)
+    for path, module in named.items():
+        slices[module].append(path)
+    modules = Modules()
+    for module, parts in slices.items():
+        places = {path: found.places[path] for path in parts if path in found.places}
+        rows = np.concatenate([[], *(place.rows for place in places.values())])
+        if len(rows) > len(np.unique(rows)):
+            continue  # one weight in two layers here: none of them has it alone
+        parts.sort(key=lambda path: min(places[path].rows) if places else 0)
+        is_whole = all(place.is_whole for place in places.values())
+        for index, path in enumerate(parts):
+            name = module if is_whole else f"{module}[{index}/{len(parts)}]"
+            modules[name] = paths[path]
+            if not is_whole:
+                modules.places[name] = places[path]
+            if places and places[path].inputs_first:
+                modules.inputs_first.add(name)
+    named = set(map(id, modules.values()))
+    for path, layer in paths.items():
+        if id(layer) not in named:
+            name = path.replace("/", ".")
+            name = f"/{path}" if name in modules else name
+            modules[name] = layer
+            modules.unnamed.add(name)
+    return modules
+
+
+def refuse_unnamed(modules, adapters):
+    """An adapter under a name that no module has is one that PEFT passes over."""
+    unnamed = sorted(modules.unnamed & adapters.keys())
+    if unnamed:
+        raise ValueError(
+            f"The layers {unnamed[:5]} have adapters and no module of their own in "
+            "transformers. Leave them out with `exclude`, or give `names` as a dict."
+        )
 
 
 def refuse_tied_head(model, names, layers):
@@ -170,8 +124,3 @@ def refuse_tied_head(model, names, layers):
                 "file says the same to both. Leave the embedding out, take the "
                 "backbone alone, or leave out `names` for a file of keras_lora's own."
             )
-
-
-def keeps_inputs_first(names) -> bool:
-    """Whether the table that is named says `fan_in_fan_out`."""
-    return isinstance(names, str) and NAME_TABLES[names].fan_in_fan_out

@@ -5,18 +5,19 @@ import itertools
 from collections.abc import Callable
 from collections.abc import Mapping
 
-import numpy as np
-
 from keras_lora.files.config import said_of
 from keras_lora.files.config import settings
 from keras_lora.files.folder import Adapter
-from keras_lora.files.names import keeps_inputs_first
 from keras_lora.files.names import module_names
 from keras_lora.files.names import refuse_tied_head
+from keras_lora.files.names import refuse_unnamed
 from keras_lora.files.slices import fuse
 from keras_lora.files.slices import fused_modules
+from keras_lora.files.slices import inputs_in_order
+from keras_lora.files.slices import joined
 from keras_lora.files.slices import outputs_axis
 from keras_lora.files.slices import slices_of
+from keras_lora.files.slices import total_of
 from keras_lora.files.slices import without_slice
 from keras_lora.files.tensors import file_alpha
 from keras_lora.files.tensors import kernel_to_tensor
@@ -50,17 +51,19 @@ def save_adapter(
         directory: Folder for the two files; other files in it stay.
         names: Module paths of another framework for the paths of this one
             (`keras_lora.summary` shows them): a dict, a function of the path, or
-            "bert", "gpt2", "llama" or "gemma" for a KerasHub model and its
-            transformers counterpart. Layers that are one module there share a
-            name: "qkv[0/3]" is the first third of its outputs. The default writes
-            dots for slashes.
+            "transformers" for a model of KerasHub, whose converters know its
+            counterpart there; "transformers4" writes the names that modules had
+            before transformers 5, and a family's name, such as "bert", refuses
+            models of others. Layers that are one module there share a name:
+            "qkv[0/3]" is the first third of its outputs. The default writes dots
+            for slashes.
         task_type: What PEFT is to make of the model, such as "SEQ_CLS" or
             "CAUSAL_LM"; the default is that of the file that was loaded, if any.
         base_model_name_or_path: Where PEFT finds the base model; likewise.
 
     Raises:
-        ValueError: If the model holds no LoRA layer, a factor is not finite, or two
-            layers get one name.
+        ValueError: If the model holds no LoRA layer, a factor is not finite, two
+            layers get one name, or KerasHub has no converter for the model.
     """
     given = {
         "task_type": task_type,
@@ -78,10 +81,9 @@ def adapter_of(model, names=None, trained=None) -> Adapter:
     that train beside them, or did.
     """
     paths = layer_paths(model)
-    modules = module_names(paths, names)
+    modules = module_names(paths, names, model)
     synchronize(model)
     built_lora_layers(model)
-    inputs_first = keeps_inputs_first(names)
     adapters = {module: layer for module, layer in modules.items() if is_adapted(layer)}
     tensors = {}
     for module, layer in adapters.items():
@@ -90,20 +92,19 @@ def adapter_of(model, names=None, trained=None) -> Adapter:
     if trained is None:
         trained = trained_beside(modules, adapters)
     changed = {module: modules[module] for module in [*adapters, *dict(trained)]}
+    refuse_unnamed(modules, adapters)
     refuse_tied_head(model, names, changed)
     use_rslora = all(layer.lora.use_rslora for layer in adapters.values())
     ranks = {module: layer.lora.file_rank for module, layer in adapters.items()}
     alphas = {m: file_alpha(layer, use_rslora) for m, layer in adapters.items()}
-    layout = fuse(tensors, ranks, alphas, use_rslora)
-    # What the table does not name, a head of one's own, is a Linear there.
-    unknown = {path.replace("/", ".") for path in paths} if inputs_first else ()
+    layout = fuse(tensors, ranks, alphas, use_rslora, modules.places)
     others = {
         (module, torch_name(modules[module], variable)): weight_to_tensor(
-            modules[module], variable, inputs_first and module not in unknown
+            modules[module], variable, module in modules.inputs_first
         )
         for module, variable in trained
     }
-    fuse_others(others, modules, inputs_first)
+    fuse_others(others, modules)
     for (module, name), value in others.items():
         infix = ".base_layer" if module in ranks else ""
         tensors[f"{module}{infix}.{name}"] = value
@@ -121,7 +122,7 @@ def adapter_of(model, names=None, trained=None) -> Adapter:
         modules_to_save=sorted(
             {module for module, _ in others} - ranks.keys() - biases
         ),
-        fan_in_fan_out=inputs_first,
+        fan_in_fan_out=bool(modules.inputs_first),
         **method_of(adapters),
     )
     starts = sorted(m for m, layer in adapters.items() if not layer.lora.in_files)
@@ -173,7 +174,7 @@ def trained_beside(modules, adapters):
     return trained
 
 
-def fuse_others(others, modules, inputs_first):
+def fuse_others(others, modules):
     """Biases and weights of slices become their module's, in place."""
     for module, count in fused_modules(modules).items():
         names = slices_of(module, count)
@@ -185,11 +186,25 @@ def fuse_others(others, modules, inputs_first):
                     f"for {missing}."
                 )
             untrained = {
-                name: weight_to_tensor(modules[name], variable, inputs_first)
+                name: weight_to_tensor(
+                    modules[name], variable, name in modules.inputs_first
+                )
                 for name in names
                 for variable in itertools.chain(*layer_state(modules[name]))
                 if torch_name(modules[name], variable) == weight
             }
-            parts = [others.pop((name, weight), untrained[name]) for name in names]
-            axis = outputs_axis(parts[0], inputs_first)
-            others[module, weight] = np.concatenate(parts, axis)
+            parts = {
+                name: others.pop((name, weight), untrained[name]) for name in names
+            }
+            first = parts[names[0]]
+            axis = outputs_axis(first, names[0] in modules.inputs_first)
+            total = total_of(names, first.shape[axis], modules.places)
+            if sum(part.shape[axis] for part in parts.values()) != total:
+                raise ValueError(
+                    f"The {weight} of {module!r} trains, of which the model has only a "
+                    "part."
+                )
+            value = joined(parts, total, modules.places, axis)
+            if value.ndim > 1:
+                value = inputs_in_order(value, names, modules.places, 1 - axis)
+            others[module, weight] = value

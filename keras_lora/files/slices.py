@@ -8,6 +8,9 @@ A fused module has one A for all slices, the layers here have one each:
 
 Both are exact. A value for each output, DoRA's m, is joined and sliced. What was
 stacked comes apart again: the file's metadata says the ranks of the slices.
+
+Slices whose outputs are not that equal part, in that order, have a Place that says
+which they are: `places`, {name: Place}. `module[0/1]` is a module in another order.
 """
 
 import re
@@ -61,31 +64,73 @@ def without_slice(name):
     return match[1] if match else name
 
 
-def fuse(tensors, ranks, alphas, use_rslora) -> dict:
+def rows_of(name, total, places):
+    """Which of its module's outputs a slice has."""
+    if name in places:
+        return places[name].rows
+    _, index, count = SLICE.fullmatch(name).groups()
+    size = total // int(count)
+    return np.arange(size) + int(index) * size
+
+
+def total_of(names, size, places):
+    """How many outputs a module has; size: of one of its slices."""
+    return places[names[0]].total if names[0] in places else size * len(names)
+
+
+def joined(parts, total, places, axis=0):
+    """The value of a module from those of its slices: {slice: value}."""
+    first = next(iter(parts.values()))
+    shape = list(first.shape)
+    shape[axis] = total
+    whole = np.zeros(shape, first.dtype)
+    for name, part in parts.items():
+        index = [slice(None)] * whole.ndim
+        index[axis] = rows_of(name, total, places)
+        whole[tuple(index)] = part
+    return whole
+
+
+def inputs_in_order(value, names, places, axis, inverse=False):
+    """A value with a module's inputs on an axis, from the order here or (inverse)
+    to it."""
+    columns = places[names[0]].columns if names[0] in places else None
+    if columns is None:
+        return value
+    return value.take(columns if inverse else np.argsort(columns), axis)
+
+
+def fuse(tensors, ranks, alphas, use_rslora, places=None) -> dict:
     """Puts the factors of slices together, in place: {module: ranks of its slices}."""
-    layout = {}
+    layout, places = {}, places or {}
     for module, count in fused_modules(ranks).items():
         names = slices_of(module, count)
-        for suffix in more_suffixes():
-            parts = [tensors.pop(name + suffix, None) for name in names]
-            if parts[0] is not None:
-                tensors[module + suffix] = np.concatenate(parts)
         own = [name for name in names if name in ranks]
         a, b = ([tensors.pop(name + suffix) for name in own] for suffix in LINEAR)
         size = b[0].shape[0]
-        if any(block.shape[0] != size for block in b):
+        if names[0] not in places and any(block.shape[0] != size for block in b):
             raise ValueError(f"The slices of {module!r} have outputs of several sizes.")
+        outputs = total_of(names, size, places)
+        for suffix in more_suffixes():
+            parts = {name: tensors.pop(name + suffix, None) for name in names}
+            if parts[names[0]] is not None:
+                tensors[module + suffix] = joined(parts, outputs, places)
         scaling = [alphas[name] / divisor(ranks[name], use_rslora) for name in own]
         b = [block * (s / scaling[0]) for block, s in zip(b, scaling, strict=True)]
         shared = len(own) == count and all(np.array_equal(a[0], other) for other in a)
         if shared:
-            fused_a, fused_b = a[0], np.concatenate(b)
+            fused_a = a[0]
+            fused_b = joined(dict(zip(own, b, strict=True)), outputs, places)
         else:
             layout[module] = [ranks.get(name, 0) for name in names]
             fused_a = np.concatenate(a)
-            fused_b = np.zeros((count * size, len(fused_a)), b[0].dtype)
-            for rows, columns, block in blocks(names, ranks, size, b):
-                fused_b[rows, columns] = block
+            fused_b = np.zeros((outputs, len(fused_a)), b[0].dtype)
+            column = 0
+            for name, block in zip(own, b, strict=True):
+                columns = slice(column, column + ranks[name])
+                fused_b[rows_of(name, outputs, places), columns] = block
+                column = columns.stop
+        fused_a = inputs_in_order(fused_a, names, places, 1)
         for suffix, value in zip(LINEAR, (fused_a, fused_b), strict=True):
             tensors[module + suffix] = np.ascontiguousarray(value)
         total = len(fused_a)
@@ -96,27 +141,17 @@ def fuse(tensors, ranks, alphas, use_rslora) -> dict:
     return layout
 
 
-def blocks(names, ranks, size, values):
-    """(rows, columns, block) of B for the slices that have a rank."""
-    values, column = iter(values), 0
-    for index, name in enumerate(names):
-        if name in ranks:
-            end = column + ranks[name]
-            rows = slice(index * size, (index + 1) * size)
-            yield rows, slice(column, end), next(values)
-            column = end
-
-
 def split(tensors, modules, layout) -> dict:
     """The inverse, in place: {slice: Share} for the slices that are adapted."""
-    shares = {}
+    shares, places = {}, getattr(modules, "places", {})
     for module, count in fused_modules(modules).items():
         names = slices_of(module, count)
         keys = [module + suffix for suffix in LINEAR]
         if not all(key in tensors for key in keys):
             continue
         a, b = (tensors.pop(key) for key in keys)
-        if a.ndim != 2 or b.ndim != 2 or len(b) % count or b.shape[1] != len(a):
+        outputs = total_of(names, len(b) // count, places)
+        if a.ndim != 2 or b.ndim != 2 or len(b) != outputs or b.shape[1] != len(a):
             raise ValueError(
                 f"The factors of {module!r} have shapes {a.shape} and {b.shape}, which "
                 f"do not fit {count} slices."
@@ -129,16 +164,18 @@ def split(tensors, modules, layout) -> dict:
                         f"{suffix[1:]} of {module!r} has shape {values.shape}; B has "
                         f"{len(b)} outputs."
                     )
-                parts = np.split(values, count)
-                tensors |= zip((x + suffix for x in names), parts, strict=True)
+                tensors |= {
+                    name + suffix: values[rows_of(name, outputs, places)]
+                    for name in names
+                }
         ranks = layout.get(module, [len(a)] * count)
         stacked = module in layout
         if stacked and (len(ranks) != count or sum(ranks) != len(a)):
             raise ValueError(f"{module!r} has rank {len(a)} and slices of {ranks}.")
+        a = inputs_in_order(a, names, places, 1, inverse=True)
         column, rest = 0, b.copy()
-        for name, rank, rows in zip(
-            names, ranks, np.split(np.arange(len(b)), count), strict=True
-        ):
+        for name, rank in zip(names, ranks, strict=True):
+            rows = rows_of(name, outputs, places)
             columns = slice(column, column + rank)
             column += rank if stacked else 0
             rest[rows, columns] = 0

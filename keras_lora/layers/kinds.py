@@ -89,5 +89,5 @@ def obstacle(layer):
 def form_of(layer, rank):
     """The form that an adapter has, or would have, on a built layer."""
     if not isinstance(layer, LoRALayer):
-        layer = seen_as(layer, lora_class_of(type(layer)))
+        layer = seen_as(layer, kind_of(type(layer)))
     return layer.low_rank_form(rank)

@@ -1,0 +1,194 @@
+"""What transformers' classes add to the names of their checkpoints.
+
+A converter of KerasHub names tensors of a checkpoint. Adapters name modules: under a
+prefix in a task model, and since transformers 5 otherwise for some families.
+"""
+
+import collections
+import re
+from typing import NamedTuple
+
+from keras_lora.files.converters import placed_layers
+from keras_lora.keras_internals.keras_hub import converters
+from keras_lora.keras_internals.keras_hub import family_of
+from keras_lora.keras_internals.keras_hub import is_backbone
+from keras_lora.models.paths import layer_paths
+
+TRANSFORMERS, TRANSFORMERS_4 = "transformers", "transformers4"
+ALIASES = {"llama": "llama3"}
+# Where transformers' task models keep the backbone; "model" where it is not here.
+ROOTS = {
+    "albert": "albert",
+    "bert": "bert",
+    "deit": "deit",
+    "dinov2": "dinov2",
+    "distilbert": "distilbert",
+    "esm": "esm",
+    "gpt2": "transformer",
+    "roberta": "roberta",
+    "swin_transformer": "swin",
+    "vit": "vit",
+    "xlm_roberta": "roberta",
+}
+VIT = {
+    r"encoder\.layer\.": "layers.",
+    r"attention\.attention\.query$": "attention.q_proj",
+    r"attention\.attention\.key$": "attention.k_proj",
+    r"attention\.attention\.value$": "attention.v_proj",
+    r"attention\.output\.dense$": "attention.o_proj",
+    r"intermediate\.dense$": "mlp.fc1",
+    r"output\.dense$": "mlp.fc2",
+}
+TOWERS = {
+    r"^language_model\.model\.": "language_model.",
+    r"^vision_tower\.vision_model\.": "vision_tower.",
+}
+# What transformers 5 calls modules otherwise than the checkpoints, in this order.
+SINCE_5 = {
+    "deit": VIT,
+    "dinov2": {rule: VIT[rule] for rule in list(VIT)[1:5]},
+    "dinov3": {r"^layer\.": "model.layer."},
+    "gemma3": TOWERS,
+    "mixtral": {r"\.block_sparse_moe\.": ".mlp."},
+    "pali_gemma": TOWERS,
+    "swin_transformer": {
+        r"attention\.self\.(.)\w+$": r"attention.\1_proj",
+        **{rule: VIT[rule] for rule in list(VIT)[4:]},
+    },
+    "vit": VIT,
+}
+ROBERTA = {
+    "pooled_dense": "classifier.dense",
+    "logits": "classifier.out_proj",
+    "mlm_head/intermediate_dense": "lm_head.dense",
+    "mlm_head/intermediate_layer_norm": "lm_head.layer_norm",
+}
+# Path in KerasHub's task -> module beside the backbone in transformers'.
+HEADS = {
+    "albert": {
+        "logits": "classifier",
+        "mlm_head/intermediate_dense": "predictions.dense",
+        "mlm_head/intermediate_layer_norm": "predictions.LayerNorm",
+    },
+    "bert": {
+        "logits": "classifier",
+        "mlm_head/intermediate_dense": "cls.predictions.transform.dense",
+        "mlm_head/intermediate_layer_norm": "cls.predictions.transform.LayerNorm",
+    },
+    "deit": {"predictions": "cls_classifier"},
+    "distilbert": {
+        "pooled_dense": "pre_classifier",
+        "logits": "classifier",
+        "mlm_head/intermediate_dense": "vocab_transform",
+        "mlm_head/intermediate_layer_norm": "vocab_layer_norm",
+    },
+    "esm": ROBERTA,
+    "roberta": ROBERTA,
+    "swin_transformer": {"predictions": "classifier"},
+    "vit": {"predictions": "classifier"},
+    "xlm_roberta": ROBERTA,
+}
+
+
+class Family(NamedTuple):
+    """A model's layers as transformers has them, without a prefix.
+
+    Attributes:
+        root: Where transformers' task models keep the backbone.
+        is_bare: Whether the model is the backbone itself.
+        places: Path -> Place, for layers of the backbone.
+        heads: Path -> module, for layers beside it.
+        renamed: What transformers 5 calls otherwise: expression -> replacement.
+    """
+
+    root: str
+    is_bare: bool
+    places: dict
+    heads: dict
+    renamed: dict
+
+    def modules(self, since_5=True) -> dict:
+        """Path -> module in the backbone."""
+        renamed = self.renamed if since_5 else {}
+        return {path: rename(p.module, renamed) for path, p in self.places.items()}
+
+    def written(self, since_5=True) -> dict:
+        """Path -> module, as in transformers' class for the task."""
+        prefix = "" if self.is_bare else f"{self.root}."
+        names = {path: prefix + m for path, m in self.modules(since_5).items()}
+        return names | self.heads
+
+    def read(self, keys) -> dict:
+        """Path -> module, under the names and the prefix that most of a file has."""
+        votes, styles = collections.Counter(), [self.modules(x) for x in (True, False)]
+        for style, names in enumerate(set(style.values()) for style in styles):
+            prefixes = (prefix_of(key, names) for key in keys)
+            votes.update((style, x) for x in prefixes if x is not None)
+        if not votes:
+            return self.written()
+        (style, prefix), _ = votes.most_common(1)[0]
+        outer = prefix.removesuffix(f"{self.root}.")
+        names = {path: prefix + module for path, module in styles[style].items()}
+        return names | {path: outer + head for path, head in self.heads.items()}
+
+
+def family(model, paths, names) -> Family:
+    """Asks KerasHub's converter for the model's backbone; names: its family's, or
+    "transformers"."""
+    layers = [model, *paths.values()]
+    backbone = next((layer for layer in layers if is_backbone(layer)), None)
+    name, held = None, "a model without a backbone of KerasHub"
+    if backbone is not None:
+        name, held = family_of(type(backbone)), f"a {type(backbone).__name__}"
+    asked = (
+        None if names in (TRANSFORMERS, TRANSFORMERS_4) else ALIASES.get(names, names)
+    )
+    if name is None or asked not in (None, name):
+        known = [TRANSFORMERS, TRANSFORMERS_4, *converters()]
+        raise ValueError(
+            f"`names` must be one of {known}, for a model of KerasHub of that family, "
+            "or a dict from paths here to modules there, or a function. Received: "
+            f"names={names!r} for {held}{f' of {name!r}' if name else ''}."
+        )
+    try:
+        placed = placed_layers(backbone, name)
+    except Exception as error:  # of a converter, which says what it wants
+        raise ValueError(
+            f"KerasHub's converter for {name!r} cannot be asked about {held}: "
+            f"{type(error).__name__}: {error}. Give `names` as a dict from paths here "
+            "to modules there."
+        ) from error
+    path_of = {id(layer): path for path, layer in paths.items()}
+    own = layer_paths(backbone)
+    root = ROOTS.get(name, "model")
+    places = {
+        path_of[id(own[path])]: place._replace(
+            module=place.module.removeprefix(f"{root}.")
+        )
+        for path, place in placed.items()
+        if path in own
+    }
+    if all(p.module.startswith("language_model.") for p in places.values()):
+        places = {  # a language model alone is a class of its own there
+            path: p._replace(module=p.module.removeprefix("language_model."))
+            for path, p in places.items()
+        }
+    heads = {} if backbone is model else HEADS.get(name, {})
+    heads = {path: head for path, head in heads.items() if path in paths}
+    return Family(root, backbone is model, places, heads, SINCE_5.get(name, {}))
+
+
+def rename(module, rules):
+    for rule, replacement in rules.items():
+        module = re.sub(rule, replacement, module)
+    return module
+
+
+def prefix_of(key, names):
+    """What stands before one of the names in a tensor's key; None if none is in it."""
+    parts = key.split(".")
+    for start in range(len(parts)):
+        for end in range(len(parts) - 1, start, -1):
+            if ".".join(parts[start:end]) in names:
+                return "".join(f"{part}." for part in parts[:start])
+    return None

@@ -1,0 +1,136 @@
+"""KerasHub's converters: which tensor of transformers a variable is.
+
+There is no public way to ask them. Each is a module with `backbone_cls` and
+`convert_weights(backbone, loader, transformers_config)`, which calls
+`loader.port_weight(variable, key, hook)` for most variables and assigns the others
+itself. They are asked with a loader that has no file, on a stand-in for the model.
+"""
+
+import contextlib
+import functools
+import importlib
+import io
+import pkgutil
+import sys
+import warnings
+
+import keras
+import numpy as np
+
+UNINITIALIZED = "uninitialized_variables"
+# Attributes of backbones that transformers' configurations call otherwise.
+WORDS = {"n_embd": "hidden_dim", "emb_layer_norm_before": "use_pre_layer_norm"}
+
+
+def is_backbone(layer):
+    """Whether it is one of KerasHub's, which is not imported for the question."""
+    hub = sys.modules.get("keras_hub")
+    return hub is not None and isinstance(layer, hub.models.Backbone)
+
+
+@functools.cache
+def converters() -> dict:
+    """Family, as the converter is called -> its module."""
+    try:
+        from keras_hub.src.utils import transformers as room
+    except ImportError:
+        return {}
+    names = [info.name for info in pkgutil.iter_modules(room.__path__)]
+    return {
+        name.removeprefix("convert_"): importlib.import_module(
+            f"{room.__name__}.{name}"
+        )
+        for name in sorted(names)
+        if name.startswith("convert_")
+    }
+
+
+def family_of(backbone_class):
+    """The family whose converter is made for a class, or for the nearest one."""
+    made_for = {}
+    for family, converter in converters().items():
+        made_for.setdefault(converter.backbone_cls, family)
+    for cls in backbone_class.__mro__:
+        if cls in made_for:
+            return made_for[cls]
+    # Llama's backbone is that of Llama 3, whose converter reads both.
+    extended = [f for cls, f in made_for.items() if issubclass(cls, backbone_class)]
+    return extended[0] if len(extended) == 1 else None
+
+
+def stand_in(backbone, backbone_class):
+    """A plain float backbone of the same configuration, whose variables hold nothing.
+
+    Where KerasHub's own backbone is quantized or adapted, the kernels that the
+    converter means are not there.
+    """
+    config = backbone_class.get_config(backbone)
+    config["dtype"] = "float32"
+    registry = keras.src.backend.common.global_state
+    before = list(registry.get_global_attribute(UNINITIALIZED) or [])
+    try:
+        with keras.StatelessScope(initialize_variables=False):
+            copy = backbone_class.from_config(config)
+    finally:  # else the next scope would initialize them
+        registry.set_global_attribute(UNINITIALIZED, before)
+    for variable in copy.variables:
+        variable.assign = lambda value: None
+    return copy
+
+
+def ask(family, backbone, port):
+    """Calls `port(variable, key, hook)` for what the family's converter ports."""
+    loader, config = Loader(port), Config(family, backbone)
+    with (
+        keras.StatelessScope(initialize_variables=False),
+        contextlib.redirect_stdout(io.StringIO()),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        converters()[family].convert_weights(backbone, loader, config)
+
+
+class Loader:
+    """In the place of KerasHub's loader of safetensors."""
+
+    safetensor_config = prefix = preset = None
+
+    def __init__(self, port):
+        self.port = port
+
+    def port_weight(self, keras_variable, hf_weight_key, hook_fn=None):
+        self.port(keras_variable, hf_weight_key, hook_fn)
+
+    def get_tensor(self, key):
+        """What a converter reads itself: one zero, with as many axes as it expects."""
+        if key.endswith((".gamma", ".beta")):  # of TensorFlow's checkpoints
+            raise KeyError(key)
+        if key.endswith("_blocks"):
+            return np.zeros((1, 1, 1, 1), "uint8")
+        ndim = {"bias": 1, "scales": 3, "gate_up_proj": 3, "down_proj": 3}
+        end = key.rpartition(".")[2].rpartition("_")[2]
+        return np.zeros((1,) * ndim.get(end, ndim.get(key.rpartition(".")[2], 2)))
+
+
+class Config(dict):
+    """In the place of transformers' config.json: what the backbone says of itself."""
+
+    def __init__(self, family, backbone):
+        if getattr(backbone, "vision_encoder", self) is None:
+            family += "_text"
+        if getattr(backbone, "use_post_ffw_norm", False):
+            family = {"gemma": "gemma2"}.get(family, family)
+        super().__init__(model_type=family)
+        self.backbone = backbone
+
+    def get(self, key, default=None):
+        try:
+            return self[key]
+        except KeyError:
+            return default
+
+    def __missing__(self, key):
+        word = WORDS.get(key, key)
+        if not hasattr(self.backbone, word):
+            raise KeyError(key)
+        return getattr(self.backbone, word)

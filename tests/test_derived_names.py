@@ -1,0 +1,287 @@
+"""Module names of transformers, derived from KerasHub's converters."""
+
+import itertools
+import re
+import types
+
+import backbones
+import keras
+import keras_hub
+import numpy as np
+import pytest
+from layer_cases import fill
+from layer_cases import to_numpy
+from name_tables import NAME_TABLES
+from pretrained import sequential
+
+import keras_lora
+from keras_lora.files.names import module_names
+from keras_lora.files.save import adapter_of
+from keras_lora.keras_internals import keras_hub as internals
+from keras_lora.models.adapt import lora_layers
+from keras_lora.models.paths import layer_paths
+
+TABLES = {
+    "bert": ("BertBackbone", "BertTextClassifier", {"num_classes": 3}),
+    "gpt2": ("GPT2Backbone", "GPT2CausalLM", {}),
+    "llama": ("Llama3Backbone", "Llama3CausalLM", {}),
+    "gemma": ("GemmaBackbone", "GemmaCausalLM", {}),
+}
+pytestmark = pytest.mark.filterwarnings("ignore")  # of models under construction
+
+
+def task(name, **kwargs):
+    backbone, cls, more = TABLES[name]
+    model = getattr(keras_hub.models, cls)
+    return model(backbones.backbone(backbone), preprocessor=None, **more)
+
+
+@pytest.mark.parametrize("names", ["transformers", "family"])
+@pytest.mark.parametrize("table", TABLES)
+def test_the_tables_written_by_hand_are_derived(table, names):
+    bare = backbones.backbone(TABLES[table][0])
+    for model in (bare, task(table)):
+        paths = layer_paths(model)
+        derived = module_names(paths, table if names == "family" else names, model)
+        path_of = {id(layer): path for path, layer in paths.items()}
+        found = {
+            path_of[id(layer)]: module
+            for module, layer in derived.items()
+            if module not in derived.unnamed
+        }
+        expected = {path: NAME_TABLES[table](path) for path in paths}
+        expected = {path: module for path, module in expected.items() if module}
+        assert found == expected
+        linear = {m for m in found.values() if "c_" in m}
+        assert derived.inputs_first == linear  # GPT-2's Conv1D, which all are called so
+
+
+CONFIGURATIONS = {
+    "Gemma3Backbone": {"use_post_ffw_norm": True, "use_post_attention_norm": True}
+}
+CONVERTED = sorted({x.backbone_cls.__name__ for x in internals.converters().values()})
+NOT_ASKED = {"BLIP2Backbone", "Gemma3nBackbone"}  # their converters want the image part
+# One layer here is three modules there.
+SPREAD = ["stage_0/blocks_0/attn/attention_qkv", "stage_1/blocks_0/attn/attention_qkv"]
+
+
+def adapted(name):
+    """Every layer with an adapter of its own alpha."""
+    if name in CONFIGURATIONS:
+        config = backbones.CONFIGURATIONS[name] | CONFIGURATIONS[name]
+        model = getattr(keras_hub.models, name)(**config)
+    else:
+        model = backbones.backbone(name)
+    exclude = SPREAD if "Swin" in name else None
+    rows = keras_lora.apply_lora(model, rank=3, exclude=exclude, dry_run=True)
+    alphas = {row.path: 3 + index for index, row in enumerate(rows)}
+    keras_lora.apply_lora(model, rank=3, exclude=exclude, alpha_pattern=alphas)
+    for seed, layer in enumerate(lora_layers(model)):
+        fill(layer.lora.a, seed, 0.3)
+        fill(layer.lora.b, seed + 1, 0.3)
+    return model
+
+
+def assert_converted(model, family, adapter):
+    """A @ B of the file, by the converter's own function, is the layer's update."""
+    layers = {id(layer.frozen_kernel): layer for layer in lora_layers(model)}
+    for variable in model.variables:
+        variable.assign = lambda value: None
+    found = set()
+
+    def port(variable, key, hook):
+        layer, module = layers.get(id(variable)), key.removesuffix(".weight")
+        if layer is None:
+            return
+        found.add(id(layer))
+        names = [n.removesuffix(".lora_A.weight") for n in adapter.tensors]
+        module = next(n for n in names if f".{module}".endswith(f".{n}"))
+        a, b = (adapter.tensors[f"{module}.lora_{x}.weight"] for x in "AB")
+        alphas = adapter.config.get("alpha_pattern", {})
+        alpha = alphas.get(f"^{re.escape(module)}", adapter.config["lora_alpha"])
+        delta = alpha / len(a) * np.tensordot(b[..., 0, 0] if b.ndim > 2 else b, a, 1)
+        if adapter.config.get("fan_in_fan_out"):
+            delta = delta.T
+        delta = delta if hook is None else hook(delta, list(variable.shape))
+        expected = to_numpy(layer.lora.delta())
+        tolerance = 1e-5 if delta.dtype == "float32" else 2e-3  # a converter's float16
+        np.testing.assert_allclose(delta, expected, rtol=0, atol=tolerance)
+
+    internals.ask(family, model, port)
+    assert found == {id(layer) for layer in layers.values()}
+
+
+@pytest.mark.parametrize("name", [n for n in CONVERTED if n not in NOT_ASKED])
+def test_a_file_is_the_update_by_the_converters_own_function(name):
+    model = adapted(name)
+    before = [(v.path, to_numpy(v)) for v in model.variables]
+    adapter = adapter_of(model, "transformers4")  # as checkpoints are named
+    for variable, (path, value) in zip(model.variables, before, strict=True):
+        assert variable.path == path
+        np.testing.assert_array_equal(to_numpy(variable), value)
+    assert_converted(model, internals.family_of(type(model)), adapter)
+
+
+class OtherOrder:
+    """A loader before another: tensors with rows and columns in another order."""
+
+    def __init__(self, port, order):
+        self.port, self.order = port, order
+
+    def port_weight(self, keras_variable, hf_weight_key, hook_fn=None):
+        self.port(keras_variable, *self.order(hf_weight_key, hook_fn))
+
+    def get_tensor(self, key):
+        return np.zeros((1, 1))
+
+
+def rotary_halves(key, hook):
+    """As checkpoints that keep a head's halves interleaved."""
+    if "q_proj" not in key and "k_proj" not in key:
+        return key, hook
+
+    def interleaved(tensor, shape):
+        heads = tensor.reshape(-1, shape[-1] // 2, 2, tensor.shape[1])
+        return hook(heads.transpose(0, 2, 1, 3).reshape(tensor.shape), shape)
+
+    return key, interleaved
+
+
+def fused(key, hook):
+    """As checkpoints that keep q, k and v in one tensor: other sizes, v in front."""
+    match = re.search("([qkv])_proj", key)
+    if not match:
+        return key, hook
+    part = {"v": slice(0, 8), "q": slice(8, 24), "k": slice(24, 32)}[match[1]]
+    key = key.replace(match[0], "qkv_proj")
+    return key, lambda tensor, shape: hook(tensor[part], shape)
+
+
+def reversed_inputs(key, hook):
+    if "down_proj" not in key:
+        return key, hook
+    return key, lambda tensor, shape: hook(tensor[:, ::-1], shape)
+
+
+@pytest.mark.parametrize("order", [rotary_halves, fused, reversed_inputs])
+@pytest.mark.parametrize("one_a", [False, True])
+def test_layouts_are_seen(order, one_a, monkeypatch):
+    """B's rows and A's columns follow what a converter does with the tensor's."""
+    plain = internals.converters()["llama3"]
+
+    def convert_weights(backbone, loader, config):
+        plain.convert_weights(backbone, OtherOrder(loader.port, order), config)
+
+    other = types.SimpleNamespace(
+        backbone_cls=plain.backbone_cls, convert_weights=convert_weights
+    )
+    monkeypatch.setitem(internals.converters(), "llama3", other)
+    model = adapted("Llama3Backbone")
+    if one_a:  # of a module whose parts share it
+        for path, layer in layer_paths(model).items():
+            if path.endswith(("query", "key", "value")):
+                fill(layer.lora.a, 99, 0.3)
+    expected = [to_numpy(layer.lora.delta()) for layer in lora_layers(model)]
+    adapter = adapter_of(model, "transformers")
+    assert ("layers.0.self_attn.qkv_proj.lora_A.weight" in adapter.tensors) == (
+        order is fused
+    )
+    assert_converted(model, "llama3", adapter)
+    again = backbones.backbone("Llama3Backbone")
+    keras_lora.load_adapter(again, adapter, names="transformers")
+    for layer, delta in zip(lora_layers(again), expected, strict=True):
+        np.testing.assert_allclose(to_numpy(layer.lora.delta()), delta, atol=1e-6)
+
+
+def held(model):
+    return [to_numpy(variable) for variable in model.variables]
+
+
+@pytest.mark.parametrize(
+    ("build", "names", "reason"),
+    [
+        (sequential, "transformers", "a model without a backbone of KerasHub"),
+        (lambda: backbones.backbone("OPTBackbone"), "transformers", "an? OPTBackbone"),
+        (lambda: backbones.backbone("BertBackbone"), "gpt2", "BertBackbone of 'bert'"),
+        (lambda: backbones.backbone("BertBackbone"), "opt", "'albert'.* or a dict"),
+        (
+            lambda: backbones.backbone("Gemma3nBackbone"),
+            "transformers",
+            "'gemma3n' cannot be asked",
+        ),
+    ],
+)
+def test_what_has_no_converter_is_refused(build, names, reason, tmp_path):
+    model = build()
+    keras_lora.apply_lora(model, rank=2)
+    before = held(model)
+    with pytest.raises(ValueError, match=reason) as error:
+        keras_lora.save_adapter(model, tmp_path / "adapter", names=names)
+    assert "a dict" in str(error.value)
+    assert not (tmp_path / "adapter").exists()
+    for old, new in zip(before, held(model), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_an_adapter_without_a_module_there_is_refused(tmp_path):
+    model = backbones.backbone("SwinTransformerBackbone")
+    keras_lora.apply_lora(model, rank=2)
+    with pytest.raises(ValueError, match=r"attention_qkv.*no module of their own"):
+        keras_lora.save_adapter(model, tmp_path / "adapter", names="transformers")
+
+
+def test_asking_makes_no_variables(monkeypatch):
+    """The stand-in holds no values, and none are made for it later."""
+    backbone, made = backbones.backbone("BertBackbone"), []
+    monkeypatch.setattr(
+        keras.Variable, "_initialize_with_initializer", lambda v, _: made.append(v)
+    )
+    module_names(layer_paths(backbone), "transformers", backbone)
+    with keras.StatelessScope():  # which initializes what is left
+        pass
+    assert made == []
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_a_quantized_model_has_the_names_of_the_float_one(mode):
+    model = task("llama")
+    expected = module_names(layer_paths(model), "transformers", model)
+    model.quantize(mode)
+    found = module_names(layer_paths(model), "transformers", model)
+    assert list(found) == list(expected)
+
+
+def test_the_file_says_the_prefix():
+    model = adapted("Qwen3Backbone")
+    adapter = adapter_of(model, "transformers")
+    expected = [to_numpy(layer.lora.delta()) for layer in lora_layers(model)]
+    for prefix in ("model.", "", "model.language_model."):
+        tensors = {prefix + key: value for key, value in adapter.tensors.items()}
+        config = {**adapter.config, "target_modules": "all-linear"}
+        config["alpha_pattern"] = {
+            key.replace("^", f"^{re.escape(prefix)}"): value
+            for key, value in config["alpha_pattern"].items()
+        }
+        again = backbones.backbone("Qwen3Backbone")
+        keras_lora.load_adapter(
+            again, keras_lora.Adapter(tensors, config), names="transformers"
+        )
+        for layer, delta in zip(lora_layers(again), expected, strict=True):
+            np.testing.assert_allclose(to_numpy(layer.lora.delta()), delta, atol=1e-6)
+
+
+def test_names_of_transformers_4_and_5():
+    """ViT's, both read whichever is asked for; 5 is written unless 4 is asked for."""
+    model = adapted("ViTBackbone")
+    four, five = (adapter_of(model, x) for x in ("transformers4", "transformers"))
+    query = "layers.0.attention.q_proj.lora_A.weight"
+    assert query in five.tensors
+    assert "encoder.layer.0.attention.attention.query.lora_A.weight" in four.tensors
+    expected = [to_numpy(layer.lora.delta()) for layer in lora_layers(model)]
+    for adapter, names in itertools.product(
+        (four, five), ("transformers", "transformers4", "vit")
+    ):
+        again = backbones.backbone("ViTBackbone")
+        keras_lora.load_adapter(again, adapter, names=names)
+        for layer, delta in zip(lora_layers(again), expected, strict=True):
+            np.testing.assert_allclose(to_numpy(layer.lora.delta()), delta, atol=1e-6)
