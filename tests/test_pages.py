@@ -106,3 +106,10 @@ def test_links_and_pictures_are_there():
         ):
             if "://" not in target:
                 assert (folder / target).exists(), (page, target)
+
+
+def test_the_reference_has_every_public_name():
+    page = (ROOT / "docs" / "reference.md").read_text()
+    assert sorted(re.findall(r"::: keras_lora\.(\w+)", page)) == sorted(
+        keras_lora.__all__
+    )
