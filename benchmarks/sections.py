@@ -5,6 +5,7 @@ from typing import NamedTuple
 from benchmarks import files
 from benchmarks import inference
 from benchmarks import memory
+from benchmarks import serving
 from benchmarks import training
 
 
@@ -318,6 +319,32 @@ SECTIONS = [
                 8,
             ),
         ],
+    ),
+    Section(
+        "Serving: an adapter for each row",
+        "A transformer block of width 768 and a dense layer, r=8 at every projection, "
+        "over the plain model: batches in which each row has an adapter of its own, "
+        "out of 8, 64 and 256; and one adapter active for all rows.",
+        [
+            (title, serving.call, "", (768, rows, length, 8, jit), rounds)
+            for title, rows, length, jit, rounds in (
+                ("32 x 128 tokens", 32, 128, False, 7),
+                ("32 x 128 tokens, XLA", 32, 128, True, 7),
+                ("1 x 128 tokens", 1, 128, False, 20),
+                ("32 x 1 tokens", 32, 1, False, 40),
+                ("1 x 1 token", 1, 1, False, 40),
+            )
+        ],
+        bars=(
+            *(Bar(f"{n} adapters", 1.25, "32 x 128") for n in serving.COUNTS),
+            Bar("256 adapters", 1.1, "32 x 128", over="8 adapters"),
+            Bar("one for all rows", 1.2, "32 x 128"),
+        ),
+    ),
+    Section(
+        "Serving: one artefact, or one for each adapter",
+        "The same network with 8 adapters, exported as a bank and as 8 merged models.",
+        [("8 adapters, r=8", serving.artefacts, "", (768, 128, 8, 8), 3)],
     ),
     Section(
         "Adopting 1,000 layers",

@@ -8,6 +8,7 @@ import keras
 from keras_lora.models.atomic import replacing
 from keras_lora.models.export import assert_replaceable
 from keras_lora.serving.slots import Stacks
+from keras_lora.serving.slots import write_slot
 
 
 def export_by_name(bank, path):
@@ -47,7 +48,7 @@ def export_by_name(bank, path):
             slot = slots_in(table, adapter[None], adapters, lowest=1)[0]
             for key, name in swap_names(bank).items():
                 path, factor = key
-                stacks[path][factor][slot].assign(arrays[name])
+                write_slot(stacks[path][factor], slot, arrays[name])
             return {"adapter": adapter}
 
         def spec(like, name=None, shape=None):

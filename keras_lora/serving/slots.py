@@ -75,10 +75,10 @@ class Slots(Stacks, keras.layers.Layer):
 
 
 def write_slot(stack, slot, value):
-    """stack[slot] = value; threads that read see the old values or the new ones."""
-    value = ops.convert_to_tensor(value)
-    if keras.backend.backend() == "tensorflow":
-        stack.value[slot].assign(value)  # in place
-        return
-    start = [slot] + [0] * (len(stack.shape) - 1)
-    stack.assign(ops.slice_update(stack.value, start, value[None]))
+    """stack[slot] = value; threads that read see the old values or the new ones.
+
+    The whole is written anew: once a TensorFlow variable was written to in place, every
+    read copies all of it.
+    """
+    value = ops.convert_to_tensor(value[None])
+    stack.assign(ops.scatter_update(stack, [[slot]], value))
