@@ -3,6 +3,7 @@
 python tests/compatibility.py       writes docs/compatibility.md, some minutes
 """
 
+import collections
 import os
 import sys
 import tempfile
@@ -136,6 +137,22 @@ def check(model):
     ]
 
 
+def rows_in_a_bank(model):
+    """What the leading axes of the layers are, or why a bank refuses them."""
+    try:
+        bank = keras_lora.AdapterBank(model, target="all-linear")
+        if not bank.choice.all_known:  # the inputs it had made up did not do
+            inputs = inputs_of(model)
+            count = len(keras.tree.flatten(inputs)[0])
+            bank({"inputs": inputs, "adapter": np.zeros(count, "int32")})
+    except Exception as error:
+        return "refused: " + " ".join(str(error).split())[:200]
+    kinds = [layer.lora.leading for layer in bank.hosts.layers.values()]
+    found = collections.Counter(kind for kind in kinds if kind is not None)
+    bank.release()
+    return ", ".join(f"{count} {kind}" for kind, count in found.most_common())
+
+
 def assert_no_gradient(model, inputs, layers):
     """Where an adapter got no gradient, the plain kernel must get none either."""
     if not layers or keras.backend.backend() != "tensorflow":
@@ -160,15 +177,16 @@ def row(make, name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return [name, *check(make(name))]
+            return [name, *check(make(name)), rows_in_a_bank(make(name))]
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-            return [name, "-", "-", "-", "-", "-", reason]
+            return [name, "-", "-", "-", "-", "-", reason, "-"]
 
 
 def main():
     head = ["model", "layers adapted", "parameters", "with a gradient"]
     head += ["two paths differ by", "reload and merge", "what fails"]
+    head += ["leading axes in a bank"]
     lines = [
         "# Compatibility",
         "",
@@ -177,10 +195,13 @@ def main():
         "model starts with its own outputs to the bit, trains two steps with its "
         "kernels at rest, is saved and loaded, and merged. Where an adapter got no "
         "gradient, the plain model's kernel gets none either: its output reaches none "
-        "of the model's with these inputs.",
+        "of the model's with these inputs. The last column says what an `AdapterBank` "
+        "finds the leading axis of its layers to be: the batch's rows, or each of them "
+        "repeated (windows, routers), or all of them tiled; layers that are never "
+        "called are left out.",
         "",
         "| " + " | ".join(head) + " |",
-        "|---|" + "---:|" * 5 + "---|",
+        "|---|" + "---:|" * 5 + "---|---|",
     ]
     names = [(application, name) for name in APPLICATIONS]
     names += [(backbones.backbone, name) for name in backbones.names()]

@@ -20,22 +20,21 @@ from keras_lora.serving.arguments import checked_adapters
 from keras_lora.serving.arguments import checked_capacity
 from keras_lora.serving.arguments import named
 from keras_lora.serving.arguments import refuse_adapters
-from keras_lora.serving.compiled import CompiledFunctions
+from keras_lora.serving.artefacts import Artefacts
 from keras_lora.serving.directory import Directory
-from keras_lora.serving.export import export_by_id
-from keras_lora.serving.export import export_by_name
 from keras_lora.serving.export import specs_of
-from keras_lora.serving.export import swap_arrays
 from keras_lora.serving.hosts import Hosts
 from keras_lora.serving.leading_axis import as_rows
 from keras_lora.serving.leading_axis import find_leading_axes
 from keras_lora.serving.leading_axis import made_inputs
 from keras_lora.serving.leading_axis import specs_in
+from keras_lora.serving.outside import CompiledFunctions
+from keras_lora.serving.outside import OutsideCalls
 from keras_lora.serving.reading import read
 from keras_lora.serving.rows import Choice
 
 
-class AdapterBank(keras.Model):
+class AdapterBank(Artefacts, OutsideCalls, keras.Model):
     """Many adapters over one model, and one of them for each row of a batch.
 
         y[i] = what the model gives for x[i] with the adapter that ids[i] means
@@ -232,105 +231,8 @@ class AdapterBank(keras.Model):
             self.directory.withdraw(name)
             self._point()
 
-    def activate(self, name: str | None):
-        """One adapter for all rows of what calls the model itself, until None.
-
-        It is the model's, not a thread's. The bank's own calls go by their ids.
-        """
-        with self._changes:
-            self._active = self.directory.checked(name)
-            self._point()
-
-    @contextlib.contextmanager
-    def rows(self, names):
-        """Inside, row i of each batch that the model itself gets uses names[i].
-
-        For calls whose inputs cannot be changed, such as `generate`. Functions that
-        were compiled for as many rows serve other names too; those that Keras does
-        not know of, a user's own tf.function, must be traced inside.
-
-        Raises:
-            ValueError: If a name is not known, or a batch has another size
-                (InvalidArgumentError inside a compiled call).
-        """
-        names = self.directory.known(names)
-        with self._changes:
-            if self._row_names is not None:
-                raise ValueError("The bank is inside of `rows` already.")
-            self._row_names = names
-            self.choice.set_rows(len(names))
-            self._point()
-            self._compiled.change_to(len(names))
-        try:
-            yield self
-        finally:
-            with self._changes:
-                self._row_names = None
-                self.choice.set_rows(None)
-                self._compiled.change_to(None)
-
-    def _point(self):
-        """What is active, and the rows, are at the slots that their names have now."""
-        slot_of = self.directory.slot_of
-        self.choice.active.assign(slot_of[self._active])
-        if self._row_names is not None:
-            no_slot = self.directory.no_slot
-            slots = [slot_of.get(name, no_slot) for name in self._row_names]
-            self.choice.rows.assign(slots)
-
     def release(self):
         """The model's layers are plain Keras layers again. The bank is empty then."""
         refuse_while_running(self.model)
         self.hosts.release()
         take_compiled_functions(holders(self.model))
-
-    # Artefacts.
-
-    def export(self, path, format="tf_saved_model", **kwargs):
-        """Writes one artefact that serves all adapters and needs no keras_lora.
-
-        A SavedModel's `serve(inputs, adapter)` takes names as strings, one for each
-        row: b"" is the base model, an unknown name an InvalidArgumentError. The
-        signature "serving_default" takes the same by name: "adapter" beside the
-        model's inputs, which are called by their keys, or "inputs". The signature
-        "swap" replaces one adapter in the loaded artefact; `swap_inputs` says what to
-        feed it. Other formats take ids, those of `bank.ids` now, as "adapter".
-
-        Args:
-            path: Where to write, as in `keras_lora.export`.
-            format: "tf_saved_model", or another format of `keras.Model.export`.
-            kwargs: Of `keras.Model.export`, for other formats.
-
-        Raises:
-            ValueError: If a SavedModel is asked for on another backend than
-                TensorFlow, or a subclassed model's inputs are not known.
-            OSError: If the artefact cannot be written.
-        """
-        if self.hosts.input_specs is None:
-            raise ValueError(
-                "The model does not say what its inputs are. Call the bank once: "
-                'bank({"inputs": ..., "adapter": ...}).'
-            )
-        if format == "tf_saved_model":
-            export_by_name(self, path)
-        else:
-            export_by_id(self, super().export, path, format=format, **kwargs)
-
-    def swap_inputs(self, name: str, adapter) -> dict:
-        """What the artefact's signature "swap" takes to give a name another adapter.
-
-        >>> swap = tf.saved_model.load(path).signatures["swap"]  # doctest: +SKIP
-        >>> swap(**bank.swap_inputs("french", "adapters/fr-2"))  # doctest: +SKIP
-        """
-        checked_adapters({name: adapter}, None)
-        arrays = swap_arrays(self, self._prepared(name, adapter))
-        return {name: ops.convert_to_tensor(x) for name, x in arrays.items()} | {
-            "adapter": ops.convert_to_tensor(name)
-        }
-
-    def get_config(self):
-        raise ValueError(
-            "A bank is not saved as a Keras model: its adapters have their folders. "
-            "`bank.export(path)` writes an artefact; `bank.model.save(path)` writes "
-            "the model without adapters."
-        )
