@@ -183,6 +183,12 @@ def row(make, name):
             return [name, "-", "-", "-", "-", "-", reason, "-"]
 
 
+def section(text):
+    """What tests/families.py writes into docs/compatibility.md."""
+    start = text.find("## Adapters from and to transformers")
+    return "" if start < 0 else text[start:]
+
+
 def main():
     head = ["model", "layers adapted", "parameters", "with a gradient"]
     head += ["two paths differ by", "reload and merge", "what fails"]
@@ -212,8 +218,9 @@ def main():
             print(*cells, sep="  ", flush=True)
             lines.append("| " + " | ".join(cells) + " |")
     if not only:
-        docs = Path(__file__).parents[1] / "docs"
-        (docs / "compatibility.md").write_text("\n".join(lines) + "\n")
+        page = Path(__file__).parents[1] / "docs" / "compatibility.md"
+        lines += ["", section(page.read_text())]  # which tests/families.py writes
+        page.write_text("\n".join(lines).rstrip() + "\n")
 
 
 if __name__ == "__main__":

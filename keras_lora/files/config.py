@@ -36,15 +36,17 @@ KNOWN = set(
     eva_config exclude_modules fan_in_fan_out inference_mode init_lora_weights
     layers_pattern layers_to_transform lora_alpha lora_dropout megatron_core
     modules_to_save peft_type peft_version qalora_group_size r rank_pattern revision
-    target_modules task_type use_rslora
+    target_modules target_parameters task_type use_rslora
     """.split()  # noqa: SIM905
 )
 # What changes the mathematics, and is not read.
 REFUSED = (
     "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
     "layer_replication",
     "lora_bias",
-    "target_parameters",
+    "monteclora_config",
     "trainable_token_indices",
     "use_bdlora",
     "use_qalora",
@@ -64,21 +66,26 @@ def said_of(model, given):
     return {key: given[key] or loaded[key] for key in KEPT}
 
 
-def settings(ranks, alphas, use_rslora, **others):
-    """The configuration of an adapter with these ranks and alphas per module."""
+def settings(ranks, alphas, use_rslora, parameters=(), **others):
+    """The configuration of an adapter with these ranks and alphas per module.
+
+    parameters: the modules whose weight PEFT adapts as a parameter.
+    """
     alphas = {module: checked_alpha(alpha) for module, alpha in alphas.items()}
     config = {
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": None,
         "inference_mode": True,
-        "target_modules": sorted(ranks),
-        "r": most_common(ranks.values()),
-        "lora_alpha": most_common(alphas.values()),
+        "target_modules": sorted(ranks.keys() - parameters) or None,
+        # PEFT warns of a pattern that means a parameter, though it obeys it.
+        "r": most_common([ranks[m] for m in parameters] or ranks.values()),
+        "lora_alpha": most_common([alphas[m] for m in parameters] or alphas.values()),
     }
     optional = {
-        "rank_pattern": pattern(ranks, config["r"]),
-        "alpha_pattern": pattern(alphas, config["lora_alpha"]),
+        "target_parameters": sorted(f"{module}.weight" for module in parameters),
+        "rank_pattern": pattern(ranks, config["r"], parameters),
+        "alpha_pattern": pattern(alphas, config["lora_alpha"], parameters),
         "use_rslora": use_rslora,
         **others,
     }
@@ -98,7 +105,11 @@ def checked_config(file):
         )
     for key in REFUSED:
         if file.get(key) and key not in methods_in_files():
-            raise ValueError(f"{CONFIG} has {key}={file[key]!r}, which is not read.")
+            raise ValueError(
+                f"{CONFIG} has {key}={file[key]!r}, which changes what the factors "
+                "mean and is not read. In PEFT, merge the adapter into its base model, "
+                "or train one without it."
+            )
     start = file.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower().startswith(
         ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -116,7 +127,16 @@ def checked_config(file):
         )
     bias = file.get("bias", "none")
     checked_bias(bias if isinstance(bias, str) else repr(bias))
-    targets = file.get("target_modules")
+    parameters = file.get("target_parameters") or []
+    if not is_list_of(parameters, str):
+        raise ValueError(
+            f"{CONFIG}: target_parameters must be a list of names. Received: "
+            f"{parameters!r}."
+        )
+    targets = file.get("target_modules") or []
+    if is_list_of(targets, str):  # a module's weight is as good as the module
+        ends = [p.removesuffix(".weight") for p in parameters if p.endswith(".weight")]
+        targets = targets + ends
     if not (isinstance(targets, str) or is_list_of(targets, str)) or not targets:
         raise ValueError(
             f"{CONFIG}: target_modules must be a list of names or an expression. "

@@ -41,6 +41,14 @@ def factors_of(adapter, modules) -> FileFactors:
             others[name] = value
         else:
             factors.setdefault(name.removesuffix(suffix), {})[suffix] = value
+    experts = [m for m in factors if m.removesuffix(".base_layer").endswith(".experts")]
+    if experts:
+        raise ValueError(
+            f"{TENSORS} adapts the experts {experts[:3]} by target_parameters="
+            f"{adapter.config.get('target_parameters')}: experts are not adapted here "
+            "yet, the attention and the router are. Train without target_parameters "
+            "of experts in PEFT."
+        )
     if not factors:
         raise ValueError(f"{TENSORS} holds no factors of an adapter.")
     fused = {without_slice(name) for name in shares}

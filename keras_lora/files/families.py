@@ -55,8 +55,14 @@ SINCE_5 = {
         r"attention\.self\.(.)\w+$": r"attention.\1_proj",
         **{rule: VIT[rule] for rule in list(VIT)[4:]},
     },
+    "t5gemma2": {
+        r"^encoder\.(layers|embed_tokens|norm)\b": r"encoder.text_model.\1",
+        r"^encoder\.vision_tower\.vision_model\.": "encoder.vision_tower.",
+    },
     "vit": VIT,
 }
+# The router of a mixture of experts: since 5 no linear module, but one with a weight.
+ROUTER = re.compile(r".*\.mlp\.(gate|router)")
 ROBERTA = {
     "pooled_dense": "classifier.dense",
     "logits": "classifier.out_proj",

@@ -87,7 +87,7 @@ def heads_of(names, modules, others):
     for module in modules:
         slices[without_slice(module)].append(module)
     for name in names:
-        meant = [m for m in slices if m == name or m.endswith(f".{name}")]
+        meant = [m for m in slices if f".{name}." in f".{m}."]  # or inside of one
         stored = [m for m in meant if any(key.startswith(f"{m}.") for key in others)]
         for module in stored:
             heads |= {part: modules[part] for part in slices[module]}

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import keras
 import numpy as np
 
+from keras_lora.files.families import ROUTER
 from keras_lora.files.families import TRANSFORMERS_4
 from keras_lora.files.families import family
 from keras_lora.models.targets import output_layers
@@ -19,15 +20,15 @@ class Modules(dict):
     Attributes:
         places: {module: Place} for layers that are not a whole module in its order.
         inputs_first: The modules that keep their weights as (in, out).
+        parameters: The modules whose weight PEFT adapts as a parameter.
         unnamed: The modules that have no counterpart, if another framework's are
             derived: they are called by their path.
     """
 
-    def __init__(self, layers=(), places=(), inputs_first=(), unnamed=()):
-        super().__init__(layers)
-        self.places = dict(places)
-        self.inputs_first = set(inputs_first)
-        self.unnamed = set(unnamed)
+    def __init__(self):
+        super().__init__()
+        self.places = {}
+        self.inputs_first, self.parameters, self.unnamed = set(), set(), set()
 
 
 def name_function(names: Mapping | Callable | None, paths) -> Callable:
@@ -88,6 +89,8 @@ def derived_names(paths, names, model, adapter) -> Modules:
                 modules.places[name] = places[path]
             if places and places[path].inputs_first:
                 modules.inputs_first.add(name)
+            if names != TRANSFORMERS_4 and ROUTER.fullmatch(name):
+                modules.parameters.add(name)
     named = set(map(id, modules.values()))
     for path, layer in paths.items():
         if id(layer) not in named:

@@ -123,6 +123,7 @@ def adapter_of(model, names=None, trained=None) -> Adapter:
             {module for module, _ in others} - ranks.keys() - biases
         ),
         fan_in_fan_out=bool(modules.inputs_first),
+        parameters=modules.parameters & ranks.keys(),
         **method_of(adapters),
     )
     starts = sorted(m for m, layer in adapters.items() if not layer.lora.in_files)

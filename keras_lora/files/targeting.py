@@ -11,9 +11,17 @@ from keras_lora.files.slices import without_slice
 EXACT = re.compile(r"\^((?:\\\W|[^\\^$.|?*+(){}\[\]])+)")
 
 
-def pattern(values, usual):
-    """Keys that mean one module each: module -> value where it is not the usual one."""
-    return {f"^{re.escape(m)}": value for m, value in values.items() if value != usual}
+def pattern(values, usual, parameters=()):
+    """Keys that mean one module each: module -> value where it is not the usual one.
+
+    parameters: modules whose weight PEFT adapts, and looks for by the weight's name.
+    """
+    ends = {module: r"(\.weight)?" for module in parameters}
+    return {
+        f"^{re.escape(module)}{ends.get(module, '')}": value
+        for module, value in values.items()
+        if value != usual
+    }
 
 
 def value_of(config, pattern_key, default_key, found):
