@@ -16,6 +16,7 @@ from keras_lora.files.config import checked_config
 from keras_lora.files.config import stated
 from keras_lora.files.config import warn_of_unknown
 from keras_lora.files.pair import TENSORS
+from keras_lora.files.pair import has_tensors
 from keras_lora.files.pair import parsed
 from keras_lora.files.pair import read_together
 from keras_lora.files.pair import replace_files
@@ -24,8 +25,13 @@ from keras_lora.layers.methods import more_suffixes
 from keras_lora.models.atomic import temporary_folder
 
 PREFIX = "base_model.model."
+CONVERT = (
+    'python -c "import torch, safetensors.torch as s; s.save_file(torch.load('
+    "'adapter_model.bin', weights_only=True), 'adapter_model.safetensors')\""
+)
+# Older PEFT, and a whole model's state dict, put the adapter's name into the keys.
 NAMED = re.compile(
-    r"\.lora_(?:(?:embedding_)?[AB]|magnitude_vector)\.(?!weight$)(\w+)(\.weight)?$"
+    r"\.lora_(?:(?:embedding_)?[AB]|magnitude_vector)\.(?!weight$)([^.]+)(?=\.|$)"
 )
 
 
@@ -60,15 +66,11 @@ class Adapter:
             ValueError: If a file is damaged, or the two do not belong together.
             OSError: If a file cannot be read.
         """
-        directory = Path(directory)
-        if (
-            not (directory / TENSORS).exists()
-            and (directory / "adapter_model.bin").exists()
-        ):
+        directory = adapter_folder(Path(directory))
+        if not has_tensors(directory) and (directory / "adapter_model.bin").exists():
             raise ValueError(
                 f"{directory} holds adapter_model.bin, a pickle: loading one can run "
-                "any program. Save the adapter as safetensors (PEFT does so by "
-                "default)."
+                f"any program. With torch, in that folder: {CONVERT}"
             )
         config, tensors, metadata = read_together(directory)
         checked_config(config)
@@ -121,25 +123,43 @@ class Adapter:
             raise
 
 
+def adapter_folder(directory):
+    """The folder itself, or the one adapter that it keeps in a folder of its name."""
+    if (directory / CONFIG).exists() or not directory.is_dir():
+        return directory
+    inside = sorted(path.parent for path in directory.glob(f"*/{CONFIG}"))
+    if len(inside) > 1:
+        raise ValueError(
+            f"{directory} holds several adapters: {[path.name for path in inside]}. "
+            "Give the folder of one."
+        )
+    return inside[0] if inside else directory
+
+
+def adapter_name(tensors):
+    """What an adapter is called in the keys; None where PEFT left it out."""
+    names = {match[1] for key in tensors if (match := NAMED.search(key))}
+    if len(names) > 1:
+        raise ValueError(
+            f"{TENSORS} holds several adapters, {sorted(names)}. Save one of them with "
+            "PEFT's `model.save_pretrained(folder, selected_adapters=[name])`."
+        )
+    return names.pop() if names else None
+
+
 def checked_tensors(tensors):
     """Module and suffix -> float32 or float64."""
-    floats, more = {}, tuple(more_suffixes())
+    floats, more, adapter = {}, tuple(more_suffixes()), adapter_name(tensors)
     for key, value in tensors.items():
-        name = key.removeprefix(PREFIX)
-        if name == key or len(key) > LONGEST:
+        if len(key) > LONGEST:
             raise ValueError(
-                f"The tensor {key[:LONGEST]!r} does not begin with {PREFIX!r}, or has "
-                f"more than {LONGEST} characters."
+                f"The tensor {key[:LONGEST]!r} has more than {LONGEST} characters."
             )
-        if match := NAMED.search(name):
-            raise ValueError(
-                f"The tensor {key!r} carries the name of an adapter, {match[1]!r}: it "
-                "is of the whole model's state dict. Write the adapter with PEFT's "
-                "`model.save_pretrained(folder)`."
-            )
-        if ".original_module." in name:
+        if ".original_module." in key:
             continue  # what PEFT's bias="all" repeats of a head: it was not trained
-        name = name.replace(".modules_to_save.", ".")
+        name = NAMED.sub(lambda match: match[0][: -len(match[1]) - 1], key)
+        name = name.replace(f".modules_to_save.{adapter}.", ".")
+        name = name.removeprefix(PREFIX).replace(".modules_to_save.", ".")
         if name.removesuffix(".weight").endswith(more):  # as parameters or as modules
             name = name.removesuffix(".weight")
         value = value if value.dtype == "float64" else value.astype("float32")

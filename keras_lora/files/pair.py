@@ -4,6 +4,7 @@ import json
 import math
 import os
 import stat
+from pathlib import Path
 
 import safetensors
 
@@ -11,6 +12,7 @@ from keras_lora.files.config import CONFIG
 from keras_lora.models.atomic import write
 
 TENSORS = "adapter_model.safetensors"
+INDEX = f"{TENSORS}.index.json"  # of a file in parts
 FLOATS = ("F64", "F32", "F16", "BF16")
 # The peft_type of adapter_config.json while both files are being replaced.
 INTERRUPTED = "SAVE_INTERRUPTED"
@@ -60,14 +62,38 @@ def read_together(directory):
     """Both files as they were at one moment: a writer may be at work."""
     for _ in range(9):
         config = read_config(directory)
-        tensors, metadata = read_tensors(directory / TENSORS)
+        tensors, metadata = read_all(directory)
         if read_config(directory) == config:
             return belonging(config, metadata), tensors, metadata
     raise OSError(f"{directory / CONFIG} changes all the time: it is being written.")
 
 
-def read_config(directory):
-    path = directory / CONFIG
+def has_tensors(directory):
+    return any((directory / name).exists() for name in (TENSORS, INDEX))
+
+
+def read_all(directory):
+    """The tensors of the file, or of the parts that an index names."""
+    if (directory / TENSORS).exists() or not (directory / INDEX).exists():
+        return read_tensors(directory / TENSORS)
+    index = read_config(directory, INDEX)
+    parts = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(parts, dict) or not all(
+        isinstance(name, str) and Path(name).name == name for name in parts.values()
+    ):
+        raise ValueError(f"{INDEX}: weight_map must say a file of the folder for each.")
+    tensors = {}
+    for name in sorted(set(parts.values())):
+        found, _ = read_tensors(directory / name)
+        tensors |= {key: found[key] for key in found if parts.get(key) == name}
+    missing = sorted(parts.keys() - tensors.keys())
+    if missing:
+        raise ValueError(f"{INDEX} names tensors that are in no part: {missing[:5]}.")
+    return tensors, {}
+
+
+def read_config(directory, name=CONFIG):
+    path = directory / name
     assert_readable(path, limit=2**24)
     try:
         return parsed(path.read_text(encoding="utf-8"))
