@@ -1,5 +1,6 @@
 """LoRA for Keras 3: low-rank adaptation as layers and on whole models."""
 
+from keras_lora.files.check import check_adapter
 from keras_lora.files.checkpoint import AdapterCheckpoint
 from keras_lora.files.combine import combine_adapters
 from keras_lora.files.extract import extract_adapter
@@ -47,6 +48,7 @@ __all__ = [
     "LoRAPlus",
     "LowRankForm",
     "apply_lora",
+    "check_adapter",
     "combine_adapters",
     "disabled",
     "export",

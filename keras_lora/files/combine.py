@@ -155,6 +155,7 @@ def cut(a, b, rank):
     q_b, r_b = np.linalg.qr(columns)
     q_a, r_a = np.linalg.qr(rows.T)
     left, values, right = np.linalg.svd(r_b @ r_a.T)
+    rank = min(rank, len(values))  # a small kernel has no more
     root = np.sqrt(values[:rank])
     new_b = (q_b @ left[:, :rank]) * root
     new_a = (right[:rank].T * root).T @ q_a.T
