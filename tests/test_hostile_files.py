@@ -336,7 +336,7 @@ def test_bfloat16_and_float16_are_read(tmp_path):
         np.testing.assert_array_equal(to_numpy(lora_layers(plain)[0].lora.a), A.T)
 
 
-def test_keys_with_an_adapters_name_are_explained(tmp_path):
+def test_keys_with_an_adapters_name_are_read(tmp_path):
     import peft
 
     net = torch.nn.Sequential()
@@ -345,9 +345,13 @@ def test_keys_with_an_adapters_name_are_explained(tmp_path):
     tensors = {k: v for k, v in net.state_dict().items() if "lora_" in k}
     write(tmp_path)
     safetensors.torch.save_file(tensors, tmp_path / TENSORS)
-    refused(
-        lambda m: keras_lora.load_adapter(m, tmp_path), "'default'.*save_pretrained"
-    )
+    plain = model()
+    keras_lora.load_adapter(plain, tmp_path)
+    a = tensors["base_model.model.one.lora_A.default.weight"].numpy()
+    np.testing.assert_array_equal(to_numpy(lora_layers(plain)[0].lora.a), a.T)
+    more = {key.replace("default", "second"): x + 0 for key, x in tensors.items()}
+    safetensors.torch.save_file(tensors | more, tmp_path / TENSORS)
+    refused(lambda m: keras_lora.load_adapter(m, tmp_path), "'second'.*save_pretrained")
 
 
 LOADERS = {

@@ -28,6 +28,8 @@ def check_adapter(adapter, engine: str = "vllm", max_lora_rank: int = 16) -> lis
 
     Example:
 
+    >>> keras_lora.mark_only_lora_as_trainable(model)
+    >>> keras_lora.save_adapter(model, "adapter")
     >>> keras_lora.check_adapter("adapter", max_lora_rank=64)
     []
     """
