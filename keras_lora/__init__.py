@@ -1,5 +1,6 @@
 """LoRA for Keras 3: low-rank adaptation as layers and on whole models."""
 
+from keras_lora.files.analyze import analyze
 from keras_lora.files.check import check_adapter
 from keras_lora.files.checkpoint import AdapterCheckpoint
 from keras_lora.files.combine import combine_adapters
@@ -47,6 +48,7 @@ __all__ = [
     "LoRAMergedDense",
     "LoRAPlus",
     "LowRankForm",
+    "analyze",
     "apply_lora",
     "check_adapter",
     "combine_adapters",

@@ -9,10 +9,12 @@ import numpy as np
 from keras_lora.files.config import KEPT
 from keras_lora.files.config import settings
 from keras_lora.files.contents import factors_of
+from keras_lora.files.contents import slots_of
 from keras_lora.files.contents import suffixes_of
 from keras_lora.files.folder import Adapter
 from keras_lora.files.slices import fuse
-from keras_lora.files.slices import slices_of
+from keras_lora.files.spectrum import cut
+from keras_lora.files.spectrum import effective_rank
 from keras_lora.layers.settings import alpha_at
 from keras_lora.layers.settings import checked_rank
 from keras_lora.layers.settings import divisor
@@ -25,57 +27,71 @@ def combine_adapters(
     adapters: Sequence[Adapter | str | Path],
     weights: Sequence[float] | None = None,
     rank: int | None = None,
+    energy: float | None = None,
 ) -> Adapter:
     """The adapter whose updates are weighted sums of those of others.
 
         delta = sum over i of weights[i] * delta_i
 
     Exactly, with the factors side by side: A = [A_1; A_2; ...], and B likewise with
-    weights and scalings in it, so that the ranks add up. With `rank` each sum is cut
-    to the nearest update of that rank (its singular value decomposition), and
-    `.errors` of the result says what that lost.
+    weights and scalings in it, so that the ranks add up. With `rank` or `energy` each
+    sum is cut to the nearest update of a lower rank (its singular value
+    decomposition), and `.errors` of the result says what that lost. Of one adapter
+    that is how to make it smaller: `combine_adapters([adapter], energy=0.99)`.
 
     Args:
         adapters: Folders, or `Adapter` values.
         weights: One number per adapter; the default is 1 for each.
         rank: Whole number > 0, the largest rank of the result; the default cuts
             nothing.
+        energy: Number in (0, 1] instead of `rank`: each module gets the lowest rank
+            that keeps this share of the squares of its update's singular values
+            (`analyze` shows them); its error is at most sqrt(1 - energy).
 
     Returns:
         An `Adapter`: `.save(directory)` writes it, and `load_adapter(model, adapter)`
         takes it. What one of the adapters trained in full goes along unweighted.
 
     Raises:
-        ValueError: If there is no adapter, the weights do not fit, factors of one
-            module have other shapes, two adapters trained the same layer in full, or
-            one has DoRA's magnitudes.
+        ValueError: If there is no adapter, the weights do not fit, `rank` and
+            `energy` are both given, factors of one module have other shapes or are no
+            matrices, two adapters trained the same layer in full, or one has DoRA's
+            magnitudes.
         OSError: If a file cannot be read.
     """
     adapters = [x if isinstance(x, Adapter) else Adapter.read(x) for x in adapters]
     weights = checked_weights(weights, adapters)
-    rank = None if rank is None else checked_rank(rank)
-    counts = {m: len(r) for adapter in adapters for m, r in adapter.slices.items()}
-    slots = [slot for module, n in counts.items() for slot in slices_of(module, n)]
+    limit = checked_limit(rank, energy)
+    slots = slots_of(adapters)
     files = [factors_of(adapter, slots) for adapter in adapters]
     refuse_methods(files)
+    for file in files:
+        for module in file.factors:
+            file.product(module)  # which is an error where they are no matrices
     use_rslora = all(file.config["use_rslora"] for file in files)
     tensors, ranks, alphas, errors = {}, {}, {}, {}
     for module in dict.fromkeys(m for file in files for m in file.factors):
         terms = [
-            (file.factors[module], weight * scaling_of(file, module))
+            (file.factors[module], weight * file.scaling(module))
             for file, weight in zip(files, weights, strict=True)
             if module in file.factors
         ]
         first = next(file for file in files if module in file.factors)
-        scaling = scaling_of(first, module)
+        scaling = first.scaling(module)
         suffixes = suffixes_of(terms[0][0])
         assert_same_shapes(module, [pair for pair, _ in terms])
         a = np.concatenate([pair[suffixes[0]] for pair, _ in terms])
         b = np.concatenate(
             [pair[suffixes[1]] * (factor / scaling) for pair, factor in terms], axis=1
         )
-        if rank is not None and len(a) > rank:
-            a, b, errors[module] = cut(a, b, rank)
+        if limit is not None:
+            left, right, error = cut(
+                b.reshape(*b.shape[:2]), a.reshape(len(a), -1), limit
+            )
+            if len(right) < len(a):
+                errors[module] = error
+                a = right.astype(a.dtype).reshape(-1, *a.shape[1:])
+                b = left.astype(b.dtype).reshape(len(b), -1, *b.shape[2:])
         tensors |= zip((module + suffix for suffix in suffixes), (a, b), strict=True)
         ranks[module] = len(a)
         alphas[module] = scaling * divisor(len(a), use_rslora)
@@ -115,10 +131,6 @@ def refuse_methods(files):
         )
 
 
-def scaling_of(file, module):
-    return file.alphas[module] / divisor(file.ranks[module], file.config["use_rslora"])
-
-
 def checked_weights(weights, adapters):
     if not adapters:
         raise ValueError("`adapters` is empty: there is nothing to combine.")
@@ -147,21 +159,19 @@ def assert_same_shapes(module, pairs):
                 )
 
 
-def cut(a, b, rank):
-    """The nearest factors of a lower rank, and the relative error of their product."""
-    columns = b.reshape(b.shape[0], b.shape[1]).astype("float64")
-    rows = a.reshape(len(a), -1).astype("float64")
-    # The product is never formed: its singular values are those of a small core.
-    q_b, r_b = np.linalg.qr(columns)
-    q_a, r_a = np.linalg.qr(rows.T)
-    left, values, right = np.linalg.svd(r_b @ r_a.T)
-    rank = min(rank, len(values))  # a small kernel has no more
-    root = np.sqrt(values[:rank])
-    new_b = (q_b @ left[:, :rank]) * root
-    new_a = (right[:rank].T * root).T @ q_a.T
-    error = np.linalg.norm(values[rank:]) / (np.linalg.norm(values) or 1.0)
-    return (
-        new_a.astype(a.dtype).reshape(-1, *a.shape[1:]),
-        new_b.astype(b.dtype).reshape(len(b), -1, *b.shape[2:]),
-        float(error),
-    )
+def checked_limit(rank, energy):
+    """Singular values -> the rank to cut to; None where nothing is cut."""
+    if rank is not None and energy is not None:
+        raise ValueError(
+            f"`rank` and `energy` exclude each other. Received: rank={rank!r}, "
+            f"energy={energy!r}."
+        )
+    if energy is None:
+        rank = None if rank is None else checked_rank(rank)
+        return None if rank is None else lambda values: rank
+    if not is_number(energy) or not 0 < energy <= 1:
+        raise ValueError(
+            "`energy` must be a number in (0, 1], the share of the squares of an "
+            f"update's singular values to keep. Received: energy={energy!r}."
+        )
+    return lambda values: max(1, effective_rank(values, energy))

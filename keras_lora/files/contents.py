@@ -2,16 +2,19 @@
 
 from typing import NamedTuple
 
+import numpy as np
+
 from keras_lora.files.config import CONFIG
 from keras_lora.files.config import checked_config
-from keras_lora.files.folder import TENSORS
-from keras_lora.files.folder import assert_finite
+from keras_lora.files.pair import TENSORS
+from keras_lora.files.slices import slices_of
 from keras_lora.files.slices import split
 from keras_lora.files.slices import without_slice
 from keras_lora.files.targeting import check_targets
 from keras_lora.files.targeting import value_of
 from keras_lora.layers.methods import METHODS
 from keras_lora.layers.settings import alpha_at
+from keras_lora.layers.settings import divisor
 from keras_lora.layers.torch_layout import EMBEDDING
 from keras_lora.layers.torch_layout import LINEAR
 
@@ -23,6 +26,35 @@ class FileFactors(NamedTuple):
     alphas: dict
     config: dict
     unadapted: dict  # slice of an adapted module -> {suffix: array}, without A and B
+
+    def scaling(self, module):
+        """The factor in front of B @ A."""
+        rank = self.ranks[module]
+        return self.alphas[module] / divisor(rank, self.config["use_rslora"])
+
+    def product(self, module):
+        """B and A as matrices, (out, r) and (r, in)."""
+        pair, rank = self.factors[module], self.ranks[module]
+        a, b = (pair[suffix] for suffix in suffixes_of(pair)[:2])
+        if len(a) != rank or b.shape[1] != rank or b.size != len(b) * rank:
+            raise ValueError(
+                f"The factors of {module!r} have shapes {a.shape} and {b.shape}, and "
+                f"not rank {rank} on one side: they are a layer's own form of a stack "
+                'of kernels or of factorization="loralib". Load the adapter into its '
+                "model for what needs their product."
+            )
+        return b.reshape(len(b), rank), a.reshape(rank, -1)
+
+
+def slots_of(adapters) -> list:
+    """Names of the slices that adapters have of modules."""
+    counts = {m: len(r) for adapter in adapters for m, r in adapter.slices.items()}
+    return [slot for module, n in counts.items() for slot in slices_of(module, n)]
+
+
+def assert_finite(name, values):
+    if not np.isfinite(values).all():
+        raise ValueError(f"The tensor {name!r} holds values that are not finite.")
 
 
 def factors_of(adapter, modules) -> FileFactors:

@@ -15,6 +15,7 @@ from keras_lora.files.config import CONFIG
 from keras_lora.files.config import checked_config
 from keras_lora.files.config import stated
 from keras_lora.files.config import warn_of_unknown
+from keras_lora.files.contents import assert_finite
 from keras_lora.files.pair import TENSORS
 from keras_lora.files.pair import has_tensors
 from keras_lora.files.pair import parsed
@@ -216,8 +217,3 @@ def stated_in(metadata, key, default):
         kind = "an object" if isinstance(default, dict) else "a list"
         raise ValueError(f"{TENSORS}: {key} must be {kind}. Received: {value!r}.")
     return value
-
-
-def assert_finite(name, values):
-    if not np.isfinite(values).all():
-        raise ValueError(f"The tensor {name!r} holds values that are not finite.")

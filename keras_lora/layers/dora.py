@@ -190,8 +190,7 @@ class DoRAAdapter(LowRankAdapter):
 
 def refuse_other_products(form, sizes):
     """A ValueError where the norm, or the outputs, cannot be had from the factors."""
-    axes = (*form.batch_axes, *form.input_axes)
-    if form.a_shape[:-1] != tuple(sizes[axis] for axis in axes):
+    if not form.is_product(sizes):
         raise ValueError(
             f"`use_dora` needs a kernel that is the product of A and B. The factors "
             f"have shapes {form.a_shape} and {form.b_shape}, and the kernel {sizes}. "

@@ -122,6 +122,11 @@ class LowRankForm:
         a = padded(a, (*wide, parts, wider.a_shape[-1] // parts))
         return a.reshape(wider.a_shape), padded(b, wider.b_shape)
 
+    def is_product(self, sizes):
+        """Whether a kernel of these sizes is A times the B that `spread` gives."""
+        axes = (*self.batch_axes, *self.input_axes)
+        return self.a_shape[:-1] == tuple(sizes[axis] for axis in axes)
+
     def over_kernel(self, vector):
         """A value in the shape of the kernel's other axes, to multiply W with."""
         for axis in sorted(self.input_axes):

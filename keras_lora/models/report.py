@@ -9,6 +9,7 @@ from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.lora_layer import is_adapted
 from keras_lora.models.paths import layer_paths
 from keras_lora.models.record import beside
+from keras_lora.models.tables import Table
 
 
 class Row(NamedTuple):
@@ -24,7 +25,7 @@ class Row(NamedTuple):
     share: float
 
 
-class Report(Sequence):
+class Report(Table, Sequence):
     """The adapted layers of a model as rows (.path .layer .rank .alpha).
 
     `print(report)` gives the table of `keras_lora.summary`.
@@ -61,39 +62,34 @@ class Report(Sequence):
     def __repr__(self):
         return f"<LoRA report of {self.model_name}: {len(self)} adapted layers>"
 
-    def __str__(self):
+    def parts(self):
         adapters = sum(row.parameters for row in self)
         added = sum(count(row.layer.lora.weights) for row in self)
-        lines = table(
-            ["layer", "kind", "rank", "alpha", "scaling", "parameters", "share"],
+        head = ["layer", "kind", "rank", "alpha", "scaling", "parameters", "share"]
+        rows = [
             [
-                [
-                    row.path,
-                    row.kind,
-                    str(row.rank),
-                    f"{row.alpha:g}",
-                    f"{row.scaling:g}",
-                    f"{row.parameters:,}",
-                    percent(row.share),
-                ]
-                for row in self
-            ],
-        )
-        return "\n".join(
-            [
-                f"LoRA in {self.model_name}",
-                *lines,
-                f"{len(self)} adapters: {adapters:,} parameters",
-                f"Also trained: {self.beside:,} parameters{where(self.also_trained)}",
-                f"Trained: {self.trained:,} of {self.total:,} "
-                f"({percent(self.trained / max(self.total, 1))})",
-                "Optimizer memory (two moments, float32): "
-                f"{megabytes(8 * self.trained)}, full fine-tuning "
-                f"{megabytes(8 * (self.total - added))}",
-                *(f"Skipped {path}: {why}" for path, why in self.skipped.items()),
-                *self.notes,
+                row.path,
+                row.kind,
+                str(row.rank),
+                f"{row.alpha:g}",
+                f"{row.scaling:g}",
+                f"{row.parameters:,}",
+                percent(row.share),
             ]
-        )
+            for row in self
+        ]
+        lines = [
+            f"{len(self)} adapters: {adapters:,} parameters",
+            f"Also trained: {self.beside:,} parameters{where(self.also_trained)}",
+            f"Trained: {self.trained:,} of {self.total:,} "
+            f"({percent(self.trained / max(self.total, 1))})",
+            "Optimizer memory (two moments, float32): "
+            f"{megabytes(8 * self.trained)}, full fine-tuning "
+            f"{megabytes(8 * (self.total - added))}",
+            *(f"Skipped {path}: {why}" for path, why in self.skipped.items()),
+            *self.notes,
+        ]
+        return f"LoRA in {self.model_name}", head, rows, lines
 
 
 def summary(model) -> Report:
@@ -147,16 +143,3 @@ def count(weights):
 
 def percent(share):
     return f"{100 * share:.2f}%"
-
-
-def table(head, rows):
-    """Lines of text, the first two columns to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    rule = "  ".join("-" * width for width in widths)
-
-    def line(cells):
-        pairs = list(zip(cells, widths, strict=True))
-        left = [cell.ljust(width) for cell, width in pairs[:2]]
-        return "  ".join([*left, *(c.rjust(w) for c, w in pairs[2:])])
-
-    return [line(head), rule, *map(line, rows), rule]

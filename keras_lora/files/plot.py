@@ -1,0 +1,60 @@
+"""The picture of an analysis."""
+
+import numpy as np
+
+from keras_lora.models.atomic import replacing
+from keras_lora.models.tables import printable
+
+
+def draw(analysis, path):
+    """Left how far each layer has moved, right the singular values it moved by."""
+    try:
+        from matplotlib.figure import Figure  # without pyplot: no window, no state
+    except ImportError as error:
+        raise ImportError(
+            "`plot` draws with matplotlib, which is not installed: install it, or "
+            "keras-lora[examples]."
+        ) from error
+    if not len(analysis):
+        raise ValueError("There is no row to draw.")
+    figure = Figure((10, min(2 + 0.25 * len(analysis), 60)), layout="constrained")
+    norms, spectra = figure.subplots(1, 2, sharey=True)
+    over_kernel = all(row.relative_norm is not None for row in analysis)
+    places = range(len(analysis))
+    lengths = [row.relative_norm if over_kernel else row.norm for row in analysis]
+    norms.barh(places, lengths)
+    names = [printable(row.path) for row in analysis]
+    norms.set_yticks(places, names, fontsize=8, parse_math=False)
+    norms.set_xlabel("norm of the update" + ", over that of W" * over_kernel)
+    norms.set_ylim(len(analysis) - 0.5, -0.5)
+    values = shares(analysis)
+    extent = (0, values.shape[1], len(analysis) - 0.5, -0.5)
+    image = spectra.imshow(values, vmin=0, vmax=1, aspect="auto", extent=extent)
+    spectra.tick_params(labelleft=False)
+    for energy, color in ((0.9, "orange"), (0.99, "red")):
+        used = [row.effective_rank(energy) for row in analysis]
+        spectra.plot(
+            used,
+            places,
+            "|",
+            color=color,
+            markersize=12,
+            markeredgewidth=3,
+            label=f"{energy:.0%} of the squares",
+            clip_on=False,
+        )
+    figure.legend(loc="outside upper right", ncols=2, fontsize=8)
+    spectra.set_xlabel("singular values, the largest first: how many")
+    figure.colorbar(image, label="over the layer's largest")
+    with replacing(path) as new:
+        figure.savefig(new)
+
+
+def shares(analysis):
+    """Each row's singular values over its largest; none where there are no more."""
+    widest = max(1, *(len(row.singular_values) for row in analysis))
+    found = np.full((len(analysis), widest), np.nan)
+    for place, row in enumerate(analysis):
+        values = row.singular_values
+        found[place, : len(values)] = values / (max(values, default=0) or 1)
+    return found
