@@ -1,0 +1,8 @@
+"""python -m keras_lora"""
+
+import sys
+
+from keras_lora.files.command import main
+
+if __name__ == "__main__":
+    sys.exit(main())
