@@ -1,6 +1,11 @@
 """summary(): rows that programs read, and a table that people read."""
 
+import re
+from html.parser import HTMLParser
+
 import keras
+import numpy as np
+import pytest
 from models import MODELS
 from models import functional
 from models import nested
@@ -76,3 +81,170 @@ def test_only_a_model_puts_its_name_before_its_layers():
     layer = keras.layers.MultiHeadAttention(2, 4, name="attention")
     layer.build((None, 3, 8), (None, 3, 8))
     assert "attention_output" in layer_paths(layer)
+
+
+def small(**settings):
+    layers = [
+        keras.Input((6, 6, 2)),
+        keras.layers.Conv2D(4, 1, name="first"),
+        keras.layers.DepthwiseConv2D(2, name="depthwise"),
+        keras.layers.SeparableConv2D(4, 2, name="separable"),
+        keras.layers.Conv2DTranspose(3, 2, name="transposed"),
+        keras.layers.Reshape((-1, 3)),
+        keras.layers.LSTM(4, name="lstm"),
+        keras.layers.BatchNormalization(),
+        keras.layers.Dense(2, name="head"),
+    ]
+    model = keras.Sequential(layers)
+    return model, keras_lora.apply_lora(model, rank=1, **settings)
+
+
+def test_what_all_linear_passes_over_is_named():
+    _, report = small()
+    assert {path: why.split()[0] for path, why in report.skipped.items()} == {
+        "depthwise": "DepthwiseConv2D",
+        "separable": "SeparableConv2D",
+        "transposed": "Conv2DTranspose",
+        "lstm/cell": "LSTMCell",
+    }
+    assert "Skipped depthwise: DepthwiseConv2D is of no kind" in str(report)
+    _, report = small(exclude=["separable"], also_train=["lstm", "transposed"])
+    assert list(report.skipped) == ["depthwise"]
+    _, report = small(target=["first"])
+    assert not report.skipped
+    model = keras.Sequential(
+        [keras.Input((6, 6, 2)), keras.layers.Conv2D(4, 1), *depthwise(20)]
+    )
+    report = keras_lora.apply_lora(model, rank=1)
+    assert len(report.skipped) == 19  # the last makes the outputs
+    (line,) = [x for x in str(report).splitlines() if x.startswith("Skipped")]
+    assert line.startswith("Skipped depthwise_conv2d, depthwise_conv2d_1, ")
+    assert " and 11 more: " in line
+
+
+def depthwise(count):
+    return [keras.layers.DepthwiseConv2D(1) for _ in range(count)]
+
+
+@pytest.mark.parametrize("count, words", [(0, "0 adapters"), (1, "1 adapter")])
+def test_none_and_one_are_said_right(count, words):
+    model = keras.Sequential(
+        [
+            keras.Input((4,)),
+            keras_lora.LoRADense(2, rank=count, use_bias=False, name="one"),
+            keras.layers.Dense(1, kernel_initializer="ones", use_bias=False),
+        ]
+    )
+    report = keras_lora.summary(model)
+    assert f"{words}: {6 * count} parameters" in str(report).splitlines()
+    assert f"{words[0]} adapted layer{'s' if count == 0 else ''}>" in repr(report)
+    assert ("layer  kind" in str(report)) == bool(count)
+    model.layers[-1].trainable = False
+    plain = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False)])
+    assert "Also trained: 1 parameter in dense" in str(keras_lora.summary(plain))
+
+
+class Cells(HTMLParser):
+    """The text of a page's cells, and the names of its tags."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.cells, self.tags = [], []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        if tag in ("td", "th"):
+            self.cells.append("")
+
+    def handle_data(self, data):
+        if self.tags and self.tags[-1] in ("td", "th") and self.cells:
+            self.cells[-1] += data
+
+
+def test_html_has_the_cells_of_the_table_and_no_tag_of_a_names():
+    name = "a<script>alert(1)</script>&amp;"
+    model = keras.Sequential(
+        [keras.Input((4,)), keras_lora.LoRADense(2, rank=1, name="one")], name="m"
+    )
+    report = keras_lora.summary(model)
+    report.rows[0] = report.rows[0]._replace(path=name)
+    report.notes.append("<img src=x>")
+    page = Cells(report._repr_html_())
+    lines = [re.split(r" {2,}", x.strip()) for x in str(report).splitlines()]
+    assert page.cells == [*lines[1], *lines[3]]
+    assert name in page.cells
+    assert set(page.tags) == {"p", "br", "table", "thead", "tbody", "tr", "th", "td"}
+
+
+def saved(folder, seed=1):
+    keras.utils.set_random_seed(seed)
+    model = keras.Sequential(
+        [keras.Input((4,)), keras_lora.LoRADense(3, rank=2, alpha=6, name="one")]
+    )
+    keras_lora.save_adapter(model, folder)
+    return keras_lora.Adapter.read(folder)
+
+
+def test_an_adapter_prints_as_a_table(tmp_path):
+    adapter = saved(tmp_path)
+    assert repr(adapter) == (
+        "<Adapter: 1 module, rank 2, alpha 6, 17 parameters, 68 bytes>"
+    )
+    rows = [re.split(r" {2,}", line) for line in str(adapter).splitlines()]
+    assert ["one", "(2, 4) (3, 2)", "2", "6", "14", "56 bytes"] in rows
+    assert ["In full, 3 parameters: one.base_layer.bias"] in rows
+    assert set(rows[3]) <= set(Cells(adapter._repr_html_()).cells)
+    adapter.tensors["one.lora_B.weight"][:] = np.eye(3, 2)
+    cut = keras_lora.combine_adapters([adapter], rank=1)
+    values = np.linalg.svd(adapter.tensors["one.lora_A.weight"])[1]
+    error = f"{values[1] / np.linalg.norm(values):.2g}"
+    assert f"errors up to {error}" in repr(cut)
+    assert next(x for x in str(cut).splitlines() if x.startswith("one")).endswith(error)
+
+
+def test_a_large_adapter_prints_some_rows_and_the_totals():
+    shape = {"A": (2, 3), "B": (4, 2)}
+    tensors = {
+        f"h.{n}.lora_{x}.weight": np.ones(shape[x], "float32")
+        for n in range(200)
+        for x in "AB"
+    }
+    config = {
+        "peft_type": "LORA",
+        "r": 2,
+        "target_modules": [f"{n}" for n in range(200)],
+    }
+    config["alpha_pattern"] = {"h.7": 3}
+    adapter = keras_lora.Adapter(tensors, config)
+    lines = str(adapter).splitlines()
+    assert "and 180 modules more" in lines and len(lines) < 30
+    words = "200 modules, rank 2, alpha 3 to 8, 2,800 parameters, 11.2 kB"
+    assert words in repr(adapter) and f"LoRA: {words}" in lines
+
+
+def test_an_adapter_that_is_none_prints_too():
+    adapter = keras_lora.Adapter({}, {"peft_type": "LORA"})
+    assert repr(adapter) == "<Adapter: 0 tensors, which cannot be loaded>"
+    assert "It cannot be loaded: adapter_config.json: target_modules" in str(adapter)
+
+
+def test_adapters_are_equal_whose_files_are(tmp_path):
+    adapter, again = saved(tmp_path / "a"), keras_lora.Adapter.read(tmp_path / "a")
+    assert (adapter == again) is True and (adapter != again) is False
+    other = saved(tmp_path / "b", seed=2)
+    assert (adapter == other) is False
+    assert adapter != keras_lora.Adapter(adapter.tensors, adapter.config | {"r": 3})
+    assert adapter != keras_lora.Adapter({}, adapter.config)
+    wide = {key: value.astype("float64") for key, value in adapter.tensors.items()}
+    assert adapter != keras_lora.Adapter(wide, adapter.config)
+    assert adapter != keras_lora.Adapter(
+        adapter.tensors, adapter.config, starts=["one"]
+    )
+    with_errors = keras_lora.Adapter(adapter.tensors, adapter.config, {}, {"one": 0.1})
+    with_errors.save(tmp_path / "c")
+    assert with_errors == adapter == keras_lora.Adapter.read(tmp_path / "c")
+    assert adapter != "a" and adapter in [other, again]
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(adapter)

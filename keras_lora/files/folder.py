@@ -22,8 +22,11 @@ from keras_lora.files.pair import parsed
 from keras_lora.files.pair import read_together
 from keras_lora.files.pair import replace_files
 from keras_lora.files.patterns import LONGEST
+from keras_lora.files.shown import in_words
+from keras_lora.files.shown import parts_of
 from keras_lora.layers.methods import more_suffixes
 from keras_lora.models.atomic import temporary_folder
+from keras_lora.models.tables import Table
 
 PREFIX = "base_model.model."
 CONVERT = (
@@ -36,9 +39,12 @@ NAMED = re.compile(
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Adapter:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Adapter(Table):
     """An adapter apart from any model: what its two files hold.
+
+    It prints as a table. Two are equal whose files would hold the same: all but
+    `errors` counts. There is no hash, as what it holds can be changed.
 
     Attributes:
         tensors: Name -> array: `<module>.lora_A.weight` (r, in) and
@@ -58,6 +64,27 @@ class Adapter:
     slices: dict = dataclasses.field(default_factory=dict)
     errors: dict = dataclasses.field(default_factory=dict)
     starts: list = dataclasses.field(default_factory=list)
+
+    __hash__ = None
+
+    def __eq__(self, other):
+        if not isinstance(other, Adapter):
+            return NotImplemented
+        own, others = (
+            (x.config, x.slices, sorted(x.starts), x.tensors.keys())
+            for x in (self, other)
+        )
+        return own == others and all(
+            value.dtype == other.tensors[key].dtype
+            and np.array_equal(value, other.tensors[key], equal_nan=True)
+            for key, value in self.tensors.items()
+        )
+
+    def __repr__(self):
+        return f"<Adapter: {in_words(self)}>"
+
+    def parts(self):
+        return parts_of(self, most=20)
 
     @classmethod
     def read(cls, directory) -> "Adapter":

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 
+from keras_lora.keras_internals.layers import own_variables
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.kinds import LORA_CLASSES
 from keras_lora.layers.kinds import kind_of
@@ -74,7 +75,8 @@ def apply_lora(
 
     Returns:
         A sequence of rows with .path .layer .rank .alpha, which prints as a table;
-        `.skipped` maps the paths of layers that were passed over to the reason;
+        `.skipped` maps the paths of layers that were passed over to the reason, with
+        "all-linear" those too that have a kernel and are of no kind that is supported;
         `.notes` says what could not be done, such as compiling again.
 
     Raises:
@@ -132,6 +134,7 @@ def choose(model, paths, target, exclude, trained):
     }
     everything = isinstance(target, str) and target == "all-linear"
     by_name = isinstance(target, (list, tuple, set, frozenset))
+    skipped = {}
     if everything:
         heads = output_layers(model)
         found = [
@@ -139,6 +142,14 @@ def choose(model, paths, target, exclude, trained):
             for path, layer in supported.items()
             if kind_of(type(layer)).in_all_linear and id(layer) not in heads
         ]
+        skipped = {
+            path: f"{type(layer).__name__} is of no kind that is supported."
+            for path, layer in paths.items()
+            if has_other_kernel(layer)
+            and id(layer) not in heads
+            and path not in trained
+            and not path.startswith(inside_trained)
+        }
     else:
         # A list that names a layer of another kind gets that as its error.
         found = matching(target, paths if by_name else supported, "target")
@@ -152,7 +163,8 @@ def choose(model, paths, target, exclude, trained):
                 f"`exclude` {exclude!r} leaves nothing of `target` {target!r}."
             )
         found = [path for path in found if path not in excluded]
-    chosen, skipped = {}, {}
+        skipped = {p: why for p, why in skipped.items() if p not in excluded}
+    chosen = {}
     for path in found:
         layer, owner = paths[path], owner_of(model, paths, path)
         reason = obstacle(layer) or assigns_to(owner)
@@ -178,6 +190,14 @@ def choose(model, paths, target, exclude, trained):
             f"cannot be adapted{reasons}"
         )
     return chosen, skipped
+
+
+def has_other_kernel(layer):
+    """Whether a layer has a kernel, and is of no kind that is supported."""
+    return lora_class_of(type(layer)) is None and any(
+        "kernel" in variable.name and len(variable.shape) > 1
+        for variable in own_variables(layer)
+    )
 
 
 def owner_of(model, paths, path):

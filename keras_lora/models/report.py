@@ -1,5 +1,6 @@
 """What is adapted, and what it costs: a sequence of rows, and a table."""
 
+import collections
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,6 +11,8 @@ from keras_lora.layers.lora_layer import is_adapted
 from keras_lora.models.paths import layer_paths
 from keras_lora.models.record import beside
 from keras_lora.models.tables import Table
+from keras_lora.models.tables import counted
+from keras_lora.models.tables import listed
 
 
 class Row(NamedTuple):
@@ -60,7 +63,9 @@ class Report(Table, Sequence):
         return self.rows[index]
 
     def __repr__(self):
-        return f"<LoRA report of {self.model_name}: {len(self)} adapted layers>"
+        return (
+            f"<LoRA report of {self.model_name}: {counted(len(self), 'adapted layer')}>"
+        )
 
     def parts(self):
         adapters = sum(row.parameters for row in self)
@@ -78,15 +83,19 @@ class Report(Table, Sequence):
             ]
             for row in self
         ]
+        where = f" in {listed(self.also_trained)}" if self.also_trained else ""
+        reasons = collections.defaultdict(list)
+        for path, why in self.skipped.items():
+            reasons[why].append(path)
         lines = [
-            f"{len(self)} adapters: {adapters:,} parameters",
-            f"Also trained: {self.beside:,} parameters{where(self.also_trained)}",
+            f"{counted(len(self), 'adapter')}: {counted(adapters, 'parameter')}",
+            f"Also trained: {counted(self.beside, 'parameter')}{where}",
             f"Trained: {self.trained:,} of {self.total:,} "
             f"({percent(self.trained / max(self.total, 1))})",
             "Optimizer memory (two moments, float32): "
             f"{megabytes(8 * self.trained)}, full fine-tuning "
             f"{megabytes(8 * (self.total - added))}",
-            *(f"Skipped {path}: {why}" for path, why in self.skipped.items()),
+            *(f"Skipped {listed(paths)}: {why}" for why, paths in reasons.items()),
             *self.notes,
         ]
         return f"LoRA in {self.model_name}", head, rows, lines
@@ -126,11 +135,6 @@ def trained_beside(layer):
         return []
     parameters = set(map(id, own_variables(layer)))
     return [variable for variable in beside(layer) if id(variable) in parameters]
-
-
-def where(paths, most=8):
-    more = f" and {len(paths) - most} more" if len(paths) > most else ""
-    return f" in {', '.join(paths[:most])}{more}" if paths else ""
 
 
 def megabytes(number):

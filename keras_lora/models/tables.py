@@ -13,7 +13,8 @@ class Table:
 
     def __str__(self):
         title, head, rows, lines = self.parts()
-        return printable("\n".join([title, *table(head, rows), *lines]))
+        rows = table(head, rows) if rows else []
+        return printable("\n".join([title, *rows, *lines]))
 
     def _repr_html_(self):
         title, head, rows, lines = self.parts()
@@ -39,6 +40,12 @@ def printable(text):
     return "".join(
         x if x.isprintable() or x == "\n" else ascii(x).strip("'") for x in text
     )
+
+
+def listed(names, most=8):
+    """a, b and 3 more"""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
 
 
 def counted(number, noun):
