@@ -1,6 +1,7 @@
 """AdapterBank: each row of a batch is what the model gives with that row's adapter."""
 
 import dataclasses
+import os
 import threading
 
 import keras
@@ -312,6 +313,7 @@ def test_a_wild_adapter_spoils_its_own_rows_alone(small):
 
 def test_rows_and_activate(small):
     model, adapters, expected = small
+    model.predict(x(), verbose=0)  # a compiled function that knows no bank
     bank = AdapterBank(model, adapters)
     assert bank.names == ["a", "b", "c"]
     with bank.rows(ROWS):
@@ -651,6 +653,10 @@ def test_a_subclassed_model_is_looked_at_in_its_first_call():
 # A language model.
 
 
+@pytest.mark.skipif(
+    BACKEND == "jax" and os.environ.get("JAX_ENABLE_X64") == "1",
+    reason="KerasHub's cache mixes integers of 64 and 32 bits there",
+)
 @pytest.mark.filterwarnings("ignore")
 def test_each_row_generates_with_its_adapter():
     import keras_hub
