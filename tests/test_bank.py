@@ -148,7 +148,6 @@ def test_both_directions_of_a_tied_embedding(use_dora):
     assert_rows(in_bank(bank, inputs, ROWS), ROWS, expected)
 
 
-@pytest.mark.skipif(BACKEND == "torch", reason="quantized layers differ there")
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_quantized_kernels(mode):
     model = keras.Sequential(

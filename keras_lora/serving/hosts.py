@@ -96,4 +96,4 @@ def outputs_of(host, form):
 
 def laid_out(function, value):
     """A bias or gain as it is combined with outputs."""
-    return to_numpy(function(ops.convert_to_tensor(value.astype("float32"))))
+    return to_numpy(function(ops.convert_to_tensor(value)))
