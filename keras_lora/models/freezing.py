@@ -57,9 +57,11 @@ def freeze_all_but_lora(model, bias="none", also_train=()):
         for part in flatten_layers(layer):
             remember_base(part, state_of(part))
             kept |= {id(v) for v in own_variables(part)}
-    # From the outside in: what is set on a layer reaches the layers inside it.
-    for layer in flatten_layers(model):
-        variables = [v for part in flatten_layers(layer) for v in own_variables(part)]
+    # From the outside in: what is set on a layer reaches the layers inside it, which
+    # may have several owners, as the token embedding that an output head holds too.
+    parts = [list(flatten_layers(layer)) for layer in flatten_layers(model)]
+    for layer, *inside in sorted(parts, key=len, reverse=True):
+        variables = [v for part in (layer, *inside) for v in own_variables(part)]
         layer.trainable = any(id(v) in kept for v in variables)
         for variable in own_variables(layer):
             variable.trainable = id(variable) in kept
