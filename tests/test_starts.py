@@ -135,7 +135,7 @@ def exact(monkeypatch):
     monkeypatch.setattr(eva, "IncrementalPCA", components)
 
 
-def of_peft_eva(rho):
+def of_peft_eva(rho, x=X):
     config = peft.LoraConfig(
         r=2,
         lora_alpha=5,
@@ -143,7 +143,7 @@ def of_peft_eva(rho):
         init_lora_weights="eva",
         eva_config=peft.EvaConfig(rho=rho),
     )
-    loader = [{"input": torch.tensor(X)}]
+    loader = [{"input": torch.tensor(x)}]
     return eva.get_eva_state_dict(
         torch_twin(mlp()),
         loader,
@@ -168,8 +168,9 @@ def test_eva_moves_ranks_as_peft_does(exact):
     model = mlp()
     plain = model.predict(X, verbose=0)
     keras_lora.apply_lora(model, rank=2, alpha=5, target=list(NAMES))
-    report = keras_lora.initialize_lora(model, "eva", data=[(X, Y)], budget=6)
-    expected = {name: len(found) for name, found in of_peft_eva(rho=2.0).items()}
+    x = X * np.array([9, 1, 1, 0.3, 0.1, 0.1], "float32")  # ranks leave the first
+    report = keras_lora.initialize_lora(model, "eva", data=[(x, Y)], budget=6)
+    expected = {name: len(found) for name, found in of_peft_eva(2.0, x).items()}
     actual = {NAMES[row.path]: row.rank for row in report}
     assert actual == {name: rank for name, rank in expected.items() if rank}
     assert sum(actual.values()) == 6
