@@ -14,7 +14,7 @@ from keras_lora.serving.rows import TILE
 
 KNOWN = (ROWS, REPEAT, TILE)
 COUNT = 3
-OPEN_SIZES = (11, 64)  # of axes that are left open: of sequences, of images
+OPEN_SIZES = (11, 64, 5)  # of axes that are left open, the first that the model takes
 
 
 class Probe:
