@@ -582,7 +582,11 @@ to the largest. Written by `python tests/families.py`.
 Left out, here and there: gpt-oss's, Mixtral's and Qwen's experts; Gemma 4's gated
 layers, whose kernels KerasHub reads itself; Swin's query, key and value, which are one
 layer in KerasHub. Mistral's weights are those that float16 holds, to which its
-converter rounds; RoBERTa's positions are all the same, as its conversion is two off.
+converter rounds (5e-4 otherwise). Where KerasHub's conversion differs, settings were
+chosen so that this does not show: RoBERTa's positions are all the same, as its
+conversion is two off and leaves the token type out (0.40 otherwise); T5Gemma has a
+sliding window of 64 (0.32 with 4), gpt-oss plain RoPE (0.44 with YaRN), Qwen 3 an
+epsilon of 1e-5 (3e-5 with 1e-6), ViT and DeiT one of 1e-6 (2e-5 with 1e-12).
 Names of Gemma 3 with images, MetaCLIP 2, PaliGemma, SAM 3 and T5Gemma 2 are derived
 too, and their layouts tested, without a live comparison. BLIP-2 and Gemma 3n have
 converters that cannot be asked about a model without images.

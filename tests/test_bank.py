@@ -697,3 +697,31 @@ def test_each_row_generates_with_its_adapter():
     for name in ("a", None):
         bank.activate(name)
         np.testing.assert_array_equal(generated(), expected[name])
+
+
+def test_names_of_transformers_are_read_slices_and_all(tmp_path):
+    """GPT-2's query, key and value are one module there."""
+    keras_hub = pytest.importorskip("keras_hub")
+    model = keras_hub.models.GPT2Backbone(
+        vocabulary_size=12,
+        num_layers=1,
+        num_heads=2,
+        hidden_dim=8,
+        intermediate_dim=16,
+        max_sequence_length=6,
+    )
+    ids = np.random.default_rng(0).integers(0, 12, (2, 5))
+    inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+    keras_lora.apply_lora(model, rank=2, target="all-linear")
+    for seed, variable in enumerate(model.trainable_variables):
+        fill(variable, seed, 0.3)
+    expected = model.predict(inputs, verbose=0)
+    keras_lora.save_adapter(model, tmp_path, names="transformers")
+    keras_lora.remove_lora(model)
+    bank = keras_lora.AdapterBank(model, {"it": tmp_path}, names="transformers")
+    outputs = bank.predict(
+        {"inputs": inputs, "adapter": bank.ids(["it", None])}, verbose=0
+    )
+    bank.release()
+    assert_close(outputs[:1], expected[:1])
+    assert_close(outputs[1:], model.predict(inputs, verbose=0)[1:])

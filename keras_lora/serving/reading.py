@@ -1,5 +1,6 @@
 """What an adapter's files say about the layers of a bank, without touching them."""
 
+import copy
 import dataclasses
 import math
 
@@ -72,9 +73,10 @@ def read(model, paths, adapter, names, most=math.inf) -> dict:
     """
     if not isinstance(adapter, Adapter):
         adapter = Adapter.read(adapter)
-    modules = module_names(paths, names)
+    modules = module_names(paths, names, model, adapter)
     path_of = {id(layer): path for path, layer in paths.items()}
-    hosts = {module: as_host(layer) or layer for module, layer in modules.items()}
+    hosts = copy.copy(modules)  # with all that is known of the modules
+    hosts.update((module, as_host(x) or x) for module, x in modules.items())
     for module, layer in modules.items():
         path_of[id(hosts[module])] = path_of[id(layer)]
     file = contents(adapter, hosts, names)
