@@ -451,3 +451,20 @@ def test_killed_while_saving(tmp_path):
         a = next(value for key, value in found.tensors.items() if "lora_A" in key)
         config = found.config
         assert (a == config["lora_alpha"]).all()
+
+
+def test_another_rank_is_an_error_that_says_what_to_do(tmp_path):
+    for rank, folder in ((1, "low"), (4, "high")):
+        model, _ = adapt(sequential, rank=rank)
+        keras_lora.save_adapter(model, tmp_path / folder)
+    model, _ = adapt(sequential, rank=2)
+    advice = r"Call remove_lora\(model\) first: the file then brings its own\."
+    with pytest.raises(ValueError, match=f"is 1 in the file and 2 in .*{advice}$"):
+        keras_lora.load_adapter(model, tmp_path / "low")
+    cut = r"Or cut the file: combine_adapters\(\[adapter\], rank=2\)"
+    with pytest.raises(ValueError, match=f"is 4 in the file.*{advice} {cut}"):
+        keras_lora.load_adapter(model, tmp_path / "high")
+    cut = keras_lora.combine_adapters([tmp_path / "high"], rank=2)
+    keras_lora.load_adapter(model, cut)
+    keras_lora.remove_lora(model)
+    keras_lora.load_adapter(model, tmp_path / "high")

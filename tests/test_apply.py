@@ -1,5 +1,8 @@
 """apply_lora: the same model at first, an adapter everywhere asked, and back."""
 
+import inspect
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -491,3 +494,83 @@ def test_two_hundred_layers_and_their_report():
     report = apply_lora(model, rank=1)
     assert len(report) == 199
     assert len({row.path for row in report}) == 199
+
+
+@pytest.mark.parametrize(
+    "keyword, ours",
+    [
+        ("r", "rank"),
+        ("lora_rank", "rank"),
+        ("lora_alpha", "alpha"),
+        ("lora_dropout", "dropout"),
+        ("target_modules", "target"),
+        ("modules_to_save", "also_train"),
+        ("exclude_modules", "exclude"),
+        ("init_lora_weights", "method` of `initialize_lora"),
+        ("dora_rank", "rank` beside `use_dora=True"),
+    ],
+)
+def test_words_of_other_libraries_are_answered_with_ours(keyword, ours):
+    model = sequential()
+    before = flags(model)
+    message = f"apply_lora has no `{keyword}`; the keyword here is `{ours}`"
+    with pytest.raises(ValueError, match=message):
+        apply_lora(model, **{keyword: 4})
+    assert flags(model) == before
+
+
+def test_our_words_are_all_that_an_editor_shows():
+    parameters = inspect.signature(apply_lora).parameters
+    assert list(parameters)[:4] == ["model", "rank", "alpha", "dropout"]
+    assert all(p.kind == p.POSITIONAL_OR_KEYWORD for p in parameters.values())
+    with pytest.raises(TypeError, match="rnak"):
+        apply_lora(sequential(), rnak=4)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"target": "all_linear"}, r"Did you mean 'all-linear'\?$"),
+        ({"target": ["all_linear"]}, "Did you mean 'all-linear'"),
+        ({"target": ["all-linear"]}, 'by itself: target="all-linear"'),
+        ({"target": "frist"}, r"Did you mean 'first'\?$"),
+        ({"target": "dnse"}, r"Did you mean 'dense'(, '\w+')*\?$"),
+        ({"exclude": "all_linear"}, "There are: "),
+    ],
+)
+def test_what_is_suggested_is_suggested_once(arguments, message):
+    with pytest.raises(ValueError, match=message) as error:
+        apply_lora(sequential(), **arguments)
+    words = str(error.value).partition("Did you mean ")[2].rstrip("?").split(", ")
+    assert len(words) == len(set(words))
+
+
+def test_a_rank_that_no_update_can_have_is_warned_of_once(tmp_path):
+    model = convolutional()
+    with pytest.warns(UserWarning, match="The rank is above") as caught:
+        apply_lora(model, rank=5, rank_pattern={"conv2d_a": 4}, target=".*")
+    (warning,) = caught
+    assert warning.filename == __file__
+    # Kernels of 3 x 4, 16 x 2 and 24 x 3; conv2d_a has 8 x 4.
+    assert "in 'conv1d_a' (3), 'conv3d_a' (2), 'head' (3). Give" in str(warning.message)
+    keras_lora.save_adapter(model, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        keras_lora.load_adapter(convolutional(), tmp_path)
+        keras_lora.load_adapter(model, tmp_path)
+        apply_lora(convolutional(), rank=2)
+        apply_lora(transformer(), rank=8)  # each of 8 x 8 at least
+    keras_lora.remove_lora(model)
+    before = flags(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with pytest.raises(UserWarning, match="The rank is above"):
+            apply_lora(model, rank=5)
+    assert flags(model) == before
+
+
+def test_a_warning_of_a_kernel_that_its_owner_reads_names_the_callers_line():
+    model = keras.Sequential([keras.Input((6,)), Block(name="block")])
+    with pytest.warns(UserWarning, match="Block reads its kernel") as caught:
+        apply_lora(model, target=["gate"], rank=1)
+    assert caught[0].filename == __file__

@@ -172,6 +172,57 @@ def test_bad_input_to_combine(tmp_path):
         combine([one, keras_lora.Adapter(wide, one.config)])
 
 
+def with_heads(folder, seed, paths=("head",)):
+    """An adapter whose heads have values of their own."""
+    model, _ = adapt(sequential, also_train=list(paths))
+    for path in paths:
+        for variable in model.get_layer(path).weights:
+            fill(variable, seed)
+    keras_lora.save_adapter(model, folder)
+    return {v.name: to_numpy(v) for p in paths for v in model.get_layer(p).weights}
+
+
+def heads_of(adapter):
+    model = sequential()
+    keras_lora.load_adapter(model, adapter)
+    return {v.name: to_numpy(v) for v in model.get_layer("head").weights}
+
+
+def test_heads_are_kept_or_averaged(tmp_path):
+    folders = [tmp_path / name for name in ("french", "german", "plain")]
+    first, second = (with_heads(x, seed) for seed, x in enumerate(folders[:2]))
+    saved(sequential, folders[2], 5)
+    combine = keras_lora.combine_adapters
+    mean = {name: (first[name].astype("float64") + second[name]) / 2 for name in first}
+    read = [keras_lora.Adapter.read(folder) for folder in folders]
+    for adapters, heads, expected in (
+        (folders, "average", mean),
+        (folders, "french", first),
+        (list(map(str, folders)), folders[1], second),
+        (read, 0, first),
+        (iter(read), 1, second),
+    ):
+        found = heads_of(combine(adapters, heads=heads))
+        assert found.keys() == expected.keys()
+        for name, value in found.items():
+            np.testing.assert_allclose(value, expected[name], rtol=0, atol=1e-7)
+    with pytest.raises(ValueError, match=r'heads="average".*one to keep: .*at 0, 1'):
+        combine(folders)
+    with pytest.raises(ValueError, match=r"'head\.\w+' in full"):
+        combine(folders, heads="plain")  # which has none to keep
+    for heads in ("italian", 3, -1, True, 0.0, ["average"], ""):
+        with pytest.raises(ValueError, match='`heads` must be "average"'):
+            combine(folders, heads=heads)
+    with_heads(tmp_path / "more" / "french", 7)
+    with pytest.raises(ValueError, match="the name of one folder"):
+        combine([*folders, tmp_path / "more" / "french"], heads="french")
+    assert heads_of(combine([folders[0]] * 2)).keys() == first.keys()
+    other = keras_lora.Adapter.read(folders[1])
+    other.tensors["head.bias"] = np.ones(4, "float32")
+    with pytest.raises(ValueError, match=r"'head\.bias' has several shapes"):
+        combine([read[0], other], heads="average")
+
+
 @over_models
 def test_extracted_adapter_is_the_difference(build, tmp_path):
     """Two adapters' worth of change is extracted exactly at a sufficient rank."""

@@ -172,6 +172,23 @@ def test_combine(here, capsys):
                 assert row[5] == f"{error:.2g}"
 
 
+def test_combine_takes_one_of_the_heads(here, capsys):
+    values = {}
+    for seed, folder in enumerate(("one", "two")):
+        write(folder, seed)
+        adapter = keras_lora.Adapter.read(folder)
+        values[folder] = np.full(3, seed, "float32")
+        adapter.tensors["head.bias"] = values[folder]
+        adapter.save(folder)
+    command = ["combine", "one", "two", "-o", "sum"]
+    status, _, errors = run(capsys, *command)
+    assert status == 1 and "'head.bias' in full" in errors
+    for heads, value in (("two", 1), ("average", 0.5)):
+        assert run(capsys, *command, "--heads", heads)[0] == 0
+        found = keras_lora.Adapter.read("sum").tensors["head.bias"]
+        np.testing.assert_array_equal(found, [value] * 3)
+
+
 @pytest.mark.parametrize("output", ["merged.keras", "base.keras"])
 def test_merge(output, here, capsys):
     model = adapted(sequential, also_train=["head"])

@@ -12,6 +12,8 @@ from keras_lora.files.contents import factors_of
 from keras_lora.files.contents import slots_of
 from keras_lora.files.contents import suffixes_of
 from keras_lora.files.folder import Adapter
+from keras_lora.files.heads import checked_heads
+from keras_lora.files.heads import in_full
 from keras_lora.files.slices import fuse
 from keras_lora.files.spectrum import cut
 from keras_lora.files.spectrum import effective_rank
@@ -28,6 +30,7 @@ def combine_adapters(
     weights: Sequence[float] | None = None,
     rank: int | None = None,
     energy: float | None = None,
+    heads: int | str | Path | None = None,
 ) -> Adapter:
     """The adapter whose updates are weighted sums of those of others.
 
@@ -47,18 +50,24 @@ def combine_adapters(
         energy: Number in (0, 1] instead of `rank`: each module gets the lowest rank
             that keeps this share of the squares of its update's singular values
             (`analyze` shows them); its error is at most sqrt(1 - energy).
+        heads: What to make of heads and biases that several adapters have trained in
+            full, to other values: "average" is their mean; a place in `adapters`, or
+            the name of a folder there, keeps those of that one. The default is an
+            error.
 
     Returns:
         An `Adapter`: `.save(directory)` writes it, and `load_adapter(model, adapter)`
-        takes it. What one of the adapters trained in full goes along unweighted.
+        takes it. What the adapters trained in full goes along unweighted.
 
     Raises:
         ValueError: If there is no adapter, the weights do not fit, `rank` and
             `energy` are both given, factors of one module have other shapes or are no
-            matrices, two adapters trained the same layer in full, or one has DoRA's
-            magnitudes.
+            matrices, several adapters trained the same layer in full and `heads` does
+            not decide, or one has DoRA's magnitudes.
         OSError: If a file cannot be read.
     """
+    adapters = list(adapters)
+    heads = checked_heads(heads, adapters)
     adapters = [x if isinstance(x, Adapter) else Adapter.read(x) for x in adapters]
     weights = checked_weights(weights, adapters)
     limit = checked_limit(rank, energy)
@@ -99,14 +108,7 @@ def combine_adapters(
             own = first.alphas[module], first.ranks[module]
             alphas[module] = alpha_at(len(a), *own, use_rslora)
     slices = fuse(tensors, ranks, alphas, use_rslora)
-    for file in files:
-        for key, value in file.others.items():
-            if key in tensors and not np.array_equal(tensors[key], value):
-                raise ValueError(
-                    f"Two of the adapters trained {key!r} in full; there is no sum of "
-                    "that."
-                )
-            tensors[key] = value
+    tensors |= in_full(files, heads)
     bias = max((file.config["bias"] for file in files), key=BIASES.index)
     said = {key: {x.config.get(key) for x in adapters} for key in KEPT}
     config = settings(

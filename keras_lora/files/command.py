@@ -88,6 +88,7 @@ def combine(options):
         options.weights,
         rank=options.rank,
         energy=options.energy,
+        heads=options.heads,
     )
     combined.save(options.output)
     write(*parts_of(combined))
@@ -186,6 +187,11 @@ def parser():
         type=float,
         help="in (0, 1]: the share of the squares of each update's singular values "
         "that is kept, by the lowest rank that does",
+    )
+    added.add_argument(
+        "--heads",
+        help='what to make of heads that several adapters trained: "average", or the '
+        "FOLDER whose heads are kept",
     )
     added = command(merge, "Merges an adapter into a saved Keras model.")
     added.add_argument("folder", metavar="FOLDER", help="the adapter's folder")

@@ -57,11 +57,16 @@ def checked_values(file):
     values = []
     for module, pair in file.factors.items():
         layer = file.modules[module]
-        if file.ranks[module] != layer.lora.file_rank:
+        rank, own = file.ranks[module], layer.lora.file_rank
+        if rank != own:
+            cut = (
+                f" Or cut the file: combine_adapters([adapter], rank={own}) is the "
+                "nearest of the model's rank."
+            )
             raise ValueError(
-                f"The rank of {module!r} is {file.ranks[module]} in the file and "
-                f"{layer.lora.file_rank} in the model. Call remove_lora(model) first: "
-                "the file then brings its own."
+                f"The rank of {module!r} is {rank} in the file and {own} in the model. "
+                "Call remove_lora(model) first: the file then brings its own."
+                f"{cut if rank > own else ''}"
             )
         values += from_tensors(layer, pair, module)
     refuse_changed_slices(file)

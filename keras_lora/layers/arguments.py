@@ -1,9 +1,15 @@
 """What the constructors of all LoRA layers take, and what the layers are called."""
 
+import functools
 import inspect
 import re
+from collections.abc import Callable
+from typing import ParamSpec
+from typing import TypeVar
 
 import keras
+
+P, R = ParamSpec("P"), TypeVar("R")
 
 # Words of other libraries, and the keyword that means the same here.
 FOREIGN_KEYWORDS = {
@@ -17,6 +23,17 @@ FOREIGN_KEYWORDS = {
     "lora_a_initializer": "a_initializer",
     "lora_b_initializer": "b_initializer",
     "init_lora_weights": "a_initializer` and `b_initializer",
+}
+
+# The same for whole models, where A and B start as `initialize_lora` says.
+MODEL_KEYWORDS = FOREIGN_KEYWORDS | {
+    "lora_a_initializer": "method` of `initialize_lora",
+    "lora_b_initializer": "method` of `initialize_lora",
+    "init_lora_weights": "method` of `initialize_lora",
+    "target_modules": "target",
+    "layers_to_transform": "target",
+    "exclude_modules": "exclude",
+    "modules_to_save": "also_train",
 }
 
 COMMON_ARGUMENTS = """
@@ -52,13 +69,24 @@ Reference:
 """
 
 
-def refuse_foreign_keywords(class_name, kwargs):
-    for keyword, ours in FOREIGN_KEYWORDS.items():
+def refuse_foreign_keywords(name, kwargs, words=FOREIGN_KEYWORDS):
+    for keyword, ours in words.items():
         if kwargs.get(keyword) is not None:
             raise ValueError(
-                f"{class_name} has no `{keyword}`; the keyword here is `{ours}`. "
+                f"{name} has no `{keyword}`; the keyword here is `{ours}`. "
                 f"Received: {keyword}={kwargs[keyword]!r}."
             )
+
+
+def refusing_foreign_keywords(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, which names the right keyword; editors see its own alone."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        refuse_foreign_keywords(function.__name__, kwargs, MODEL_KEYWORDS)
+        return function(*args, **kwargs)
+
+    return call
 
 
 def default_name(cls):

@@ -127,6 +127,12 @@ class LowRankForm:
         axes = (*self.batch_axes, *self.input_axes)
         return self.a_shape[:-1] == tuple(sizes[axis] for axis in axes)
 
+    def highest_rank(self, sizes):
+        """Of any update of a kernel of these sizes, or of each in a stack of them."""
+        inputs = math.prod(sizes[axis] for axis in self.input_axes)
+        batch = math.prod(sizes[axis] for axis in self.batch_axes)
+        return min(inputs, math.prod(sizes) // (inputs * batch))
+
     def over_kernel(self, vector):
         """A value in the shape of the kernel's other axes, to multiply W with."""
         for axis in sorted(self.input_axes):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from keras_lora.keras_internals.layers import own_variables
 from keras_lora.layers.adapter import LowRankAdapter
+from keras_lora.layers.arguments import refusing_foreign_keywords
 from keras_lora.layers.kinds import LORA_CLASSES
 from keras_lora.layers.kinds import kind_of
 from keras_lora.layers.kinds import lora_class_of
@@ -19,11 +20,13 @@ from keras_lora.models.freezing import checked_bias
 from keras_lora.models.freezing import freeze_all_but_lora
 from keras_lora.models.paths import layer_paths
 from keras_lora.models.report import Report
+from keras_lora.models.tables import listed
 from keras_lora.models.targets import matching
 from keras_lora.models.targets import output_layers
 from keras_lora.models.targets import pattern_values
 
 
+@refusing_foreign_keywords
 def apply_lora(
     model,
     rank: int = 8,
@@ -80,9 +83,9 @@ def apply_lora(
         `.notes` says what could not be done, such as compiling again.
 
     Raises:
-        ValueError: If an argument is out of range, a rule matches nothing, a layer
-            that is named cannot be adapted, the model has adapters, or is being
-            fitted. The model is then as before.
+        ValueError: If an argument is out of range or another library's word, a rule
+            matches nothing, a layer that is named cannot be adapted, the model has
+            adapters, or is being fitted. The model is then as before.
 
     Reference:
         [LoRA: Hu et al., 2021](https://arxiv.org/abs/2106.09685);
@@ -115,6 +118,7 @@ def apply_lora(
     }
     heads = [paths[path] for path in trained]
     with adapted(model, paths, adapters) as change:
+        warn_of_high_ranks(chosen)
         freeze_all_but_lora(model, bias, heads)
         report = Report(model, paths, skipped)
         if not dry_run:
@@ -179,7 +183,7 @@ def choose(model, paths, target, exclude, trained):
         else:
             chosen[path] = layer
             if no_effect:
-                warnings.warn(f"{path!r}: {no_effect}", stacklevel=3)
+                warnings.warn(f"{path!r}: {no_effect}", stacklevel=4)
     if not chosen:
         reasons = "".join(f"; {path}: {why}" for path, why in skipped.items())
         raise ValueError(
@@ -198,6 +202,19 @@ def has_other_kernel(layer):
         "kernel" in variable.name and len(variable.shape) > 1
         for variable in own_variables(layer)
     )
+
+
+def warn_of_high_ranks(layers):
+    """One warning for all adapters whose rank no update of their kernel can have."""
+    limits = {p: x.form.highest_rank(x.kernel_shape) for p, x in layers.items()}
+    high = [f"{p!r} ({n})" for p, n in limits.items() if layers[p].lora.rank > n]
+    if high:
+        warnings.warn(
+            "The rank is above that of any kernel of this size, so that parameters are "
+            f"spent for nothing, in {listed(high)}. Give a lower `rank`, or these "
+            "layers one of their own with `rank_pattern`.",
+            stacklevel=4,
+        )
 
 
 def owner_of(model, paths, path):

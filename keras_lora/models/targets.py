@@ -73,17 +73,22 @@ def named(entry, paths):
 
 def ordered(found, paths, rule, argument):
     if not found:
-        raise ValueError(f"`{argument}` {rule!r} matches no layer. {hint(rule, paths)}")
+        more = ["all-linear"] if argument == "target" else []
+        what = hint(rule, paths, more)
+        raise ValueError(f"`{argument}` {rule!r} matches no layer. {what}")
     return [path for path in paths if path in found]
 
 
-def hint(rule, paths):
-    """What exists and comes close."""
+def hint(rule, paths, more=()):
+    """What exists and comes close; more: what could be said beside paths."""
+    if rule == "all-linear":
+        return 'It is a target by itself: target="all-linear".'
     called = [path for path, layer in paths.items() if layer.name == rule]
     if called:
         return f"The layer that is called so has the path {called[0]!r}."
-    ends = {path.rsplit("/", 1)[-1] for path in paths}
-    close = difflib.get_close_matches(str(rule), [*ends, *paths], n=5, cutoff=0.5)
+    ends = [path.rsplit("/", 1)[-1] for path in paths]
+    names = dict.fromkeys([*more, *ends, *paths])  # each once, as an end may be a path
+    close = difflib.get_close_matches(str(rule), names, n=5, cutoff=0.5)
     if close:
         return f"Did you mean {', '.join(map(repr, close))}?"
     examples = ", ".join(map(repr, list(paths)[:8]))
