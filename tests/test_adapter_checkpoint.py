@@ -121,3 +121,50 @@ def test_bad_input(tmp_path):
     with pytest.raises(ValueError, match="'val_loss' is not in the logs"):
         model.fit(x(), y(), verbose=0, callbacks=[checkpoint])
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_epoch_and_metrics_in_the_path_are_those_of_keras(best, tmp_path, capsys):
+    model, _ = adapt(sequential)
+    compile_(model)
+    place = "{epoch:02d}-{score:.1f}"
+    options = {"monitor": "score", "mode": "max", "save_best_only": best, "verbose": 1}
+    theirs = keras.callbacks.ModelCheckpoint(
+        str(tmp_path / "theirs" / f"{place}.weights.h5"),
+        save_weights_only=True,
+        **options,
+    )
+    ours = keras_lora.AdapterCheckpoint(tmp_path / "ours" / place, **options)
+    remember = Remember()
+    callbacks = [Worse(), remember, theirs, ours]
+    model.fit(x(), y(), epochs=3, verbose=0, callbacks=callbacks)
+    folders = sorted(path.name for path in (tmp_path / "ours").iterdir())
+    written = sorted(path.name for path in (tmp_path / "theirs").iterdir())
+    assert [f"{folder}.weights.h5" for folder in folders] == written
+    assert folders == ["01-0.5", "02-0.9"] + ([] if best else ["03-0.7"])
+    printed = capsys.readouterr().out
+    for folder in folders:
+        assert f"adapter saved to {tmp_path / 'ours' / folder}\n" in printed
+    assert ("\nEpoch 3: score did not improve from 0.9\n" in printed) == best
+    assert ("score improved from 0.5 to 0.9, adapter" in printed) == best
+    plain = same_base(model, sequential)
+    for epoch, folder in enumerate(folders):
+        keras_lora.load_adapter(plain, tmp_path / "ours" / folder)
+        expected = remember.outputs[epoch]
+        np.testing.assert_allclose(predict(plain), expected, rtol=0, atol=1e-5)
+
+
+def test_a_path_that_asks_for_no_log_writes_nothing(tmp_path, capsys):
+    with pytest.raises(ValueError, match="`directory` is no format"):
+        keras_lora.AdapterCheckpoint("{epoch")
+    model, _ = adapt(sequential)
+    compile_(model)
+    for place in ("{los}", "{}", "{loss:d}", "{epoch.x}"):
+        checkpoint = keras_lora.AdapterCheckpoint(tmp_path / "new" / place)
+        with pytest.raises(ValueError, match=r"There are \['epoch', 'loss'\]"):
+            model.fit(x(), y(), verbose=0, callbacks=[checkpoint])
+    assert not (tmp_path / "new").exists()
+    checkpoint = keras_lora.AdapterCheckpoint(tmp_path / "{{run}}")
+    model.fit(x(), y(), verbose=0, callbacks=[checkpoint])
+    assert [path.name for path in tmp_path.iterdir()] == ["{run}"]
+    assert capsys.readouterr().out == ""

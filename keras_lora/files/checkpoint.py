@@ -1,6 +1,8 @@
 """A callback that writes the adapter alone."""
 
 import math
+import os
+import string
 
 import keras
 
@@ -11,17 +13,20 @@ class AdapterCheckpoint(keras.callbacks.Callback):
     """Writes the adapter at the end of epochs, as `save_adapter` does.
 
     Args:
-        directory: Folder for the adapter; each write replaces the last.
+        directory: Folder for the adapter; each write replaces the last. As in
+            Keras's ModelCheckpoint it may hold "{epoch}", counted from 1, and names
+            of the logs: "adapters/{epoch:02d}-{val_loss:.2f}".
         save_best_only: Boolean, write only when the monitored value is the best;
             one that is not a number never is.
         monitor: Name of the value in the logs.
         mode: "min", "max", or "auto": as the compiled metric of that name says; for
             a value that is none, max for accuracies and areas, else min.
         names: As in `save_adapter`.
+        verbose: 0, or 1 to print what is written where.
 
     Raises:
-        ValueError: If `mode` is another word, or, at the end of an epoch, if there
-            is no value of that name.
+        ValueError: If `mode` is another word or `directory` no format, or, at the end
+            of an epoch, if there is no value of a name that is asked for.
 
     Example:
 
@@ -36,8 +41,16 @@ class AdapterCheckpoint(keras.callbacks.Callback):
         monitor="val_loss",
         mode="auto",
         names=None,
+        verbose=0,
     ):
         super().__init__()
+        try:
+            list(string.Formatter().parse(os.fspath(directory)))
+        except ValueError as error:
+            raise ValueError(
+                f"`directory` is no format: {error}. Received: {str(directory)!r}. "
+                'Braces that are meant are written twice, "{{".'
+            ) from error
         if mode not in ("auto", "min", "max"):
             raise ValueError(
                 f"`mode` must be 'auto', 'min' or 'max'. Received: mode={mode!r}."
@@ -48,18 +61,39 @@ class AdapterCheckpoint(keras.callbacks.Callback):
         self.mode = mode
         self.best = None
         self.names = names
+        self.verbose = verbose
         self._watch = None
 
     def on_epoch_end(self, epoch, logs=None):
+        logs, before = logs or {}, self.best
         if self.save_best_only:
-            if self.monitor not in (logs or {}):
+            if self.monitor not in logs:
                 raise ValueError(
                     f"`monitor` {self.monitor!r} is not in the logs, which have "
-                    f"{sorted(logs or {})}."
+                    f"{sorted(logs)}."
                 )
             if math.isnan(logs[self.monitor]) or not self._is_best(logs):
+                self._say(epoch, f"{self.monitor} did not improve from {self.best}")
                 return
-        save_adapter(self.model, self.directory, names=self.names)
+        directory = self._directory(epoch, logs)
+        save_adapter(self.model, directory, names=self.names)
+        why = f"{self.monitor} improved from {before} to {self.best}, "
+        why = why if self.save_best_only else ""
+        self._say(epoch, f"{why}adapter saved to {directory}")
+
+    def _directory(self, epoch, logs):
+        """The folder of an epoch."""
+        try:
+            return os.fspath(self.directory).format(epoch=epoch + 1, **logs)
+        except (LookupError, AttributeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"`directory` {str(self.directory)!r} asks for what is not in the "
+                f"logs: {error}. There are {['epoch', *sorted(logs)]}."
+            ) from error
+
+    def _say(self, epoch, what):
+        if self.verbose:
+            print(f"\nEpoch {epoch + 1}: {what}")
 
     def _is_best(self, logs):
         """Keras's own callbacks know from the compiled metrics which way is up."""
