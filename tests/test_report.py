@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 
 import keras
 import numpy as np
+import pretrained
 import pytest
 from models import MODELS
 from models import functional
@@ -248,3 +249,12 @@ def test_adapters_are_equal_whose_files_are(tmp_path):
     assert adapter != "a" and adapter in [other, again]
     with pytest.raises(TypeError, match="unhashable"):
         hash(adapter)
+
+
+def test_a_report_can_be_printed_once_its_adapters_are_gone():
+    model = pretrained.sequential()
+    report = keras_lora.apply_lora(model, rank=2, dry_run=True)
+    other = keras_lora.apply_lora(model, rank=2)
+    assert str(report) == str(other)
+    keras_lora.remove_lora(model)
+    assert str(report) == str(other)

@@ -53,6 +53,7 @@ class Report(Table, Sequence):
         others = {path: trained_beside(layer) for path, layer in paths.items()}
         self.also_trained = [path for path, found in others.items() if found]
         self.beside = sum(map(count, others.values()))
+        self.added = sum(count(row.layer.lora.weights) for row in self.rows)
         self.total = count(model.weights)
         self.trained = count(model.trainable_weights)
 
@@ -69,7 +70,6 @@ class Report(Table, Sequence):
 
     def parts(self):
         adapters = sum(row.parameters for row in self)
-        added = sum(count(row.layer.lora.weights) for row in self)
         head = ["layer", "kind", "rank", "alpha", "scaling", "parameters", "share"]
         rows = [
             [
@@ -94,7 +94,7 @@ class Report(Table, Sequence):
             f"({percent(self.trained / max(self.total, 1))})",
             "Optimizer memory (two moments, float32): "
             f"{megabytes(8 * self.trained)}, full fine-tuning "
-            f"{megabytes(8 * (self.total - added))}",
+            f"{megabytes(8 * (self.total - self.added))}",
             *(f"Skipped {listed(paths)}: {why}" for why, paths in reasons.items()),
             *self.notes,
         ]
