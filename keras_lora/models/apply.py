@@ -5,6 +5,7 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 
+from keras_lora.keras_internals.layers import flatten_layers
 from keras_lora.keras_internals.layers import own_variables
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.arguments import refusing_foreign_keywords
@@ -197,9 +198,13 @@ def choose(model, paths, target, exclude, trained):
 
 
 def has_other_kernel(layer):
-    """Whether a layer has a kernel, and is of no kind that is supported."""
+    """Whether a layer has a kernel of its own, and is of no kind that is supported."""
+    inside = [part for part in flatten_layers(layer) if part is not layer]
+    of_others = {id(variable) for part in inside for variable in own_variables(part)}
     return lora_class_of(type(layer)) is None and any(
-        "kernel" in variable.name and len(variable.shape) > 1
+        "kernel" in variable.name
+        and len(variable.shape) > 1
+        and id(variable) not in of_others  # as a wrapper holds that of its layer
         for variable in own_variables(layer)
     )
 
