@@ -53,7 +53,6 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
     factor_names = ("a", "b")
     more_suffixes = ()  # of arrays in a file beside A's and B's
     magnitude = None  # DoRA's m
-    kernel_layout = None  # while it is built, under `keras.distribution`
     taken_off_by = "merge_lora(model) or remove_lora(model)"
     is_bank = False  # many adapters, which their bank alone may change
 
@@ -128,8 +127,6 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
     def build(self, form, regularizer=None, read_kernel=None):
         self.form = form
         self.build_factors(form, regularizer, read_kernel)
-        if self.kernel_layout is not None:
-            self.lay_out_factors(self.kernel_layout)
         self._scaling.make(self._scaling_value, self.variable_dtype, "scaling")
         hold_state(
             self,

@@ -183,9 +183,10 @@ class LoRALayer(HostChecks, LayerFiles, TorchLayout, QuantizedHost):
         """Makes A and B to fit W."""
         regularizer = getattr(self, f"{self.kernel_name}_regularizer", None)
         form = self.low_rank_form(self.lora.rank)
-        self.lora.kernel_layout = layout_of(self.frozen_kernel)
         self.lora.build(form, regularizer, self.base_kernel)
-        self.lora.kernel_layout = None
+        layout = layout_of(self.frozen_kernel)
+        if layout is not None:
+            self.lora.lay_out_factors(layout)
 
     def build_adapter(self):
         """Makes A and B to fit W, and freezes W."""

@@ -81,6 +81,16 @@ def lora_layers(model) -> list:
     return [layer for layer in flatten_layers(model) if is_adapted(layer)]
 
 
+def refuse_adapters(paths):
+    """An error for a model of which a layer has an adapter, or a bank's."""
+    for path, layer in paths.items():
+        if is_adapted(layer):
+            raise ValueError(
+                f"The layer {path!r} has an adapter. Call {layer.lora.taken_off_by} "
+                "first."
+            )
+
+
 def refuse_banked(layer, path):
     """A ValueError for a layer whose adapters are a bank's."""
     if layer.lora.is_bank:

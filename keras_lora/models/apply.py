@@ -13,9 +13,9 @@ from keras_lora.layers.kinds import LORA_CLASSES
 from keras_lora.layers.kinds import kind_of
 from keras_lora.layers.kinds import lora_class_of
 from keras_lora.layers.kinds import obstacle
-from keras_lora.layers.lora_layer import is_adapted
 from keras_lora.models.adapt import assigns_to
 from keras_lora.models.adapt import passed_by
+from keras_lora.models.adapt import refuse_adapters
 from keras_lora.models.change import adapted
 from keras_lora.models.freezing import checked_bias
 from keras_lora.models.freezing import freeze_all_but_lora
@@ -95,12 +95,7 @@ def apply_lora(
     checked_bias(bias)
     LowRankAdapter(rank, alpha, dropout, use_rslora)  # errors without a path
     paths = layer_paths(model)
-    for path, layer in paths.items():
-        if is_adapted(layer):
-            raise ValueError(
-                f"The layer {path!r} has an adapter. Call {layer.lora.taken_off_by} "
-                "first."
-            )
+    refuse_adapters(paths)
     if lora_class_of(type(model)) is not None:  # one layer, under its own name
         paths = {model.name: model, **paths}
     trained = matching(also_train, paths, "also_train") if also_train else []
@@ -199,14 +194,16 @@ def choose(model, paths, target, exclude, trained):
 
 def has_other_kernel(layer):
     """Whether a layer has a kernel of its own, and is of no kind that is supported."""
-    inside = [part for part in flatten_layers(layer) if part is not layer]
-    of_others = {id(variable) for part in inside for variable in own_variables(part)}
-    return lora_class_of(type(layer)) is None and any(
-        "kernel" in variable.name
-        and len(variable.shape) > 1
-        and id(variable) not in of_others  # as a wrapper holds that of its layer
+    kernels = {
+        id(variable)
         for variable in own_variables(layer)
-    )
+        if "kernel" in variable.name and len(variable.shape) > 1
+    }
+    if not kernels or lora_class_of(type(layer)) is not None:
+        return False
+    # A wrapper holds that of its layer too.
+    inside = [part for part in flatten_layers(layer) if part is not layer]
+    return bool(kernels - {id(v) for part in inside for v in own_variables(part)})
 
 
 def warn_of_high_ranks(layers):

@@ -9,6 +9,7 @@ from keras_lora.keras_internals.tracing import compile_again
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.settings import checked_rank
 from keras_lora.layers.started import StartedAdapter
+from keras_lora.layers.torch_layout import to_numpy
 from keras_lora.models.adapt import checked_lora_layers
 from keras_lora.models.adapt import make_plain
 from keras_lora.models.decompositions import KERNEL_STARTS
@@ -149,9 +150,7 @@ def refuse_used(path, layer):
             f"The adapter of {path!r} is a {type(lora).__name__}: it has a start "
             "already, or starts at W. Remove it with remove_lora(model) first."
         )
-    if np.any(keras.ops.convert_to_numpy(lora.a)) and np.any(
-        keras.ops.convert_to_numpy(lora.b)
-    ):
+    if to_numpy(lora.a).any() and to_numpy(lora.b).any():
         raise ValueError(
             f"The adapter of {path!r} has trained: another start would lose what it "
             "has learned. Call remove_lora(model) and apply_lora(model) for a new one."

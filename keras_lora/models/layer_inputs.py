@@ -16,9 +16,8 @@ class Moments:
         self.count, self.sum, self.products = 0, 0.0, 0.0
         self.digests = []
 
-    def add(self, rows, time):
-        """time: the how manieth rows these are; those that are known must be equal."""
-        digest = hashlib.sha256(rows.tobytes()).digest()
+    def add(self, rows, digest, time):
+        """Whether they are the rows of that time, if there are some already."""
         if time < len(self.digests):
             return digest == self.digests[time]
         rows = rows.astype("float64")
@@ -49,10 +48,10 @@ class Recorder:
 
     def outputs(self, host, inputs, training):
         rows = to_numpy(host.input_rows(inputs))
+        digest = hashlib.sha256(rows.tobytes()).digest()
         if self.moments is None:
-            digest = hashlib.sha256(rows.tobytes()).digest()
             self.moments = self.groups[digest]
-        if not self.moments.add(rows, self.times):
+        if not self.moments.add(rows, digest, self.times):
             raise ValueError(
                 f"The inputs of {host.name!r} were another layer's in the first batch "
                 "of `data`, and are not in a later one. Begin with a larger batch."
@@ -84,10 +83,6 @@ def batches_of(data):
 
     Batches of (inputs, targets), as `fit` takes them, give their inputs.
     """
-    if data is None:
-        raise ValueError(
-            "This start needs `data`: batches of the model's inputs, such as `data=x`."
-        )
     if hasattr(data, "shape") or isinstance(data, dict):
         data = [data]
     for batch in data:

@@ -52,9 +52,8 @@ def in_shape(layer, rank, a, b, **others):
     return Start(rank, a.reshape(form.a_shape), b.reshape(form.b_shape), **others)
 
 
-def kernel_matrix(path, layer):
-    """W as a matrix, or a stack of them; its sides bound the rank."""
-    kernel = to_numpy(layer.base_kernel(layer.lora.variable_dtype)).astype("float64")
+def checked_matrix(path, layer, kernel):
+    """A kernel as a matrix, or a stack of them, and back; its sides bound the rank."""
     if not np.isfinite(kernel).all():
         raise ValueError(f"The kernel of {path!r} holds values that are not finite.")
     matrix, back = layer.form.as_matrix(kernel)
@@ -75,7 +74,8 @@ def from_kernel(path, layer, method: str | Callable) -> Start:
     if callable(method):
         a, b = (to_numpy(value) for value in method(layer))
         return Start(rank, a, b)
-    matrix, _ = kernel_matrix(path, layer)
+    kernel = to_numpy(layer.base_kernel(layer.lora.variable_dtype))
+    matrix, _ = checked_matrix(path, layer, kernel.astype("float64"))
     try:
         a, b = KERNEL_STARTS[method](matrix, rank, layer.lora.scaling)
     except ValueError as error:
@@ -159,12 +159,15 @@ def loftq(layers, float_model) -> dict:
 
 def quantized_start(path, layer, kernel) -> Start:
     rank, dtype = layer.lora.rank, layer.kernel_dtype
-    kernel_matrix(path, layer)
     length = np.linalg.norm(kernel) or 1.0
-    plain, seen, best = None, layer, None
-    for _ in range(LOFTQ_STEPS):
+    plain, seen, best, nearest = None, layer, None, 0.0
+    for step in range(LOFTQ_STEPS):
+        if step:
+            rest = (kernel - nearest).astype(dtype)
+            plain = merged_plain(layer, rest, "requantize")
+            seen = twin(plain, type(layer), {})
         lost = kernel - to_numpy(seen.base_kernel(dtype))
-        matrix, back = layer.form.as_matrix(lost)
+        matrix, back = checked_matrix(path, layer, lost)
         a, b = pissa(matrix, rank, layer.lora.scaling)
         nearest = back(layer.lora.scaling * a @ b)
         error = float(np.linalg.norm(lost - nearest) / length)
@@ -173,6 +176,4 @@ def quantized_start(path, layer, kernel) -> Start:
         if best is None or error < best.errors[1]:
             found = {"plain": plain, "errors": (before, error)}
             best = in_shape(layer, rank, a, b, keeps_outputs=False, **found)
-        plain = merged_plain(layer, (kernel - nearest).astype(dtype), "requantize")
-        seen = twin(plain, type(layer), {})
     return best

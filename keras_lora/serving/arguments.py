@@ -3,17 +3,6 @@
 import numbers
 from collections.abc import Mapping
 
-from keras_lora.layers.lora_layer import is_adapted
-
-
-def refuse_adapters(paths):
-    for path, layer in paths.items():
-        if is_adapted(layer):
-            raise ValueError(
-                f"The layer {path!r} has an adapter. Call {layer.lora.taken_off_by} "
-                "first."
-            )
-
 
 def checked_adapters(adapters, target) -> dict:
     adapters = {} if adapters is None else adapters

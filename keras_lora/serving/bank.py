@@ -14,12 +14,12 @@ from keras_lora.keras_internals.tracing import holders
 from keras_lora.keras_internals.tracing import refuse_while_running
 from keras_lora.keras_internals.tracing import take_compiled_functions
 from keras_lora.layers.settings import checked_rank
+from keras_lora.models.adapt import refuse_adapters
 from keras_lora.models.apply import choose
 from keras_lora.models.paths import layer_paths
 from keras_lora.serving.arguments import checked_adapters
 from keras_lora.serving.arguments import checked_capacity
 from keras_lora.serving.arguments import named
-from keras_lora.serving.arguments import refuse_adapters
 from keras_lora.serving.artefacts import Artefacts
 from keras_lora.serving.directory import Directory
 from keras_lora.serving.export import specs_of
