@@ -208,9 +208,10 @@ SECTIONS = [
     Section(
         "Training step over a quantized kernel",
         "Six layers of d=1024 with r=8, over the same with kernels in float32; "
-        "beside it Keras's own adapters over quantized kernels.",
+        "beside it Keras's own adapters over quantized kernels, and PEFT's over "
+        "integers that are dequantized in each forward pass, over PEFT's in float32.",
         [
-            (f"{rows} rows", training.step, "quantized", (1024, rows, 8), 12)
+            (f"{rows} rows", training.quantized, "quantized", (1024, rows, 8), 12)
             for rows in (1024, 64)
         ],
     ),

@@ -71,6 +71,38 @@ def methods(network, arguments, rounds):
     return found | ratios(theirs, "PEFT's LoRA", rounds)
 
 
+class Int8Linear(torch.nn.Linear):
+    """A layer of integers and one scale for each output, as a float one in forward."""
+
+    def __init__(self, width):
+        super().__init__(width, width, bias=False)
+        weight = self.weight.detach()
+        scale = weight.abs().amax(dim=1, keepdim=True) / 127
+        self.register_buffer("scale", scale)
+        integers = torch.round(weight / scale).to(torch.int8)
+        self.weight = torch.nn.Parameter(integers, requires_grad=False)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight * self.scale)
+
+
+def quantized(network, arguments, rounds):
+    """Every variant over float32, and PEFT over a dequantized kernel over its own."""
+    width, _, rank = arguments
+    work = networks.quantized(*arguments)
+    names = [str(index) for index in range(6)]
+    config = peft.LoraConfig(r=rank, target_modules=names)
+    theirs = {}
+    for name, linear in (
+        ("PEFT float32", lambda n: torch.nn.Linear(n, n, bias=False)),
+        ("PEFT int8", Int8Linear),
+    ):
+        network = torch.nn.Sequential(*(linear(width) for _ in names))
+        theirs[name] = torch_step(peft.get_peft_model(network, config), work.x, work.y)
+    found = step("quantized", arguments, rounds)
+    return found | ratios(theirs, "PEFT float32", rounds)
+
+
 def jit_step(network, arguments, rounds):
     return step(network, arguments, rounds, jit=True)
 
