@@ -31,6 +31,7 @@ from keras_lora.models.merge import merge_lora
 from keras_lora.models.merge import remove_lora
 from keras_lora.models.report import summary
 from keras_lora.serving.bank import AdapterBank
+from keras_lora.serving.sweep import sweep
 
 __version__ = "0.1.0"
 
@@ -66,4 +67,5 @@ __all__ = [
     "remove_lora",
     "save_adapter",
     "summary",
+    "sweep",
 ]

@@ -8,16 +8,7 @@ from keras_lora.models.tables import printable
 
 def draw(analysis, path):
     """Left how far each layer has moved, right the singular values it moved by."""
-    try:
-        from matplotlib.figure import Figure  # without pyplot: no window, no state
-    except ImportError as error:
-        raise ImportError(
-            "`plot` draws with matplotlib, which is not installed: install it, or "
-            "keras-lora[examples]."
-        ) from error
-    if not len(analysis):
-        raise ValueError("There is no row to draw.")
-    figure = Figure((10, min(2 + 0.25 * len(analysis), 60)), layout="constrained")
+    figure = new_figure(len(analysis))
     norms, spectra = figure.subplots(1, 2, sharey=True)
     over_kernel = all(row.relative_norm is not None for row in analysis)
     places = range(len(analysis))
@@ -48,6 +39,40 @@ def draw(analysis, path):
     figure.colorbar(image, label="over the layer's largest")
     with replacing(path) as new:
         figure.savefig(new)
+
+
+def draw_sweep(sweep, path):
+    """Left the validation loss after each epoch, right after the last one."""
+    figure = new_figure(len(sweep))
+    curves, last = figure.subplots(1, 2)
+    names = [printable(row.name) for row in sweep]
+    for name, row in zip(names, sweep, strict=True):
+        curves.plot(range(1, len(row.losses) + 1), row.losses, "o-", label=name)
+    curves.set(xlabel="epoch", ylabel="validation loss")
+    curves.legend(title="setting", fontsize=8)
+    last.barh(range(len(sweep)), [row.loss for row in sweep])
+    words = [
+        ", ".join(f"{key}={value}" for key, value in row.settings.items())
+        for row in sweep
+    ]
+    last.set_yticks(range(len(sweep)), map(printable, words), fontsize=8)
+    last.set_ylim(len(sweep) - 0.5, -0.5)
+    last.set_xlabel("validation loss after the last epoch")
+    with replacing(path) as new:
+        figure.savefig(new)
+
+
+def new_figure(rows):
+    try:
+        from matplotlib.figure import Figure  # without pyplot: no window, no state
+    except ImportError as error:
+        raise ImportError(
+            "`plot` draws with matplotlib, which is not installed: install it, or "
+            "keras-lora[examples]."
+        ) from error
+    if not rows:
+        raise ValueError("There is no row to draw.")
+    return Figure((10, min(2 + 0.25 * rows, 60)), layout="constrained")
 
 
 def shares(analysis):

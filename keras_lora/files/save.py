@@ -85,15 +85,26 @@ def adapter_of(model, names=None, trained=None) -> Adapter:
     synchronize(model)
     built_lora_layers(model)
     adapters = {module: layer for module, layer in modules.items() if is_adapted(layer)}
+    if trained is None:
+        trained = trained_beside(modules, adapters)
+    changed = {module: modules[module] for module in [*adapters, *dict(trained)]}
+    refuse_tied_head(model, names, changed)
+    return adapter_from(modules, adapters, trained)
+
+
+def adapter_from(modules, adapters, trained) -> Adapter:
+    """The same of layers that are known.
+
+    Args:
+        modules: Module -> layer, of a whole model.
+        adapters: Those of them that have an adapter.
+        trained: (module, variable) that go along.
+    """
     tensors = {}
     for module, layer in adapters.items():
         tensors |= {module + suffix: x for suffix, x in to_tensors(layer).items()}
     tensors |= of_unadapted_slices(modules, adapters)
-    if trained is None:
-        trained = trained_beside(modules, adapters)
-    changed = {module: modules[module] for module in [*adapters, *dict(trained)]}
     refuse_unnamed(modules, adapters)
-    refuse_tied_head(model, names, changed)
     use_rslora = all(layer.lora.use_rslora for layer in adapters.values())
     ranks = {module: layer.lora.file_rank for module, layer in adapters.items()}
     alphas = {m: file_alpha(layer, use_rslora) for m, layer in adapters.items()}

@@ -34,6 +34,11 @@ def traced_for_xla():
     return False
 
 
+def mask_of(tensor):
+    """The mask that a layer has put on its outputs; None: it has none."""
+    return keras.src.backend.get_keras_mask(tensor)
+
+
 def set_mask(tensor, mask):
     keras.src.backend.set_keras_mask(tensor, mask)
 

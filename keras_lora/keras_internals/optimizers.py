@@ -14,6 +14,11 @@ def renewed_optimizer(optimizer, variables):
         return optimizer
     if list(map(id, optimizer._trainable_variables)) == list(map(id, variables)):
         return optimizer
+    return like_without_state(optimizer, variables)
+
+
+def like_without_state(optimizer, variables):
+    """An optimizer like this one, built for variables; a ValueError where it cannot."""
     names = {"_iterations", "_learning_rate"}
     old = {id(variable) for variable in optimizer.variables}
     for _ in range(2):
@@ -28,6 +33,16 @@ def renewed_optimizer(optimizer, variables):
         # What `build` has not replaced was made in the constructor.
         names |= found
     raise ValueError(f"it keeps variables of its own in {sorted(found)}")
+
+
+def unbuilt_copy(optimizer):
+    """One like an optimizer that is not built; a ValueError for one that is."""
+    if optimizer.built:
+        raise ValueError(
+            f"The optimizer, a {type(optimizer).__name__}, is built: it belongs to "
+            "other variables. Give a new one."
+        )
+    return without_state(optimizer, {"_iterations", "_learning_rate"})
 
 
 def attributes_with(optimizer, ids) -> set:

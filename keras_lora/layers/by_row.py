@@ -40,7 +40,7 @@ def einsum_by_row(equation, row, inputs, stack, slots):
     return ops.einsum(f"{operand},{row}{rest}", inputs, factors)
 
 
-def mapped_by_row(bypass, inputs, a, b, slots):
+def mapped_by_row(bypass, inputs, a, b, slots, training=False):
     """Any kind's bypass, row by row."""
     a, b = (ops.take(stack, slots, axis=0) for stack in (a, b))
     if "int" not in str(inputs.dtype):
@@ -50,6 +50,10 @@ def mapped_by_row(bypass, inputs, a, b, slots):
         inputs, a, b = row
         return bypass(ops.expand_dims(inputs, 0), a, b)[0]
 
+    if keras.backend.backend() == "tensorflow" and training:
+        # There a grouped convolution that is mapped at once has no gradient, and
+        # any other is a loop as well.
+        return ops.map(one, (inputs, a, b))
     if keras.backend.backend() != "torch":
         return ops.vectorized_map(one, (inputs, a, b))
     # There Keras's convolution cannot be mapped.

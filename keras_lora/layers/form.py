@@ -37,7 +37,7 @@ def unchanged(a, b):
 def padded(value, shape):
     """Zeros at the ends of a value's axes."""
     more = [(0, size - own) for size, own in zip(shape, value.shape, strict=True)]
-    return np.pad(value, more)
+    return ops.pad(value, more)
 
 
 @dataclass(frozen=True)
@@ -108,19 +108,19 @@ class LowRankForm:
         """linear(inputs, compose(A, B)), without forming that kernel."""
         return self.up(self.down(inputs, a), b)
 
-    def bypass_by_row(self, inputs, a, b, slots):
+    def bypass_by_row(self, inputs, a, b, slots, training=False):
         """The same with stacks of A and B, of which row i uses number slots[i]."""
         if self.down_by_row is None:
-            return mapped_by_row(self.bypass, inputs, a, b, slots)
+            return mapped_by_row(self.bypass, inputs, a, b, slots, training)
         return self.up_by_row(self.down_by_row(inputs, a, slots), b, slots)
 
     def widened(self, a, b, rank, wider):
-        """A and B of a rank (NumPy) as those of a form of a higher rank: zeros."""
+        """A and B of a rank as those of a form of a higher rank: zeros."""
         parts = (self.file_rank or rank) // rank  # updates side by side in A
         lead, wide = list(a.shape[:-1]), list(wider.a_shape[:-1])
-        a = a.reshape(*lead, parts, -1)
+        a = ops.reshape(a, (*lead, parts, a.shape[-1] // parts))
         a = padded(a, (*wide, parts, wider.a_shape[-1] // parts))
-        return a.reshape(wider.a_shape), padded(b, wider.b_shape)
+        return ops.reshape(a, wider.a_shape), padded(b, wider.b_shape)
 
     def is_product(self, sizes):
         """Whether a kernel of these sizes is A times the B that `spread` gives."""
@@ -169,13 +169,16 @@ class LowRankForm:
             return self.from_file(a, b)
         return a.T.reshape(self.a_shape), b.T.reshape(self.b_shape)
 
+    def matrix_axes(self, ndim) -> list:
+        """A kernel's axes: those of the batch, of the inputs, and the rest."""
+        first = [*self.batch_axes, *self.input_axes]
+        return first + [axis for axis in range(ndim) if axis not in first]
+
     def as_matrix(self, kernel):
         """A kernel (NumPy) as (batch..., inputs, outputs), and the way back."""
-        inputs, batch = list(self.input_axes), list(self.batch_axes)
-        rest = [x for x in range(kernel.ndim) if x not in inputs + batch]
-        axes, sizes = batch + inputs + rest, kernel.shape
-        lead = [sizes[axis] for axis in batch]
-        rows = math.prod(sizes[axis] for axis in inputs)
+        axes, sizes = self.matrix_axes(kernel.ndim), kernel.shape
+        lead = [sizes[axis] for axis in self.batch_axes]
+        rows = math.prod(sizes[axis] for axis in self.input_axes)
         matrix = kernel.transpose(axes).reshape(*lead, rows, -1)
 
         def back(matrix):

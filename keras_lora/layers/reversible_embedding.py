@@ -81,7 +81,7 @@ class ReverseForm(LowRankForm):
     def bypass(self, inputs, a, b):
         return self.up(self.down(inputs, b), a)
 
-    def bypass_by_row(self, inputs, a, b, slots):
+    def bypass_by_row(self, inputs, a, b, slots, training=False):
         return self.up_by_row(self.down_by_row(inputs, b, slots), a, slots)
 
 

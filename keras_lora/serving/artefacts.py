@@ -48,7 +48,7 @@ class Artefacts:
         >>> swap(**bank.swap_inputs("french", "adapters/fr-2"))  # doctest: +SKIP
         """
         checked_adapters({name: adapter}, None)
-        arrays = swap_arrays(self, self._prepared(name, adapter))
+        arrays = swap_arrays(self, self._prepared(name, adapter)[0])
         return {name: ops.convert_to_tensor(x) for name, x in arrays.items()} | {
             "adapter": ops.convert_to_tensor(name)
         }

@@ -32,9 +32,11 @@ from keras_lora.serving.outside import CompiledFunctions
 from keras_lora.serving.outside import OutsideCalls
 from keras_lora.serving.reading import read
 from keras_lora.serving.rows import Choice
+from keras_lora.serving.trainees import source_of
+from keras_lora.serving.training import Training
 
 
-class AdapterBank(Artefacts, OutsideCalls, keras.Model):
+class AdapterBank(Artefacts, OutsideCalls, Training, keras.Model):
     """Many adapters over one model, and one of them for each row of a batch.
 
         y[i] = what the model gives for x[i] with the adapter that ids[i] means
@@ -43,7 +45,7 @@ class AdapterBank(Artefacts, OutsideCalls, keras.Model):
     where they are, and each has a stack of all adapters' factors beside it. Adapters
     of different ranks, alphas and layers live together: where one has no factors, its
     rows get the base model. Biases, dense layers that trained in full and DoRA's
-    lengths are kept for each adapter. A bank serves: it does not train.
+    lengths are kept for each adapter. `fit` trains several at once.
 
     Args:
         model: A Keras model that is built and holds no adapter.
@@ -86,34 +88,37 @@ class AdapterBank(Artefacts, OutsideCalls, keras.Model):
         adapters = checked_adapters(adapters, target)
         capacity = checked_capacity(capacity, adapters)
         most = np.inf if max_rank is None else checked_rank(max_rank)
-        found = {
-            name: named(name, read, model, paths, adapter, names, most)
-            for name, adapter in adapters.items()
-        }
-        every = [item for each in found.values() for item in each.items()]
-        lora_ranks = [values.rank for _, values in every if not values.in_full]
+        found, sources = {}, {}
+        for name, given in adapters.items():
+            adapter, sources[name] = named(name, source_of, given)
+            found[name] = named(name, read, model, paths, adapter, names, most)
+        every = [item for each in found.values() for item in each.parts.items()]
+        lora_ranks = [part.rank for _, part in every if not part.in_full]
         super().__init__(name=f"{model.name}_bank", dtype=model.dtype_policy)
         self.autocast = False
         self.model, self.capacity, self.names_given = model, capacity, names
         self.max_rank = max_rank or max(lora_ranks, default=8) or 8
-        self.directory, self.choice = Directory(capacity), Choice()
+        self.directory = Directory(capacity)
+        self.choice = Choice(self.directory.slot_count)
         self.hosts = Hosts(paths, self.choice, self.directory.slot_count)
+        vars(self)["sources"] = {}  # past Keras's tracking: trainees are among them
         self.slots = []
         self._changes, self._active, self._row_names = threading.RLock(), None, None
         self._compiled = CompiledFunctions(model)
-        with_gain = any(values.gain is not None for _, values in every)
+        with_gain = any(part.has_gain for _, part in every)
         chosen = [] if target is None else choose(model, paths, target, None, [])[0]
         with contextlib.ExitStack() as undo:
             undo.callback(self.hosts.release)
             for path, layer in paths.items():
-                ranks = [values.rank for other, values in every if other == path]
+                ranks = [part.rank for other, part in every if other == path]
                 if ranks or path in chosen:
                     rank = max([self.max_rank, *ranks])
                     self.slots.append(self.hosts.take(path, layer, rank, with_gain))
             find_leading_axes(self, made_inputs(model))
             self.hosts.input_specs = specs_of(specs_in(model))
-            for name, values in found.items():
-                self._put(name, named(name, self.hosts.prepared, values))
+            for name, reading in found.items():
+                prepared = named(name, self.hosts.prepared, reading.parts)
+                self._put(name, prepared, sources[name])
             undo.pop_all()
         take_compiled_functions(holders(model))
         self.built = True
@@ -150,7 +155,8 @@ class AdapterBank(Artefacts, OutsideCalls, keras.Model):
                 f"gives them. Received: shape {ids.shape}, dtype {ids.dtype}."
             )
         self._look_at(inputs)
-        with self.choice.using(self.directory.slots(ids)):
+        trainees = self.trainees.each if training and self.trainees else None
+        with self.choice.using(self.directory.slots(ids), trainees):
             return self.model(inputs, training=training)
 
     def compute_output_spec(self, inputs, training=False):
@@ -172,14 +178,6 @@ class AdapterBank(Artefacts, OutsideCalls, keras.Model):
             self._look_at(x["inputs"])
         return super().predict(x, *args, **kwargs)
 
-    def fit(self, *args, **kwargs):
-        raise ValueError(
-            "A bank serves and does not train. Train an adapter with "
-            "apply_lora(model), save_adapter, and add it to the bank."
-        )
-
-    train_on_batch = fit
-
     # What is in it.
 
     def add(self, name: str, adapter):
@@ -200,23 +198,18 @@ class AdapterBank(Artefacts, OutsideCalls, keras.Model):
         checked_adapters({name: adapter}, None)
         with self._changes:
             self.directory.refuse_if_full(name)
-            self._put(name, self._prepared(name, adapter))
+            self._put(name, *self._prepared(name, adapter))
 
-    def _prepared(self, name, adapter):
-        values = named(
-            name,
-            read,
-            self.model,
-            self.hosts.paths,
-            adapter,
-            self.names_given,
-            self.max_rank,
-        )
-        return named(name, self.hosts.prepared, values)
+    def _prepared(self, name, given):
+        adapter, source = named(name, source_of, given)
+        arguments = self.model, self.hosts.paths, adapter, self.names_given
+        reading = named(name, read, *arguments, self.max_rank)
+        return named(name, self.hosts.prepared, reading.parts), source
 
-    def _put(self, name, prepared):
+    def _put(self, name, prepared, source):
         self.hosts.write(self.directory.free_slot(), prepared)
         self.directory.publish(name)
+        self.sources[name] = source
         self._point()
 
     def remove(self, name: str):
@@ -229,6 +222,7 @@ class AdapterBank(Artefacts, OutsideCalls, keras.Model):
                     f"{name!r} is active: bank.activate(None) first, or another name."
                 )
             self.directory.withdraw(name)
+            del self.sources[name]
             self._point()
 
     def release(self):

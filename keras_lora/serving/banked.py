@@ -9,6 +9,7 @@ from keras_lora.keras_internals.layers import change_class
 from keras_lora.keras_internals.layers import seen_as
 from keras_lora.layers.kinds import lora_class_of
 from keras_lora.layers.lora_layer import LoRALayer
+from keras_lora.serving.slots import WithTrainees
 
 
 class BankAdapters:
@@ -33,10 +34,11 @@ class BankAdapters:
         return [*self.slots.variables, *self.choice.variables]
 
     def outputs(self, host, inputs, training):
-        if training:
+        trainees = self.choice.trainees
+        if training and trainees is None:
             raise ValueError(
-                f"{self.name!r} holds the adapters of an AdapterBank, which serves "
-                "them: it cannot be called with training=True."
+                f"{self.name!r} holds the adapters of an AdapterBank, which train in "
+                "`bank.fit` alone: it cannot be called with training=True."
             )
         inputs = ops.convert_to_tensor(inputs, sparse=False)
         if self.choice.probe is not None:
@@ -44,12 +46,17 @@ class BankAdapters:
             return host.frozen_linear(inputs)
         chosen = self.choice.now().seen_by(self, ops.shape(inputs)[0])
         slots = self.slots
+        if training:
+            slots = WithTrainees(host, self, trainees)
         dtype = slots.variable_dtype if host.form.looks_up else host.compute_dtype
         gain, backwards = slots.gain, host.form.input_axes != self.form.input_axes
         if gain is not None and backwards:
             inputs = times(inputs, chosen.over(gain, len(inputs.shape)))
         outputs = ops.cast(host.frozen_linear(inputs), dtype)
-        more = chosen.bypass(host.form, inputs, slots.a, slots.b)
+        dropped = inputs
+        if training and slots.dropout.any():
+            dropped = chosen.dropped(inputs, slots.dropout, self.choice.seed)
+        more = chosen.bypass(host.form, dropped, slots.a, slots.b, training)
         outputs = outputs + ops.cast(more, dtype)
         if gain is not None and not backwards:
             outputs = times(outputs, chosen.over(gain, len(outputs.shape)))

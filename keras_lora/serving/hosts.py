@@ -49,30 +49,22 @@ class Hosts:
             unbank_layer(layer)
         self.layers = {}
 
-    def prepared(self, found) -> dict:
+    def prepared(self, parts) -> dict:
         """{path: what `Slots.write` takes} of an adapter; a ValueError without room."""
         no_room, prepared = {}, {}
-        for path, values in found.items():
+        for path, part in parts.items():
             layer = self.layers.get(path)
             if layer is None:
                 no_room[path] = "the layer is none of the bank's"
                 continue
-            slots, own = layer.lora.slots, {}
-            if values.rank > slots.rank:
-                no_room[path] = f"rank {values.rank}, there is room for {slots.rank}"
-            elif values.gain is not None and slots.gain is None:
+            slots = layer.lora.slots
+            if part.rank > slots.rank:
+                no_room[path] = f"rank {part.rank}, there is room for {slots.rank}"
+            elif part.has_gain and slots.gain is None:
                 no_room[path] = "DoRA's lengths"
             else:
-                if values.a is not None:
-                    form = layer.low_rank_form(values.rank)
-                    own["a"], own["b"] = form.widened(
-                        values.a, values.b, values.rank, layer.form
-                    )
-                if values.gain is not None:
-                    own["gain"] = laid_out(layer.form.over_outputs, values.gain)
-                if values.bias is not None:
-                    own["bias"] = laid_out(layer.over_outputs, values.bias)
-                prepared[path] = own
+                rows = part.rows(layer.form, layer.over_outputs)
+                prepared[path] = {name: to_numpy(x) for name, x in rows.items()}
         if no_room:
             reasons = "; ".join(f"{path!r}: {why}" for path, why in no_room.items())
             raise ValueError(

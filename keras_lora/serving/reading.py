@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -25,24 +26,86 @@ from keras_lora.models.adapt import new_adapter
 UNREAD = object()  # in the place of the adapter that a host may get
 
 
-@dataclasses.dataclass
-class Values:
-    """What an adapter makes of one layer, as NumPy arrays; None: nothing.
+class Part:
+    """What an adapter makes of one layer.
 
     Attributes:
-        rank: Of A and B, the layer's for these shapes.
-        a, b: A and scaling * B.
-        bias: What is added to the layer's own.
-        gain: As in `LowRankAdapter.for_bank`.
-        in_full: Whether A and B are a kernel that trained in full.
+        layer: The model's own.
+        view: It as a LoRA layer, with an adapter in `lora`, or none.
+        bias, kernel: What the adapter has in their place, variables of its own; None:
+            nothing.
     """
 
-    rank: int = 0
-    a: np.ndarray | None = None
-    b: np.ndarray | None = None
-    bias: np.ndarray | None = None
-    gain: np.ndarray | None = None
-    in_full: bool = False
+    bias = kernel = None
+
+    def __init__(self, layer, view):
+        self.layer, self.view = layer, view
+
+    @property
+    def lora(self):
+        return None if self.view.lora is UNREAD else self.view.lora
+
+    @property
+    def rank(self) -> int:
+        """Of A and B, the layer's for these shapes."""
+        if self.lora is not None:
+            return self.lora.rank
+        return 0 if self.kernel is None else full_rank(self.view)
+
+    @property
+    def has_gain(self) -> bool:
+        return self.lora is not None and self.lora.magnitude is not None
+
+    @property
+    def dropout(self) -> float:
+        return 0.0 if self.lora is None else self.lora.dropout
+
+    @property
+    def in_full(self) -> bool:
+        """Whether A and B are a kernel that trained in full."""
+        return self.lora is None and self.kernel is not None
+
+    def factors(self):
+        """A, scaling * B and gain, as in `LowRankAdapter.for_bank`; None: nothing."""
+        if self.lora is not None:
+            return self.lora.for_bank()
+        if self.kernel is None:
+            return None, None, None
+        return (*full_update(self.view, self.kernel), None)
+
+    def rows(self, form, bias_over) -> dict:
+        """Name -> what one slot holds, as tensors through which gradients go.
+
+        Args:
+            form: That of the slots, of a rank as high or higher.
+            bias_over: A function that lays out a bias over the outputs.
+        """
+        found, (a, b, gain) = {}, self.factors()
+        if a is not None:
+            own = self.view.low_rank_form(self.rank)
+            found["a"], found["b"] = own.widened(a, b, self.rank, form)
+        if gain is not None:
+            found["gain"] = form.over_outputs(gain)
+        if self.bias is not None:
+            found["bias"] = bias_over(ops.subtract(self.bias, self.layer.bias))
+        return found
+
+
+@dataclasses.dataclass
+class Reading:
+    """What `read` finds.
+
+    Attributes:
+        parts: Path -> Part, of the layers that the adapter changes.
+        adapted: Module -> view, of those that have factors.
+        modules: Module -> layer, of all, with what is known of them.
+        beside: [(module, layer, variable, value)] of what trained beside the factors.
+    """
+
+    parts: dict
+    adapted: dict
+    modules: dict
+    beside: list
 
 
 def as_host(layer):
@@ -57,8 +120,8 @@ def as_host(layer):
     return twin(layer, own, {"lora": UNREAD}) if layer.built else None
 
 
-def read(model, paths, adapter, names, most=math.inf) -> dict:
-    """{path: Values} of the layers that an adapter changes.
+def read(model, paths, adapter, names, most=math.inf) -> Reading:
+    """What an adapter makes of a model's layers, which stay as they are.
 
     Args:
         model: A plain model, or one in a bank.
@@ -93,23 +156,24 @@ def read(model, paths, adapter, names, most=math.inf) -> dict:
         options = {**options_of(file, module), "rank": rank, "alpha": None}
         lora = new_adapter(host, options)
         vars(host)["lora"] = lora  # not its tracker, which is the layer's
-        lora.build(host.low_rank_form(rank), None, host.base_kernel)
-    pairs = checked_values(file)
+        regularizer = getattr(host, f"{host.kernel_name}_regularizer", None)
+        lora.build(host.low_rank_form(rank), regularizer, host.base_kernel)
+    pairs, parts = checked_values(file), {}
+    factors = {
+        id(factor)
+        for host in file.adapted.values()
+        for factor in host.lora.named_factors().values()
+    }
     for variable, value in pairs:
-        if any(
-            variable is factor
-            for host in file.adapted.values()
-            for factor in host.lora.named_factors().values()
-        ):
+        if id(variable) in factors:
             variable.assign(value)
-    found = {}
     for module, host in file.adapted.items():
         alpha = own_alpha(host, file.alphas[module], file.use_rslora)
         host.lora.set_alpha(alpha, file.use_rslora)
-        a, b, gain = (None if x is None else to_numpy(x) for x in host.lora.for_bank())
-        found[path_of[id(host)]] = Values(host.lora.rank, a, b, gain=gain)
-    add_others(found, pairs, hosts.values(), path_of)
-    return found
+        parts[path_of[id(host)]] = Part(modules[module], host)
+    reading = Reading(parts, file.adapted, hosts, [])
+    add_others(reading, pairs, modules, path_of)
+    return reading
 
 
 def own_rank(host, rank, module):
@@ -135,32 +199,56 @@ def refuse_rank_without_values(host, rank, arrays, module):
         )
 
 
-def add_others(found, pairs, layers, path_of):
-    """What trained beside the factors: biases, and layers in full."""
+def add_others(reading, pairs, layers, path_of):
+    """What trained beside the factors: biases, and layers in full.
+
+    layers: Module -> the model's own layer.
+    """
     owners = {
-        id(variable): layer
-        for layer in layers
+        id(variable): module
+        for module, layer in reading.modules.items()
         for variables in layer_state(layer)
         for variable in variables
     }
     for variable, value in pairs:
-        layer = owners.get(id(variable))
-        if layer is None or np.array_equal(to_numpy(variable), value):
-            continue  # a factor, or as in the base model
-        path = path_of[id(layer)]
-        values = found.setdefault(path, Values())
-        if not isinstance(layer, LoRALayer):
-            raise ValueError(unable(path, layer, variable))
-        if variable.name == "bias":
-            values.bias = value - to_numpy(variable)
-        elif variable.name == layer.kernel_name and values.a is None:
-            update = full_update(layer, value)
-            if update is None:
-                raise ValueError(unable(path, layer, variable))
-            values.rank, values.a, values.b = update
-            values.in_full = True
+        module = owners.get(id(variable))
+        if module is None:
+            continue  # a factor
+        layer, view = layers[module], reading.modules[module]
+        reading.beside.append((module, layer, variable, value))
+        path, part = path_of[id(layer)], None
+        if isinstance(view, LoRALayer):
+            part = reading.parts.get(path, Part(layer, view))
+        if part is not None and variable.name == "bias":
+            part.bias = own_variable(variable, value)
+        elif part is not None and can_be_in_full(part, variable, value):
+            part.kernel = own_variable(variable, value)
+        elif np.array_equal(to_numpy(variable), value):
+            continue
         else:
             raise ValueError(unable(path, layer, variable))
+        reading.parts[path] = part
+
+
+def can_be_in_full(part, variable, value):
+    return (
+        part.lora is None
+        and variable.name == part.view.kernel_name
+        and full_update(part.view, value, checked=True) is not None
+    )
+
+
+def own_variable(like, value):
+    own = keras.Variable(
+        value, dtype=wide_dtype(like.dtype), name=like.name, autocast=False
+    )
+    own.regularizer = like.regularizer
+    return own
+
+
+def wide_dtype(dtype):
+    """float32 at least."""
+    return "float64" if dtype == "float64" else "float32"
 
 
 def unable(path, layer, variable):
@@ -172,20 +260,29 @@ def unable(path, layer, variable):
     )
 
 
-def full_update(layer, value):
-    """(rank, A, B) with A @ B = value - W, one of them the identity, or None."""
-    update = value - to_numpy(layer.base_kernel(layer.variable_dtype))
-    matrix, _ = layer.low_rank_form(1).as_matrix(update)
-    rank = min(matrix.shape[-2:])
-    form = layer.low_rank_form(rank)
-    eye = np.eye(rank, dtype=matrix.dtype)
-    eye = np.broadcast_to(eye, (*matrix.shape[:-2], rank, rank))
-    a, b = (matrix, eye) if rank == matrix.shape[-1] else (eye, matrix)
-    if (a.size, b.size) != (math.prod(form.a_shape), math.prod(form.b_shape)):
-        return None  # the layer's update is another product
-    a, b = a.reshape(form.a_shape), b.reshape(form.b_shape)
-    if not np.allclose(
-        to_numpy(form.compose(*map(ops.convert_to_tensor, (a, b)))), update
-    ):
+def full_rank(view):
+    sizes = view.kernel_shape
+    return view.low_rank_form(1).highest_rank(sizes)
+
+
+def full_update(view, kernel, checked=False):
+    """A and B with A @ B = kernel - W, one of them the identity.
+
+    checked: None where the layer's update is another product than that.
+    """
+    dtype = wide_dtype(view.variable_dtype)
+    update = ops.convert_to_tensor(kernel, dtype) - view.base_kernel(dtype)
+    rank = full_rank(view)
+    form = view.low_rank_form(rank)
+    matrix = ops.transpose(update, form.matrix_axes(len(update.shape)))
+    lead = [update.shape[axis] for axis in form.batch_axes]
+    eye = ops.broadcast_to(ops.eye(rank, dtype=update.dtype), (*lead, rank, rank))
+    inputs = math.prod(update.shape[axis] for axis in form.input_axes)
+    a, b = (eye, matrix) if rank == inputs else (matrix, eye)
+    sizes = [math.prod(factor.shape) for factor in (a, b)]
+    if checked and sizes != [math.prod(form.a_shape), math.prod(form.b_shape)]:
         return None
-    return rank, a, b
+    a, b = ops.reshape(a, form.a_shape), ops.reshape(b, form.b_shape)
+    if checked and not np.allclose(to_numpy(form.compose(a, b)), to_numpy(update)):
+        return None
+    return a, b

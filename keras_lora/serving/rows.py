@@ -1,6 +1,7 @@
 """Which adapter the rows of a call use."""
 
 import contextlib
+import random
 import threading
 
 import keras
@@ -22,7 +23,7 @@ class OneForAll:
     def seen_by(self, adapters, size):
         return self
 
-    def bypass(self, form, inputs, a, b):
+    def bypass(self, form, inputs, a, b, training):
         a, b = (ops.take(stack, self.slot, axis=0) for stack in (a, b))
         if not form.looks_up:
             dtype = keras.backend.standardize_dtype(inputs.dtype)
@@ -65,8 +66,16 @@ class RowByRow:
             place = ops.mod(place, rows)
         return RowByRow(ops.take(self.slots, place))
 
-    def bypass(self, form, inputs, a, b):
-        return form.bypass_by_row(inputs, a, b, self.slots)
+    def bypass(self, form, inputs, a, b, training):
+        return form.bypass_by_row(inputs, a, b, self.slots, training)
+
+    def dropped(self, inputs, rates, seed):
+        """Dropout, of which each row has the rate of its slot."""
+        rates = ops.take(ops.cast(rates, inputs.dtype), self.slots)
+        rates = ops.reshape(rates, (-1, *[1] * (len(inputs.shape) - 1)))
+        drawn = keras.random.uniform(ops.shape(inputs), dtype="float32", seed=seed)
+        kept = ops.cast(drawn >= ops.cast(rates, "float32"), inputs.dtype)
+        return inputs * kept / (1 - rates)
 
     def over(self, stack, ndim):
         """As in OneForAll; a value starts with the outputs' first axis, of size 1,
@@ -102,9 +111,13 @@ class Choice(keras.layers.Layer):
 
     probe = None  # what looks at the layers' inputs, while it does
 
-    def __init__(self):
+    def __init__(self, count):
         super().__init__(dtype="float32", trainable=False)
         self.active = self.slots_variable((), "active")
+        # In training, what stands for each slot: itself, or a trainee behind them.
+        self.moved = self.slots_variable((count,), "moved")
+        self.moved.assign(ops.arange(count, dtype="int32"))
+        self.seed = keras.random.SeedGenerator(random.randrange(2**31))
         self._of = {}  # number of rows -> variable
         self.rows = None
         self.all_known = False  # what every layer's leading axis is
@@ -134,11 +147,19 @@ class Choice(keras.layers.Layer):
             slots = self.rows
         return OneForAll(self.active) if slots is None else RowByRow(slots)
 
+    @property
+    def trainees(self):
+        """Those of the call that trains now; None: no call does."""
+        return getattr(self._local, "trainees", None)
+
     @contextlib.contextmanager
-    def using(self, slots):
-        before = getattr(self._local, "slots", None)
-        self._local.slots = slots
+    def using(self, slots, trainees=None):
+        """Rows of this thread's call use slots; with trainees it trains them."""
+        if trainees is not None:
+            slots = ops.take(self.moved, slots)
+        before = getattr(self._local, "slots", None), self.trainees
+        self._local.slots, self._local.trainees = slots, trainees
         try:
             yield
         finally:
-            self._local.slots = before
+            self._local.slots, self._local.trainees = before

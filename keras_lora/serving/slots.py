@@ -60,10 +60,9 @@ class Slots(Stacks, keras.layers.Layer):
 
     def rows(self, **values) -> dict:
         """Name -> what one slot holds; what is not named gets the base model's."""
-        base = {"gain": 1.0}
         return {
             name: np.ascontiguousarray(
-                np.broadcast_to(values.get(name, base.get(name, 0.0)), stack.shape[1:]),
+                np.broadcast_to(values.get(name, base_row(name)), stack.shape[1:]),
                 self.variable_dtype,
             )
             for name, stack in self.stacks().items()
@@ -72,6 +71,35 @@ class Slots(Stacks, keras.layers.Layer):
     def write(self, slot, **values):
         for name, row in self.rows(**values).items():
             write_slot(self.stacks()[name], slot, row)
+
+
+class WithTrainees(Stacks):
+    """The stacks of a layer, and behind them what each trainee has there."""
+
+    def __init__(self, host, adapters, trainees):
+        slots, path = adapters.slots, adapters.name
+        self.variable_dtype = slots.variable_dtype
+        parts = [trainee.parts.get(path) for trainee in trainees]
+        rows = [
+            {} if part is None else part.rows(host.form, host.over_outputs)
+            for part in parts
+        ]
+        for name, stack in slots.stacks().items():
+            shape = stack.shape[1:]
+            more = [
+                ops.broadcast_to(row[name], shape)
+                if name in row
+                else ops.full(shape, base_row(name), stack.dtype)
+                for row in rows
+            ]
+            setattr(self, name, ops.concatenate([stack, ops.stack(more)], axis=0))
+        own = [0.0 if part is None else part.dropout for part in parts]
+        self.dropout = np.array([0.0] * slots.count + own, "float32")
+
+
+def base_row(name) -> float:
+    """What the base model has in the place of an adapter's."""
+    return 1.0 if name == "gain" else 0.0
 
 
 def write_slot(stack, slot, value):

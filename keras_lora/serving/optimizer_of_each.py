@@ -1,0 +1,138 @@
+"""One optimizer for each adapter that trains."""
+
+import contextlib
+import threading
+from collections.abc import Mapping
+
+import keras
+from keras import ops
+
+from keras_lora.keras_internals.optimizers import like_without_state
+
+
+class OptimizerOfEach(keras.optimizers.Optimizer):
+    """An optimizer of its own for each trainee, all like the one that was given.
+
+    A trainee without rows in a batch takes no step: its variables, momenta and count
+    of steps stay as they are, to the bit, as if the batch had not been.
+
+    Args:
+        given: A Keras optimizer, its name, or a dict from the adapters' names to them.
+    """
+
+    def __init__(self, given):
+        super().__init__(learning_rate=0.0, name="of_each")
+        by_name = given if isinstance(given, Mapping) else {None: given}
+        vars(self).update(  # past TensorFlow's tracking
+            given={name: checked(each) for name, each in by_name.items()},
+            each=[],  # (trainee, its id in batches, its optimizer)
+            ids_now=threading.local(),
+        )
+
+    def train(self, trainees, id_of):
+        """From now on these; those that were here go on where they were.
+
+        id_of: name -> id in a batch.
+        """
+        known = {id(trainee): optimizer for trainee, _, optimizer in self.each}
+        each = []
+        for trainee in trainees:
+            optimizer = known.get(id(trainee)) or self.new(trainee)
+            each.append((trainee, id_of[trainee.adapter_name], optimizer))
+        vars(self)["each"] = each
+        self.built = True
+
+    def is_for(self, trainees, id_of):
+        now = [(id(trainee), own_id) for trainee, own_id, _ in self.each]
+        return now == [(id(each), id_of[each.adapter_name]) for each in trainees]
+
+    def new(self, trainee):
+        name = trainee.adapter_name
+        given = self.given.get(name, self.given.get(None))
+        if given is None:
+            raise ValueError(
+                f"The bank was compiled with optimizers for {sorted(self.given)}, and "
+                f"with none for {name!r}."
+            )
+        return like_without_state(given, trainee.trainable_variables)
+
+    @contextlib.contextmanager
+    def rows_of(self, ids):
+        """Inside, `apply` is for a batch with these ids. Each thread has its own."""
+        self.ids_now.now = ids
+        try:
+            yield
+        finally:
+            self.ids_now.now = None
+
+    @property
+    def ids(self):
+        return getattr(self.ids_now, "now", None)
+
+    def build(self, variables):
+        self.built = True
+
+    @property
+    def variables(self):
+        # Asked by Keras's constructor before there is any.
+        each = vars(self).get("each", [])
+        return [*super().variables, *(v for *_, own in each for v in own.variables)]
+
+    @property
+    def learning_rate(self):
+        """The first one's; all get a rate that is set."""
+        return self.each[0][2].learning_rate if self.each else 0.0
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate):
+        for *_, optimizer in self.each:
+            optimizer.learning_rate = learning_rate
+
+    def apply(self, grads, trainable_variables=None):
+        grads = list(grads)
+        for trainee, own_id, optimizer in self.each:
+            count = len(trainee.trainable_variables)
+            own, grads = grads[:count], grads[count:]
+            present = ops.any(ops.equal(self.ids, own_id))
+            kept = [*trainee.trainable_variables, *optimizer.variables]
+            before = [ops.copy(ops.convert_to_tensor(each)) for each in kept]
+            optimizer.apply(own)
+            for variable, value in zip(kept, before, strict=True):
+                now = ops.convert_to_tensor(variable)
+                variable.assign(ops.where(present, now, value))
+        self.iterations.assign_add(1)
+
+    def stateless_apply(self, optimizer_variables, grads, trainable_variables):
+        own = self.variables
+        trained = [v for trainee, *_ in self.each for v in trainee.trainable_variables]
+        values = [*zip(own, optimizer_variables, strict=True)]
+        values += zip(trained, trainable_variables, strict=True)
+        with keras.StatelessScope(state_mapping=values) as scope:
+            self.apply(grads)
+        found = [
+            [value if new is None else new for value, new in pairs]
+            for pairs in (
+                [(x, scope.get_current_value(v)) for v, x in values[len(own) :]],
+                [(x, scope.get_current_value(v)) for v, x in values[: len(own)]],
+            )
+        ]
+        return tuple(found)
+
+    def finalize_variable_values(self, var_list):
+        for trainee, _, optimizer in self.each:
+            optimizer.finalize_variable_values(trainee.trainable_variables)
+
+    def get_config(self):
+        raise ValueError("The optimizers of a bank's adapters are not saved.")
+
+
+def checked(optimizer):
+    optimizer = keras.optimizers.get(optimizer)
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer) or getattr(
+        optimizer, "loss_scale_factor", None
+    ):
+        raise ValueError(
+            "A bank trains several adapters by one loss, which is not scaled: give an "
+            "optimizer without a loss scale, and train in float32 or mixed_bfloat16."
+        )
+    return optimizer

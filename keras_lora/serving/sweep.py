@@ -1,0 +1,291 @@
+"""Many settings of an adapter, trained at once over one frozen model."""
+
+import math
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import keras
+import numpy as np
+
+from keras_lora.files.folder import Adapter
+from keras_lora.files.plot import draw_sweep
+from keras_lora.files.save import adapter_of
+from keras_lora.keras_internals.optimizers import unbuilt_copy
+from keras_lora.models.adapt import refuse_adapters
+from keras_lora.models.apply import apply_lora
+from keras_lora.models.change import adapted
+from keras_lora.models.freezing import freeze_all_but_lora
+from keras_lora.models.paths import layer_paths
+from keras_lora.models.tables import Table
+from keras_lora.models.targets import matching
+from keras_lora.serving.bank import AdapterBank
+
+
+class Setting(NamedTuple):
+    """One setting, and the validation loss after each epoch; a loss of NaN is worst."""
+
+    name: str
+    settings: dict
+    losses: list
+
+    @property
+    def loss(self) -> float:
+        """After the last epoch."""
+        return self.losses[-1]
+
+    @property
+    def order(self):
+        return math.inf if math.isnan(self.loss) else self.loss
+
+
+class Sweep(Table, Sequence):
+    """Rows (.name .settings .losses .loss), the best one first; it prints as a table.
+
+    Attributes:
+        adapters: Name -> `Adapter`, as trained.
+    """
+
+    def __init__(self, rows, adapters):
+        self.rows = sorted(rows, key=lambda row: row.order)
+        self.adapters = adapters
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+    def __repr__(self):
+        return f"<Sweep of {len(self)} settings, best {self.best.name!r}>"
+
+    @property
+    def best(self) -> Setting:
+        """The setting with the lowest validation loss after the last epoch."""
+        return self.rows[0]
+
+    @property
+    def adapter(self) -> Adapter:
+        """The best setting's, for `load_adapter` or `save`."""
+        return self.adapters[self.best.name]
+
+    def parts(self):
+        keys = list(dict.fromkeys(key for row in self for key in row.settings))
+        head = ["setting", *keys, "lowest", "last"]
+        rows = [
+            [
+                row.name,
+                *(str(row.settings.get(key, "")) for key in keys),
+                f"{np.nanmin([*row.losses, math.inf]):.4g}",
+                f"{row.loss:.4g}",
+            ]
+            for row in self
+        ]
+        return "Validation loss, the best last one first", head, rows, []
+
+    def plot(self, path):
+        """Draws validation loss by epoch and by setting into a file, with matplotlib.
+
+        Raises:
+            ImportError: Without matplotlib.
+            ValueError: If the ending of the path is no format's.
+        """
+        draw_sweep(self, path)
+
+
+def sweep(
+    model,
+    data: tuple,
+    settings: Sequence | Mapping,
+    validation_data: tuple | None = None,
+    loss=None,
+    optimizer="adamw",
+    epochs: int = 1,
+    batch_size: int = 32,
+    verbose="auto",
+) -> Sweep:
+    """Trains one adapter for each setting in one fit, and compares them.
+
+    All are adapters of one `AdapterBank`, learn from the same batches in the same
+    order, and each goes the way that it goes alone. The model is left as it was.
+
+    Args:
+        model: A Keras model that is built and holds no adapter.
+        data: (x, y) or (x, y, sample_weight), NumPy arrays, or nested ones.
+        settings: A list of dicts, or a dict from names to them: `learning_rate` and
+            arguments of `apply_lora`.
+        validation_data: Like `data`; default the last fifth of it.
+        loss: Of `keras.Model.compile`; default the model's own, if it is compiled.
+        optimizer: A Keras optimizer or its name; each setting gets one like it.
+        epochs: How often all rows are seen.
+        batch_size: Rows of each step for each setting. The model sees them once for
+            every setting.
+        verbose: Of `keras.Model.fit`.
+
+    Returns:
+        A sequence of rows, the best first, which prints as a table; `.adapter` is the
+        winner, `.plot(path)` a picture.
+
+    Raises:
+        ValueError: If a setting, the data or the loss does not fit. The model is then
+            as before.
+
+    Example:
+
+        rates = [{"rank": 8, "learning_rate": rate} for rate in (1e-4, 1e-3, 1e-2)]
+        result = keras_lora.sweep(model, (x, y), rates, loss="mse", epochs=3)
+        keras_lora.load_adapter(model, result.adapter)
+    """
+    refuse_adapters(layer_paths(model))
+    settings = named_settings(settings)
+    if loss is None:
+        loss = getattr(model, "loss", None)
+    if loss is None:
+        raise ValueError("Give a `loss`: the model is not compiled with one.")
+    data, validation_data = split(data, validation_data)
+    given = keras.optimizers.get(optimizer)
+    optimizers, adapters = {}, {}
+    for name, own in settings.items():
+        own = dict(own)
+        optimizers[name] = unbuilt_copy(given)
+        if "learning_rate" in own:
+            optimizers[name].learning_rate = own.pop("learning_rate")
+        adapters[name] = fresh_adapter(model, own)
+    bank = AdapterBank(model, adapters)
+    try:
+        bank.compile(optimizers, loss)
+        batches = Batches(bank, [*settings], data, batch_size)
+        validator = Validator(bank, [*settings], validation_data, batch_size)
+        bank.fit(batches, epochs=epochs, callbacks=[validator], verbose=verbose)
+        rows = [
+            Setting(name, dict(own), validator.losses[name])
+            for name, own in settings.items()
+        ]
+        return Sweep(rows, {name: bank.adapter(name) for name in settings})
+    finally:
+        bank.release()
+
+
+def named_settings(settings) -> dict:
+    if not isinstance(settings, (Mapping, list, tuple)) or not settings:
+        raise ValueError(
+            "`settings` must be a list of dicts, or a dict from names to dicts. "
+            f"Received: {settings!r}."
+        )
+    values = settings.values() if isinstance(settings, Mapping) else settings
+    for own in values:
+        if not isinstance(own, Mapping) or "dry_run" in own:
+            raise ValueError(
+                "A setting is a dict of `learning_rate` and arguments of apply_lora. "
+                f"Received: {own!r}."
+            )
+    if isinstance(settings, Mapping):
+        return dict(settings)
+    return {f"{place}": own for place, own in enumerate(settings, start=1)}
+
+
+def split(data, validation_data):
+    """(x, y, weights or None) for training and for validation."""
+    checked = []
+    for argument, given in (("data", data), ("validation_data", validation_data)):
+        if given is None:
+            continue
+        if not isinstance(given, (tuple, list)) or len(given) not in (2, 3):
+            raise ValueError(
+                f"`{argument}` must be (x, y) or (x, y, sample_weight). Received: "
+                f"{type(given).__name__}."
+            )
+        given = [
+            keras.tree.map_structure(keras.ops.convert_to_numpy, x) for x in given[:2]
+        ] + [None if x is None else np.asarray(x) for x in (*given[2:], None)[:1]]
+        sizes = {len(x) for x in keras.tree.flatten(given) if x is not None}
+        if len(sizes) != 1 or 0 in sizes:
+            raise ValueError(f"`{argument}` has arrays of {sorted(sizes)} rows.")
+        checked.append(given)
+    if validation_data is None:
+        count = len(keras.tree.flatten(checked[0])[0])
+        first = count - count // 5
+        if first == count:
+            raise ValueError(
+                f"{count} rows are too few for a fifth of them: give `validation_data`."
+            )
+        whole = checked[0]
+        checked = [rows_of(whole, slice(first)), rows_of(whole, slice(first, None))]
+    return checked
+
+
+def rows_of(data, rows):
+    return [
+        None if x is None else keras.tree.map_structure(lambda part: part[rows], x)
+        for x in data
+    ]
+
+
+def fresh_adapter(model, settings) -> Adapter:
+    """What apply_lora would give a model, which stays as it is."""
+    report = apply_lora(model, dry_run=True, **settings)
+    own = {
+        word: settings[word]
+        for word in ("dropout", "use_rslora", "use_dora")
+        if word in settings
+    }
+    adapters = {
+        row.path: {"rank": row.rank, "alpha": row.alpha, **own} for row in report
+    }
+    paths = layer_paths(model)
+    also_train = settings.get("also_train")
+    heads = matching(also_train, paths, "also_train") if also_train else []
+    with adapted(model, paths, adapters):
+        bias = settings.get("bias", "none")
+        freeze_all_but_lora(model, bias, [paths[path] for path in heads])
+        return adapter_of(model)
+
+
+class Batches(keras.utils.PyDataset):
+    """Each batch's rows once for every adapter, in a new order each epoch."""
+
+    def __init__(self, bank, names, data, batch_size):
+        super().__init__()
+        self.bank, self.names, self.data = bank, names, data
+        self.batch_size = batch_size
+        self.count = len(keras.tree.flatten(data)[0])
+        self.random = np.random.default_rng(0)
+        self.order = self.random.permutation(self.count)
+
+    def __len__(self):
+        return -(-self.count // self.batch_size)
+
+    def __getitem__(self, index):
+        first = index * self.batch_size
+        rows = self.order[first : first + self.batch_size]
+        ids = self.bank.ids(np.repeat(self.names, len(rows)))
+        x, y, weights = rows_of(self.data, np.tile(rows, len(self.names)))
+        batch = {"inputs": x, "adapter": ids}, y
+        return batch if weights is None else (*batch, weights)
+
+    def on_epoch_end(self):
+        self.order = self.random.permutation(self.count)
+
+
+class Validator(keras.callbacks.Callback):
+    """Each adapter's validation loss after each epoch."""
+
+    def __init__(self, bank, names, data, batch_size):
+        super().__init__()
+        self.bank, self.data, self.batch_size = bank, data, batch_size
+        self.losses = {name: [] for name in names}
+
+    def on_epoch_end(self, epoch, logs=None):
+        x, y, weights = self.data
+        count = len(keras.tree.flatten(x)[0])
+        for name, losses in self.losses.items():
+            inputs = {"inputs": x, "adapter": self.bank.ids([name] * count)}
+            found = self.bank.evaluate(
+                inputs,
+                y,
+                sample_weight=weights,
+                batch_size=self.batch_size,
+                verbose=0,
+                return_dict=True,
+            )
+            losses.append(float(found["loss"]))

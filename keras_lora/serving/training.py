@@ -1,0 +1,233 @@
+"""What trains the adapters of a bank."""
+
+import contextlib
+from collections.abc import Mapping
+
+import keras
+import numpy as np
+
+from keras_lora.keras_internals.calls import synchronize
+from keras_lora.keras_internals.layers import attach
+from keras_lora.keras_internals.layers import detach
+from keras_lora.models.trainable_flags import restore_trainable_state
+from keras_lora.models.trainable_flags import trainable_state
+from keras_lora.serving.loss_of_each import LossOfEach
+from keras_lora.serving.optimizer_of_each import OptimizerOfEach
+from keras_lora.serving.trainees import Trainee
+
+
+class Trainees(keras.layers.Layer):
+    """Those of one fit."""
+
+    def __init__(self, each):
+        super().__init__(dtype="float32")
+        self.each = each
+        self.built = True
+
+
+class Training:
+    """Mixin of the bank: several adapters train at once, each with its own rows."""
+
+    trainees = None
+
+    def compile(self, optimizer="rmsprop", loss=None, **kwargs):
+        """As `keras.Model.compile`, with an optimizer of its own for each adapter.
+
+        Args:
+            optimizer: A Keras optimizer, or its name: every adapter gets one like it.
+                Or a dict from the adapters' names to optimizers.
+            loss: Losses that are means or sums over rows.
+            kwargs: Of `keras.Model.compile`.
+
+        Raises:
+            ValueError: For a loss scale, a loss of another kind, or "mixed_float16".
+        """
+        if self.dtype_policy.name == "mixed_float16":
+            raise ValueError(
+                "A bank does not train under mixed_float16, whose one loss scale would "
+                "tie the adapters to each other. Use mixed_bfloat16 or float32."
+            )
+        optimizer = OptimizerOfEach(optimizer)
+        if loss is not None:
+            loss = keras.tree.map_structure(
+                lambda each: LossOfEach(each, lambda: optimizer.ids), loss
+            )
+        super().compile(optimizer, loss, auto_scale_loss=False, **kwargs)
+
+    def fit(self, x=None, *args, **kwargs):
+        """Trains the adapters that `x` names, each with its own rows.
+
+            L = sum over the adapters k of loss(y[ids == k], f(x)[ids == k])
+
+        All else, the model's own weights among it, stays as it is to the bit. Every
+        adapter goes the way that it goes alone with its rows, in batches that hold
+        those of its rows that are in this one's: an adapter without rows in a batch
+        takes no step, and its momenta and its count of steps stay too. The loss in the
+        logs is L. The kernels of the model are frozen meanwhile, as after
+        `apply_lora`.
+
+        What was trained is in the bank's calls from the end of each epoch on, and at
+        the start of each validation. Another `fit` goes on where this one stopped.
+
+        Args:
+            x: {"inputs": ..., "adapter": ids}, or what gives batches of it together
+                with targets, a dataset for example; then all adapters of the bank
+                train.
+            args, kwargs: Of `keras.Model.fit`.
+
+        Raises:
+            ValueError: If the bank is not compiled, `x` names no adapter, an adapter
+                trains what rows of a batch share, or the model adds losses for its
+                activations.
+        """
+        self._train(self._named_in(x))
+        if isinstance(x, Mapping):
+            self._look_at(x["inputs"])
+        writer = WriteBack(self)
+        callbacks = kwargs.pop("callbacks", None)
+        if isinstance(callbacks, keras.callbacks.CallbackList):
+            callbacks.append(writer)
+        else:
+            callbacks = [] if callbacks is None else callbacks
+            callbacks = (
+                callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]
+            )
+            callbacks = [writer, *callbacks]
+        try:
+            with self._model_frozen():
+                history = super().fit(x, *args, callbacks=callbacks, **kwargs)
+        except BaseException:
+            if keras.backend.backend() != "jax":  # there the values are lost
+                self.write_back()
+            raise
+        self.write_back()
+        return history
+
+    def train_on_batch(self, x, *args, **kwargs):
+        """As `keras.Model.train_on_batch`; x as in `fit`."""
+        self._train(self._named_in(x), beside=True)
+        with self._model_frozen():
+            found = super().train_on_batch(x, *args, **kwargs)
+        self.write_back()
+        return found
+
+    def adapter(self, name: str):
+        """One of the bank's adapters, as an `Adapter` that can be saved.
+
+        Raises:
+            ValueError: If the name is not known, or the adapter's folder holds another
+                one since.
+        """
+        if self.directory.checked(name) is None:
+            raise ValueError("None is the base model, which has no adapter.")
+        return self.sources[name].read()
+
+    # How it is done.
+
+    def _named_in(self, x):
+        if not isinstance(x, Mapping) or "adapter" not in x:
+            return self.names
+        found = set(np.unique(keras.ops.convert_to_numpy(x["adapter"])).tolist())
+        names = [name for name in self.names if self.directory.id_of[name] in found]
+        unknown = found - {self.directory.id_of[name] for name in [None, *names]}
+        if unknown:
+            raise ValueError(
+                f'"adapter" has ids that mean nothing: {sorted(unknown)[:9]}. '
+                "`bank.ids(names)` gives them."
+            )
+        return names
+
+    def _train(self, names, beside=False):
+        """Makes trainees of adapters; beside: those that are there stay."""
+        if not self.compiled:
+            raise ValueError("Call `bank.compile(optimizer, loss)` before it trains.")
+        if not names:
+            raise ValueError("No row names an adapter: there is nothing to train.")
+        for path, layer in self.hosts.paths.items():
+            if getattr(layer, "activity_regularizer", None) is not None:
+                raise ValueError(
+                    f"{path!r} has an activity regularizer, a loss of all rows "
+                    "together: the adapters cannot be trained apart."
+                )
+        now = {} if self.trainees is None else self.trainees_by_name()
+        if beside:
+            names = [*now, *(name for name in names if name not in now)]
+        each, id_of = [self._trainee(name) for name in names], self.directory.id_of
+        if each == [*now.values()] and self.optimizer.is_for(each, id_of):
+            return
+        self.optimizer.train(each, id_of)
+        self.sources.update((trainee.adapter_name, trainee) for trainee in each)
+        if self.trainees is not None:
+            detach(self, "trainees")
+        attach(self, "trainees", Trainees(each))
+        self.train_function = None
+        self._show_trainees()
+
+    def trainees_by_name(self):
+        return {each.adapter_name: each for each in self.trainees.each}
+
+    def _trainee(self, name):
+        source = self.sources[name]
+        if isinstance(source, Trainee):
+            return source
+        return Trainee(self, name, source.read())
+
+    def _show_trainees(self):
+        """Rows in training use the trainees that stand for their slots."""
+        moved = np.arange(self.directory.slot_count)
+        for place, trainee in enumerate(self.trainees.each):
+            if self.sources.get(trainee.adapter_name) is trainee:
+                slot = self.directory.slot_of[trainee.adapter_name]
+                moved[slot] = self.directory.slot_count + place
+        self.choice.moved.assign(moved)
+
+    def write_back(self):
+        """What was trained until now is in the bank's calls from now on."""
+        synchronize(self)
+        with self._changes:
+            for trainee in self.trainees.each:
+                name = trainee.adapter_name
+                if self.sources.get(name) is trainee:  # and no other was added
+                    self._put(name, self.hosts.prepared(trainee.parts), trainee)
+            self._show_trainees()
+
+    @contextlib.contextmanager
+    def _model_frozen(self):
+        """The model is as in training of one adapter: normalization does not move."""
+        layers = {"": self.model, **self.hosts.paths}
+        before = trainable_state(layers)
+        self.model.trainable = False
+        try:
+            yield
+        finally:
+            restore_trainable_state(layers, before)
+
+    def train_step(self, *args):
+        if keras.backend.backend() == "torch":
+            # The trainees came after the bank told torch what its parameters are.
+            for variable in self.trainable_variables:
+                variable.value.grad = None
+        with self._ids_of(args[-1]):
+            return super().train_step(*args)
+
+    def test_step(self, *args):
+        with self._ids_of(args[-1]):
+            return super().test_step(*args)
+
+    def _ids_of(self, data):
+        x, *_ = keras.utils.unpack_x_y_sample_weight(data)
+        return self.optimizer.rows_of(keras.ops.convert_to_tensor(x["adapter"]))
+
+
+class WriteBack(keras.callbacks.Callback):
+    """Before others look, the bank's calls have what was trained."""
+
+    def __init__(self, bank):
+        super().__init__()
+        self.bank = bank
+
+    def on_test_begin(self, logs=None):
+        self.bank.write_back()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.bank.write_back()
