@@ -1,3 +1,4 @@
+import gc
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -5,6 +6,13 @@ os.environ.setdefault("JAX_ENABLE_X64", "1")  # for the comparisons in float64
 
 import keras
 import pytest
+
+
+def pytest_collection_finish():
+    """What imports have made is never garbage: Keras collects for each variable that
+    it deletes, and would look through all of it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,7 @@
 """What contains a changed layer, or shares it, sees the change at its next call."""
 
+import gc
+
 import keras
 import numpy as np
 import pytest
@@ -114,6 +116,19 @@ def test_a_single_layer_is_adapted_for_all(which):
     found[which].fit(x(), y, epochs=2, verbose=0)
     np.testing.assert_array_equal(to_numpy(layer.kernel), kernel)
     assert np.abs(to_numpy(layer.lora.b)).max() > 0
+
+
+def test_models_that_were_frozen_are_seen_too():
+    found = models()
+    y = warm(found[OUTER])
+    gc.freeze()  # as servers do before they fork
+    keras_lora.apply_lora(found[INNER], rank=2, target=["shared"])
+    kernel = to_numpy(shared_layer(found).kernel)
+    found[OUTER].fit(x(), y, verbose=0)
+    np.testing.assert_array_equal(to_numpy(shared_layer(found).kernel), kernel)
+    train_adapters(found[INNER])
+    keras_lora.merge_lora(found[INNER])
+    assert_close(found[OUTER].predict(x(), verbose=0), eager(found[OUTER]))
 
 
 @over_others

@@ -2,6 +2,8 @@
 
 import gc
 import inspect
+import types
+import weakref
 
 import keras
 
@@ -19,6 +21,10 @@ COMPILED_FUNCTIONS = (
 )
 
 
+# Of the collector's frozen objects: their number, and the models among them.
+FROZEN = types.SimpleNamespace(count=0, models=())
+
+
 def holders(model) -> list:
     """The layers of a model, and every live model that shares one which has variables.
 
@@ -30,13 +36,42 @@ def holders(model) -> list:
     shared = {id(x) for x in layers if own_variables(x) or x._non_trainable_variables}
     around = [
         found
-        for found in gc.get_objects()
-        if issubclass(type(found), keras.Model)
-        and id(vars(found)) not in own
+        for found in live_models()
+        if id(vars(found)) not in own
         and "_layers" in vars(found)
         and not shared.isdisjoint(map(id, flatten_layers(found)))
     ]
     return layers + around
+
+
+def live_models() -> list:
+    """All of the process, those too that were there when `gc.freeze` was called.
+
+    What is frozen is not among the collector's objects. So it is thawed once, looked
+    through and frozen again, with what was made since.
+    """
+    if gc.get_freeze_count() > FROZEN.count:
+        gc.unfreeze()
+        FROZEN.models = weakref.WeakSet(models_in(gc.get_objects()))
+        gc.freeze()
+    FROZEN.count = gc.get_freeze_count()
+    return [*FROZEN.models, *models_in(gc.get_objects())]
+
+
+def models_in(objects) -> list:
+    models = subclasses(keras.Model)  # by type: there are millions of objects
+    return [found for found in objects if type(found) in models]
+
+
+def subclasses(cls) -> set:
+    """A class and all that extend it."""
+    found, more = set(), [cls]
+    while more:
+        own = more.pop()
+        if own not in found:
+            found.add(own)
+            more += type.__subclasses__(own)
+    return found
 
 
 def take_compiled_functions(layers):
