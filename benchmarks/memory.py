@@ -1,6 +1,7 @@
 """Peak memory of a whole training process, one variant per process."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -35,7 +36,12 @@ def grown(network, arguments, variant):
     return peak() - before
 
 
-def in_process(network, arguments, variant):
+# Freed memory goes back at once, in place of when the allocator's own limit, which
+# grows with what it has seen, lets it.
+EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+
+
+def in_process(network, arguments, variant, env=None):
     """`grown` in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.memory", network]
     run = subprocess.run(
@@ -43,6 +49,7 @@ def in_process(network, arguments, variant):
         capture_output=True,
         text=True,
         check=True,
+        env={**os.environ, **(env or {})},
         cwd=Path(__file__).parents[1],
     )
     return int(run.stdout.split()[-1])
@@ -70,7 +77,9 @@ def by_layer(network, arguments, rounds):
     found = {}
     for name in work.models:
         sizes = [
-            sorted(in_process(network, [*arguments, n], name) for _ in range(rounds))
+            sorted(
+                in_process(network, [*arguments, n], name, EXACT) for _ in range(rounds)
+            )
             for n in (few, many)
         ]
         found[name] = [more - less for less, more in zip(*sizes, strict=True)]
