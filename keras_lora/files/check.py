@@ -58,7 +58,7 @@ def check_adapter(adapter, engine: str = "vllm", max_lora_rank: int = 16) -> lis
         found.append(f"{VLLM} refuses tensors that are no A or B: {others[:5]}.")
     if not adapter.config.get("target_modules"):
         found.append(f"{VLLM} needs target_modules, which the file has not.")
-    largest = max(file.ranks, key=file.ranks.get)
+    largest = max(file.ranks, key=file.ranks.__getitem__)
     if file.ranks[largest] > max_lora_rank:
         found.append(
             f"{VLLM} refuses ranks above max_lora_rank={max_lora_rank}, and "

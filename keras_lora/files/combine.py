@@ -66,13 +66,13 @@ def combine_adapters(
             not decide, or one has DoRA's magnitudes.
         OSError: If a file cannot be read.
     """
-    adapters = list(adapters)
-    heads = checked_heads(heads, adapters)
-    adapters = [x if isinstance(x, Adapter) else Adapter.read(x) for x in adapters]
-    weights = checked_weights(weights, adapters)
+    given = list(adapters)
+    heads = checked_heads(heads, given)
+    opened = [x if isinstance(x, Adapter) else Adapter.read(x) for x in given]
+    weights = checked_weights(weights, opened)
     limit = checked_limit(rank, energy)
-    slots = slots_of(adapters)
-    files = [factors_of(adapter, slots) for adapter in adapters]
+    slots = slots_of(opened)
+    files = [factors_of(adapter, slots) for adapter in opened]
     refuse_methods(files)
     for file in files:
         for module in file.factors:
@@ -110,7 +110,7 @@ def combine_adapters(
     slices = fuse(tensors, ranks, alphas, use_rslora)
     tensors |= in_full(files, heads)
     bias = max((file.config["bias"] for file in files), key=BIASES.index)
-    said = {key: {x.config.get(key) for x in adapters} for key in KEPT}
+    said = {key: {x.config.get(key) for x in opened} for key in KEPT}
     config = settings(
         ranks,
         alphas,
@@ -118,7 +118,7 @@ def combine_adapters(
         lora_dropout=max(file.config["dropout"] for file in files),
         bias=None if bias == "none" else bias,
         modules_to_save=sorted({m for f in files for m in f.config["modules_to_save"]}),
-        fan_in_fan_out=any(x.config.get("fan_in_fan_out") for x in adapters),
+        fan_in_fan_out=any(x.config.get("fan_in_fan_out") for x in opened),
         **{key: found.pop() for key, found in said.items() if len(found) == 1},
     )
     return Adapter(tensors, config, slices, errors)

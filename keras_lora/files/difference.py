@@ -26,7 +26,7 @@ def tensors_apart(one, two) -> list:
     files = [factors_of(adapter, slots) for adapter in (one, two)]
     rows = []
     for module in in_order(files[0].factors.keys() | files[1].factors.keys()):
-        if found := updates_apart(*files, module):
+        if found := updates_apart(files, module):
             ranks = [str(file.ranks.get(module, "-")) for file in files]
             rows.append([module, " and ".join(dict.fromkeys(ranks)), found])
     beside = [in_full(file) for file in files]
@@ -46,17 +46,18 @@ def in_full(file):
     return file.others | more
 
 
-def updates_apart(one, two, module):
+def updates_apart(files, module):
     """The relative difference of two updates in words, None where they are equal."""
+    one, two = files
     if module not in one.factors or module not in two.factors:
         return f"only in the {'first' if module in one.factors else 'second'}"
-    own, other = (file.factors[module] for file in (one, two))
+    own, other = (file.factors[module] for file in files)
     if one.scaling(module) == two.scaling(module) and all(
         suffix in other and np.array_equal(own[suffix], other[suffix])
         for suffix in suffixes_of(own)[:2]
     ):
         return None
-    (b, a), (other_b, other_a) = (file.product(module) for file in (one, two))
+    (b, a), (other_b, other_a) = (file.product(module) for file in files)
     if len(b) != len(other_b) or a.shape[1] != other_a.shape[1]:
         return "other shapes"
     b, other_b = b * one.scaling(module), other_b * two.scaling(module)

@@ -127,8 +127,8 @@ class Family(NamedTuple):
     def read(self, keys) -> dict:
         """Path -> module, under the names and the prefix that most of a file has."""
         votes, styles = collections.Counter(), [self.modules(x) for x in (True, False)]
-        for style, names in enumerate(set(style.values()) for style in styles):
-            prefixes = (prefix_of(key, names) for key in keys)
+        for style, known in enumerate(set(style.values()) for style in styles):
+            prefixes = (prefix_of(key, known) for key in keys)
             votes.update((style, x) for x in prefixes if x is not None)
         if not votes:
             return self.written()

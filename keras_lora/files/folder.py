@@ -65,7 +65,7 @@ class Adapter(Table):
     errors: dict = dataclasses.field(default_factory=dict)
     starts: list = dataclasses.field(default_factory=list)
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
     def __eq__(self, other):
         if not isinstance(other, Adapter):

@@ -91,9 +91,9 @@ def derived_names(paths, names, model, adapter) -> Modules:
                 modules.inputs_first.add(name)
             if names != TRANSFORMERS_4 and ROUTER.fullmatch(name):
                 modules.parameters.add(name)
-    named = set(map(id, modules.values()))
+    reached = set(map(id, modules.values()))
     for path, layer in paths.items():
-        if id(layer) not in named:
+        if id(layer) not in reached:
             name = path.replace("/", ".")
             name = f"/{path}" if name in modules else name
             modules[name] = layer

@@ -13,7 +13,7 @@ from keras_lora.keras_internals.calls import in_a_call
 class Place(NamedTuple):
     """Where a variable stood before it was frozen."""
 
-    index: int
+    position: int
     autocast: bool
 
 
@@ -36,8 +36,8 @@ def freeze(layer, variable):
     trainable=False, because a TensorFlow variable born so never trains later.
     Autocast ends too: merging adds to the stored value, not to a rounded copy.
     """
-    index = [id(v) for v in layer._trainable_variables].index(id(variable))
-    place = Place(index, variable._autocast)
+    position = [id(v) for v in layer._trainable_variables].index(id(variable))
+    place = Place(position, variable._autocast)
     layer._untrack_variable(variable)
     variable.trainable = False
     variable._autocast = False
@@ -70,7 +70,7 @@ def unfreeze(layer, variable, place):
     with unlocked(layer):
         layer._track_variable(variable)  # not trainable in a frozen layer
     tracked = layer._trainable_variables
-    tracked.insert(place.index, tracked.pop())
+    tracked.insert(place.position, tracked.pop())
 
 
 def flatten_layers(model):

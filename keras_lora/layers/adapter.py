@@ -48,10 +48,10 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
         use_rslora: [Kalajdzievski, 2023](https://arxiv.org/abs/2312.03732)
     """
 
-    keyword = None  # what chooses another method: LoRADense(64, use_dora=True)
+    keyword: str | None = None  # of another method: LoRADense(64, use_dora=True)
     in_files = True  # whether a file says the keyword
-    factor_names = ("a", "b")
-    more_suffixes = ()  # of arrays in a file beside A's and B's
+    factor_names: tuple[str, ...] = ("a", "b")
+    more_suffixes: tuple[str, ...] = ()  # of arrays in a file beside A's and B's
     magnitude = None  # DoRA's m
     taken_off_by = "merge_lora(model) or remove_lora(model)"
     is_bank = False  # many adapters, which their bank alone may change

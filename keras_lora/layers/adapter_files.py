@@ -3,11 +3,23 @@
 import keras
 import numpy as np
 
+from keras_lora.layers.form import LowRankForm
+from keras_lora.layers.settings import Settings
 from keras_lora.layers.torch_layout import to_numpy
 
 
 class AdapterFiles:
     """Mixin of the adapter: what is kept of it, and how."""
+
+    settings: Settings
+    dropout: float
+    a_initializer: keras.initializers.Initializer | None
+    b_initializer: keras.initializers.Initializer | None
+    keyword: str | None
+    more_suffixes: tuple[str, ...]
+    form: LowRankForm
+    a: keras.Variable
+    b: keras.Variable
 
     def save_own_variables(self, store):
         super().save_own_variables(store)
@@ -31,10 +43,10 @@ class AdapterFiles:
     def options(self) -> dict:
         """The constructor's arguments, as they go into the host's config."""
         options = {
-            "rank": self.rank,
-            "alpha": self.alpha,
+            "rank": self.settings.rank,
+            "alpha": self.settings.alpha,
             "dropout": self.dropout,
-            "use_rslora": self.use_rslora,
+            "use_rslora": self.settings.use_rslora,
             "a_initializer": keras.initializers.serialize(self.a_initializer),
             "b_initializer": keras.initializers.serialize(self.b_initializer),
         }
@@ -58,7 +70,7 @@ class AdapterFiles:
     @property
     def file_rank(self) -> int:
         """The rank that a file's arrays have: G * r for a merged dense layer."""
-        return self.form.file_rank or self.rank
+        return self.form.file_rank or self.settings.rank
 
     def to_file(self, suffixes) -> dict:
         """Suffix -> array, as a file has the factors; suffixes: the host's for A, B."""

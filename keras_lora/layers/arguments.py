@@ -9,7 +9,8 @@ from typing import TypeVar
 
 import keras
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # Words of other libraries, and the keyword that means the same here.
 FOREIGN_KEYWORDS = {

@@ -8,6 +8,7 @@ from keras_lora.keras_internals.distribution import layout_of
 from keras_lora.keras_internals.layers import attach
 from keras_lora.keras_internals.layers import freeze
 from keras_lora.keras_internals.layers import own_variables
+from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.arguments import COMMON_ARGUMENTS
 from keras_lora.layers.arguments import default_name
 from keras_lora.layers.arguments import full_signature
@@ -53,10 +54,10 @@ class LoRALayer(HostChecks, LayerFiles, TorchLayout, QuantizedHost):
     kernel_is_matrix = False
     in_all_linear = True
     takes_dropout = True
-    replaces = ("call",)
+    replaces: tuple[str, ...] = ("call",)
 
     # As a plain layer gets them when it is turned into this class.
-    lora = None
+    lora: LowRankAdapter | None = None
     merge_weights = True
     stand_in = None  # what acts for the adapter inside `merged()`
     frozen_names = ()  # of variables, such as a bias, that its config says are frozen
@@ -168,7 +169,7 @@ class LoRALayer(HostChecks, LayerFiles, TorchLayout, QuantizedHost):
     # What all kinds do.
 
     @property
-    def form(self) -> LowRankForm:
+    def form(self):
         return self.lora.form
 
     def build(self, input_shape=None):

@@ -4,7 +4,7 @@ from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.dora import DoRAAdapter
 from keras_lora.layers.started import StartedAdapter
 
-METHODS = {None: LowRankAdapter}
+METHODS: dict[str | None, type[LowRankAdapter]] = {None: LowRankAdapter}
 
 
 def register_method(adapter_class):

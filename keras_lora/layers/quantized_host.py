@@ -30,6 +30,8 @@ class QuantizedHost(QuantizedWhole):
     through what is rounded. Integers, scales and zeros never move.
     """
 
+    quantization_mode: str | None
+    merge_weights: bool
     mends_gradient = False  # whether Keras's own, of a quantized layer, is a wrong one
 
     @property

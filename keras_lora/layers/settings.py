@@ -21,7 +21,7 @@ class Settings:
     """
 
     rank: int
-    alpha: float | None = None
+    alpha: float = None  # type: ignore[assignment]  # the rank, then
     use_rslora: bool = False
 
     def __post_init__(self):

@@ -96,7 +96,8 @@ def apply_lora(
     LowRankAdapter(rank, alpha, dropout, use_rslora)  # errors without a path
     paths = layer_paths(model)
     refuse_adapters(paths)
-    if lora_class_of(type(model)) is not None:  # one layer, under its own name
+    # One layer is adapted under its own name.
+    if lora_class_of(type(model)) is not None:  # type: ignore[arg-type]
         paths = {model.name: model, **paths}
     trained = matching(also_train, paths, "also_train") if also_train else []
     chosen, skipped = choose(model, paths, target, exclude, trained)

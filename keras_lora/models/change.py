@@ -66,7 +66,8 @@ class Change:
         """Makes it last; returns what has to be said about optimizers."""
         for layer in list(carriers(self.model)):
             self.undo.callback(change_class, layer, type(layer))
-            change_class(layer, adapted_class(type(layer)))
+            cls = adapted_class(type(layer))  # type: ignore[arg-type]
+            change_class(layer, cls)
         notes = compile_again(self.model)
         self.undo.pop_all()
         return notes

@@ -24,7 +24,7 @@ def mend_gradients(layers) -> list:
     """
     mended = [layer for layer in layers if has_wrong_gradient(layer)]
     for layer in mended:
-        change_class(layer, lora_class_of(type(layer)))
+        change_class(layer, lora_class_of(type(layer)))  # type: ignore[arg-type]
     return mended
 
 

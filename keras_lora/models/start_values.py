@@ -160,7 +160,7 @@ def loftq(layers, float_model) -> dict:
 def quantized_start(path, layer, kernel) -> Start:
     rank, dtype = layer.lora.rank, layer.kernel_dtype
     length = np.linalg.norm(kernel) or 1.0
-    plain, seen, best, nearest = None, layer, None, 0.0
+    plain, seen, tried, nearest = None, layer, [], 0.0
     for step in range(LOFTQ_STEPS):
         if step:
             rest = (kernel - nearest).astype(dtype)
@@ -171,9 +171,7 @@ def quantized_start(path, layer, kernel) -> Start:
         a, b = pissa(matrix, rank, layer.lora.scaling)
         nearest = back(layer.lora.scaling * a @ b)
         error = float(np.linalg.norm(lost - nearest) / length)
-        if best is None:
-            before = float(np.linalg.norm(lost) / length)
-        if best is None or error < best.errors[1]:
-            found = {"plain": plain, "errors": (before, error)}
-            best = in_shape(layer, rank, a, b, keeps_outputs=False, **found)
-    return best
+        before = tried[0].errors[0] if tried else float(np.linalg.norm(lost) / length)
+        found = {"plain": plain, "errors": (before, error)}
+        tried.append(in_shape(layer, rank, a, b, keeps_outputs=False, **found))
+    return min(tried, key=lambda start: start.errors[1])

@@ -1,5 +1,7 @@
 """What a bank writes, and what it does not."""
 
+from collections.abc import Callable
+
 from keras import ops
 
 from keras_lora.serving.arguments import checked_adapters
@@ -10,6 +12,8 @@ from keras_lora.serving.export import swap_arrays
 
 class Artefacts:
     """Mixin of the bank before keras.Model."""
+
+    _prepared: Callable
 
     def export(self, path, format="tf_saved_model", **kwargs):
         """Writes one artefact that serves all adapters and needs no keras_lora.

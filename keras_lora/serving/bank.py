@@ -101,7 +101,7 @@ class AdapterBank(Artefacts, OutsideCalls, Training, keras.Model):
         self.directory = Directory(capacity)
         self.choice = Choice(self.directory.slot_count)
         self.hosts = Hosts(paths, self.choice, self.directory.slot_count)
-        vars(self)["sources"] = {}  # past Keras's tracking: trainees are among them
+        self.__dict__["sources"] = {}  # past Keras's tracking: trainees are among them
         self.slots = []
         self._changes, self._active, self._row_names = threading.RLock(), None, None
         self._compiled = CompiledFunctions(model)

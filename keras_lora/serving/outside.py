@@ -4,10 +4,14 @@ import contextlib
 
 from keras_lora.keras_internals.tracing import holders
 from keras_lora.keras_internals.tracing import take_compiled_functions
+from keras_lora.serving.directory import Directory
 
 
 class OutsideCalls:
     """Mixin of the bank: one adapter for all rows, or names for rows, from outside."""
+
+    directory: Directory
+    _changes: contextlib.AbstractContextManager
 
     def activate(self, name: str | None):
         """One adapter for all rows of what calls the model itself, until None.

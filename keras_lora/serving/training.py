@@ -11,6 +11,7 @@ from keras_lora.keras_internals.layers import attach
 from keras_lora.keras_internals.layers import detach
 from keras_lora.models.trainable_flags import restore_trainable_state
 from keras_lora.models.trainable_flags import trainable_state
+from keras_lora.serving.directory import Directory
 from keras_lora.serving.loss_of_each import LossOfEach
 from keras_lora.serving.optimizer_of_each import OptimizerOfEach
 from keras_lora.serving.trainees import Trainee
@@ -29,6 +30,8 @@ class Training:
     """Mixin of the bank: several adapters train at once, each with its own rows."""
 
     trainees = None
+    directory: Directory
+    sources: dict
 
     def compile(self, optimizer="rmsprop", loss=None, **kwargs):
         """As `keras.Model.compile`, with an optimizer of its own for each adapter.
