@@ -74,14 +74,14 @@ class LoRALayer(HostChecks, LayerFiles, TorchLayout, QuantizedHost):
     def __init__(
         self,
         *args,
-        rank=8,
-        alpha=None,
-        dropout=0.0,
-        use_rslora=False,
-        use_dora=False,
+        rank: int = 8,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+        use_dora: bool = False,
         a_initializer=None,
         b_initializer=None,
-        merge_weights=True,
+        merge_weights: bool = True,
         **kwargs,
     ):
         refuse_foreign_keywords(type(self).__name__, kwargs)

@@ -30,6 +30,7 @@ class QuantizedHost(QuantizedWhole):
     through what is rounded. Integers, scales and zeros never move.
     """
 
+    variable_dtype: str
     quantization_mode: str | None
     merge_weights: bool
     mends_gradient = False  # whether Keras's own, of a quantized layer, is a wrong one
