@@ -1,4 +1,4 @@
-"""python -m keras_lora"""
+"""The command: python -m keras_lora."""
 
 import sys
 

@@ -2,7 +2,9 @@
 
 import doctest
 import importlib
+import inspect
 import pkgutil
+import re
 
 import keras
 import numpy as np
@@ -29,7 +31,10 @@ def test_example(name, tmp_path, monkeypatch):
     model = keras.Sequential([keras.Input((6,)), keras_lora.LoRADense(2)])
     model.compile("sgd", "mse", jit_compile=False)
     names = vars(keras_lora) | {"keras": keras, "keras_lora": keras_lora}
-    names |= {"x": x, "y": y, "model": model}
+    base = keras.Sequential(
+        [keras.Input((6,)), keras.layers.Dense(8), keras.layers.Dense(2)]
+    )
+    names |= {"x": x, "y": y, "model": model, "base": base}
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     example = EXAMPLES[name]
     example.globs = names
@@ -42,3 +47,26 @@ def test_every_public_layer_has_an_example():
     layers = [name for name in keras_lora.__all__ if name.startswith("LoRA")]
     layers = set(layers) - {"LoRALayer", "LoRAPlus"}
     assert layers <= {name.rsplit(".", 1)[-1] for name in EXAMPLES}
+
+
+@pytest.mark.parametrize("name", keras_lora.__all__)
+def test_a_docstring_says_what_a_public_name_takes_and_gives(name):
+    """Each argument that is not the Keras layer's, and what is returned."""
+    value = getattr(keras_lora, name)
+    text = inspect.getdoc(value)
+    signature = inspect.signature(value)
+    said = {
+        word
+        for words in re.findall(r"^ +\*{0,2}(\w+(?:, \w+)*): ", text, re.MULTILINE)
+        for word in words.split(", ")
+    }
+    taken = set(signature.parameters) - {"self", "args", "kwargs"}
+    if plain := getattr(value, "plain_class", None):
+        taken -= set(inspect.signature(plain.__init__).parameters)
+    if name != "LoRALayer":  # its kinds say them
+        assert taken <= said
+    if (
+        not inspect.isclass(value)
+        and signature.return_annotation is not signature.empty
+    ):
+        assert "\nReturns:\n" in text

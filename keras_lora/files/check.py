@@ -26,12 +26,11 @@ def check_adapter(adapter, engine: str = "vllm", max_lora_rank: int = 16) -> lis
         ValueError: If the engine is unknown, or the adapter is damaged.
         OSError: If a file cannot be read.
 
-    Example:
-
-    >>> keras_lora.mark_only_lora_as_trainable(model)
-    >>> keras_lora.save_adapter(model, "adapter")
-    >>> keras_lora.check_adapter("adapter", max_lora_rank=64)
-    []
+    Examples:
+        >>> keras_lora.mark_only_lora_as_trainable(model)
+        >>> keras_lora.save_adapter(model, "adapter")
+        >>> keras_lora.check_adapter("adapter", max_lora_rank=64)
+        []
     """
     if engine != "vllm":
         raise ValueError(f"`engine` must be 'vllm'. Received: engine={engine!r}.")

@@ -28,10 +28,9 @@ class AdapterCheckpoint(keras.callbacks.Callback):
         ValueError: If `mode` is another word or `directory` no format, or, at the end
             of an epoch, if there is no value of a name that is asked for.
 
-    Example:
-
-    >>> checkpoint = keras_lora.AdapterCheckpoint("adapter")
-    >>> history = model.fit(x, y, callbacks=[checkpoint], verbose=0)
+    Examples:
+        >>> checkpoint = keras_lora.AdapterCheckpoint("adapter")
+        >>> history = model.fit(x, y, callbacks=[checkpoint], verbose=0)
     """
 
     def __init__(

@@ -134,6 +134,8 @@ def check(options):
 
 
 class Parser(argparse.ArgumentParser):
+    """Errors as the other ones are written, with the same exit status."""
+
     def error(self, message):
         self.exit(1, f"error: {message}. `{self.prog} --help` says all.\n")
 

@@ -20,6 +20,8 @@ from keras_lora.layers.torch_layout import LINEAR
 
 
 class FileFactors(NamedTuple):
+    """What a file has, by what it is for."""
+
     factors: dict  # module -> {suffix: array}
     others: dict  # key -> array, for what trained in full
     ranks: dict

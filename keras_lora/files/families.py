@@ -139,8 +139,10 @@ class Family(NamedTuple):
 
 
 def family(model, paths, names) -> Family:
-    """Asks KerasHub's converter for the model's backbone; names: its family's, or
-    "transformers"."""
+    """Asks KerasHub's converter for the model's backbone.
+
+    names: its family's, or "transformers".
+    """
     layers = [model, *paths.values()]
     backbone = next((layer for layer in layers if is_backbone(layer)), None)
     name, held = None, "a model without a backbone of KerasHub"

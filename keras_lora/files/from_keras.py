@@ -36,6 +36,9 @@ def load_keras_lora(model, source) -> Report:
             for a model that is or has the same backbone; or a model of the same
             layers on some of which `enable_lora` was called.
 
+    Returns:
+        The report of `apply_lora`, of the layers that are adapted now.
+
     Raises:
         ValueError: If there are no factors, or they do not fit the model, which is
             then as before.

@@ -55,6 +55,9 @@ def load_loralib(
         enable_lora: The mask of every MergedLinear that meets a plain layer, if not
             all of its slices are adapted; or a dict from modules to masks.
 
+    Returns:
+        The report of `apply_lora`, of the layers that are adapted now.
+
     Raises:
         ValueError: If a tensor is missing, unexpected, of a wrong shape or not
             finite, or a layer has another rank. The model is then as before.

@@ -59,7 +59,7 @@ def totals(adapter, file):
 
 
 def in_words(adapter):
-    """1 module, rank 8, alpha 16, 1,234 parameters, 4.9 kB"""
+    """1 module, rank 8, alpha 16, 1,234 parameters, 4.9 kB."""
     try:
         file = quiet_factors(adapter)
     except ValueError:

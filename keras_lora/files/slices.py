@@ -92,8 +92,7 @@ def joined(parts, total, places, axis=0):
 
 
 def inputs_in_order(value, names, places, axis, inverse=False):
-    """A value with a module's inputs on an axis, from the order here or (inverse)
-    to it."""
+    """A value with a module's inputs on an axis, from the order here or to it."""
     columns = places[names[0]].columns if names[0] in places else None
     if columns is None:
         return value

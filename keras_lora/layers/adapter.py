@@ -222,7 +222,7 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
         return ops.add(ops.cast(kernel, self.variable_dtype), self.delta())
 
     def low_rank_outputs(self, host, inputs, training):
-        """linear(x, W) + linear(drop(x), A) @ (scaling * B)"""
+        """linear(x, W) + linear(drop(x), A) @ (scaling * B)."""
         dtype = self.variable_dtype if host.form.looks_up else host.compute_dtype
         a, b = self.factors(dtype)
         if training and merging_pays(host, self, inputs):
@@ -233,7 +233,7 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
         return outputs + ops.cast(host.form.bypass(dropped, a, b), dtype)
 
     def for_bank(self) -> tuple:
-        """What a bank keeps of it: A, scaling * B, and gain or None in
+        """What a bank keeps of it: A, scaling * B, and gain or None.
 
             y = gain * (linear(x, W) + linear(x, A) @ (scaling * B))
 

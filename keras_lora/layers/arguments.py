@@ -38,7 +38,10 @@ MODEL_KEYWORDS = FOREIGN_KEYWORDS | {
 }
 
 COMMON_ARGUMENTS = """
-LoRA arguments (keyword-only, after those of the Keras layer):
+
+Those of LoRA are keyword-only, after the arguments of the Keras layer.
+
+Args:
     rank: Whole number >= 0, the rank r of the update. 0 means no adapter: the
         layer is its Keras base class and its kernel trains.
     alpha: Number > 0, default `rank`. The update is scaled by alpha / rank.

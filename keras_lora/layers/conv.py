@@ -122,11 +122,10 @@ class LoRAConv1D(LoRAConv, keras.layers.Conv1D):
     Input shape: `(batch, steps, channels)`, or `(batch, channels, steps)` with
     data_format="channels_first". Output shape: the same with filters.
 
-    Example:
-
-    >>> layer = LoRAConv1D(32, 3, padding="causal", rank=4)
-    >>> tuple(layer(keras.ops.ones((2, 20, 8))).shape)
-    (2, 20, 32)
+    Examples:
+        >>> layer = LoRAConv1D(32, 3, padding="causal", rank=4)
+        >>> tuple(layer(keras.ops.ones((2, 20, 8))).shape)
+        (2, 20, 32)
     """  # noqa: E501
 
     plain_class = keras.layers.Conv1D
@@ -159,11 +158,10 @@ class LoRAConv2D(LoRAConv, keras.layers.Conv2D):
     Input shape: `(batch, height, width, channels)`, or with channels second and
     data_format="channels_first". Output shape: the same with filters.
 
-    Example:
-
-    >>> layer = LoRAConv2D(32, 3, strides=2, rank=4)
-    >>> tuple(layer(keras.ops.ones((2, 9, 9, 8))).shape)
-    (2, 4, 4, 32)
+    Examples:
+        >>> layer = LoRAConv2D(32, 3, strides=2, rank=4)
+        >>> tuple(layer(keras.ops.ones((2, 9, 9, 8))).shape)
+        (2, 4, 4, 32)
     """  # noqa: E501
 
     plain_class = keras.layers.Conv2D
@@ -196,11 +194,10 @@ class LoRAConv3D(LoRAConv, keras.layers.Conv3D):
     Input shape: `(batch, depth, height, width, channels)`, or with channels
     second and data_format="channels_first". Output shape: the same with filters.
 
-    Example:
-
-    >>> layer = LoRAConv3D(16, 3, padding="same", rank=2)
-    >>> tuple(layer(keras.ops.ones((2, 5, 5, 5, 4))).shape)
-    (2, 5, 5, 5, 16)
+    Examples:
+        >>> layer = LoRAConv3D(16, 3, padding="same", rank=2)
+        >>> tuple(layer(keras.ops.ones((2, 5, 5, 5, 4))).shape)
+        (2, 5, 5, 5, 16)
     """  # noqa: E501
 
     plain_class = keras.layers.Conv3D

@@ -25,11 +25,10 @@ class LoRADense(LoRALayer, keras.layers.Dense):
 
     Input shape: `(..., inputs)`, dense or sparse. Output shape: `(..., units)`.
 
-    Example:
-
-    >>> layer = LoRADense(64, activation="relu", rank=8, alpha=16, dropout=0.05)
-    >>> tuple(layer(keras.ops.ones((2, 32))).shape)
-    (2, 64)
+    Examples:
+        >>> layer = LoRADense(64, activation="relu", rank=8, alpha=16, dropout=0.05)
+        >>> tuple(layer(keras.ops.ones((2, 32))).shape)
+        (2, 64)
     """
 
     plain_class = keras.layers.Dense

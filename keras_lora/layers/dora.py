@@ -123,7 +123,7 @@ class DoRAAdapter(LowRankAdapter):
     # What the layer's call makes of it.
 
     def effective_kernel(self, kernel):
-        """V * m / n"""
+        """V * m / n."""
         kernel = ops.cast(kernel, self.variable_dtype)
         gain = self.form.over_kernel(self.gain(kernel))
         return ops.multiply(super().effective_kernel(kernel), gain)
@@ -182,7 +182,7 @@ class DoRAAdapter(LowRankAdapter):
         return {MAGNITUDE: norm.astype(weight.dtype)}
 
     def own_norm(self):
-        """||W||"""
+        """||W||."""
         return to_numpy(
             self.norm(self.read_kernel(), ops.zeros(self.b.shape, self.variable_dtype))
         )

@@ -44,11 +44,10 @@ class LoRAEinsumDense(LoRALayer, keras.layers.EinsumDense):
 
     Input shape and output shape: as the equation says.
 
-    Example:
-
-    >>> query = LoRAEinsumDense("abc,cde->abde", (None, 4, 16), bias_axes="de", rank=4)
-    >>> tuple(query(keras.ops.ones((2, 10, 64))).shape)
-    (2, 10, 4, 16)
+    Examples:
+        >>> query = LoRAEinsumDense("abc,cde->abde", (None, 4, 16), bias_axes="de", rank=4)
+        >>> tuple(query(keras.ops.ones((2, 10, 64))).shape)
+        (2, 10, 4, 16)
     """  # noqa: E501
 
     plain_class = keras.layers.EinsumDense

@@ -32,11 +32,10 @@ class LoRAEmbedding(LoRALayer, keras.layers.Embedding):
 
     Input shape: `(...)` of whole numbers. Output shape: `(..., output_dim)`.
 
-    Example:
-
-    >>> layer = LoRAEmbedding(1000, 64, mask_zero=True, rank=4)
-    >>> tuple(layer(keras.ops.ones((2, 10), "int32")).shape)
-    (2, 10, 64)
+    Examples:
+        >>> layer = LoRAEmbedding(1000, 64, mask_zero=True, rank=4)
+        >>> tuple(layer(keras.ops.ones((2, 10), "int32")).shape)
+        (2, 10, 64)
     """
 
     plain_class = keras.layers.Embedding

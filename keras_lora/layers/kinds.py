@@ -34,6 +34,9 @@ def register_lora_layer(lora_class: type) -> type:
         lora_class: A subclass of `keras_lora.LoRALayer` whose `plain_class` is the
             layer class that it adapts.
 
+    Returns:
+        The same class.
+
     Raises:
         ValueError: If it is none.
     """

@@ -1,6 +1,6 @@
 """What every LoRA layer shares: building, its call, its config."""
 
-import textwrap
+import inspect
 
 from keras import ops
 
@@ -65,7 +65,7 @@ class LoRALayer(HostChecks, LayerFiles, TorchLayout, QuantizedHost):
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if "plain_class" in cls.__dict__:
-            cls.__doc__ = textwrap.dedent(cls.__doc__ or "") + COMMON_ARGUMENTS
+            cls.__doc__ = inspect.cleandoc(cls.__doc__ or "") + COMMON_ARGUMENTS
             cls.__signature__ = full_signature(cls, LoRALayer)
             kernel = getattr(cls.plain_class, cls.kernel_name, None)
             if isinstance(kernel, property):

@@ -36,11 +36,10 @@ class LoRAMergedDense(LoRALayer, keras.layers.Dense):
 
     Input shape: `(..., inputs)`. Output shape: `(..., units)`.
 
-    Example:
-
-    >>> layer = LoRAMergedDense(96, rank=4, enable_lora=(True, False, True))
-    >>> tuple(layer(keras.ops.ones((2, 32))).shape)
-    (2, 96)
+    Examples:
+        >>> layer = LoRAMergedDense(96, rank=4, enable_lora=(True, False, True))
+        >>> tuple(layer(keras.ops.ones((2, 32))).shape)
+        (2, 96)
 
     Reference: `MergedLinear` in https://github.com/microsoft/LoRA
     """

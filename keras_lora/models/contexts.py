@@ -25,10 +25,9 @@ def merged(model):
     merged one back. Both are the model's, not a thread's: every thread that calls it
     meanwhile sees the same.
 
-    Example:
-
-    >>> with keras_lora.merged(model):
-    ...     predictions = model.predict(x, verbose=0)
+    Examples:
+        >>> with keras_lora.merged(model):
+        ...     predictions = model.predict(x, verbose=0)
 
     Args:
         model: Any Keras model or layer that holds LoRA layers.

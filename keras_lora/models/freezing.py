@@ -96,7 +96,7 @@ def train_adapters(layers):
 
 
 def owners_of(path):
-    """ "", "encoder", "encoder/block" for "encoder/block/query"."""
+    """Of "encoder/block/query": "", "encoder", "encoder/block"."""
     parts = path.split("/")
     return ["/".join(parts[:count]) for count in range(len(parts))]
 

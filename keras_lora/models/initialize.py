@@ -64,10 +64,9 @@ def initialize_lora(
             kernel), a rank is above its kernel's, or values are not finite. The model
             is then as before.
 
-    Example:
-
-        keras_lora.apply_lora(model, rank=8)
-        keras_lora.initialize_lora(model, "pissa")
+    Examples:
+        >>> report = keras_lora.apply_lora(base, rank=4)
+        >>> report = keras_lora.initialize_lora(base, "pissa")
 
     Reference:
         [PiSSA: Meng et al., 2024](https://arxiv.org/abs/2404.02948);

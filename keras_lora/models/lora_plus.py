@@ -43,11 +43,10 @@ class LoRAPlus(TwoRates):
         ValueError: If the optimizer is built or cannot be wrapped, if ratio is out
             of range, or, when it is built, if no B is among the variables.
 
-    Example:
-
-        keras_lora.apply_lora(model, rank=8)
-        optimizer = keras_lora.LoRAPlus(keras.optimizers.AdamW(2e-5), ratio=16.0)
-        model.compile(optimizer, loss="mse")
+    Examples:
+        >>> report = keras_lora.apply_lora(base, rank=4)
+        >>> optimizer = keras_lora.LoRAPlus(keras.optimizers.AdamW(2e-5), ratio=16.0)
+        >>> base.compile(optimizer, loss="mse")
 
     Reference:
         [Hayou et al., 2024](https://arxiv.org/abs/2402.12354)

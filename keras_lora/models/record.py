@@ -17,7 +17,9 @@ from keras_lora.keras_internals.layers import sublayers
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """Attributes:
+    """What is kept of a layer.
+
+    Attributes:
     before: (trainable, one flag per variable of its own) before `apply_lora`.
     base: {index: value} of the variables that train beside A and B, by their place
         in `state_of`: their values when that began, None where they are unknown.

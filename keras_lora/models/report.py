@@ -109,6 +109,9 @@ def summary(model) -> Report:
 
     Args:
         model: Any Keras model.
+
+    Returns:
+        A report as that of `apply_lora`.
     """
     report = Report(model)
     print(report)

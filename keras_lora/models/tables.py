@@ -43,7 +43,7 @@ def printable(text):
 
 
 def listed(names, most=8):
-    """a, b and 3 more"""
+    """Words such as: a, b and 3 more."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return f"{', '.join(names[:most])}{more}"
 

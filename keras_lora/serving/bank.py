@@ -63,14 +63,13 @@ class AdapterBank(Artefacts, OutsideCalls, Training, keras.Model):
             the rows cannot be told apart at a layer. The model is then as before.
         OSError: If a file cannot be read.
 
-    Example:
-
-    >>> keras_lora.save_adapter(model, "french")
-    >>> keras_lora.remove_lora(model)
-    >>> bank = AdapterBank(model, {"french": "french"}, capacity=8)
-    >>> ids = bank.ids(["french", None, "french", None])
-    >>> bank.predict({"inputs": x, "adapter": ids}, verbose=0).shape
-    (4, 2)
+    Examples:
+        >>> keras_lora.save_adapter(model, "french")
+        >>> keras_lora.remove_lora(model)
+        >>> bank = AdapterBank(model, {"french": "french"}, capacity=8)
+        >>> ids = bank.ids(["french", None, "french", None])
+        >>> bank.predict({"inputs": x, "adapter": ids}, verbose=0).shape
+        (4, 2)
     """
 
     def __init__(

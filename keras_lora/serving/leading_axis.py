@@ -31,6 +31,7 @@ def find_leading_axes(bank, samples, raising=False):
     """Tells the banked layers of a bank what their leading axis is.
 
     Args:
+        bank: The bank, of which all layers are there.
         samples: Inputs of three rows; the first that the model takes are used.
         raising: Whether inputs that it does not take are an error.
 

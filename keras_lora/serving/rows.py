@@ -78,8 +78,10 @@ class RowByRow:
         return inputs * kept / (1 - rates)
 
     def over(self, stack, ndim):
-        """As in OneForAll; a value starts with the outputs' first axis, of size 1,
-        or has fewer axes."""
+        """As in OneForAll.
+
+        A value starts with the outputs' first axis, of size 1, or has fewer axes.
+        """
         value = ops.take(stack, self.slots, axis=0)
         shape = value.shape[1:]
         shape = ((1,) * (ndim - len(shape)) + tuple(shape))[1:]

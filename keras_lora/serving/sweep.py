@@ -130,11 +130,12 @@ def sweep(
         ValueError: If a setting, the data or the loss does not fit. The model is then
             as before.
 
-    Example:
-
-        rates = [{"rank": 8, "learning_rate": rate} for rate in (1e-4, 1e-3, 1e-2)]
-        result = keras_lora.sweep(model, (x, y), rates, loss="mse", epochs=3)
-        keras_lora.load_adapter(model, result.adapter)
+    Examples:
+        >>> rates = [{"rank": 4, "learning_rate": rate} for rate in (1e-4, 1e-3, 1e-2)]
+        >>> result = keras_lora.sweep(
+        ...     base, (x, y), rates, loss="mse", validation_data=(x, y), verbose=0
+        ... )
+        >>> report = keras_lora.load_adapter(base, result.adapter)
     """
     refuse_adapters(layer_paths(model))
     settings = named_settings(settings)

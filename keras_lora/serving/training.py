@@ -76,7 +76,8 @@ class Training:
             x: {"inputs": ..., "adapter": ids}, or what gives batches of it together
                 with targets, a dataset for example; then all adapters of the bank
                 train.
-            args, kwargs: Of `keras.Model.fit`.
+            *args: Of `keras.Model.fit`.
+            **kwargs: Likewise.
 
         Raises:
             ValueError: If the bank is not compiled, `x` names no adapter, an adapter
