@@ -8,7 +8,6 @@ has not seen, beside training everything and the head alone.
     python examples/adapt_text_model.py
 """
 
-import argparse
 import importlib
 import inspect
 import math
@@ -19,15 +18,17 @@ import zlib
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("MPLBACKEND", "Agg")  # a notebook has its own
 
 import keras
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 
 import keras_lora
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+# %% The task
+# Of which module of the standard library are these 24 words? Some modules are known,
+# others are to be learnt.
 
 SEEN = ["argparse", "decimal", "email.message", "logging", "socket", "unittest.case"]
 SEEN += ["datetime", "tarfile"]
@@ -74,6 +75,9 @@ def pieces(modules):
     ]
 
 
+# %% A small transformer
+
+
 def transformer(classes):
     ids = keras.Input((LENGTH,), dtype="int32")
     x = keras.layers.Embedding(WORDS, WIDTH, name="words")(ids)
@@ -112,6 +116,11 @@ def start_from(pretrained):
     for old, new in zip(pretrained.layers[:-1], model.layers[:-1], strict=True):
         new.set_weights(old.get_weights())
     return model
+
+
+# %% Three ways to adapt it
+# `apply_lora` reaches the projections inside of attention, the dense layers and the
+# embedding of a model that exists; the head, which starts anew, trains beside them.
 
 
 def full(model):
@@ -159,12 +168,8 @@ def draw(rows, path):
     figure.savefig(path, dpi=110)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    picture = Path(__file__).parents[1] / "docs" / "adapt_text_model.png"
-    parser.add_argument("--picture", type=Path, default=picture)
-    picture = parser.parse_args().picture
-
+def main(picture="adapt_text_model.png"):
+    # %% Pretraining
     keras.utils.set_random_seed(0)
     seen, seen_test = pieces(SEEN)
     pretrained = transformer(len(SEEN))
@@ -172,6 +177,7 @@ def main():
     known = pretrained.evaluate(*seen_test, verbose=0)[1]
     print(f"accuracy on unseen text of these modules: {known:.1%}\n")
 
+    # %% Training the three
     unseen, unseen_test = pieces(UNSEEN)
     rows = []
     ways = [
@@ -189,13 +195,17 @@ def main():
         if prepare is lora:
             adapted = model
 
+    # %% What each of them reaches
     print(f"\n{'':18}{'accuracy':>9}{'trained parameters':>20}")
     for name, accuracy, parameters in rows:
         print(f"{name:18}{accuracy:>9.1%}{parameters:>20,}")
     print()
     keras_lora.summary(adapted)
-
     predictions = adapted.predict(unseen_test[0], verbose=0)
+
+    # %% Saved and loaded
+    # The files of the adapter, onto another copy of the pretrained model.
+
     with tempfile.TemporaryDirectory() as folder:
         keras_lora.save_adapter(adapted, Path(folder, "adapter"))
         size = sum(p.stat().st_size for p in Path(folder, "adapter").iterdir())
@@ -206,9 +216,16 @@ def main():
         f"\nThe adapter's files take {size / 1024:.0f} KiB; loaded onto the pretrained "
         f"model they give the same predictions (difference {difference:.1e})."
     )
+
+    # %% The picture
     draw(rows, picture)
     print(f"Picture: {picture}")
 
 
 if __name__ == "__main__":
-    main()
+    import argparse
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    picture = Path(__file__).parents[1] / "docs" / "adapt_text_model.png"
+    parser.add_argument("--picture", type=Path, default=picture)
+    main(parser.parse_args().picture)

@@ -7,19 +7,18 @@ TensorFlow in a process of its own.
     python examples/finetune_digits.py
 """
 
-import argparse
 import math
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("MPLBACKEND", "Agg")  # a notebook has its own
 
 import keras
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -27,8 +26,8 @@ from sklearn.model_selection import train_test_split
 import keras_lora
 from keras_lora import LoRADense
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+# %% The task
+# The digits 0-4 are known; 5-9 are to be learnt, from some 600 small images.
 
 HIDDEN = (512, 64)
 RANK = 4
@@ -54,6 +53,10 @@ def digits(classes):
         test_size=0.3,
         random_state=0,
     )
+
+
+# %% The network
+# `LoRADense` takes all that `Dense` takes, and a rank. Its kernel is frozen.
 
 
 def network(lora=False, trainable=True):
@@ -94,31 +97,33 @@ def start_from(pretrained, model):
     return model
 
 
+# %% What it costs, and how it is served
+
+
 def trained_parameters(model):
     return sum(math.prod(weight.shape) for weight in model.trainable_weights)
 
 
-def bytes_on_disk(model, folder):
+def bytes_on_disk(model):
     """The size of files that hold what was trained, and nothing else."""
-    folder = Path(folder, "trained")
-    if any(isinstance(layer, LoRADense) for layer in model.layers):
-        keras_lora.save_adapter(model, folder)
-    else:
-        folder.mkdir(exist_ok=True)
-        values = [keras.ops.convert_to_numpy(w.value) for w in model.trainable_weights]
-        np.savez(folder / "trained.npz", *values)
-    size = sum(path.stat().st_size for path in folder.iterdir())
-    shutil.rmtree(folder)
-    return size
+    with tempfile.TemporaryDirectory() as folder:
+        if any(isinstance(layer, LoRADense) for layer in model.layers):
+            keras_lora.save_adapter(model, folder)
+        else:
+            weights = model.trainable_weights
+            values = [keras.ops.convert_to_numpy(w.value) for w in weights]
+            np.savez(Path(folder, "trained.npz"), *values)
+        return sum(path.stat().st_size for path in Path(folder).iterdir())
 
 
-def serve_elsewhere(model, images, folder):
+def serve_elsewhere(model, images):
     """Exports the model, and predicts with plain TensorFlow in a fresh process."""
-    paths = [Path(folder, name) for name in ("served", "images.npy", "outputs.npy")]
-    keras_lora.export(model, paths[0])
-    np.save(paths[1], images)
-    subprocess.run([sys.executable, "-c", SERVE, *map(str, paths)], check=True)
-    return np.load(paths[2])
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder, name) for name in ("served", "images.npy", "outputs.npy")]
+        keras_lora.export(model, paths[0])
+        np.save(paths[1], images)
+        subprocess.run([sys.executable, "-c", SERVE, *map(str, paths)], check=True)
+        return np.load(paths[2])
 
 
 def draw(rows, images, labels, predicted, path):
@@ -164,13 +169,8 @@ def draw(rows, images, labels, predicted, path):
     figure.savefig(path, dpi=110)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    picture = Path(__file__).parents[1] / "docs" / "finetune_digits.png"
-    parser.add_argument("--picture", type=Path, default=picture)
-    picture = parser.parse_args().picture
-    picture.parent.mkdir(parents=True, exist_ok=True)
-
+def main(picture="finetune_digits.png"):
+    # %% Pretraining
     keras.utils.set_random_seed(0)
     images, unseen, labels, unseen_labels = digits(range(5))
     pretrained = train(
@@ -179,6 +179,9 @@ def main():
     known = pretrained.evaluate(unseen, unseen_labels, verbose=0)[1]
     print(f"accuracy on unseen images of 0-4: {known:.1%}\n")
 
+    # %% Three ways to learn the digits 5-9
+    # All weights, the factors A and B beside frozen kernels, or the last layer alone.
+
     images, unseen, labels, unseen_labels = digits(range(5, 10))
     ways = [
         ("Full fine-tuning", network(), 1e-3),
@@ -186,23 +189,27 @@ def main():
         ("Head alone", network(trainable=False), 5e-3),
     ]
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for name, model, learning_rate in ways:
-            start_from(pretrained, model)
-            train(model, name, (images, labels), 25, learning_rate)
-            accuracy = model.evaluate(unseen, unseen_labels, verbose=0)[1]
-            size = bytes_on_disk(model, folder)
-            rows.append((name, accuracy, trained_parameters(model), size))
+    for name, model, learning_rate in ways:
+        start_from(pretrained, model)
+        train(model, name, (images, labels), 25, learning_rate)
+        accuracy = model.evaluate(unseen, unseen_labels, verbose=0)[1]
+        parameters, size = trained_parameters(model), bytes_on_disk(model)
+        rows.append((name, accuracy, parameters, size))
 
-        print(f"\n{'':18}{'accuracy':>9}{'trained parameters':>20}{'on disk':>12}")
-        for name, accuracy, parameters, size in rows:
-            print(f"{name:18}{accuracy:>9.1%}{parameters:>20,}{size / 1024:>8.0f} KiB")
-        print()
+    # %% What each of them reaches
+    print(f"\n{'':18}{'accuracy':>9}{'trained parameters':>20}{'on disk':>12}")
+    for name, accuracy, parameters, size in rows:
+        print(f"{name:18}{accuracy:>9.1%}{parameters:>20,}{size / 1024:>8.0f} KiB")
+    print()
 
-        adapted = ways[1][1]
-        keras_lora.summary(adapted)
-        outputs = adapted.predict(unseen, verbose=0)
-        served = serve_elsewhere(adapted, unseen, folder)
+    adapted = ways[1][1]
+    keras_lora.summary(adapted)
+    outputs = adapted.predict(unseen, verbose=0)
+
+    # %% Merged, exported and served
+    # Where the artefact is served, neither Keras nor keras_lora can be imported.
+
+    served = serve_elsewhere(adapted, unseen)
     difference = np.abs(served - outputs).max()
     print(
         "\nThe merged SavedModel, served without Keras and keras_lora, differs by at "
@@ -210,9 +217,18 @@ def main():
     )
     if difference > 1e-5 * np.abs(outputs).max():
         sys.exit("The served predictions are not those of the model.")
+
+    # %% The picture
     draw(rows, unseen, unseen_labels, outputs.argmax(-1), picture)
     print(f"Picture: {picture}")
 
 
 if __name__ == "__main__":
-    main()
+    import argparse
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    picture = Path(__file__).parents[1] / "docs" / "finetune_digits.png"
+    parser.add_argument("--picture", type=Path, default=picture)
+    picture = parser.parse_args().picture
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    main(picture)
