@@ -262,9 +262,9 @@ def directional(layer, of_kernel, factor):
     return np.reshape(found, value.shape)
 
 
-def model_of(host, mode, adapted=True, eager=True):
+def model_of(host, mode, adapted=True, eager=True, seed=3):
     """A model with an adapted layer between plain ones, and data to train it."""
-    keras.utils.set_random_seed(3)
+    keras.utils.set_random_seed(seed)
     dtype = "int32" if host.vocabulary else "float32"
     first = keras.Input(host.input_shape, dtype=dtype)
     x = host.make(name="host")(first)
@@ -282,10 +282,9 @@ def model_of(host, mode, adapted=True, eager=True):
     return model, inputs, targets
 
 
-def losses(model, inputs, targets, epochs=3):
-    fitted = model.fit(
-        inputs, targets, epochs=epochs, batch_size=8, shuffle=False, verbose=0
-    )
+def losses(model, inputs, targets, epochs=3, **more):
+    options = {"batch_size": 8, "shuffle": False, "verbose": 0, **more}
+    fitted = model.fit(inputs, targets, epochs=epochs, **options)
     return fitted.history["loss"]
 
 
@@ -311,6 +310,69 @@ def test_training_moves_the_adapter_alone_and_goes_on_after_reloading(
     wanted = losses(model, inputs, targets)
     np.testing.assert_allclose(losses(again, inputs, targets), wanted, rtol=1e-6)
     assert_unmoved(again.get_layer("host"), before)
+
+
+def state(model):
+    """All that a run goes on from: integers, scales, A, B, alpha, the optimizer."""
+    variables = [*model.variables, *model.optimizer.variables]
+    alphas = [layer.lora.alpha for layer in lora_layers(model)]
+    return [(v.name, to_numpy(v)) for v in variables] + [("alpha", alphas)]
+
+
+def assert_resumed(model, before):
+    after = state(model)
+    assert [name for name, _ in after] == [name for name, _ in before]
+    for (name, value), (_, wanted) in zip(after, before, strict=True):
+        np.testing.assert_array_equal(value, wanted, err_msg=name)
+
+
+over_resumed = pytest.mark.parametrize(
+    ("name", "mode"),
+    [*(("dense", mode) for mode in MODES), ("query", "int4"), ("embedding", "int8")],
+)
+
+
+@over_resumed
+def test_weights_and_checkpoints_of_keras_bring_all_back(name, mode, tmp_path):
+    model, inputs, targets = model_of(HOSTS[name], mode)
+    model.get_layer("host").lora.alpha = 7
+    write = keras.callbacks.ModelCheckpoint
+    weights = write(tmp_path / "kept.weights.h5", save_weights_only=True)
+    whole = write(tmp_path / "kept.keras")
+    losses(model, inputs, targets, callbacks=[weights, whole])
+    before = state(model)
+    wanted = losses(model, inputs, targets)
+    # Of other integers, A, B and alpha until they are loaded.
+    other, *_ = model_of(HOSTS[name], mode, seed=4)
+    other.optimizer.build(other.trainable_variables)
+    other.load_weights(tmp_path / "kept.weights.h5")
+    for resumed in (other, keras.saving.load_model(tmp_path / "kept.keras")):
+        resumed.compile(resumed.optimizer, "mse", run_eagerly=True)
+        assert_resumed(resumed, before)
+        assert losses(resumed, inputs, targets) == wanted
+
+
+@over_resumed
+def test_backup_and_restore_goes_on_where_it_was(name, mode, tmp_path):
+    def run(seed, **more):
+        model, inputs, targets = model_of(HOSTS[name], mode, seed=seed)
+        if seed == 3:
+            model.get_layer("host").lora.alpha = 7
+        backup = keras.callbacks.BackupAndRestore(tmp_path)
+        callbacks = [backup, *more.pop("callbacks", ())]
+        return model, losses(model, inputs, targets, callbacks=callbacks, **more)
+
+    class Stop(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 2:
+                raise KeyboardInterrupt
+
+    whole, wanted = run(3, epochs=4)
+    with pytest.raises(KeyboardInterrupt):
+        run(3, epochs=4, callbacks=[Stop()])
+    resumed, found = run(4, epochs=4)
+    assert found == wanted[2:]
+    assert_resumed(resumed, state(whole))
 
 
 @over_pairs
