@@ -22,6 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The int4 kernel of"),
     # Keras transposes a scale of one axis.
     pytest.mark.filterwarnings("ignore:[\\s\\S]*The use of `x.T`"),
+    pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize`"),
     # jax2tf's own parameter, which Keras passes.
     pytest.mark.filterwarnings("ignore:The `native_serialization`"),
 ]
@@ -34,6 +35,45 @@ MODES = {
     "int4 blocks": lambda: Int4(block_size=2),
     "int4": lambda: Int4(block_size=None),
 }
+
+
+SAMPLES = {"dataset": [np.arange(8)], "tokenizer": len, "sequence_length": 2}
+CALIBRATED = {
+    "gptq": lambda: keras.quantizers.GPTQConfig(**SAMPLES, num_samples=2, group_size=4),
+    "gptq 8 bits": lambda: keras.quantizers.GPTQConfig(
+        **SAMPLES, num_samples=2, group_size=-1, weight_bits=8
+    ),
+    "awq": lambda: keras.quantizers.AWQConfig(
+        **SAMPLES, num_samples=2, group_size=4, num_grid_points=2
+    ),
+}
+
+
+def kind_of(mode):
+    """What Keras calls a mode."""
+    return mode.split()[0]
+
+
+def quantize(layer, mode, host=None):
+    """As Keras does it, calibrated with a host's inputs."""
+    config = {**MODES, **CALIBRATED}[mode]()
+    if mode in MODES:
+        layer.quantize(config.mode, config=config)
+        return
+    model = keras.Sequential([keras.Input(host.input_shape), layer])
+    samples = host.inputs()
+    structure = {
+        "pre_block_layers": [lambda tokens: keras.ops.convert_to_tensor(samples)],
+        "sequential_blocks": [layer],
+    }
+    # In the configuration, Keras 3.15 would look for an end of it when it saves.
+    model.get_quantization_layer_structure = lambda mode: structure
+    model.quantize(config.mode, config=config)
+    # Keras 3.15 calibrates as if there were no samples. These come of samples.
+    random = np.random.default_rng(6)
+    layer.g_idx.assign(random.permutation(to_numpy(layer.g_idx)))
+    if config.mode == "awq":
+        layer.awq_scales.assign(random.uniform(0.5, 2, layer.awq_scales.shape))
 
 
 @dataclass(frozen=True)
@@ -63,7 +103,7 @@ class Host:
         layer.build((None, *self.input_shape))
         if layer_bias(layer) is not None and bias:
             fill(layer.bias, seed=5)
-        layer.quantize(MODES[mode]().mode, config=MODES[mode]())
+        quantize(layer, mode, self)
         return layer
 
     def apply(self, layer, **settings):
@@ -104,6 +144,15 @@ HOSTS = {
     "experts": Host(einsum("abc,bcd->abd", (4, 5), "bd"), (4, 6), "abc,bcd->abd"),
     "embedding": Host(embedding, (4,), "abv,vd->abd", 9, "embeddings"),
 }
+CALIBRATED_PAIRS = [
+    ("dense", "gptq"),
+    ("dense", "gptq 8 bits"),
+    ("dense", "awq"),
+    ("query", "gptq"),
+    ("output", "awq"),
+]
+EVERY = [(name, mode) for name in HOSTS for mode in MODES] + CALIBRATED_PAIRS
+over_every = pytest.mark.parametrize(("name", "mode"), EVERY)
 over_hosts = pytest.mark.parametrize("name", HOSTS)
 # Each host and each mode, where the product of both would say no more.
 PAIRS = [("dense", mode) for mode in MODES] + [
@@ -114,6 +163,7 @@ PAIRS = [("dense", mode) for mode in MODES] + [
     ("experts", "int8 weights"),
     ("embedding", "int8"),
     ("embedding", "int4 blocks"),
+    *CALIBRATED_PAIRS,
 ]
 over_pairs = pytest.mark.parametrize(("name", "mode"), PAIRS)
 over_modes = pytest.mark.parametrize("mode", MODES)
@@ -127,6 +177,8 @@ def dequantized(layer):
     """W in float64, from the layer's variables alone."""
     stored = {v.name: to_numpy(v) for v in layer.variables}
     table = "embeddings" in stored
+    if layer.quantization_mode in CALIBRATED:
+        return calibrated(layer, stored)
     name = "embeddings" if table else "kernel"
     kernel = stored[name]
     scale = stored[f"{name}_scale"].astype("float64")
@@ -153,6 +205,19 @@ def dequantized(layer):
         values = values / (scale[:, None] if table else scale)
     shape = getattr(layer, "original_kernel_shape", values.shape)
     return values.reshape(shape)
+
+
+def calibrated(layer, stored):
+    """W, of which GPTQ and AWQ keep (outputs, inputs)."""
+    values, scale = stored["kernel"], stored["kernel_scale"].astype("float64")
+    zero = stored.get("kernel_zero", stored.get("zero_point")).astype("float64")
+    if len(values) != len(scale):  # two a byte along the outputs
+        values = np.stack([values & 15, values >> 4], axis=1)
+        values = values.reshape(-1, values.shape[-1])[: len(scale)]
+    groups = stored["g_idx"].astype("int64")
+    values = ((values - zero[:, groups]) * scale[:, groups]).T
+    values = values / stored.get("awq_scales", np.ones(len(values)))[:, None]
+    return values.reshape(getattr(layer, "original_kernel_shape", values.shape))
 
 
 def delta(layer):
@@ -188,8 +253,7 @@ def close(found, wanted, tolerance=2e-5):
     )
 
 
-@over_hosts
-@over_modes
+@over_every
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
 def test_a_fresh_adapter_changes_no_bit(name, mode, policy):
     host, inputs = HOSTS[name], HOSTS[name].inputs()
@@ -204,8 +268,7 @@ def test_a_fresh_adapter_changes_no_bit(name, mode, policy):
     assert_unmoved(layer, stored)
 
 
-@over_hosts
-@over_modes
+@over_every
 @pytest.mark.parametrize("training", [False, True])
 def test_outputs_are_keras_operation_and_bypass_then_bias_and_activation(
     name, mode, training
@@ -225,7 +288,7 @@ def test_outputs_are_keras_operation_and_bypass_then_bias_and_activation(
 
 @pytest.mark.parametrize(
     ("name", "mode", "compiled"),
-    [(name, mode, False) for name in HOSTS for mode in MODES]
+    [(name, mode, False) for name, mode in EVERY]
     + [(name, mode, True) for name, mode in PAIRS],
 )
 def test_gradients_are_those_of_the_dequantized_float_layer(name, mode, compiled):
@@ -271,8 +334,8 @@ def model_of(host, mode, adapted=True, eager=True, seed=3):
     x = keras.layers.Flatten()(x)
     model = keras.Model(first, keras.layers.Dense(2, name="head")(x))
     for layer in model.layers:
-        if layer.variables:
-            layer.quantize(MODES[mode]().mode, config=MODES[mode]())
+        if layer.variables and (mode in MODES or layer.name == "host"):
+            quantize(layer, mode, host)
     how = {"run_eagerly": True} if eager else {"jit_compile": False}
     model.compile(keras.optimizers.Adam(0.05), "mse", **how)
     if adapted:
@@ -304,7 +367,7 @@ def test_training_moves_the_adapter_alone_and_goes_on_after_reloading(
     assert_unmoved(host, before)
     model.save(tmp_path / "model.keras")
     again = keras.saving.load_model(tmp_path / "model.keras")
-    assert again.get_layer("host").quantization_mode == MODES[mode]().mode
+    assert again.get_layer("host").quantization_mode == kind_of(mode)
     assert_unmoved(again.get_layer("host"), before)
     np.testing.assert_array_equal(predict(again, inputs), predict(model, inputs))
     wanted = losses(model, inputs, targets)
@@ -426,8 +489,13 @@ def test_merging_says_what_it_loses(name, mode):
     copy.compile("sgd", "mse", run_eagerly=True)
     losses(copy, inputs, np.zeros((16, 2), "float32"), epochs=1)
 
+    if mode in CALIBRATED:
+        with pytest.raises(ValueError, match=r"'host'.*calibrated.*not kept"):
+            keras_lora.merge_lora(model, quantized="requantize")
+        assert_unmoved(host, before)
+        return
     (row,) = keras_lora.merge_lora(model, quantized="requantize")
-    assert host.quantization_mode == MODES[mode]().mode
+    assert host.quantization_mode == kind_of(mode)
     assert {v.path for v in host.variables} == before.keys()
     found = np.linalg.norm(dequantized(host) - wanted) / np.linalg.norm(wanted)
     assert 1e-4 < found < 0.5
@@ -536,6 +604,55 @@ def test_float8_is_refused_by_name():
         keras_lora.LoRADense(4, dtype="float8_from_float32")
 
 
+def test_what_is_not_calibrated_is_refused_with_the_reason():
+    layer = keras.layers.Dense(4, name="projection")
+    model = keras.Sequential([keras.Input((3,)), layer])
+    layer.quantize("gptq", config=CALIBRATED["gptq"]())
+    with pytest.raises(ValueError, match=r"'projection'.*'gptq'.*not calibrated"):
+        keras_lora.apply_lora(model, target=["projection"])
+    assert type(layer) is keras.layers.Dense
+
+
+def test_calibrating_an_adapted_model_and_quantizing_anew_are_refused():
+    host = HOSTS["dense"]
+    model, *_ = model_of(host, "awq")
+    with pytest.raises(ValueError, match=r"'loftq'.*'host'.*calibrated.*not kept"):
+        keras_lora.initialize_lora(model, "loftq", data=model)
+    keras_lora.merge_lora(model, quantized="dequantize")
+    keras_lora.apply_lora(model, rank=2, target=["host"])
+    for mode in ("gptq", "awq"):
+        with pytest.raises(ValueError, match=f"'host' has an adapter.*'{mode}'"):
+            model.quantize(mode, config=CALIBRATED[mode]())
+    assert all(layer.quantization_mode is None for layer in model.layers)
+
+
+def test_calibrated_layers_without_an_adapter_are_saved_whole(tmp_path):
+    """Keras 3.15 leaves out their zeros, and reads no such file."""
+    host = HOSTS["dense"]
+    model, inputs, targets = model_of(host, "gptq", adapted=False)
+    keras_lora.apply_lora(model, rank=2, target=["head"])
+    losses(model, inputs, targets, epochs=1)
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(predict(again, inputs), predict(model, inputs))
+    again.save(tmp_path / "again.keras")
+    again = keras.saving.load_model(tmp_path / "again.keras")
+    np.testing.assert_array_equal(predict(again, inputs), predict(model, inputs))
+    keras_lora.remove_lora(model)
+    assert type(model.get_layer("host")) is keras.layers.Dense
+
+
+def test_constructors_take_calibrated_policies():
+    source = HOSTS["dense"].adapted("awq")
+    layer = type(source).from_config(source.get_config())
+    layer.build((None, *HOSTS["dense"].input_shape))
+    for own, other in zip(layer.variables, source.variables, strict=True):
+        own.assign(other)
+    layer.is_awq_calibrated = True  # as Keras says it of a layer that it loads
+    inputs = HOSTS["dense"].inputs()
+    np.testing.assert_array_equal(to_numpy(layer(inputs)), to_numpy(source(inputs)))
+
+
 def test_int4_kernels_that_keras_quantizes_along_a_wrong_axis_are_named():
     """Gemma's query: the error is that of blocks of unlike numbers."""
     kernel = np.random.default_rng(0).standard_normal((6, 8, 16))
@@ -559,7 +676,15 @@ def test_int4_kernels_that_keras_quantizes_along_a_wrong_axis_are_named():
     assert mean["btd,ndh->btnh"] > 2 * mean["btd,dnh->btnh"]
 
 
-def head(mode="int8", quantize=True, **arguments):
+def test_calibrated_kernels_whose_inputs_keras_takes_for_others_are_named():
+    """It takes the largest axis of a kernel for the model's width."""
+    host = Host(einsum("abc,cde->abde", (4, 3, 9), "de"), (4, 6), "abc,cde->abde")
+    with pytest.warns(UserWarning, match="gptq kernel of 'host'.*abc,cde->abde"):
+        host.adapted("gptq")
+    HOSTS["query"].adapted("gptq")  # without a warning
+
+
+def head(mode="int8", **arguments):
     """A tied embedding, and its table in float64."""
     layer = keras.layers.ReversibleEmbedding(9, 5, name="host", **arguments)
     ids = keras.Input((4,), dtype="int32")
@@ -567,8 +692,7 @@ def head(mode="int8", quantize=True, **arguments):
     fill(layer.embeddings, 3)
     if not layer.tie_weights:
         fill(layer.reverse_embeddings, 4)
-    if quantize:
-        layer.quantize(MODES[mode]().mode, config=MODES[mode]())
+    quantize(layer, mode)
     return layer, model
 
 
@@ -713,7 +837,6 @@ def float_model():
     return model, inputs, targets
 
 
-@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize`")
 @over_modes
 def test_quantizing_an_adapted_model_keeps_its_adapters(mode, tmp_path):
     model, inputs, targets = float_model()
@@ -721,13 +844,13 @@ def test_quantizing_an_adapted_model_keeps_its_adapters(mode, tmp_path):
     table, hidden = model.get_layer("table"), model.get_layer("hidden")
     adapters = [to_numpy(v) for v in model.trainable_variables]
     kernel, before = to_numpy(hidden.kernel), predict(model, inputs)
-    model.quantize(MODES[mode]().mode, config=MODES[mode]())
+    model.quantize(kind_of(mode), config=MODES[mode]())
     for layer in (table, hidden, model.get_layer("out")):
-        assert layer.quantization_mode == MODES[mode]().mode
+        assert layer.quantization_mode == kind_of(mode)
     plain = keras.layers.Dense(8)
     plain.build((None, 6))
     plain.kernel.assign(kernel)
-    plain.quantize(MODES[mode]().mode, config=MODES[mode]())
+    quantize(plain, mode)
     np.testing.assert_array_equal(dequantized(hidden), dequantized(plain))
     for variable, value in zip(model.trainable_variables, adapters, strict=True):
         np.testing.assert_array_equal(to_numpy(variable), value)
@@ -746,7 +869,6 @@ def test_quantizing_an_adapted_model_keeps_its_adapters(mode, tmp_path):
     assert [v.name for v in hidden.variables] == [v.name for v in plain.variables]
 
 
-@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize`")
 def test_filters_and_modes_of_quantizing_an_adapted_model():
     model, *_ = float_model()
     with pytest.raises(ValueError, match="'float8'"):
@@ -757,7 +879,6 @@ def test_filters_and_modes_of_quantizing_an_adapted_model():
     assert found == {"hidden"}
 
 
-@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize`")
 def test_layers_that_were_constructed_with_an_adapter_are_quantized():
     model = keras.Sequential([keras.Input((6,)), keras_lora.LoRADense(3, rank=2)])
     inputs = np.random.default_rng(0).standard_normal((4, 6)).astype("float32")
@@ -775,7 +896,6 @@ def test_models_to_extract_an_adapter_from_are_float():
         keras_lora.extract_adapter(*models, rank=2)
 
 
-@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize`")
 @pytest.mark.parametrize("target", ["all-linear", ["token_embedding", "query"]])
 def test_the_gradient_of_a_quantized_language_model_is_the_float_models(target):
     """Keras's own, through its int8 head, has a cosine of 0.26 with it."""
@@ -812,6 +932,35 @@ def test_the_gradient_of_a_quantized_language_model_is_the_float_models(target):
     assert cosine(*found) > 0.99
 
 
+def test_a_preset_that_is_quantized_is_adapted_and_merged(tmp_path):
+    """There the model holds the policies of its layers."""
+    keras_hub = pytest.importorskip("keras_hub")
+    backbone = keras_hub.models.GPT2Backbone(
+        vocabulary_size=20,
+        num_layers=1,
+        num_heads=2,
+        hidden_dim=8,
+        intermediate_dim=8,
+        max_sequence_length=4,
+    )
+    task = keras_hub.models.GPT2CausalLM(backbone=backbone, preprocessor=None)
+    task.quantize("int4")
+    task.save_to_preset(tmp_path)
+    model = keras_hub.models.CausalLM.from_preset(str(tmp_path), preprocessor=None)
+    ids = np.random.default_rng(0).integers(0, 20, (2, 4)).astype("int32")
+    batch = {"token_ids": ids, "padding_mask": np.ones((2, 4), "int32")}
+    before = predict(model, batch)
+    for way in ("requantize", "dequantize"):
+        keras_lora.apply_lora(model, rank=2, target=["query", "token_embedding"])
+        np.testing.assert_array_equal(predict(model, batch), before)
+        report = keras_lora.merge_lora(model, quantized=way)
+        assert max(row.error for row in report) < 1e-4
+        close(predict(model, batch), before, 0.05)  # whose inputs it may round
+        wanted = "int4" if way == "requantize" else None
+        assert {row.layer.quantization_mode for row in report} == {wanted}
+        before = predict(model, batch)
+
+
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="reads its graph")
 @over_modes
 def test_a_compiled_step_forms_each_float_kernel_when_its_turn_comes(mode):
@@ -820,7 +969,7 @@ def test_a_compiled_step_forms_each_float_kernel_when_its_turn_comes(mode):
 
     layer = keras.layers.Dense(48, name="host")
     model = keras.Sequential([keras.Input((64,)), layer])
-    layer.quantize(MODES[mode]().mode, config=MODES[mode]())
+    quantize(layer, mode)
     keras_lora.apply_lora(model, rank=2, target=["host"])
 
     @tf.function

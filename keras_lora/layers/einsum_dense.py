@@ -13,6 +13,7 @@ from keras_lora.layers.equation import split_equation
 from keras_lora.layers.form import LowRankForm
 from keras_lora.layers.form import unchanged
 from keras_lora.layers.lora_layer import LoRALayer
+from keras_lora.layers.quantized_host import CALIBRATED
 from keras_lora.layers.quantized_host import dequantize
 
 
@@ -61,14 +62,18 @@ class LoRAEinsumDense(LoRALayer, keras.layers.EinsumDense):
 
     def warn_of_quantization(self):
         split = split_equation(self.equation)
-        if self.quantization_mode == "int4" and not split.kernel.startswith(
-            split.contracted
-        ):
+        mode = self.quantization_mode
+        first = split.kernel.startswith(split.contracted)
+        if mode in CALIBRATED:  # where the largest axis tells the inputs' from others
+            axes = split.axes(split.contracted)
+            inputs = math.prod(self.kernel_shape[axis] for axis in axes)
+            first = first and self.g_idx.shape[0] == inputs
+        if mode != "int8" and not first:
             warnings.warn(
-                f"The int4 kernel of {self.name!r} has a large error: Keras quantizes "
-                f"it along axes over which {self.equation!r} does not sum. Its error "
-                "is several times that of a Dense kernel. Use int8 for this layer, or "
-                "leave it in float (`filters` of `Model.quantize`).",
+                f"The {mode} kernel of {self.name!r} has a large error: Keras "
+                f"quantizes it along axes over which {self.equation!r} does not sum. "
+                "Its error is several times that of a Dense kernel. Use int8 for this "
+                "layer, or leave it in float (`filters` of `Model.quantize`).",
                 stacklevel=2,
             )
 

@@ -7,6 +7,7 @@ import keras
 from keras_lora.keras_internals.calls import in_a_call
 from keras_lora.layers.quantized_host import own_kernel
 from keras_lora.layers.quantized_host import refuse_mode
+from keras_lora.layers.quantized_host import refuse_uncalibrated
 
 
 class HostChecks:
@@ -23,6 +24,7 @@ class HostChecks:
                 "or use rank=0."
             )
         refuse_mode(layer, layer.quantization_mode)
+        refuse_uncalibrated(layer, cls.kernel_name)
         if getattr(layer, "lora_enabled", False):
             raise ValueError(
                 f"The layer {layer.name!r} has Keras's own adapter (`enable_lora`). "

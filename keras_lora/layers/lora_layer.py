@@ -146,8 +146,14 @@ class LoRALayer(HostChecks, LayerFiles, TorchLayout, QuantizedHost):
 
     @property
     def kernel_shape(self) -> tuple:
+        if "kernel_shape" in vars(self):  # of Keras's Dense, in GPTQ and AWQ
+            return tuple(vars(self)["kernel_shape"])
         kernel = self.kernel_values() if self.is_quantized else self.frozen_kernel
         return tuple(kernel.shape)
+
+    @kernel_shape.setter
+    def kernel_shape(self, shape):
+        vars(self)["kernel_shape"] = shape
 
     def base_kernel(self, dtype):
         """W as a value."""

@@ -9,12 +9,8 @@ from keras_lora.keras_internals.layers import twin
 from keras_lora.layers.small_kernel_training import in_tensorflow_graph
 
 MODES = ("int8", "int4")
-WHY_NOT = {
-    "float8": "there the scales train, by the gradients of all that the layer does",
-    "gptq": "there Keras keeps a float kernel beside the integers until it calibrates",
-    "awq": "there Keras keeps a float kernel beside the integers until it calibrates",
-}
-
+# Their integers are for inputs that were seen, and lie as (outputs, inputs).
+CALIBRATED = ("gptq", "awq")
 
 # The attributes of a layer whose work comes after the adapter's.
 BEFORE_FINISH = {"bias": None, "activation": None, "logit_soft_cap": None}
@@ -55,7 +51,7 @@ class QuantizedHost(QuantizedWhole):
     def quantize(self, mode=None, type_check=True, config=None, **kwargs):
         """Quantizes W as the plain layer does; A and B stay as they are."""
         if self.lora is not None:
-            refuse_mode(self, mode)
+            refuse_quantizing(self, mode)
         super().quantize(mode, type_check=False, config=config, **kwargs)
         vars(self).pop("_kernel_place", None)  # the kernel that was frozen is no more
         self.warn_of_quantization()
@@ -67,17 +63,33 @@ class QuantizedHost(QuantizedWhole):
 
     def kernel_values(self):
         """W, or its integers, in the kernel's own shape."""
+        if self.quantization_mode in CALIBRATED:
+            return calibrated_integers(self)
         return getattr(self.plain_class, self.kernel_name).fget(self)
 
     def dequantized(self, dtype):
         """W as Keras's quantized operation means it."""
         scale, zero, groups = quantization(self, self.kernel_name)
         values = self.from_integers(self.kernel_values(), scale, zero, groups)
+        if self.quantization_mode == "awq":  # which scales the inputs too
+            rows = ops.reshape(self.awq_scales, (-1, 1))
+            matrix = ops.divide(ops.reshape(values, (rows.shape[0], -1)), rows)
+            values = ops.reshape(matrix, values.shape)
         return ops.cast(values, dtype)
 
     def other_kernels(self) -> dict:
         """Name -> value of what is quantized beside the kernel."""
         return {}
+
+    def save_own_variables(self, store):
+        if self.quantization_mode not in CALIBRATED or not self.built:
+            super().save_own_variables(store)
+            return
+        # Keras 3.15 leaves the zeros out, and reads no such file.
+        names = self.variable_serialization_spec[self.quantization_mode]
+        values = [getattr(self, name) for name in names]
+        for index, value in enumerate(v for v in values if v is not None):
+            store[str(index)] = value
 
     def warn_of_quantization(self):
         """What a user should know of how Keras has quantized the kernel."""
@@ -105,14 +117,44 @@ class QuantizedHost(QuantizedWhole):
 
 
 def refuse_mode(layer, mode):
-    """A ValueError for a mode in which the adapter would be left out."""
-    if mode in MODES or mode is None:
+    """A ValueError for a mode in which a kernel has no adapter beside it."""
+    if mode is None or mode in MODES or mode in CALIBRATED:
         return
-    why = f", as {WHY_NOT[mode]}" if mode in WHY_NOT else ""
+    why = ", as there the scales train" if mode == "float8" else ""
     raise ValueError(
         f"The layer {layer.name!r} cannot have an adapter beside a kernel in {mode!r}"
-        f"{why}. Adapters work over float, int8 and int4 kernels."
+        f"{why}. Adapters work over float, int8 and int4 kernels, and over those that "
+        "GPTQ and AWQ have calibrated."
     )
+
+
+def refuse_quantizing(layer, mode):
+    """A ValueError for a mode into which Keras brings no adapted layer."""
+    refuse_mode(layer, mode)
+    if mode in CALIBRATED:
+        raise ValueError(
+            f"The layer {layer.name!r} has an adapter: Keras passes it by when it "
+            f"calibrates for {mode!r}. Quantize the model first, and adapt it then."
+        )
+
+
+def is_calibrated(layer, name):
+    """Whether integers are in the place of the float kernel, and not beside it."""
+    if layer.quantization_mode not in CALIBRATED:
+        return False
+    return sum(variable.name == name for variable in layer.variables) == 1
+
+
+def refuse_uncalibrated(layer, name):
+    """A ValueError where Keras still computes with the float kernel."""
+    calibrates = layer.built and layer.quantization_mode in CALIBRATED
+    if calibrates and not is_calibrated(layer, name):
+        raise ValueError(
+            f"The layer {layer.name!r} is in {layer.quantization_mode!r} and was not "
+            "calibrated: Keras computes with the float kernel that it keeps beside the "
+            "integers. Calibrate it with `Model.quantize`, in a block of the "
+            "`quantization_layer_structure`, or leave it out with `exclude`."
+        )
 
 
 def own_kernel(layer, name):
@@ -125,7 +167,27 @@ def own_kernel(layer, name):
 def quantization(layer, name):
     """Scale, zero and groups of a quantized variable; the latter only of blocks."""
     scale, zero = (getattr(layer, f"{name}_{x}", None) for x in ("scale", "zero"))
+    if layer.quantization_mode in CALIBRATED:
+        scale, zero = ops.transpose(scale), ops.transpose(zero)
     return scale, zero, None if zero is None else layer.g_idx
+
+
+def calibrated_integers(layer):
+    """Those of GPTQ or AWQ in the kernel's own shape."""
+    values = layer.quantized_kernel
+    if policy_of(layer).weight_bits == 4:  # two a byte; others lie one a byte
+        outputs = layer.kernel_scale.shape[0]
+        values = keras.quantizers.unpack_int4(values, outputs, axis=0, dtype="uint8")
+    values = ops.transpose(values)
+    return ops.reshape(values, getattr(layer, "original_kernel_shape", values.shape))
+
+
+def policy_of(layer):
+    """A layer's policy, also where its model holds those of all layers."""
+    policy = layer.dtype_policy
+    if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
+        return policy[layer.path]
+    return policy
 
 
 def dequantize(integers, scale, zero=None, groups=None, axis=0):

@@ -16,7 +16,7 @@ from keras_lora.models.adapt import make_plain
 from keras_lora.models.adapt import new_adapter
 from keras_lora.models.keras_files import adapted_class
 from keras_lora.models.keras_files import carriers
-from keras_lora.models.quantized import mend_gradients
+from keras_lora.models.quantized import mend_plain
 from keras_lora.models.record import record_of
 from keras_lora.models.record import remember_flags
 from keras_lora.models.record import set_record
@@ -49,7 +49,7 @@ def adapted(model, paths, adapters):
         for path, adapter in made.items():
             undo.callback(make_plain, layers[path])
             adapt(layers[path], adapter)
-        for layer in mend_gradients(layers.values()):
+        for layer in mend_plain(layers.values()):
             undo.callback(make_plain, layer)
         refresh_torch_parameters(flatten_layers(model))
         yield Change(model, undo)

@@ -21,14 +21,14 @@ from keras_lora.keras_internals.layers import seen_as
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.lora_layer import is_adapted
-from keras_lora.layers.quantized_host import refuse_mode
+from keras_lora.layers.quantized_host import refuse_quantizing
 from keras_lora.models.adapt import adapt
 from keras_lora.models.adapt import lora_layers
 from keras_lora.models.adapt import new_adapter
 from keras_lora.models.paths import layer_paths
 from keras_lora.models.presets import plain_class_of
 from keras_lora.models.presets import save_to_preset
-from keras_lora.models.quantized import mend_gradients
+from keras_lora.models.quantized import mend_plain
 from keras_lora.models.record import BASE
 from keras_lora.models.record import Record
 from keras_lora.models.record import base_names
@@ -117,7 +117,7 @@ class Adapted:
                 adapters[places[path]] = options
         for path, options in adapters.items():
             adapt(layers[path], new_adapter(layers[path], options))
-        mend_gradients(layers.values())
+        mend_plain(layers.values())
         for path, merge_weights in config["merge_weights"].items():
             layers[places[path]].merge_weights = merge_weights
         layers_now = {"": model, **layer_paths(model)}
@@ -145,9 +145,9 @@ class Adapted:
 
     def quantize(self, mode=None, config=None, **kwargs):
         for layer in lora_layers(self):
-            refuse_mode(layer, mode)  # before any layer changes
+            refuse_quantizing(layer, mode)  # before any layer changes
         super().quantize(mode, config=config, **kwargs)
-        mend_gradients(flatten_layers(self))
+        mend_plain(flatten_layers(self))
 
     def build_from_config(self, config):
         """Built in `from_config`, before the adapters could be attached."""

@@ -12,27 +12,33 @@ from keras_lora.keras_internals.layers import seen_as
 from keras_lora.keras_internals.layers import twin
 from keras_lora.layers.kinds import lora_class_of
 from keras_lora.layers.lora_layer import LoRALayer
+from keras_lora.layers.quantized_host import CALIBRATED
+from keras_lora.layers.quantized_host import is_calibrated
+from keras_lora.layers.quantized_host import policy_of
 from keras_lora.layers.torch_layout import to_numpy
 
 WAYS = ("dequantize", "requantize")
 
 
-def mend_gradients(layers) -> list:
-    """Gives quantized layers the gradient that Keras gets wrong; returns them.
+def mend_plain(layers) -> list:
+    """Gives quantized layers what Keras gets wrong; returns them.
 
-    Without an adapter too: those of the layers before it learn by that gradient.
+    Without an adapter too: those of the layers before it learn by its gradient, and
+    are in one file with its integers.
     """
-    mended = [layer for layer in layers if has_wrong_gradient(layer)]
+    mended = [layer for layer in layers if is_wrong_in_keras(layer)]
     for layer in mended:
         change_class(layer, lora_class_of(type(layer)))  # type: ignore[arg-type]
     return mended
 
 
-def has_wrong_gradient(layer):
+def is_wrong_in_keras(layer):
     if layer.quantization_mode is None or isinstance(layer, LoRALayer):
         return False
     lora_class = lora_class_of(type(layer))
-    return lora_class is not None and lora_class.mends_gradient
+    if lora_class is None:
+        return False
+    return lora_class.mends_gradient or is_calibrated(layer, lora_class.kernel_name)
 
 
 class MergedLayer(NamedTuple):
@@ -59,6 +65,21 @@ def checked_way(layers, way):
             "delta anew, and the report says each layer's error. `export` keeps the "
             "quantized kernels with A and B beside them."
         )
+    if way == "requantize":
+        refuse_calibrating("requantize", layers)
+
+
+def refuse_calibrating(word, layers):
+    """A ValueError where quantizing a kernel anew would need calibration data."""
+    for layer in layers:
+        if layer.quantization_mode in CALIBRATED:
+            raise ValueError(
+                f"{word!r} quantizes a kernel anew, and the integers of "
+                f"{layer.name!r} are for the inputs that Keras calibrated "
+                f"{layer.quantization_mode!r} with, which are not kept. "
+                'merge_lora(model, quantized="dequantize") makes a float model, which '
+                "`Model.quantize` can calibrate anew."
+            )
 
 
 def merged_plain(layer, kernel, way):
@@ -99,14 +120,20 @@ def take_over(layer, plain):
 
 
 def float_policy(layer):
-    """The policy that the layer had before it was quantized."""
-    return keras.dtype_policies.get(layer.dtype_policy.name.partition("_from_")[2])
+    """The policy that the layer had before it was quantized.
+
+    By its dtypes: a map of policies takes their names away when it is saved.
+    """
+    compute, variable = layer.compute_dtype, layer.variable_dtype
+    return keras.dtype_policies.get(
+        compute if compute == variable else f"mixed_{compute}"
+    )
 
 
 def quantization_config(layer):
     """How the layer was quantized; without a word of it, what its policy says."""
     config = getattr(layer, "quantization_config", None)
-    block_size = getattr(layer.dtype_policy, "block_size", None)
+    block_size = getattr(policy_of(layer), "block_size", None)
     if config is None and block_size is not None:
         return keras.quantizers.Int4QuantizationConfig(block_size=block_size)
     return config

@@ -14,6 +14,7 @@ from keras_lora.models.decompositions import pissa
 from keras_lora.models.layer_inputs import layer_moments
 from keras_lora.models.paths import layer_paths
 from keras_lora.models.quantized import merged_plain
+from keras_lora.models.quantized import refuse_calibrating
 
 LOFTQ_STEPS = 5
 
@@ -136,6 +137,7 @@ def loftq(layers, float_model) -> dict:
     In turn Q = quantize(W - D), and D the nearest matrix of rank r to W - Q; the best
     pair of some steps is taken. The first Q is the one that the layer has.
     """
+    refuse_calibrating("loftq", layers.values())
     paths = {"": float_model, **layer_paths(float_model)}
     starts = {}
     for path, layer in layers.items():
