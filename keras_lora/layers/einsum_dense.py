@@ -15,6 +15,7 @@ from keras_lora.layers.form import unchanged
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.quantized_host import CALIBRATED
 from keras_lora.layers.quantized_host import dequantize
+from keras_lora.layers.quantized_host import quantization
 
 
 @keras.saving.register_keras_serializable(package="keras_lora")
@@ -68,7 +69,7 @@ class LoRAEinsumDense(LoRALayer, keras.layers.EinsumDense):
             axes = split.axes(split.contracted)
             inputs = math.prod(self.kernel_shape[axis] for axis in axes)
             first = first and self.g_idx.shape[0] == inputs
-        if mode != "int8" and not first:
+        if not first and not self.scales_outputs(*quantization(self, "kernel")):
             warnings.warn(
                 f"The {mode} kernel of {self.name!r} has a large error: Keras "
                 f"quantizes it along axes over which {self.equation!r} does not sum. "
@@ -77,8 +78,12 @@ class LoRAEinsumDense(LoRALayer, keras.layers.EinsumDense):
                 stacklevel=2,
             )
 
+    def scales_outputs(self, scale, zero, groups):
+        """Whether a scale lies as the outputs do: int8, and int4 in Keras 3.12."""
+        return zero is None and (self.quantization_mode == "int8" or scale.ndim > 1)
+
     def from_integers(self, integers, scale, zero, groups):
-        if zero is None and (self.quantization_mode == "int8" or scale.ndim > 1):
+        if self.scales_outputs(scale, zero, groups):
             split = split_equation(self.equation)
             scale = split.over_kernel(scale, integers.shape)
             return dequantize(integers, scale)
