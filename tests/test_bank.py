@@ -114,6 +114,29 @@ def test_each_kind_trains_with_rows_of_its_own(case):
     )
 
 
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "bfloat16"])
+def test_rows_in_half_precision(policy):
+    keras.config.set_dtype_policy(policy)
+    model = sequential()
+    inputs = x().astype("float32")
+    expected, adapters = {None: to_numpy(model(inputs))}, {}
+    for seed, (name, settings) in enumerate(SETTINGS.items()):
+        keras_lora.apply_lora(model, **settings)
+        for layer in model.layers:
+            if getattr(layer, "lora", None) is not None:
+                fill(layer.lora.a, seed, 0.5)
+                fill(layer.lora.b, seed + 5, 0.5)
+        adapters[name] = adapter_of(model)
+        expected[name] = to_numpy(model(inputs))
+        keras_lora.remove_lora(model)
+    bank = AdapterBank(model, adapters)
+    assert bank.slots[0].a.dtype == "float32"
+    names = (ROWS * 4)[: len(inputs)]
+    found = in_bank(bank, inputs, names)
+    expected = {name: values.astype("float32") for name, values in expected.items()}
+    assert_rows(found.astype("float32"), names, expected, tolerance=2e-2)
+
+
 DORA = ["dense-relu", "merged-dense-query-value", "embedding-two-axes", "conv2d-groups"]
 DORA += ["einsum-dense-query", "einsum-dense-output", "einsum-dense-batch-axis"]
 
