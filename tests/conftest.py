@@ -8,9 +8,10 @@ import keras
 import pytest
 
 
-def pytest_collection_finish():
-    """What imports have made is never garbage: Keras collects for each variable that
-    it deletes, and would look through all of it each time."""
+@pytest.fixture(autouse=True, scope="module")
+def only_new_garbage():
+    """What was imported, or is kept by Keras, is not looked through for each variable
+    that Keras deletes: it collects garbage then."""
     gc.collect()
     gc.freeze()
 

@@ -21,8 +21,12 @@ COMPILED_FUNCTIONS = (
 )
 
 
-# Of the collector's frozen objects: their number, and the models among them.
-FROZEN = types.SimpleNamespace(count=0, models=())
+class Mark:
+    """An object that is not frozen until `gc.freeze` is called."""
+
+
+# The models among the collector's frozen objects, and what tells that there are more.
+FROZEN = types.SimpleNamespace(models=(), mark=Mark())
 
 
 def holders(model) -> list:
@@ -50,17 +54,20 @@ def live_models() -> list:
     What is frozen is not among the collector's objects. So it is thawed once, looked
     through and frozen again, with what was made since.
     """
-    if gc.get_freeze_count() > FROZEN.count:
+    found = models_and_marks()
+    if FROZEN.mark not in found:
         gc.unfreeze()
-        FROZEN.models = weakref.WeakSet(models_in(gc.get_objects()))
+        FROZEN.models = weakref.WeakSet(models_and_marks())
         gc.freeze()
-    FROZEN.count = gc.get_freeze_count()
-    return [*FROZEN.models, *models_in(gc.get_objects())]
+        FROZEN.mark = Mark()
+        found = models_and_marks()
+    return [x for x in (*FROZEN.models, *found) if not isinstance(x, Mark)]
 
 
-def models_in(objects) -> list:
-    models = subclasses(keras.Model)  # by type: there are millions of objects
-    return [found for found in objects if type(found) in models]
+def models_and_marks() -> list:
+    # By type, as there are millions of objects.
+    wanted = {Mark, *subclasses(keras.Model)}
+    return [found for found in gc.get_objects() if type(found) in wanted]
 
 
 def subclasses(cls) -> set:
