@@ -258,7 +258,12 @@ def test_another_fit_goes_on_and_a_callback_sees_what_was_trained():
     assert_close(np.array(loss), np.array(expected))
     assert "val_loss" in history.history
     assert seen[0] == bank.adapter("a")
-    bank.fit(inputs, y, **arguments)
+    rows = []
+    look = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: rows.append(bank.predict(inputs, verbose=0))
+    )
+    bank.fit(inputs, y, callbacks=[look], **arguments)
+    np.testing.assert_array_equal(rows[0], bank.predict(inputs, verbose=0))
     expected = alone(network, adapters["a"], "a", make(), "mse", x, y, epochs=2)
     assert_same_adapter(bank.adapter("a"), expected)
 
@@ -339,7 +344,8 @@ def test_dropout_is_each_adapters_own():
     dropped = outputs[1::2, 0]
     steps = np.round(dropped / 2)
     assert_close(dropped, steps * 2)  # of six ones each is 0 or 2
-    assert set(steps) <= set(range(7)) and abs(np.mean(dropped) - 6) < 0.6
+    assert set(steps) <= set(range(7)) and len(set(steps)) > 3
+    assert abs(np.mean(dropped) - 6) < 0.6
     assert bank.adapter("half").config["lora_dropout"] == 0.5
     dora = make()
     keras_lora.apply_lora(dora, target="only", rank=1, dropout=0.5, use_dora=True)
