@@ -2,6 +2,9 @@
 
 import keras
 
+# Attributes that hold variables of every optimizer before it is built.
+MADE_BY_CONSTRUCTOR = {"_iterations", "_learning_rate"}
+
 
 def renewed_optimizer(optimizer, variables):
     """The optimizer itself where it has no state yet, else one like it without.
@@ -19,7 +22,7 @@ def renewed_optimizer(optimizer, variables):
 
 def like_without_state(optimizer, variables):
     """An optimizer like this one, built for variables; a ValueError where it cannot."""
-    names = {"_iterations", "_learning_rate"}
+    names = set(MADE_BY_CONSTRUCTOR)
     old = {id(variable) for variable in optimizer.variables}
     for _ in range(2):
         renewed = without_state(optimizer, names)
@@ -42,7 +45,7 @@ def unbuilt_copy(optimizer):
             f"The optimizer, a {type(optimizer).__name__}, is built: it belongs to "
             "other variables. Give a new one."
         )
-    return without_state(optimizer, {"_iterations", "_learning_rate"})
+    return without_state(optimizer, MADE_BY_CONSTRUCTOR)
 
 
 def attributes_with(optimizer, ids) -> set:

@@ -42,6 +42,12 @@ def make_adapter(options, dtype):
     """
     options = dict(options)
     method = METHODS[next(iter(take_method(options)), None)]
-    # float32 beside half-precision kernels too.
-    dtype = "float64" if dtype == "float64" else "float32"
-    return method(**options, dtype=dtype, name="lora")
+    return method(**options, dtype=wide_dtype(dtype), name="lora")
+
+
+def wide_dtype(dtype):
+    """That of factors: float32 beside half-precision kernels too, float64 if need be.
+
+    dtype: that of the host's variables.
+    """
+    return "float64" if dtype == "float64" else "float32"

@@ -9,7 +9,6 @@ import numpy as np
 from keras import ops
 
 from keras_lora.files.fitting import checked_values
-from keras_lora.files.folder import Adapter
 from keras_lora.files.for_model import contents
 from keras_lora.files.load import new_adapter as options_of
 from keras_lora.files.names import module_names
@@ -20,6 +19,7 @@ from keras_lora.keras_internals.layers import twin
 from keras_lora.layers.kinds import lora_class_of
 from keras_lora.layers.kinds import obstacle
 from keras_lora.layers.lora_layer import LoRALayer
+from keras_lora.layers.methods import wide_dtype
 from keras_lora.layers.torch_layout import to_numpy
 from keras_lora.models.adapt import new_adapter
 
@@ -99,7 +99,8 @@ class Reading:
         parts: Path -> Part, of the layers that the adapter changes.
         adapted: Module -> view, of those that have factors.
         modules: Module -> layer, of all, with what is known of them.
-        beside: [(module, layer, variable, value)] of what trained beside the factors.
+        beside: [(module, layer, variable, own)] of what trained beside the factors:
+            the layer's, and the part's in its place, None where rows share it.
     """
 
     parts: dict
@@ -120,13 +121,13 @@ def as_host(layer):
     return twin(layer, own, {"lora": UNREAD}) if layer.built else None
 
 
-def read(model, paths, adapter, names, most=math.inf) -> Reading:
+def read(model, paths, adapter, names, most) -> Reading:
     """What an adapter makes of a model's layers, which stay as they are.
 
     Args:
         model: A plain model, or one in a bank.
         paths: Path -> layer, of all its layers.
-        adapter: A folder or an `Adapter`.
+        adapter: An `Adapter`.
         names: As in `load_adapter`.
         most: The highest rank that there is room for.
 
@@ -134,8 +135,6 @@ def read(model, paths, adapter, names, most=math.inf) -> Reading:
         ValueError: Where load_adapter has one, a rank is higher, or the adapter trains
             what cannot be one row's own.
     """
-    if not isinstance(adapter, Adapter):
-        adapter = Adapter.read(adapter)
     modules = module_names(paths, names, model, adapter)
     path_of = {id(layer): path for path, layer in paths.items()}
     hosts = copy.copy(modules)  # with all that is known of the modules
@@ -215,19 +214,18 @@ def add_others(reading, pairs, layers, path_of):
         if module is None:
             continue  # a factor
         layer, view = layers[module], reading.modules[module]
-        reading.beside.append((module, layer, variable, value))
-        path, part = path_of[id(layer)], None
+        path, part, own = path_of[id(layer)], None, None
         if isinstance(view, LoRALayer):
             part = reading.parts.get(path, Part(layer, view))
         if part is not None and variable.name == "bias":
-            part.bias = own_variable(variable, value)
+            part.bias = own = own_variable(variable, value)
         elif part is not None and can_be_in_full(part, variable, value):
-            part.kernel = own_variable(variable, value)
-        elif np.array_equal(to_numpy(variable), value):
-            continue
-        else:
+            part.kernel = own = own_variable(variable, value)
+        elif not np.array_equal(to_numpy(variable), value):
             raise ValueError(unable(path, layer, variable))
-        reading.parts[path] = part
+        reading.beside.append((module, layer, variable, own))
+        if own is not None:
+            reading.parts[path] = part
 
 
 def can_be_in_full(part, variable, value):
@@ -244,11 +242,6 @@ def own_variable(like, value):
     )
     own.regularizer = like.regularizer
     return own
-
-
-def wide_dtype(dtype):
-    """float32 at least."""
-    return "float64" if dtype == "float64" else "float32"
 
 
 def unable(path, layer, variable):

@@ -4,6 +4,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_lora.layers.methods import wide_dtype
+
 BASE = 0  # the slot of the base model: zeros
 
 
@@ -36,9 +38,7 @@ class Slots(Stacks, keras.layers.Layer):
     """
 
     def __init__(self, count, form, bias_shape, gain_shape, dtype):
-        super().__init__(
-            dtype="float64" if dtype == "float64" else "float32", trainable=False
-        )
+        super().__init__(dtype=wide_dtype(dtype), trainable=False)
         self.count = count
         self.a = self._stack("a", form.a_shape)
         self.b = self._stack("b", form.b_shape)

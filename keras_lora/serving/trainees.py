@@ -11,7 +11,6 @@ import numpy as np
 from keras_lora.files.config import KEPT
 from keras_lora.files.folder import Adapter
 from keras_lora.files.save import adapter_from
-from keras_lora.serving.reading import Part
 from keras_lora.serving.reading import read
 
 
@@ -49,10 +48,8 @@ class Trainee(keras.layers.Layer):
 
     def refuse_shared(self, reading):
         """An error for what the adapter trains and rows of one batch share."""
-        for module, layer, variable, _ in reading.beside:
-            view = reading.modules[module]
-            part = next((p for p in reading.parts.values() if p.view is view), None)
-            if own_variable_of(part, variable) is None:
+        for module, layer, variable, own in reading.beside:
+            if own is None:
                 raise ValueError(
                     f"The adapter {self.adapter_name!r} trains {variable.name!r} of "
                     f"{module!r}, a {type(layer).__name__}, which rows of one batch "
@@ -61,21 +58,11 @@ class Trainee(keras.layers.Layer):
 
     def read(self) -> Adapter:
         """The adapter as it is now."""
-        reading, trained = self.reading, []
-        for module, _, variable, _ in reading.beside:
-            view = reading.modules[module]
-            part = next(p for p in reading.parts.values() if p.view is view)
-            trained.append((module, own_variable_of(part, variable)))
+        reading = self.reading
+        trained = [(module, own) for module, *_, own in reading.beside]
         adapter = adapter_from(reading.modules, reading.adapted, trained)
         adapter.config.update(self.said)
         return adapter
-
-
-def own_variable_of(part: Part | None, variable):
-    """What a part has in the place of a layer's variable; None: nothing."""
-    if part is None:
-        return None
-    return part.bias if variable.name == "bias" else part.kernel
 
 
 @dataclasses.dataclass
