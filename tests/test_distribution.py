@@ -141,6 +141,56 @@ for kind in KINDS:
 print(json.dumps([]))
 """
 
+# A token table that is cut along its ids, and DoRA's lengths, as their kernels are;
+# and one warning for what does not divide over the devices.
+TABLES = """
+import json, warnings
+def network():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([
+        keras.Input((5,), dtype="int32"),
+        keras.layers.Embedding(16, 8, name="table"),
+        keras.layers.Dense(8, name="wide"),
+    ])
+    keras_lora.apply_lora(model, rank=2, target=["table", "wide"], use_dora=True)
+    random = np.random.default_rng(1)
+    for variable in model.trainable_variables:
+        variable.assign(variable + 0.1 * random.standard_normal(variable.shape))
+    model.compile("sgd", "mse")
+    ids = random.integers(0, 16, (8, 5))
+    targets = random.standard_normal((8, 5, 8), "float32")
+    found = model.fit(ids, targets, epochs=2, batch_size=8, verbose=0).history["loss"]
+    return model, found
+def spec(variable):
+    return tuple(variable.value.sharding.spec)
+_, one = network()
+odd = [keras.layers.Dense(10, name=f"odd{i}") for i in range(2)]
+odd = keras.Sequential([keras.Input((6,)), *odd])
+mesh = keras.distribution.DeviceMesh(
+    (2, 4), ["batch", "model"], keras.distribution.list_devices("cpu")
+)
+layouts = keras.distribution.LayoutMap(mesh)
+layouts[".*(wide|odd.)/kernel"] = (None, "model")
+layouts[".*/embeddings"] = ("model", None)
+keras.distribution.set_distribution(
+    keras.distribution.ModelParallel(layout_map=layouts, batch_dim_name="batch")
+)
+model, several = network()
+np.testing.assert_allclose(several, one, rtol=1e-5)
+table, wide = (model.get_layer(name).lora for name in ("table", "wide"))
+found = [spec(v) for layer in (table, wide) for v in layer.named_factors().values()]
+assert found == [
+    ("model", None), (None, None), (), (None, None), (None, "model"), ("model",)
+], found
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    keras_lora.apply_lora(odd, rank=2, target=["odd0", "odd1"])
+messages = [str(w.message) for w in caught if "does not divide" in str(w.message)]
+assert len(messages) == 1 and "odd0/lora/b" in messages[0], messages
+assert spec(odd.layers[1].lora.b) == (None, None)
+print(json.dumps([]))
+"""
+
 
 def free_ports(count):
     sockets = [socket.socket() for _ in range(count)]
@@ -184,6 +234,11 @@ on_jax = pytest.mark.skipif(
 @on_jax
 def test_factors_lie_as_their_kernels_do(tmp_path):
     run(KERAS_HUB, str(tmp_path), XLA_FLAGS=EIGHT_DEVICES)
+
+
+@on_jax
+def test_tables_and_lengths_lie_as_their_kernels_do():
+    run(TABLES, "", XLA_FLAGS=EIGHT_DEVICES)
 
 
 @on_jax

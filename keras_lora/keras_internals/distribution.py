@@ -1,6 +1,11 @@
 """Where variables lie under `keras.distribution`: Keras has it on JAX."""
 
+import warnings
+import weakref
+
 import keras
+
+warned = weakref.WeakSet()  # the distributions of which a warning was given
 
 
 def layout_of(variable):
@@ -19,6 +24,24 @@ def lay_out(variable, axes, like):
     """
     distribution = keras.distribution.distribution()
     if distribution.get_tensor_layout(variable.path) is None:
-        layout = keras.distribution.TensorLayout(axes, like.device_mesh)
-        variable._layout = layout
+        mesh = like.device_mesh
+        axes = dividing(variable, axes, mesh)
+        variable._layout = keras.distribution.TensorLayout(axes, mesh)
         variable.assign(variable.value)
+
+
+def dividing(variable, axes, mesh):
+    """The axes of a mesh, with None for those of which a size is no multiple."""
+    parts = dict(zip(mesh.axis_names, mesh.shape, strict=True))
+    sizes = zip(axes, variable.shape, strict=True)
+    found = [None if axis and size % parts[axis] else axis for axis, size in sizes]
+    distribution = keras.distribution.distribution()
+    if found != list(axes) and distribution not in warned:
+        warned.add(distribution)
+        warnings.warn(
+            f"{variable.path!r} of shape {tuple(variable.shape)} does not divide over "
+            f"the mesh axes {tuple(axes)} of its kernel's layout: it lies whole on "
+            "every device there, as do others like it.",
+            stacklevel=2,
+        )
+    return found
