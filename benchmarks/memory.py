@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import tensorflow as tf
 
 from benchmarks import networks
@@ -68,6 +69,17 @@ def step(network, arguments, rounds):
         low, median, high = min(found), sorted(found)[rounds // 2], max(found)
         result[name] = Ratio(median / base, low / base, high / base, low / base)
     return result
+
+
+def frozen(network, arguments, rounds):
+    """The bytes of all that a model holds and does not train."""
+    work = getattr(networks, network)(*arguments)
+    sizes = {}
+    for name, build in work.models.items():
+        held = [np.asarray(variable) for variable in build().non_trainable_variables]
+        sizes[name] = sum(array.nbytes for array in held)
+    base = sizes[work.baseline]
+    return {name: Ratio(*[size / base] * 4) for name, size in sizes.items()}
 
 
 def by_layer(network, arguments, rounds):
