@@ -44,45 +44,6 @@ class LoRAEmbedding(LoRALayer, keras.layers.Embedding):
     takes_dropout = False
     file_suffixes = EMBEDDING
 
-    def __init__(
-        self,
-        input_dim,
-        output_dim,
-        embeddings_initializer="uniform",
-        embeddings_regularizer=None,
-        embeddings_constraint=None,
-        mask_zero=False,
-        weights=None,
-        **kwargs,
-    ):
-        super().__init__(
-            input_dim,
-            output_dim,
-            embeddings_initializer=embeddings_initializer,
-            embeddings_regularizer=embeddings_regularizer,
-            embeddings_constraint=embeddings_constraint,
-            mask_zero=mask_zero,
-            **kwargs,
-        )
-        if self.lora is not None and self.lora.dropout > 0:
-            raise ValueError(
-                "`dropout` must be 0 for LoRAEmbedding: the adapter's inputs are "
-                f"ids. Received: dropout={self.lora.dropout}."
-            )
-        # Keras builds the layer inside its constructor when it is given weights;
-        # the adapter has to exist before that.
-        if weights is not None:
-            if self.is_quantized:
-                raise ValueError(
-                    "`weights` cannot be given to a layer that is quantized. Received: "
-                    f"dtype={self.dtype_policy.name!r}."
-                )
-            self.build()
-            table = weights[0] if isinstance(weights, list) else weights
-            self.frozen_kernel.assign(table)
-            if self.lora is not None:
-                self.lora.start_from_kernel()
-
     def build(self, input_shape=None):
         if not self.built:
             super().build(input_shape)

@@ -7,6 +7,7 @@ from keras import ops
 from keras_lora.keras_internals.distribution import layout_of
 from keras_lora.keras_internals.layers import attach
 from keras_lora.keras_internals.layers import freeze
+from keras_lora.keras_internals.layers import name_scope_of
 from keras_lora.keras_internals.layers import own_variables
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.arguments import COMMON_ARGUMENTS
@@ -102,7 +103,15 @@ class LoRALayer(HostChecks, LayerFiles, TorchLayout, QuantizedHost):
                 "b_initializer": b_initializer,
             }
             adapter = make_adapter({**options, **method}, self.variable_dtype)
+            if adapter.dropout > 0 and not self.takes_dropout:
+                raise ValueError(
+                    f"`dropout` must be 0 for {type(self).__name__}: the adapter's "
+                    f"inputs are ids. Received: dropout={dropout}."
+                )
             attach(self, "lora", adapter)
+            if self.built:  # by Keras's constructor, for an Embedding with `weights`
+                with name_scope_of(self):
+                    self.build_adapter()
 
     # What a kind answers.
 
