@@ -1,18 +1,11 @@
 """adapter_config.json: the settings of an adapter, in PEFT's words."""
 
 import collections
-import warnings
 import weakref
 
-from keras_lora.files.patterns import Budget
-from keras_lora.files.patterns import parse
 from keras_lora.files.targeting import pattern
 from keras_lora.layers.methods import methods_in_files
 from keras_lora.layers.settings import checked_alpha
-from keras_lora.layers.settings import checked_dropout
-from keras_lora.layers.settings import checked_rank
-from keras_lora.layers.settings import is_number
-from keras_lora.models.freezing import checked_bias
 
 CONFIG = "adapter_config.json"
 # What decides how the tensors are read: it also stands in the tensors' metadata.
@@ -28,29 +21,6 @@ def stated(config) -> dict:
 # What a file says about itself, and a file of the same adapter says again.
 KEPT = ("task_type", "base_model_name_or_path")
 _said_of = weakref.WeakKeyDictionary()  # model -> the same of the file it has loaded
-# What a reader may meet and need not obey. Another key that is set is named in a
-# warning; one that is null, false or empty asks for nothing.
-KNOWN = set(
-    """
-    alpha_pattern auto_mapping base_model_name_or_path bias ensure_weight_tying
-    eva_config exclude_modules fan_in_fan_out inference_mode init_lora_weights
-    layers_pattern layers_to_transform lora_alpha lora_dropout megatron_core
-    modules_to_save peft_type peft_version qalora_group_size r rank_pattern revision
-    target_modules target_parameters task_type use_rslora
-    """.split()  # noqa: SIM905
-)
-# What changes the mathematics, and is not read.
-REFUSED = (
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "layer_replication",
-    "lora_bias",
-    "monteclora_config",
-    "trainable_token_indices",
-    "use_bdlora",
-    "use_qalora",
-)
 
 
 def remember_file(model, config):
@@ -94,110 +64,3 @@ def settings(ranks, alphas, use_rslora, parameters=(), **others):
 
 def most_common(values):
     return collections.Counter(values).most_common(1)[0][0]
-
-
-def checked_config(file):
-    if not isinstance(file, dict):
-        raise ValueError(f"{CONFIG} must hold a JSON object. Received: {file!r}.")
-    if file.get("peft_type") != "LORA":
-        raise ValueError(
-            f"{CONFIG} must have peft_type 'LORA'. Received: {file.get('peft_type')!r}."
-        )
-    for key in REFUSED:
-        if file.get(key) and key not in methods_in_files():
-            raise ValueError(
-                f"{CONFIG} has {key}={file[key]!r}, which changes what the factors "
-                "mean and is not read. In PEFT, merge the adapter into its base model, "
-                "or train one without it."
-            )
-    start = file.get("init_lora_weights", True)
-    if isinstance(start, str) and start.lower().startswith(
-        ("pissa", "olora", "corda", "loftq", "lora_ga")
-    ):
-        raise ValueError(
-            f"{CONFIG} has init_lora_weights={start!r}: its base weights were changed, "
-            "so that the tensors do not fit the model. Convert it in PEFT first."
-        )
-    rslora = file.get("use_rslora", False)
-    heads = file.get("modules_to_save") or []
-    if not isinstance(rslora, bool) or not is_list_of(heads, str):
-        raise ValueError(
-            f"{CONFIG}: use_rslora must be a Boolean and modules_to_save a list of "
-            f"names. Received: {rslora!r} and {heads!r}."
-        )
-    bias = file.get("bias", "none")
-    checked_bias(bias if isinstance(bias, str) else repr(bias))
-    parameters = file.get("target_parameters") or []
-    if not is_list_of(parameters, str):
-        raise ValueError(
-            f"{CONFIG}: target_parameters must be a list of names. Received: "
-            f"{parameters!r}."
-        )
-    targets = file.get("target_modules") or []
-    if is_list_of(targets, str):  # a module's weight is as good as the module
-        ends = [p.removesuffix(".weight") for p in parameters if p.endswith(".weight")]
-        targets = targets + ends
-    if not (isinstance(targets, str) or is_list_of(targets, str)) or not targets:
-        raise ValueError(
-            f"{CONFIG}: target_modules must be a list of names or an expression. "
-            f"Received: {targets!r}."
-        )
-    for key in KEPT:
-        if not isinstance(file.get(key), (str, type(None))):
-            raise ValueError(
-                f"{CONFIG}: {key} must be a name. Received: {file[key]!r}."
-            )
-    fan_in_fan_out = file.get("fan_in_fan_out") or False
-    if not isinstance(fan_in_fan_out, bool):
-        raise ValueError(
-            f"{CONFIG}: fan_in_fan_out must be a Boolean. Received: {fan_in_fan_out!r}."
-        )
-    budget = Budget()
-    for key, check in (
-        ("rank_pattern", checked_rank),
-        ("alpha_pattern", checked_file_alpha),
-    ):
-        values = file.get(key) or {}
-        if not isinstance(values, dict):
-            raise ValueError(
-                f"{CONFIG}: {key} must be an object. Received: {values!r}."
-            )
-        for rule, value in values.items():
-            parse(rule, budget)
-            check(value)
-    return {
-        "r": checked_rank(file.get("r", 8)),
-        "lora_alpha": checked_file_alpha(file.get("lora_alpha", 8)),
-        "rank_pattern": file.get("rank_pattern") or {},
-        "alpha_pattern": file.get("alpha_pattern") or {},
-        "dropout": checked_dropout(file.get("lora_dropout", 0.0)),
-        "use_rslora": rslora,
-        "fan_in_fan_out": fan_in_fan_out,
-        "target_modules": targets,
-        "bias": bias,
-        "modules_to_save": heads,
-        "method": {
-            word: True for word in methods_in_files() if word and file.get(word)
-        },
-    }
-
-
-def warn_of_unknown(file):
-    known = KNOWN | methods_in_files().keys()
-    unknown = sorted(key for key in file.keys() - known if file[key])
-    if unknown:
-        warnings.warn(f"{CONFIG}: ignored {', '.join(unknown)}.", stacklevel=5)
-
-
-def is_list_of(values, kind):
-    return isinstance(values, list) and all(isinstance(v, kind) for v in values)
-
-
-def checked_file_alpha(alpha):
-    """JSON's numbers have no limits, the scaling here is a float32."""
-    if is_number(alpha) and not 1e-37 < alpha < 3e38:
-        raise ValueError(
-            f"{CONFIG}: lora_alpha must be a finite number > 0, in float32 too. "
-            f"Received: {alpha!r}."
-        )
-    return checked_alpha(alpha)

@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from keras_lora.files.checked_config import checked_config
 from keras_lora.files.config import CONFIG
-from keras_lora.files.config import checked_config
 from keras_lora.files.pair import TENSORS
 from keras_lora.files.slices import slices_of
 from keras_lora.files.slices import split

@@ -9,6 +9,9 @@ import re
 from typing import NamedTuple
 
 from keras_lora.files.converters import placed_layers
+from keras_lora.files.family_names import HEADS
+from keras_lora.files.family_names import ROOTS
+from keras_lora.files.family_names import SINCE_5
 from keras_lora.keras_internals.keras_hub import converters
 from keras_lora.keras_internals.keras_hub import family_of
 from keras_lora.keras_internals.keras_hub import is_backbone
@@ -16,84 +19,6 @@ from keras_lora.models.paths import layer_paths
 
 TRANSFORMERS, TRANSFORMERS_4 = "transformers", "transformers4"
 ALIASES = {"llama": "llama3"}
-# Where transformers' task models keep the backbone; "model" where it is not here.
-ROOTS = {
-    "albert": "albert",
-    "bert": "bert",
-    "deit": "deit",
-    "dinov2": "dinov2",
-    "distilbert": "distilbert",
-    "esm": "esm",
-    "gpt2": "transformer",
-    "roberta": "roberta",
-    "swin_transformer": "swin",
-    "vit": "vit",
-    "xlm_roberta": "roberta",
-}
-VIT = {
-    r"encoder\.layer\.": "layers.",
-    r"attention\.attention\.query$": "attention.q_proj",
-    r"attention\.attention\.key$": "attention.k_proj",
-    r"attention\.attention\.value$": "attention.v_proj",
-    r"attention\.output\.dense$": "attention.o_proj",
-    r"intermediate\.dense$": "mlp.fc1",
-    r"output\.dense$": "mlp.fc2",
-}
-TOWERS = {
-    r"^language_model\.model\.": "language_model.",
-    r"^vision_tower\.vision_model\.": "vision_tower.",
-}
-# What transformers 5 calls modules otherwise than the checkpoints, in this order.
-SINCE_5 = {
-    "deit": VIT,
-    "dinov2": {rule: VIT[rule] for rule in list(VIT)[1:5]},
-    "dinov3": {r"^layer\.": "model.layer."},
-    "gemma3": TOWERS,
-    "mixtral": {r"\.block_sparse_moe\.": ".mlp."},
-    "pali_gemma": TOWERS,
-    "swin_transformer": {
-        r"attention\.self\.(.)\w+$": r"attention.\1_proj",
-        **{rule: VIT[rule] for rule in list(VIT)[4:]},
-    },
-    "t5gemma2": {
-        r"^encoder\.(layers|embed_tokens|norm)\b": r"encoder.text_model.\1",
-        r"^encoder\.vision_tower\.vision_model\.": "encoder.vision_tower.",
-    },
-    "vit": VIT,
-}
-# The router of a mixture of experts: since 5 no linear module, but one with a weight.
-ROUTER = re.compile(r".*\.mlp\.(gate|router)")
-ROBERTA = {
-    "pooled_dense": "classifier.dense",
-    "logits": "classifier.out_proj",
-    "mlm_head/intermediate_dense": "lm_head.dense",
-    "mlm_head/intermediate_layer_norm": "lm_head.layer_norm",
-}
-# Path in KerasHub's task -> module beside the backbone in transformers'.
-HEADS = {
-    "albert": {
-        "logits": "classifier",
-        "mlm_head/intermediate_dense": "predictions.dense",
-        "mlm_head/intermediate_layer_norm": "predictions.LayerNorm",
-    },
-    "bert": {
-        "logits": "classifier",
-        "mlm_head/intermediate_dense": "cls.predictions.transform.dense",
-        "mlm_head/intermediate_layer_norm": "cls.predictions.transform.LayerNorm",
-    },
-    "deit": {"predictions": "cls_classifier"},
-    "distilbert": {
-        "pooled_dense": "pre_classifier",
-        "logits": "classifier",
-        "mlm_head/intermediate_dense": "vocab_transform",
-        "mlm_head/intermediate_layer_norm": "vocab_layer_norm",
-    },
-    "esm": ROBERTA,
-    "roberta": ROBERTA,
-    "swin_transformer": {"predictions": "classifier"},
-    "vit": {"predictions": "classifier"},
-    "xlm_roberta": ROBERTA,
-}
 
 
 class Family(NamedTuple):

@@ -2,40 +2,33 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
-import re
 from pathlib import Path
 
 import numpy as np
 import safetensors.numpy
 
+from keras_lora.files.checked_config import checked_config
+from keras_lora.files.checked_config import warn_of_unknown
+from keras_lora.files.checked_tensors import PREFIX
+from keras_lora.files.checked_tensors import checked_metadata
+from keras_lora.files.checked_tensors import checked_tensors
+from keras_lora.files.checked_tensors import digest
 from keras_lora.files.config import CONFIG
-from keras_lora.files.config import checked_config
 from keras_lora.files.config import stated
-from keras_lora.files.config import warn_of_unknown
 from keras_lora.files.contents import assert_finite
-from keras_lora.files.pair import TENSORS
 from keras_lora.files.pair import has_tensors
-from keras_lora.files.pair import parsed
 from keras_lora.files.pair import read_together
 from keras_lora.files.pair import replace_files
-from keras_lora.files.patterns import LONGEST
 from keras_lora.files.shown import in_words
 from keras_lora.files.shown import parts_of
-from keras_lora.layers.methods import more_suffixes
 from keras_lora.models.atomic import temporary_folder
 from keras_lora.models.tables import Table
 
-PREFIX = "base_model.model."
 CONVERT = (
     'python -c "import torch, safetensors.torch as s; s.save_file(torch.load('
     "'adapter_model.bin', weights_only=True), 'adapter_model.safetensors')\""
-)
-# Older PEFT, and a whole model's state dict, put the adapter's name into the keys.
-NAMED = re.compile(
-    r"\.lora_(?:(?:embedding_)?[AB]|magnitude_vector)\.(?!weight$)([^.]+)(?=\.|$)"
 )
 
 
@@ -162,85 +155,3 @@ def adapter_folder(directory):
             "Give the folder of one."
         )
     return inside[0] if inside else directory
-
-
-def adapter_name(tensors):
-    """What an adapter is called in the keys; None where PEFT left it out."""
-    names = {match[1] for key in tensors if (match := NAMED.search(key))}
-    if len(names) > 1:
-        raise ValueError(
-            f"{TENSORS} holds several adapters, {sorted(names)}. Save one of them with "
-            "PEFT's `model.save_pretrained(folder, selected_adapters=[name])`."
-        )
-    return names.pop() if names else None
-
-
-def checked_tensors(tensors):
-    """Module and suffix -> float32 or float64."""
-    floats, more, adapter = {}, tuple(more_suffixes()), adapter_name(tensors)
-    for key, value in tensors.items():
-        if len(key) > LONGEST:
-            raise ValueError(
-                f"The tensor {key[:LONGEST]!r} has more than {LONGEST} characters."
-            )
-        if ".original_module." in key:
-            continue  # what PEFT's bias="all" repeats of a head: it was not trained
-        name = NAMED.sub(lambda match: match[0][: -len(match[1]) - 1], key)
-        name = name.replace(f".modules_to_save.{adapter}.", ".")
-        name = name.removeprefix(PREFIX).replace(".modules_to_save.", ".")
-        if name.removesuffix(".weight").endswith(more):  # as parameters or as modules
-            name = name.removesuffix(".weight")
-        value = value if value.dtype == "float64" else value.astype("float32")
-        if not np.array_equal(floats.setdefault(name, value), value, equal_nan=True):
-            raise ValueError(f"There are two tensors for {name!r}, which differ.")
-    return floats
-
-
-def digest(tensors, metadata):
-    """SHA-256 of the tensors and of what the metadata says about them."""
-    found = hashlib.sha256()
-    for key in sorted(tensors):
-        value = tensors[key]
-        found.update(f"{key} {value.dtype} {value.shape}\n".encode())
-        found.update(np.ascontiguousarray(value).tobytes())
-    for key in ("settings", "slices", "starts"):
-        found.update(metadata.get(key, "").encode())
-    return found.hexdigest()
-
-
-def checked_metadata(metadata, config, tensors):
-    """What a file of ours says of itself: the ranks of slices, and the starts."""
-    if "settings" not in metadata:
-        return {}, []
-    found = digest(tensors, metadata)
-    if metadata.get("sha256", found) != found:
-        raise ValueError(f"{TENSORS} is damaged: its checksum does not fit.")
-    stored, slices = (stated_in(metadata, key, {}) for key in ("settings", "slices"))
-    starts = stated_in(metadata, "starts", [])
-    if not all(isinstance(module, str) for module in starts):
-        raise ValueError(f"{TENSORS}: starts are modules. Received: {starts!r}.")
-    for ranks in slices.values():
-        if not isinstance(ranks, list) or not all(
-            type(rank) is int and rank >= 0 for rank in ranks
-        ):
-            raise ValueError(f"{TENSORS}: slices have ranks. Received: {ranks!r}.")
-    said = stated(config)
-    for key in stored | said:
-        if stored.get(key) != said.get(key):
-            raise ValueError(
-                f"{CONFIG} and {TENSORS} do not belong together: {key} is "
-                f"{said.get(key)!r} and {stored.get(key)!r}."
-            )
-    return slices, starts
-
-
-def stated_in(metadata, key, default):
-    """A value of the default's type."""
-    try:
-        value = parsed(metadata.get(key, json.dumps(default)))
-    except ValueError as error:
-        raise ValueError(f"{TENSORS} is damaged: {key}: {error}.") from error
-    if type(value) is not type(default):
-        kind = "an object" if isinstance(default, dict) else "a list"
-        raise ValueError(f"{TENSORS}: {key} must be {kind}. Received: {value!r}.")
-    return value

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import keras
 import numpy as np
 
-from keras_lora.files.families import ROUTER
 from keras_lora.files.families import TRANSFORMERS_4
 from keras_lora.files.families import family
+from keras_lora.files.family_names import ROUTER
 from keras_lora.models.targets import output_layers
 
 

@@ -4,13 +4,12 @@ import math
 import random
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_lora.keras_internals.distribution import lay_out
 from keras_lora.keras_internals.hidden_state import HiddenVariable
-from keras_lora.keras_internals.hidden_state import hold_state
 from keras_lora.layers.adapter_files import AdapterFiles
+from keras_lora.layers.scaled import Scaled
 from keras_lora.layers.settings import Settings
 from keras_lora.layers.settings import checked_dropout
 from keras_lora.layers.small_kernel_training import linear_with_update
@@ -18,7 +17,7 @@ from keras_lora.layers.small_kernel_training import merging_pays
 
 
 @keras.saving.register_keras_serializable(package="keras_lora")
-class LowRankAdapter(AdapterFiles, keras.layers.Layer):
+class LowRankAdapter(Scaled, AdapterFiles, keras.layers.Layer):
     """Trainable factors A and B of a low-rank update of a frozen kernel.
 
         scaling = alpha / rank          (alpha / sqrt(rank) with use_rslora=True)
@@ -75,66 +74,14 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
         if self.dropout > 0:
             # With a seed of its own: torch ignores the state of one that has none.
             self.seed_generator = keras.random.SeedGenerator(random.randrange(2**31))
-        # Compiled functions read the scaling from a variable, so that another alpha
-        # and `switch` are seen without tracing anew. It is no weight.
         self._scaling = HiddenVariable()
-        self.is_on = True
-
-    # What scales.
-
-    @property
-    def rank(self) -> int:
-        return self.settings.rank
-
-    @property
-    def use_rslora(self) -> bool:
-        return self.settings.use_rslora
-
-    @property
-    def scaling(self) -> float:
-        """The factor in front of A @ B."""
-        return self.settings.scaling
-
-    @property
-    def alpha(self) -> float:
-        return self.settings.alpha
-
-    @alpha.setter
-    def alpha(self, alpha):
-        self.set_alpha(alpha, self.use_rslora)
-
-    def set_alpha(self, alpha, use_rslora=False):
-        """Another alpha, which compiled functions see too."""
-        self.settings = Settings(self.rank, alpha, use_rslora)
-        self._write_scaling()
-
-    def switch(self, on):
-        """Off: the scaling is 0 wherever it is read, and W alone is left."""
-        self.is_on = on
-        self._write_scaling()
-
-    def _write_scaling(self):
-        if self._scaling.variable is not None:
-            self._scaling.variable.assign(self._scaling_value())
-
-    def _scaling_value(self, shape=(), dtype=None):
-        # By way of NumPy: TensorFlow takes a Python number for a float32.
-        value = self.scaling if self.is_on else 0.0
-        return ops.convert_to_tensor(np.full(shape, value, self.variable_dtype))
 
     # What is trained.
 
     def build(self, form, regularizer=None, read_kernel=None):
         self.form = form
         self.build_factors(form, regularizer, read_kernel)
-        self._scaling.make(self._scaling_value, self.variable_dtype, "scaling")
-        hold_state(
-            self,
-            "alpha",
-            self._scaling.variable,
-            get=lambda: [self.alpha, self.use_rslora],
-            put=lambda state: self.set_alpha(*state),
-        )
+        self.make_scaling()
 
     def build_factors(self, form, regularizer, read_kernel):
         """Makes the variables that are named in `factor_names`.
@@ -181,14 +128,6 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
     @property
     def variables(self):
         return [*super().variables, *self._scaling.seen_by_jax()]
-
-    @property
-    def switched(self):
-        """1 where the adapter acts, 0 inside `disabled()`; seen by compiled functions.
-
-        For methods whose formula has no `scaling` in front of all they add.
-        """
-        return ops.cast(ops.not_equal(self._scaling.variable, 0), self.variable_dtype)
 
     def named_factors(self) -> dict:
         """Name -> variable: what files, reports and checks go through."""

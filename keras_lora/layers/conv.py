@@ -1,10 +1,13 @@
 """LoRAConv1D, LoRAConv2D, LoRAConv3D: one mixin, three documented faces."""
 
 import math
+from functools import partial
 
 import keras
 from keras import ops
 
+from keras_lora.layers.conv_bypass import down
+from keras_lora.layers.conv_bypass import up
 from keras_lora.layers.form import LowRankForm
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.loralib import checked_factorization
@@ -48,35 +51,12 @@ class LoRAConv(LoRALayer):
             b_shape=(rank, filters),
             fan_in=math.prod(window),
             compose=lambda a, b: ops.tensordot(a, b, axes=1),
-            down=self._down,
-            up=self._up,
+            down=partial(down, self),
+            up=partial(up, self),
             input_axes=tuple(range(self.rank + 1)),
             over_outputs=self.over_outputs,
             merges_in_training=True,
             **convolutions_in_file(self.groups, len(self.kernel_shape)),
-        )
-
-    @property
-    def _as_products(self):
-        """Whether a 1x1 convolution is a product here, which is faster on a CPU."""
-        return self.groups == 1 and self.data_format == "channels_last"
-
-    def _down(self, inputs, a):
-        if self.groups > 1:
-            # Every group of channels goes through the same A.
-            a = ops.tile(a, (1,) * (len(a.shape) - 1) + (self.groups,))
-        if self._as_products and set(self.kernel_size + self.strides) == {1}:
-            return ops.matmul(inputs, ops.reshape(a, a.shape[-2:]))
-        return self.linear(inputs, a)
-
-    def _up(self, hidden, b):
-        if self._as_products:
-            return ops.matmul(hidden, b)
-        return ops.conv(
-            hidden,
-            ops.reshape(b, (1,) * self.rank + tuple(b.shape)),
-            padding="valid",
-            data_format=self.data_format,
         )
 
     def over_outputs(self, value):

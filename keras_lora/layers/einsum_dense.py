@@ -1,7 +1,6 @@
 """LoRAEinsumDense: the projections of attention."""
 
 import math
-import warnings
 
 import keras
 import numpy as np
@@ -13,13 +12,11 @@ from keras_lora.layers.equation import split_equation
 from keras_lora.layers.form import LowRankForm
 from keras_lora.layers.form import unchanged
 from keras_lora.layers.lora_layer import LoRALayer
-from keras_lora.layers.quantized_host import CALIBRATED
-from keras_lora.layers.quantized_host import dequantize
-from keras_lora.layers.quantized_host import quantization
+from keras_lora.layers.quantized_einsum import QuantizedEinsum
 
 
 @keras.saving.register_keras_serializable(package="keras_lora")
-class LoRAEinsumDense(LoRALayer, keras.layers.EinsumDense):
+class LoRAEinsumDense(QuantizedEinsum, LoRALayer, keras.layers.EinsumDense):
     """EinsumDense layer with a frozen kernel and an update of true rank r.
 
     The equation splits the kernel's axes: those summed over with the input are
@@ -57,40 +54,6 @@ class LoRAEinsumDense(LoRALayer, keras.layers.EinsumDense):
 
     def linear(self, inputs, kernel):
         return ops.einsum(self.equation, inputs, kernel)
-
-    def linear_back(self, upstream, kernel):
-        return ops.einsum(split_equation(self.equation).back, upstream, kernel)
-
-    def warn_of_quantization(self):
-        split = split_equation(self.equation)
-        mode = self.quantization_mode
-        first = split.kernel.startswith(split.contracted)
-        if mode in CALIBRATED:  # where the largest axis tells the inputs' from others
-            axes = split.axes(split.contracted)
-            inputs = math.prod(self.kernel_shape[axis] for axis in axes)
-            first = first and self.g_idx.shape[0] == inputs
-        if not first and not self.scales_outputs(*quantization(self, "kernel")):
-            warnings.warn(
-                f"The {mode} kernel of {self.name!r} has a large error: Keras "
-                f"quantizes it along axes over which {self.equation!r} does not sum. "
-                "Its error is several times that of a Dense kernel. Use int8 for this "
-                "layer, or leave it in float (`filters` of `Model.quantize`).",
-                stacklevel=2,
-            )
-
-    def scales_outputs(self, scale, zero, groups):
-        """Whether a scale lies as the outputs do: int8, and int4 in Keras 3.12."""
-        return zero is None and (self.quantization_mode == "int8" or scale.ndim > 1)
-
-    def from_integers(self, integers, scale, zero, groups):
-        if self.scales_outputs(scale, zero, groups):
-            split = split_equation(self.equation)
-            scale = split.over_kernel(scale, integers.shape)
-            return dequantize(integers, scale)
-        # Keras reshapes the kernel to a matrix, whichever axes come first.
-        matrix = ops.reshape(integers, (-1, scale.shape[-1]))
-        values = dequantize(matrix, scale, zero, groups)
-        return ops.reshape(values, integers.shape)
 
     def input_rows(self, inputs):
         return split_equation(self.equation).rows(inputs)

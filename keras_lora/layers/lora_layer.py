@@ -15,18 +15,17 @@ from keras_lora.layers.arguments import default_name
 from keras_lora.layers.arguments import full_signature
 from keras_lora.layers.arguments import refuse_foreign_keywords
 from keras_lora.layers.form import LowRankForm
+from keras_lora.layers.frozen_kernel import FrozenKernel
 from keras_lora.layers.host_checks import HostChecks
 from keras_lora.layers.host_checks import watched
 from keras_lora.layers.layer_files import LayerFiles
 from keras_lora.layers.methods import make_adapter
 from keras_lora.layers.methods import take_method
-from keras_lora.layers.quantized_host import QuantizedHost
-from keras_lora.layers.quantized_host import own_kernel
 from keras_lora.layers.settings import checked_rank
 from keras_lora.layers.torch_layout import TorchLayout
 
 
-class LoRALayer(HostChecks, LayerFiles, TorchLayout, QuantizedHost):
+class LoRALayer(HostChecks, LayerFiles, TorchLayout, FrozenKernel):
     """Mixin that gives a Keras layer a frozen kernel W and an adapter A, B.
 
         training=True    y = finish( linear(x, W) + linear(drop(x), A) @ (scaling * B) )
@@ -56,6 +55,8 @@ class LoRALayer(HostChecks, LayerFiles, TorchLayout, QuantizedHost):
     in_all_linear = True
     takes_dropout = True
     replaces: tuple[str, ...] = ("call",)
+
+    built: bool  # Keras's
 
     # As a plain layer gets them when it is turned into this class.
     lora: LowRankAdapter | None = None
@@ -141,46 +142,6 @@ class LoRALayer(HostChecks, LayerFiles, TorchLayout, QuantizedHost):
             outputs = ops.add(outputs, self.over_outputs(bias))
         return outputs if activation is None else activation(outputs)
 
-    # How W is read.
-
-    @property
-    def frozen_kernel(self):
-        """The variable W, under the same name for every kind."""
-        if self.is_quantized:
-            return own_kernel(self, self.kernel_name)
-        kernel = getattr(self.plain_class, self.kernel_name, None)
-        if isinstance(kernel, property):
-            return kernel.fget(self)
-        return getattr(self, self.kernel_name)
-
-    @property
-    def kernel_shape(self) -> tuple:
-        if "kernel_shape" in vars(self):  # of Keras's Dense, in GPTQ and AWQ
-            return tuple(vars(self)["kernel_shape"])
-        kernel = self.kernel_values() if self.is_quantized else self.frozen_kernel
-        return tuple(kernel.shape)
-
-    @kernel_shape.setter
-    def kernel_shape(self, shape):
-        vars(self)["kernel_shape"] = shape
-
-    def base_kernel(self, dtype):
-        """W as a value."""
-        if self.is_quantized:
-            return self.dequantized(dtype)
-        return ops.cast(ops.convert_to_tensor(self.frozen_kernel), dtype)
-
-    def frozen_linear(self, inputs):
-        """linear(inputs, W), without a gradient of W."""
-        if self.is_quantized:
-            return self.quantized_linear(inputs)
-        kernel = ops.stop_gradient(self.base_kernel(self.compute_dtype))
-        return self.linear(inputs, kernel)
-
-    def apply_kernel(self, inputs, kernel):
-        """linear(inputs, kernel) for a kernel of another dtype, rounded once."""
-        return self.linear(inputs, ops.cast(kernel, self.compute_dtype))
-
     # What all kinds do.
 
     @property
@@ -229,11 +190,6 @@ class LoRALayer(HostChecks, LayerFiles, TorchLayout, QuantizedHost):
     def host(self):
         """What the adapter works on in this call; None where it has no part in it."""
         return self
-
-    def merged_kernel(self, dtype):
-        """The kernel that stands for W and the adapter, rounded once."""
-        kernel = self.base_kernel(self.lora.variable_dtype)
-        return ops.cast(self.lora.effective_kernel(kernel), dtype)
 
     def enable_lora(self, *args, **kwargs):
         raise ValueError(

@@ -15,7 +15,7 @@ from keras_lora.keras_internals.tracing import refuse_while_running
 from keras_lora.keras_internals.tracing import take_compiled_functions
 from keras_lora.layers.settings import checked_rank
 from keras_lora.models.adapt import refuse_adapters
-from keras_lora.models.apply import choose
+from keras_lora.models.choose import choose
 from keras_lora.models.paths import layer_paths
 from keras_lora.serving.arguments import checked_adapters
 from keras_lora.serving.arguments import checked_capacity

@@ -1,0 +1,80 @@
+"""The scaling of an adapter's update, which may change while functions are compiled."""
+
+import numpy as np
+from keras import ops
+
+from keras_lora.keras_internals.hidden_state import HiddenVariable
+from keras_lora.keras_internals.hidden_state import hold_state
+from keras_lora.layers.settings import Settings
+
+
+class Scaled:
+    """Mixin of an adapter: rank and alpha, and the factor that they make.
+
+    Compiled functions read the factor from a variable, so that another alpha and
+    `switch` are seen without tracing anew. It is no weight.
+    """
+
+    settings: Settings
+    variable_dtype: str
+    _scaling: HiddenVariable
+    is_on = True
+
+    @property
+    def rank(self) -> int:
+        return self.settings.rank
+
+    @property
+    def use_rslora(self) -> bool:
+        return self.settings.use_rslora
+
+    @property
+    def scaling(self) -> float:
+        """The factor in front of A @ B."""
+        return self.settings.scaling
+
+    @property
+    def alpha(self) -> float:
+        return self.settings.alpha
+
+    @alpha.setter
+    def alpha(self, alpha):
+        self.set_alpha(alpha, self.use_rslora)
+
+    def set_alpha(self, alpha, use_rslora=False):
+        """Another alpha, which compiled functions see too."""
+        self.settings = Settings(self.rank, alpha, use_rslora)
+        self._write_scaling()
+
+    def switch(self, on):
+        """Off: the scaling is 0 wherever it is read, and W alone is left."""
+        self.is_on = on
+        self._write_scaling()
+
+    def _write_scaling(self):
+        if self._scaling.variable is not None:
+            self._scaling.variable.assign(self._scaling_value())
+
+    def _scaling_value(self, shape=(), dtype=None):
+        # By way of NumPy: TensorFlow takes a Python number for a float32.
+        value = self.scaling if self.is_on else 0.0
+        return ops.convert_to_tensor(np.full(shape, value, self.variable_dtype))
+
+    def make_scaling(self):
+        """Makes the variable, when the factors are made."""
+        self._scaling.make(self._scaling_value, self.variable_dtype, "scaling")
+        hold_state(
+            self,
+            "alpha",
+            self._scaling.variable,
+            get=lambda: [self.alpha, self.use_rslora],
+            put=lambda state: self.set_alpha(*state),
+        )
+
+    @property
+    def switched(self):
+        """1 where the adapter acts, 0 inside `disabled()`; seen by compiled functions.
+
+        For methods whose formula has no `scaling` in front of all they add.
+        """
+        return ops.cast(ops.not_equal(self._scaling.variable, 0), self.variable_dtype)

@@ -1,0 +1,116 @@
+"""Which layers of a model get an adapter, and why others do not."""
+
+import warnings
+
+from keras_lora.keras_internals.layers import flatten_layers
+from keras_lora.keras_internals.layers import own_variables
+from keras_lora.layers.kinds import LORA_CLASSES
+from keras_lora.layers.kinds import kind_of
+from keras_lora.layers.kinds import lora_class_of
+from keras_lora.layers.kinds import obstacle
+from keras_lora.models.adapt import assigns_to
+from keras_lora.models.adapt import passed_by
+from keras_lora.models.targets import matching
+from keras_lora.models.targets import output_layers
+
+
+def choose(model, paths, target, exclude, trained):
+    """Path -> layer to adapt, and path -> reason for those passed over."""
+    inside_trained = tuple(f"{path}/" for path in trained)
+    supported = {
+        path: layer
+        for path, layer in paths.items()
+        if lora_class_of(type(layer)) is not None
+        and path not in trained
+        and not path.startswith(inside_trained)
+    }
+    everything = isinstance(target, str) and target == "all-linear"
+    by_name = isinstance(target, (list, tuple, set, frozenset))
+    skipped = {}
+    if everything:
+        heads = output_layers(model)
+        found = [
+            path
+            for path, layer in supported.items()
+            if kind_of(type(layer)).in_all_linear and id(layer) not in heads
+        ]
+        skipped = {
+            path: f"{type(layer).__name__} is of no kind that is supported."
+            for path, layer in paths.items()
+            if has_other_kernel(layer)
+            and id(layer) not in heads
+            and path not in trained
+            and not path.startswith(inside_trained)
+        }
+    else:
+        # A list that names a layer of another kind gets that as its error.
+        found = matching(target, paths if by_name else supported, "target")
+        for path in found:
+            if path not in supported:
+                raise ValueError(unsupported(path, paths[path], trained))
+    if exclude is not None:
+        excluded = set(matching(exclude, paths, "exclude"))
+        if found and excluded.issuperset(found):
+            raise ValueError(
+                f"`exclude` {exclude!r} leaves nothing of `target` {target!r}."
+            )
+        found = [path for path in found if path not in excluded]
+        skipped = {p: why for p, why in skipped.items() if p not in excluded}
+    chosen = {}
+    for path in found:
+        layer, owner = paths[path], owner_of(model, paths, path)
+        reason = obstacle(layer) or assigns_to(owner)
+        if reason and by_name and layer.built:
+            raise ValueError(
+                f"The layer {path!r} cannot be adapted: {reason} Leave it out with "
+                "exclude=."
+            )
+        no_effect = passed_by(owner, layer)
+        if reason or (everything and no_effect):
+            skipped[path] = reason or no_effect
+        else:
+            chosen[path] = layer
+            if no_effect:
+                warnings.warn(f"{path!r}: {no_effect}", stacklevel=4)
+    if not chosen:
+        reasons = "".join(f"; {path}: {why}" for path, why in skipped.items())
+        raise ValueError(
+            "`target` 'all-linear' matches no layer: there is no Dense, EinsumDense or "
+            f"convolution but those that make the outputs{reasons}"
+            if everything
+            else f"`target` {target!r} matches only layers that are not built or "
+            f"cannot be adapted{reasons}"
+        )
+    return chosen, skipped
+
+
+def has_other_kernel(layer):
+    """Whether a layer has a kernel of its own, and is of no kind that is supported."""
+    kernels = {
+        id(variable)
+        for variable in own_variables(layer)
+        if "kernel" in variable.name and len(variable.shape) > 1
+    }
+    if not kernels or lora_class_of(type(layer)) is not None:
+        return False
+    # A wrapper holds that of its layer too.
+    inside = [part for part in flatten_layers(layer) if part is not layer]
+    return bool(kernels - {id(v) for part in inside for v in own_variables(part)})
+
+
+def owner_of(model, paths, path):
+    """The layer that holds the one at a path."""
+    owner = path.rpartition("/")[0]
+    while owner and owner not in paths:
+        owner = owner.rpartition("/")[0]
+    return paths.get(owner, model)
+
+
+def unsupported(path, layer, trained):
+    if path in trained:
+        return f"The layer {path!r} is in `target` and in `also_train`."
+    return (
+        f"`target` names the layer {path!r}, a {type(layer).__name__}. Supported are "
+        f"{', '.join(cls.__name__ for cls in LORA_CLASSES)} and subclasses that do not "
+        "change their `call`; `register_lora_layer` adds a kind."
+    )
