@@ -9,7 +9,7 @@ import numpy as np
 
 from keras_lora.files.config import settings
 from keras_lora.files.folder import Adapter
-from keras_lora.files.load import load_adapter
+from keras_lora.files.load import load_into
 from keras_lora.files.pair import assert_readable
 from keras_lora.keras_internals.layers import flatten_layers
 from keras_lora.layers.adapter import LowRankAdapter
@@ -44,7 +44,7 @@ def load_keras_lora(model, source) -> Report:
             then as before.
         OSError: If the file cannot be read.
     """
-    paths = {id(layer): path for path, layer in layer_paths(model).items()}
+    paths = layer_paths(model)
     if isinstance(source, (str, Path)):
         found = read_factors(model, source)
     elif not isinstance(source, keras.layers.Layer):
@@ -53,15 +53,17 @@ def load_keras_lora(model, source) -> Report:
             f"{type(source).__name__}."
         )
     else:
-        found = factors_of_model(model, source)
+        found = factors_of_model(paths, source)
+    path_of = {id(layer): path for path, layer in paths.items()}
     tensors, ranks, alphas = {}, {}, {}
     for layer, a, b, scaling in found:
-        module = paths[id(layer)].replace("/", ".")
+        module = path_of[id(layer)].replace("/", ".")
         suffixes = kind_of(type(layer)).file_suffixes
         a, b = converted(layer, a, b, module)
         tensors[module + suffixes[0]], tensors[module + suffixes[1]] = a, b
         ranks[module], alphas[module] = len(a), scaling * len(a)
-    return load_adapter(model, Adapter(tensors, settings(ranks, alphas, False)))
+    adapter = Adapter(tensors, settings(ranks, alphas, False))
+    return load_into(model, paths, adapter)
 
 
 def read_factors(model, path):
@@ -138,8 +140,9 @@ def values_of(dataset, path):
     return dataset[()]
 
 
-def factors_of_model(model, source):
-    own, found = layer_paths(model), []
+def factors_of_model(own, source):
+    """The same of a model's layers; own: path -> layer of the one that gets them."""
+    found = []
     for path, layer in layer_paths(source).items():
         if not getattr(layer, "lora_enabled", False):
             continue

@@ -9,7 +9,7 @@ import numpy as np
 
 from keras_lora.files.config import settings
 from keras_lora.files.folder import Adapter
-from keras_lora.files.load import load_adapter
+from keras_lora.files.load import load_into
 from keras_lora.files.names import module_names
 from keras_lora.files.pair import assert_readable
 from keras_lora.files.pair import read_tensors
@@ -73,7 +73,8 @@ def load_loralib(
             "`state_dict` must be what `loralib.lora_state_dict(model)` returns, or a "
             f"file of it. Received: {type(state_dict).__name__}."
         )
-    modules = module_names(layer_paths(model), names, model)
+    paths = layer_paths(model)
+    modules = module_names(paths, names, model)
     arrays = {key: as_array(key, value) for key, value in state_dict.items()}
     tensors, ranks = {}, {}
     for key in [key for key in arrays if key.endswith(".lora_A")]:
@@ -111,7 +112,7 @@ def load_loralib(
     if any(".base_layer." not in key for key in biases):
         bias = "all"
     config = settings(ranks, alphas, use_rslora=False, bias=bias)
-    return load_adapter(model, Adapter(tensors | biases, config), names)
+    return load_into(model, paths, Adapter(tensors | biases, config), names)
 
 
 def read_state_dict(path):

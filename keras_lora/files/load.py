@@ -66,7 +66,14 @@ def load_adapter(
         OSError: If a file cannot be read.
     """
     adapter = directory if isinstance(directory, Adapter) else Adapter.read(directory)
-    paths = layer_paths(model)
+    return load_into(model, layer_paths(model), adapter, names, trainable)
+
+
+def load_into(model, paths, adapter, names=None, trainable=True) -> Report:
+    """Gives a model what an adapter holds.
+
+    paths: Path -> layer, of all its layers.
+    """
     file = contents(adapter, module_names(paths, names, model, adapter), names)
     refuse_tied_head(model, names, file.adapted | file.heads)
     layers, notes = {"": model, **paths}, []

@@ -5,12 +5,12 @@ import difflib
 from collections.abc import Callable
 from collections.abc import Mapping
 
-import keras
 import numpy as np
 
 from keras_lora.files.families import TRANSFORMERS_4
 from keras_lora.files.families import family
 from keras_lora.files.family_names import ROUTER
+from keras_lora.layers.kinds import kind_of
 from keras_lora.models.targets import output_layers
 
 
@@ -120,7 +120,8 @@ def refuse_tied_head(model, names, layers):
     """
     heads = output_layers(model) if names is not None else ()
     for module, layer in layers.items():
-        if isinstance(layer, keras.layers.Embedding) and id(layer) in heads:
+        takes_ids = not kind_of(type(layer)).takes_dropout
+        if takes_ids and id(layer) in heads:
             raise ValueError(
                 f"The embedding {module!r} makes the model's outputs too. PEFT changes "
                 "it where tokens are looked up and leaves the head as it was, so no "

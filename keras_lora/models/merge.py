@@ -62,20 +62,21 @@ def merge_lora(model, quantized: str | None = None) -> list[MergedLayer]:
     hosts = [layer for layer in layers if layer.is_quantized]
     checked_way(hosts, quantized)
     refuse_while_running(model)
-    names = {id(layer): path for path, layer in layer_paths(model).items()}
+    paths = layer_paths(model)
+    path_of = {id(layer): path for path, layer in paths.items()}
     report, made = [], {}
     for layer in layers:
         kernel = checked_merged_kernel(layer)
         if layer.is_quantized:
             made[layer] = plain = merged_plain(layer, kernel, quantized)
             error = relative_error(layer, plain, kernel)
-            report.append(MergedLayer(names[id(layer)], layer, error))
+            report.append(MergedLayer(path_of[id(layer)], layer, error))
     for layer in layers:
         if layer.is_quantized:
             take_over(layer, made[layer])
         else:
             layer.frozen_kernel.assign(layer.merged_kernel(layer.kernel_dtype))
-    _make_plain(model)
+    _make_plain(model, [model, *paths.values()])
     return report
 
 
@@ -94,17 +95,19 @@ def remove_lora(model):
     """
     checked_lora_layers(model)
     refuse_while_running(model)
-    for layer in flatten_layers(model):
+    layers = flatten_layers(model)
+    for layer in layers:
         for variable, value in base_values(layer):
             variable.assign(value)
-    _make_plain(model)
+    _make_plain(model, layers)
 
 
-def _make_plain(model):
-    for layer in flatten_layers(model):
+def _make_plain(model, layers):
+    """layers: all of the model's."""
+    for layer in layers:
         if isinstance(layer, LoRALayer):
             make_plain(layer)
-    restore_models(model)
+    restore_models(layers)
     for note in compile_again(model):
         warnings.warn(note, stacklevel=3)
 
@@ -162,14 +165,14 @@ def checked_merged_kernel(layer):
     return kernel
 
 
-def restore_models(model):
+def restore_models(layers):
     """What `apply_lora` had changed beside the adapted layers: classes and flags."""
-    for layer in flatten_layers(model):
+    for layer in layers:
         if isinstance(layer, Adapted) and not any(
             is_adapted(part) for part in flatten_layers(layer)
         ):
             change_class(layer, layer.plain_owner)
-    for layer in flatten_layers(model):
+    for layer in layers:
         record = record_of(layer)
         if record.before is not None:
             set_flags(layer, *record.before)
