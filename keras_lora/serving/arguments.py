@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 
 def checked_adapters(adapters, target) -> dict:
-    adapters = {} if adapters is None else adapters
+    adapters = {} if adapters is None or adapters == () else adapters
     if not isinstance(adapters, Mapping):
         raise ValueError(
             "`adapters` must be a dict from names to folders or `Adapter`s. Received: "

@@ -75,7 +75,7 @@ class AdapterBank(Artefacts, OutsideCalls, Training, keras.Model):
     def __init__(
         self,
         model,
-        adapters: Mapping | None = None,
+        adapters: Mapping | tuple = (),
         capacity: int | None = None,
         max_rank: int | None = None,
         target: str | Sequence | type | Callable | None = None,
