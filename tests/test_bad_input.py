@@ -4,6 +4,7 @@ import keras
 import pytest
 from layer_cases import CASES
 
+import keras_lora
 from keras_lora import LoRADense
 
 KINDS = {case.layer_class: case for case in CASES}
@@ -82,3 +83,28 @@ def test_nothing_is_left_of_a_refused_call(case):
     with pytest.raises(ValueError):
         layer.lora.set_alpha(-1)
     assert layer.lora.alpha == case.lora.get("alpha", layer.lora.rank)
+
+
+ON_A_MODEL = {
+    "apply_lora": keras_lora.apply_lora,
+    "merge_lora": keras_lora.merge_lora,
+    "remove_lora": keras_lora.remove_lora,
+    "summary": keras_lora.summary,
+    "mark_only": keras_lora.mark_only_lora_as_trainable,
+    "initialize_lora": lambda given: keras_lora.initialize_lora(given, "pissa"),
+    "merged": lambda given: keras_lora.merged(given).__enter__(),
+    "disabled": lambda given: keras_lora.disabled(given).__enter__(),
+    "save_adapter": lambda given: keras_lora.save_adapter(given, "never"),
+    "load_adapter": lambda given: keras_lora.load_adapter(given, NO_TENSORS),
+    "export": lambda given: keras_lora.export(given, "never"),
+    "bank": lambda given: keras_lora.AdapterBank(given, target="all-linear"),
+    "sweep": lambda given: keras_lora.sweep(given, ([0.0], [0.0]), [{}], loss="mse"),
+}
+NO_TENSORS = keras_lora.Adapter({}, {})
+
+
+@pytest.mark.parametrize("given", [None, "model.keras", keras.Model], ids=str)
+@pytest.mark.parametrize("function", ON_A_MODEL)
+def test_no_model(function, given):
+    with pytest.raises(ValueError, match=r"must be a Keras model or layer. Received"):
+        ON_A_MODEL[function](given)

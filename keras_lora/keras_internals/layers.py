@@ -73,8 +73,18 @@ def unfreeze(layer, variable, place):
     tracked.insert(place.position, tracked.pop())
 
 
+def checked_model(model):
+    """An error that says what was given in a model's place."""
+    if not isinstance(model, keras.layers.Layer):
+        raise ValueError(
+            "`model` must be a Keras model or layer. Received: "
+            f"{type(model).__name__}, {str(model)[:99]!r}."
+        )
+
+
 def flatten_layers(model):
     """The model itself and every layer inside it, each once."""
+    checked_model(model)
     return model._flatten_layers(include_self=True, recursive=True)
 
 

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from keras_lora.keras_internals.layers import checked_model
 from keras_lora.models.atomic import entries
 from keras_lora.models.atomic import replacing
 from keras_lora.models.merge import merged_meanwhile
@@ -31,7 +32,8 @@ def export(model, path, format="tf_saved_model", **kwargs):
         OSError: If the artefact cannot be written: FileExistsError where `path` is a
             folder with other things in it.
     """
-    if not getattr(model, "built", False):
+    checked_model(model)
+    if not model.built:
         raise ValueError(
             f"The model {model.name!r} is not built, so its input shape is unknown. "
             "Call it once, or `model.build(input_shape)`, then export."

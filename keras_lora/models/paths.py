@@ -6,6 +6,7 @@ import re
 
 import keras
 
+from keras_lora.keras_internals.layers import checked_model
 from keras_lora.keras_internals.layers import sublayers
 from keras_lora.layers.arguments import snake_case
 from keras_lora.layers.lora_layer import LoRALayer
@@ -23,11 +24,7 @@ def layer_paths(model) -> dict:
     those of its layers, as many in KerasHub do once they have one, that is left out.
     Equal parts are numbered in order.
     """
-    if not isinstance(model, keras.layers.Layer):
-        raise ValueError(
-            "`model` must be a Keras model or layer. Received: "
-            f"{type(model).__name__}, {str(model)[:99]!r}."
-        )
+    checked_model(model)
     paths, seen = {}, {id(model)}
 
     def walk(parent, prefix, owners):

@@ -40,11 +40,11 @@ class Report(Table, Sequence):
     """
 
     def __init__(self, model, paths=None, skipped=(), notes=(), errors=()):
+        paths = {"": model, **(layer_paths(model) if paths is None else paths)}
         self.model_name = model.name
         self.skipped = dict(skipped)
         self.notes = list(notes)
         self.errors = dict(errors)
-        paths = {"": model, **(layer_paths(model) if paths is None else paths)}
         self.rows = [
             adapted_row(path, layer)
             for path, layer in paths.items()
