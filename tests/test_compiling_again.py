@@ -220,6 +220,31 @@ def test_a_change_from_inside_fit_is_refused_before_it_begins(name, loop):
     CHANGES[name](inner)
 
 
+def test_adapters_that_do_not_train_are_not_woken_from_inside_predict(tmp_path):
+    model = network()
+    keras_lora.apply_lora(model, rank=2)
+    model.compile("sgd", "mse")
+    keras_lora.save_adapter(model, tmp_path)
+    keras_lora.load_adapter(model, tmp_path)  # traces nothing anew: allowed below
+    for trainable, allowed in ((True, True), (False, False)):
+        keras_lora.load_adapter(model, tmp_path, trainable=trainable)
+        flags = [v.trainable for v in model.variables]
+        errors = []
+
+        def load(batch, logs=None, errors=errors):
+            try:
+                keras_lora.load_adapter(model, tmp_path)
+            except ValueError as error:
+                errors.append(str(error))
+
+        callback = keras.callbacks.LambdaCallback()
+        callback.on_predict_batch_end = load
+        model.predict(x(), callbacks=[callback], verbose=0)
+        assert flags == [v.trainable for v in model.variables]
+        assert not errors if allowed else all("`predict()` runs" in e for e in errors)
+        assert allowed or errors
+
+
 def test_a_failure_while_compiling_again_leaves_all_as_it_was(monkeypatch):
     model = network()
     model.compile(keras.optimizers.Adam(), "mse", jit_compile=False)

@@ -19,6 +19,7 @@ from keras_lora.layers.lora_layer import is_adapted
 from keras_lora.layers.settings import Settings
 from keras_lora.models.adapt import checked_lora_layers
 from keras_lora.models.change import adapted
+from keras_lora.models.freezing import adapters_train
 from keras_lora.models.freezing import freeze_adapters
 from keras_lora.models.freezing import freeze_all_but_lora
 from keras_lora.models.freezing import train_adapters
@@ -81,7 +82,7 @@ def load_into(model, paths, adapter, names=None, trainable=True) -> Report:
         checked_lora_layers(model)
         refuse_other_modules(file)
         values = checked_values(file)
-        if not trainable:  # which compiles again
+        if not trainable or not adapters_train(layers):  # which compiles again
             refuse_while_running(model)
     else:
         path_of = {id(layer): path for path, layer in layers.items()}

@@ -79,6 +79,17 @@ def train_adapters(layers):
 
     layers: path -> layer, those that hold others first, the model as "".
     """
+    restore_trainable_state(layers, trained_state(layers))
+
+
+def adapters_train(layers):
+    """Whether `train_adapters` would change nothing."""
+    now = trainable_state(layers)
+    return all(now[path] == flags for path, flags in trained_state(layers).items())
+
+
+def trained_state(layers):
+    """The flags of layers whose adapters train, and what trained beside them."""
     state = trainable_state(layers)
     for path, layer in layers.items():
         if isinstance(layer, LowRankAdapter):
@@ -92,7 +103,7 @@ def train_adapters(layers):
             for owner in owners_of(path):
                 if owner in state:
                     state[owner][0] = True
-    restore_trainable_state(layers, state)
+    return state
 
 
 def owners_of(path):
