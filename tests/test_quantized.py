@@ -905,6 +905,36 @@ def test_quantizing_an_adapted_model_keeps_its_adapters(mode, tmp_path):
     assert [v.name for v in hidden.variables] == [v.name for v in plain.variables]
 
 
+@pytest.mark.parametrize("first", ["quantize", "adapt"])
+@pytest.mark.parametrize("mode", MODES)
+def test_attention_comes_back_quantized(mode, first, tmp_path):
+    """MultiHeadAttention's configuration does not say it of its projections."""
+    x = keras.Input((5, 4))
+    attention = keras.layers.MultiHeadAttention(2, 2, name="attention")
+    model = keras.Model(x, keras.layers.Dense(2)(attention(x, x)))
+
+    def quantize():
+        model.quantize(kind_of(mode), config=MODES[mode]())
+
+    steps = [quantize, lambda: keras_lora.apply_lora(model, rank=2)]
+    for step in steps if first == "quantize" else reversed(steps):
+        step()
+    model.compile(keras.optimizers.Adam(0.01), "mse", run_eagerly=True)
+    random = np.random.default_rng(0)
+    inputs, targets = (
+        random.standard_normal((8, 5, size)).astype("float32") for size in (4, 2)
+    )
+    losses(model, inputs, targets)
+    for _ in range(2):  # what was loaded is saved again
+        model.save(tmp_path / "model.keras")
+        again = keras.saving.load_model(tmp_path / "model.keras")
+        modes = [layer.quantization_mode for layer in again._flatten_layers()]
+        assert modes.count(kind_of(mode)) == 5
+        again.compile(again.optimizer, "mse", run_eagerly=True)
+        assert losses(again, inputs, targets) == losses(model, inputs, targets)
+        model = again
+
+
 @pytest.mark.skipif(EARLIER, reason="Keras 3.12 has no filters")
 def test_filters_and_modes_of_quantizing_an_adapted_model():
     model, *_ = float_model()
@@ -969,6 +999,7 @@ def test_the_gradient_of_a_quantized_language_model_is_the_float_models(target):
     assert cosine(*found) > 0.99
 
 
+@pytest.mark.filterwarnings("ignore:`compile\\(\\)` was not called")  # KerasHub's
 @over_blocks
 def test_a_preset_that_is_quantized_is_adapted_and_merged(tmp_path):
     """There the model holds the policies of its layers."""
@@ -988,6 +1019,12 @@ def test_a_preset_that_is_quantized_is_adapted_and_merged(tmp_path):
     ids = np.random.default_rng(0).integers(0, 20, (2, 4)).astype("int32")
     batch = {"token_ids": ids, "padding_mask": np.ones((2, 4), "int32")}
     before = predict(model, batch)
+    keras_lora.apply_lora(model, rank=2)
+    for _ in range(2):  # Keras saves a model that was loaded as if it were in float
+        model.save(tmp_path / "model.keras")
+        model = keras.saving.load_model(tmp_path / "model.keras")
+        np.testing.assert_array_equal(predict(model, batch), before)
+    keras_lora.remove_lora(model)
     for way in ("requantize", "dequantize"):
         keras_lora.apply_lora(model, rank=2, target=["query", "token_embedding"])
         np.testing.assert_array_equal(predict(model, batch), before)

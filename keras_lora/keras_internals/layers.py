@@ -102,6 +102,15 @@ def detach(layer, name):
         vars(layer).pop(name, None)
 
 
+def take_own_policy(layer):
+    """Gives a quantized layer its own policy in the place of all its model's.
+
+    So it is in a model that was loaded; Keras then saves it as if it were in float.
+    """
+    if isinstance(layer.dtype_policy, keras.dtype_policies.DTypePolicyMap):
+        layer._dtype_policy = layer.dtype_policy[layer.path]
+
+
 def seen_as(layer, cls):
     """The same layer under another class: a second object over the same attributes.
 

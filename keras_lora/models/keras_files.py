@@ -29,6 +29,8 @@ from keras_lora.models.paths import layer_paths
 from keras_lora.models.presets import plain_class_of
 from keras_lora.models.presets import save_to_preset
 from keras_lora.models.quantized import mend_plain
+from keras_lora.models.quantized import quantizations
+from keras_lora.models.quantized import quantize_again
 from keras_lora.models.record import BASE
 from keras_lora.models.record import Record
 from keras_lora.models.record import base_names
@@ -46,6 +48,7 @@ FIELDS = {
     "model",  # the name of "layer" in files of the first version
     "adapters",
     "places",
+    "quantized",
     "merge_weights",
     "trainable",
     "trainable_before",
@@ -79,6 +82,7 @@ class Adapted:
             "layer": plain,
             "adapters": {p: layer.lora.options() for p, layer in with_adapter.items()},
             "places": {path: place - 1 for place, path in enumerate(own)},
+            "quantized": quantizations(own),
             "merge_weights": {p: x.merge_weights for p, x in with_adapter.items()},
             "trainable": trainable_state(layers),
             "trainable_before": {
@@ -104,6 +108,8 @@ class Adapted:
         # A model that has got a name may give its layers others than before.
         places = {p: own[n] for p, n in config["places"].items() if 0 <= n < len(own)}
         places |= {path: path for path in layers}
+        for path, (mode, how) in config.get("quantized", {}).items():
+            quantize_again(layers.get(places.get(path)), mode, how)
         adapters = {}
         for path, options in config["adapters"].items():
             layer = layers.get(places.get(path))

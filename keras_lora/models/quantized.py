@@ -9,10 +9,12 @@ from keras_lora.keras_internals.layers import change_class
 from keras_lora.keras_internals.layers import exchange_variables
 from keras_lora.keras_internals.layers import kernel_variables
 from keras_lora.keras_internals.layers import seen_as
+from keras_lora.keras_internals.layers import take_own_policy
 from keras_lora.keras_internals.layers import twin
 from keras_lora.layers.kinds import lora_class_of
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.quantized_host import CALIBRATED
+from keras_lora.layers.quantized_host import MODES
 from keras_lora.layers.quantized_host import is_calibrated
 from keras_lora.layers.quantized_host import policy_of
 from keras_lora.layers.torch_layout import to_numpy
@@ -26,6 +28,9 @@ def mend_plain(layers) -> list:
     Without an adapter too: those of the layers before it learn by its gradient, and
     are in one file with its integers.
     """
+    layers = [layer for layer in layers if layer.quantization_mode is not None]
+    for layer in layers:
+        take_own_policy(layer)
     mended = [layer for layer in layers if is_wrong_in_keras(layer)]
     for layer in mended:
         change_class(layer, lora_class_of(type(layer)))  # type: ignore[arg-type]
@@ -33,7 +38,7 @@ def mend_plain(layers) -> list:
 
 
 def is_wrong_in_keras(layer):
-    if layer.quantization_mode is None or isinstance(layer, LoRALayer):
+    if isinstance(layer, LoRALayer):
         return False
     lora_class = lora_class_of(type(layer))
     if lora_class is None:
@@ -128,6 +133,28 @@ def float_policy(layer):
     return keras.dtype_policies.get(
         compute if compute == variable else f"mixed_{compute}"
     )
+
+
+def quantizations(layers) -> dict:
+    """Path -> how a layer is quantized, for a configuration.
+
+    That of an owner such as MultiHeadAttention does not say it of its sublayers.
+
+    layers: path -> layer.
+    """
+    serialize = keras.saving.serialize_keras_object
+    return {
+        path: [layer.quantization_mode, serialize(quantization_config(layer))]
+        for path, layer in layers.items()
+        if layer.quantization_mode in MODES
+    }
+
+
+def quantize_again(layer, mode, config):
+    """Quantizes a layer that was loaded in float, before its values come."""
+    if layer is not None and layer.built and layer.quantization_mode is None:
+        config = keras.saving.deserialize_keras_object(config)
+        layer.quantize(mode, type_check=False, config=config)
 
 
 def quantization_config(layer):
