@@ -1,5 +1,7 @@
 """merge_lora, remove_lora, merged and disabled on whole models."""
 
+import contextlib
+
 import keras
 import numpy as np
 import pytest
@@ -114,6 +116,22 @@ def test_kernel_survives_a_thousand_merges():
         with keras_lora.merged(model):
             pass
     np.testing.assert_array_equal(to_numpy(lora_layers(model)[0].kernel), kernel)
+
+
+def test_fitting_inside_of_a_context_is_refused():
+    """Adam's moments would move A and B, although their gradients are zero."""
+    model = trained(sequential)
+    before = state(model)
+    contexts = [keras_lora.merged, keras_lora.disabled]
+    for opened in (contexts[:1], contexts[1:], contexts):
+        with contextlib.ExitStack() as inside:
+            for context in opened:
+                inside.enter_context(context(model))
+            for train in (model.fit, model.train_on_batch):
+                with pytest.raises(ValueError, match=f"{context.__name__}.*Leave"):
+                    train(x(), y())
+    assert_same_state(before, state(model))
+    model.fit(x(), y(), verbose=0)
 
 
 def test_disabled_is_the_base_model_while_training_too():

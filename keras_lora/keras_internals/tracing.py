@@ -1,5 +1,6 @@
 """Traced functions and compiled models, of a model and of all that share its layers."""
 
+import contextlib
 import gc
 import inspect
 import types
@@ -121,6 +122,29 @@ def compile_again(model) -> list:
     take_compiled_functions(layers)
     refresh_torch_parameters(layers)
     return notes
+
+
+@contextlib.contextmanager
+def refusing_to_train(model, why):
+    """A model whose `fit` and `train_on_batch` are refused inside, with the reason."""
+
+    def refuse(force=False):
+        raise ValueError(why)
+
+    models = [vars(x) for x in flatten_layers(model) if isinstance(x, keras.Model)]
+    before = [own.get(TRAINS) for own in models]
+    for own in models:
+        own[TRAINS] = refuse
+    try:
+        yield
+    finally:
+        for own, earlier in zip(models, before, strict=True):
+            del own[TRAINS]
+            if earlier is not None:
+                own[TRAINS] = earlier
+
+
+TRAINS = "make_train_function"  # Keras calls it before each of them
 
 
 # What runs a model in a loop, during which its layers cannot become others.

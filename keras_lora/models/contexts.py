@@ -7,6 +7,7 @@ from keras import ops
 from keras_lora.keras_internals.hidden_state import hold_resource
 from keras_lora.keras_internals.hidden_state import release_resource
 from keras_lora.keras_internals.layers import flatten_layers
+from keras_lora.keras_internals.tracing import refusing_to_train
 from keras_lora.keras_internals.tracing import take_compiled_functions
 from keras_lora.layers.adapter import FixedKernel
 from keras_lora.models.adapt import built_lora_layers
@@ -15,15 +16,20 @@ from keras_lora.models.merge import checked_merged_kernel
 from keras_lora.models.merge import kernel_variable
 from keras_lora.models.record import base_values
 
+UNTRAINED = (
+    "Adapters do not train inside `{}(model)`, where they stand still. Leave the "
+    "context first."
+)
+
 
 def merged(model):
     """Context in which every adapter is merged: calls cost what plain layers cost.
 
     W is not touched: W + delta stands beside it, and is dropped at the end. Meant
-    for inference; the adapters do not train inside. A model that is saved inside
-    is saved with its W, A and B. Inside, `disabled` gives the base model, and the
-    merged one back. Both are the model's, not a thread's: every thread that calls it
-    meanwhile sees the same.
+    for inference: `fit` and `train_on_batch` are refused inside. A model that is
+    saved inside is saved with its W, A and B. Inside, `disabled` gives the base
+    model, and the merged one back. Both are the model's, not a thread's: every
+    thread that calls it meanwhile sees the same.
 
     Examples:
         >>> with keras_lora.merged(model):
@@ -58,7 +64,8 @@ def _standing_in(model, layers, stand_ins):
     before = [layer.stand_in for layer in layers]
     try:
         set_stand_ins(layers, stand_ins)
-        yield model
+        with refusing_to_train(model, UNTRAINED.format("merged")):
+            yield model
     finally:
         set_stand_ins(layers, before)
         take_compiled_functions(flatten_layers(model))
@@ -78,10 +85,11 @@ def set_stand_ins(layers, stand_ins):
 def disabled(model):
     """Context in which the adapters are switched off: the base model.
 
-    Heads and biases that trained beside A and B have their values of before inside.
-    It holds wherever the layers are called, in functions that were traced before
-    too: they read the scaling, which is 0 inside. A call costs what it costs with
-    adapters. Contexts nest, and are the model's, not a thread's.
+    Heads and biases that trained beside A and B have, inside, the values that they
+    had before training. It holds wherever the layers are called, in functions that
+    were traced before too: they read the scaling, which is 0 inside. A call costs
+    what it costs with adapters. `fit` and `train_on_batch` of the model are refused.
+    Contexts nest, and are the model's, not a thread's.
 
     Args:
         model: Any Keras model or layer that holds LoRA layers.
@@ -90,11 +98,12 @@ def disabled(model):
         ValueError: If there is no LoRA layer.
     """
     values = [pair for layer in flatten_layers(model) for pair in base_values(layer)]
-    return _switched_off([x for x in built_lora_layers(model) if x.lora.is_on], values)
+    on = [layer for layer in built_lora_layers(model) if layer.lora.is_on]
+    return _switched_off(model, on, values)
 
 
 @contextlib.contextmanager
-def _switched_off(layers, values):
+def _switched_off(model, layers, values):
     """values: (variable, value) that hold inside."""
     stand_ins = [layer.stand_in for layer in layers]
     values = values + [
@@ -108,7 +117,8 @@ def _switched_off(layers, values):
         for layer in layers:
             layer.lora.switch(on=False)
         assign_all(values)
-        yield
+        with refusing_to_train(model, UNTRAINED.format("disabled")):
+            yield
     finally:
         for layer in layers:
             layer.lora.switch(on=True)
