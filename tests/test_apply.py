@@ -295,7 +295,7 @@ def test_layer_that_was_never_built_is_passed_over():
     model(np.zeros((1, 6), "float32"))
     report = apply_lora(model, exclude=["head"])
     assert report.skipped == {"spare": "it was never built."}
-    with pytest.raises(ValueError, match="not built"):
+    with pytest.raises(ValueError, match="spare: it was never built"):
         keras_lora.remove_lora(model)
         apply_lora(model, target=["spare"])
 

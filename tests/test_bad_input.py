@@ -1,5 +1,7 @@
 """Every wrong argument is a ValueError that names it, what is allowed, what to do."""
 
+import re
+
 import keras
 import pytest
 from layer_cases import CASES
@@ -108,3 +110,90 @@ NO_TENSORS = keras_lora.Adapter({}, {})
 def test_no_model(function, given):
     with pytest.raises(ValueError, match=r"must be a Keras model or layer. Received"):
         ON_A_MODEL[function](given)
+
+
+class Unbuilt(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.inner = keras.layers.Dense(3)
+
+    def call(self, inputs):
+        return self.inner(inputs)
+
+
+def attention():
+    x = keras.Input((4, 6))
+    y = keras.layers.MultiHeadAttention(2, 3, name="attn")(x, x)
+    return keras.Model(x, keras.layers.Dense(2, name="out")(y))
+
+
+@pytest.mark.parametrize("load", [True, False])
+def test_unbuilt_model(load):
+    model = Unbuilt()
+    with pytest.raises(ValueError, match=r"not built yet: .*model.build"):
+        if load:
+            keras_lora.load_adapter(model, NO_TENSORS)
+        else:
+            keras_lora.apply_lora(model)
+
+
+WRONG_TARGETS = {
+    "object": (lambda model: model.layers[-1], "the layer 'out' itself: give its path"),
+    "objects": (lambda model: [model.layers[-1]], "the layer 'out' itself"),
+    "function": (
+        lambda model: lambda layer: True,
+        r"of (path, layer). Received one of",
+    ),
+    "owner": (lambda model: ["attn"], "holds attn/query, attn/key, attn/value,"),
+    "far": (lambda model: ["zzz"], "There are: 'attn/query', 'attn/key', 'attn/value'"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_TARGETS)
+def test_targets_that_mean_nothing(name):
+    model, (make, message) = attention(), WRONG_TARGETS[name]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        keras_lora.apply_lora(model, target=make(model))
+
+
+def test_a_keyword_that_comes_close():
+    with pytest.raises(TypeError, match=r"`targets`\. Did you mean target"):
+        keras_lora.apply_lora(attention(), targets="all-linear")
+    with pytest.raises(ValueError, match="`task_type` of `save_adapter`"):
+        keras_lora.apply_lora(attention(), task_type="SEQ_CLS")
+
+
+def test_folders_that_are_none(tmp_path):
+    model = attention()
+    keras_lora.apply_lora(model, rank=2)
+    model.save(tmp_path / "model.keras")
+    keras_lora.remove_lora(model)
+    (tmp_path / "empty").mkdir()
+    for name, kind, words in (
+        ("none", FileNotFoundError, "does not exist, so it has no adapter_config.json"),
+        ("empty", FileNotFoundError, "has no adapter_config.json. `save_adapter`"),
+        ("model.keras", NotADirectoryError, "is a file, and an adapter is a folder"),
+    ):
+        with pytest.raises(kind, match=words):
+            keras_lora.load_adapter(model, tmp_path / name)
+
+
+@pytest.mark.parametrize("write", [keras_lora.save_adapter, keras_lora.export])
+def test_files_where_a_folder_is_written(write, tmp_path):
+    model = attention()
+    keras_lora.apply_lora(model, rank=2)
+    model.save(tmp_path / "model.keras")
+    before = (tmp_path / "model.keras").read_bytes()
+    with pytest.raises(FileExistsError, match=r"is a file, and an? .* is a folder"):
+        write(model, tmp_path / "model.keras")
+    assert (tmp_path / "model.keras").read_bytes() == before
+    with pytest.raises(ValueError, match="is called like a file"):
+        write(model, tmp_path / "other.keras")
+    assert not (tmp_path / "other.keras").exists()
+
+
+def test_lists_of_adapters():
+    with pytest.raises(ValueError, match="`adapters` must be a list"):
+        keras_lora.combine_adapters("folder")
+    with pytest.raises(ValueError, match="one finite number for each of 2"):
+        keras_lora.combine_adapters([NO_TENSORS] * 2, weights=0.5)

@@ -229,7 +229,7 @@ def test_merge_takes_names_and_imports(here, capsys, monkeypatch):
     assert errors.count("\n") == 1 and not (here / "merged.keras").exists()
     assert run(capsys, *command, "--import", "my_layers")[0] == 0
     status, _, errors = run(capsys, *command, "--names", "bertt")
-    assert status == 1 and "`names` must be one of" in errors
+    assert status == 1 and "`names` 'bertt' does not fit" in errors
 
 
 def test_check(here, capsys):
@@ -258,14 +258,25 @@ def test_check(here, capsys):
         ["nowhere", "wrong"],
     ]
     assert "its checksum does not fit" in lines[0]
+    write("large", 1, rank=32)
+    status, output, _ = run(capsys, "check", "large", "good", "--engine", "vllm")
+    assert status == 1
+    assert [line.split(": ")[:2] for line in output.splitlines()] == [
+        ["large", "good"],
+        ["large", "vllm"],
+        ["good", "good"],
+    ]
+    assert "max_lora_rank" in output
+    limit = ["--engine", "vllm", "--max-lora-rank", "32"]
+    assert run(capsys, "check", "large", *limit)[0] == 0
     assert "do not belong together: r is 3 and 2" in lines[2]
 
 
 @pytest.mark.parametrize(
     "command, message",
     [
-        ("show nowhere", "No such file or directory: 'nowhere/adapter_config.json'"),
-        ("diff one nowhere", "No such file"),
+        ("show nowhere", "The folder nowhere does not exist"),
+        ("diff one nowhere", "nowhere does not exist"),
         ("combine one -o out --rank 0", "whole number >= 1"),
         ("combine one -o out --energy 2", "`energy` must be a number in"),
         ("combine one -o out --energy 0.5 --rank 2", "not allowed with argument"),

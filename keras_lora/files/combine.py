@@ -1,6 +1,7 @@
 """Sums of adapters, exact or cut to a rank."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from keras_lora.layers.settings import alpha_at
 from keras_lora.layers.settings import checked_rank
 from keras_lora.layers.settings import divisor
 from keras_lora.layers.settings import is_number
+from keras_lora.models.tables import listed
 
 BIASES = ("none", "lora_only", "all")
 
@@ -66,6 +68,8 @@ def combine_adapters(
             not decide, or one has DoRA's magnitudes.
         OSError: If a file cannot be read.
     """
+    if isinstance(adapters, (str, Path, Adapter)):
+        raise ValueError(f"`adapters` must be a list. Received: {adapters!r}.")
     given = list(adapters)
     heads = checked_heads(heads, given)
     opened = [x if isinstance(x, Adapter) else Adapter.read(x) for x in given]
@@ -74,6 +78,13 @@ def combine_adapters(
     slots = slots_of(opened)
     files = [factors_of(adapter, slots) for adapter in opened]
     refuse_methods(files)
+    modules = [module for file in files for module in file.factors]
+    if len(files) > 1 and len(set(modules)) == len(modules):
+        warnings.warn(
+            "The adapters have no module in common: the result fits a model that has "
+            f"those of all, {listed(sorted(modules), most=4)}.",
+            stacklevel=2,
+        )
     for file in files:
         for module in file.factors:
             file.product(module)  # which is an error where they are no matrices
@@ -136,6 +147,8 @@ def refuse_methods(files):
 def checked_weights(weights, adapters):
     if not adapters:
         raise ValueError("`adapters` is empty: there is nothing to combine.")
+    if is_number(weights):
+        weights = [weights]
     weights = [1.0] * len(adapters) if weights is None else list(weights)
     if len(weights) != len(adapters) or not all(
         is_number(weight) and math.isfinite(weight) for weight in weights

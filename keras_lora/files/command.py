@@ -6,6 +6,7 @@ import warnings
 import keras
 
 from keras_lora.files.analyze import analyze
+from keras_lora.files.check import check_adapter
 from keras_lora.files.combine import combine_adapters
 from keras_lora.files.command_arguments import parser
 from keras_lora.files.contents import factors_of
@@ -99,6 +100,7 @@ def merge(options):
 def check(options):
     wrong = 0
     for folder in options.folders:
+        refused = []
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
@@ -106,8 +108,13 @@ def check(options):
                 file = factors_of(adapter, slots_of([adapter]))
                 checked_starts(adapter.starts, file.factors, file.ranks)
                 said = f"good: {in_words(adapter)}"
+                if options.engine:
+                    rank = options.max_lora_rank
+                    refused = check_adapter(adapter, options.engine, rank)
+                    wrong = wrong or int(bool(refused))
             except (ValueError, OSError) as error:
                 wrong, said = 1, f"wrong: {error}"
         notes = [f"note: {warning.message}" for warning in caught]
+        notes += [f"{options.engine}: {sentence}" for sentence in refused]
         write_lines([f"{folder}: {in_one_line(line)}" for line in [said, *notes]])
     return wrong

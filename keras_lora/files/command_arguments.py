@@ -78,7 +78,8 @@ def parser(show, diff, combine, merge, check):
         "-o", "--output", required=True, metavar="OUT.keras", help="the merged model"
     )
     added.add_argument(
-        "--names", help='table of module names, as in load_adapter: "bert", "gpt2", ...'
+        "--names",
+        help='whose module names the adapter has, as in load_adapter: "transformers"',
     )
     added.add_argument(
         "--quantized",
@@ -94,10 +95,21 @@ def parser(show, diff, combine, merge, check):
         help="a module to import first, such as keras_hub, which registers classes of "
         "the model; can be given again",
     )
-    command(
+    added = command(
         check,
         "Reads adapters as load_adapter does, and says what is wrong. Whether one "
         "fits a model only load_adapter can tell.",
         "+",
+    )
+    added.add_argument(
+        "--engine",
+        choices=("vllm",),
+        help="also say what this serving engine would refuse, as check_adapter does",
+    )
+    added.add_argument(
+        "--max-lora-rank",
+        type=int,
+        default=16,
+        help="what the server is started with; 16 by default",
     )
     return top

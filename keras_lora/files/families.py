@@ -79,9 +79,9 @@ def family(model, paths, names) -> Family:
     if name is None or asked not in (None, name):
         known = [TRANSFORMERS, TRANSFORMERS_4, *converters()]
         raise ValueError(
-            f"`names` must be one of {known}, for a model of KerasHub of that family, "
-            "or a dict from paths here to modules there, or a function. Received: "
-            f"names={names!r} for {held}{f' of {name!r}' if name else ''}."
+            f"`names` {names!r} does not fit {held}{f' of {name!r}' if name else ''}. "
+            "Give a dict from paths here to modules there, or a function. A model of "
+            f"KerasHub can have one of {known}."
         )
     try:
         placed = placed_layers(backbone, name)

@@ -23,7 +23,8 @@ def refuse_other_modules(file):
     if missing or more:
         raise ValueError(
             "The file and the model adapt other layers. Only in the model: "
-            f"{missing}. Only in the file: {more}."
+            f"{missing}. Only in the file: {more}. Call remove_lora(model) first: the "
+            "file then brings its own."
         )
     for module, layer in file.adapted.items():
         word = next(iter(file.method_of(module)), None)
@@ -83,7 +84,8 @@ def checked_values(file):
             continue  # PEFT repeats a targeted embedding or head
         if key not in index:
             close = difflib.get_close_matches(key, index, n=3)
-            raise ValueError(f"Unexpected tensor {key!r}. Close are: {close}.")
+            hint = f" Close are: {close}." if close else ""
+            raise ValueError(f"Unexpected tensor {key!r}.{hint}")
         layer, variable = index[key]
         # Beside transformers' Conv1D there may be a head that is a Linear.
         linear = weight_to_tensor(layer, variable).shape

@@ -18,11 +18,13 @@ from keras_lora.files.checked_tensors import digest
 from keras_lora.files.config import CONFIG
 from keras_lora.files.config import stated
 from keras_lora.files.contents import assert_finite
+from keras_lora.files.pair import TENSORS
 from keras_lora.files.pair import has_tensors
 from keras_lora.files.pair import read_together
 from keras_lora.files.pair import replace_files
 from keras_lora.files.shown import in_words
 from keras_lora.files.shown import parts_of
+from keras_lora.models.atomic import refuse_file_name
 from keras_lora.models.atomic import temporary_folder
 from keras_lora.models.tables import Table
 
@@ -114,6 +116,7 @@ class Adapter(Table):
             ValueError: If a tensor holds values that are not finite.
             OSError: If a file cannot be written.
         """
+        refuse_file_name(directory, "an adapter")
         for key, value in self.tensors.items():
             assert_finite(key, value)
         tensors = {
@@ -146,12 +149,23 @@ class Adapter(Table):
 
 def adapter_folder(directory):
     """The folder itself, or the one adapter that it keeps in a folder of its name."""
-    if (directory / CONFIG).exists() or not directory.is_dir():
+    if (directory / CONFIG).exists():
         return directory
+    if directory.is_file():
+        raise NotADirectoryError(
+            f"{directory} is a file, and an adapter is a folder with {CONFIG} and "
+            f"{TENSORS}. A .keras file is for keras.models.load_model."
+        )
     inside = sorted(path.parent for path in directory.glob(f"*/{CONFIG}"))
     if len(inside) > 1:
         raise ValueError(
             f"{directory} holds several adapters: {[path.name for path in inside]}. "
             "Give the folder of one."
         )
-    return inside[0] if inside else directory
+    if not inside:
+        exists = "has no" if directory.exists() else "does not exist, so it has no"
+        raise FileNotFoundError(
+            f"The folder {directory} {exists} {CONFIG}. `save_adapter` and PEFT write "
+            "one; nothing is downloaded here."
+        )
+    return inside[0]

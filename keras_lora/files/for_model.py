@@ -130,10 +130,12 @@ def refuse_unknown_modules(factors, modules):
             close = difflib.get_close_matches(
                 module, [m for m, x in modules.items() if can_hold(x)], n=3, cutoff=0.3
             )
+            hint = f" Close are: {close}." if close else ""
             raise ValueError(
                 f"The file has an adapter for {module!r}, which the model has not"
-                f"{' in a form that can be adapted' if layer is not None else ''}. "
-                f"Close are: {close}. `names` can map paths to modules."
+                f"{' in a form that can be adapted' if layer is not None else ''}."
+                f"{hint} `names` can map paths to modules; for a model of KerasHub and "
+                'a file of transformers it is "transformers".'
             )
 
 

@@ -18,6 +18,7 @@ from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.lora_layer import is_adapted
 from keras_lora.layers.settings import Settings
 from keras_lora.models.adapt import checked_lora_layers
+from keras_lora.models.adapt import refuse_unbuilt
 from keras_lora.models.change import adapted
 from keras_lora.models.freezing import adapters_train
 from keras_lora.models.freezing import freeze_adapters
@@ -66,8 +67,10 @@ def load_adapter(
             tensor; or inside `merged` or `disabled`. The model is then as before.
         OSError: If a file cannot be read.
     """
+    paths = layer_paths(model)
+    refuse_unbuilt(model)
     adapter = directory if isinstance(directory, Adapter) else Adapter.read(directory)
-    return load_into(model, layer_paths(model), adapter, names, trainable)
+    return load_into(model, paths, adapter, names, trainable)
 
 
 def load_into(model, paths, adapter, names=None, trainable=True) -> Report:

@@ -40,8 +40,9 @@ def name_function(names: Mapping | Callable | None, paths) -> Callable:
     unknown = [path for path in names if path not in paths]
     if unknown:
         close = difflib.get_close_matches(unknown[0], paths, n=3)
+        hint = f"Close are: {close}." if close else "`keras_lora.summary` shows paths."
         raise ValueError(
-            f"`names` has {unknown[0]!r}, which is no layer's path. Close are: {close}."
+            f"`names` has {unknown[0]!r}, which is no layer's path. {hint}"
         )
     return names.get
 

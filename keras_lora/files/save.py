@@ -37,8 +37,8 @@ def save_adapter(
     """Writes what training changed: A, B, trained biases and heads, and settings.
 
     Two files, adapter_config.json and adapter_model.safetensors, as PEFT writes
-    them: for models that PEFT can hold, PEFT loads them. They are written beside
-    `directory` and put in its place in one step.
+    them: for models that PEFT can hold, PEFT loads them. A save that is interrupted
+    leaves the old adapter or the new one.
 
     Args:
         model: A Keras model that holds LoRA layers.

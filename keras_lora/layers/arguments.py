@@ -1,5 +1,6 @@
 """What the constructors of all LoRA layers take, and what the layers are called."""
 
+import difflib
 import functools
 import inspect
 import re
@@ -35,6 +36,7 @@ MODEL_KEYWORDS = FOREIGN_KEYWORDS | {
     "layers_to_transform": "target",
     "exclude_modules": "exclude",
     "modules_to_save": "also_train",
+    "task_type": "task_type` of `save_adapter",
 }
 
 COMMON_ARGUMENTS = """
@@ -84,10 +86,15 @@ def refuse_foreign_keywords(name, kwargs, words=FOREIGN_KEYWORDS):
 
 def refusing_foreign_keywords(function: Callable[P, R]) -> Callable[P, R]:
     """The function, which names the right keyword; editors see its own alone."""
+    own = inspect.signature(function).parameters
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         refuse_foreign_keywords(function.__name__, kwargs, MODEL_KEYWORDS)
+        for keyword in kwargs.keys() - own.keys():
+            close = difflib.get_close_matches(keyword, own, n=3)
+            hint = f"Did you mean {' or '.join(close)}?" if close else ""
+            raise TypeError(f"{function.__name__} has no `{keyword}`. {hint}".strip())
         return function(*args, **kwargs)
 
     return call

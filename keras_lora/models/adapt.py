@@ -76,6 +76,15 @@ def own_attributes(lora_class) -> set:
     }
 
 
+def refuse_unbuilt(model):
+    """An error for a model that has nothing yet to adapt."""
+    if not model.built and not model.weights:
+        raise ValueError(
+            f"The model {model.name!r} is not built yet: its layers have no kernels. "
+            "Call it once, or `model.build(input_shape)`, first."
+        )
+
+
 def lora_layers(model) -> list:
     """The LoRA layers of a model that hold an adapter, each once."""
     return [layer for layer in flatten_layers(model) if is_adapted(layer)]
@@ -106,7 +115,8 @@ def built_lora_layers(model):
     if not layers:
         raise ValueError(
             f"{getattr(model, 'name', model)!r} holds no LoRA layer with an adapter "
-            "(rank > 0)."
+            "(rank > 0). Call `apply_lora` or `load_adapter` first; `merge_lora` and "
+            "`remove_lora` take adapters away, so save them before."
         )
     for layer in layers:
         refuse_banked(layer, layer.name)

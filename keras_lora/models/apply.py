@@ -9,6 +9,7 @@ from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.arguments import refusing_foreign_keywords
 from keras_lora.layers.kinds import lora_class_of
 from keras_lora.models.adapt import refuse_adapters
+from keras_lora.models.adapt import refuse_unbuilt
 from keras_lora.models.change import adapted
 from keras_lora.models.choose import choose
 from keras_lora.models.freezing import checked_bias
@@ -88,6 +89,7 @@ def apply_lora(
     checked_bias(bias)
     LowRankAdapter(rank, alpha, dropout, use_rslora)  # errors without a path
     paths = layer_paths(model)
+    refuse_unbuilt(model)
     refuse_adapters(paths)
     # One layer is adapted under its own name.
     if lora_class_of(type(model)) is not None:  # type: ignore[arg-type]

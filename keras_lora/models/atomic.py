@@ -51,6 +51,22 @@ def replacing(path):
             move(folder, path.parent, last=path.name)
 
 
+FILES = (".keras", ".h5", ".json", ".safetensors", ".bin", ".onnx", ".zip")
+
+
+def refuse_file_name(path, what):
+    """An error for a path that is a file's, or called so, where a folder is written."""
+    if os.path.isdir(path):
+        return
+    if os.path.exists(path):
+        raise FileExistsError(f"{str(path)!r} is a file, and {what} is a folder.")
+    if str(path).endswith(FILES):
+        raise ValueError(
+            f"{str(path)!r} is called like a file, and {what} is a folder. For a "
+            ".keras file of the model, with its adapters, call `model.save`."
+        )
+
+
 def entries(folder):
     """Names of what is in a folder, but for temporary folders of this package."""
     return {name for name in os.listdir(folder) if not TEMPORARY.fullmatch(name)}

@@ -1,5 +1,7 @@
 """Which layers of a model get an adapter, and why others do not."""
 
+import collections
+import re
 import warnings
 
 from keras_lora.keras_internals.layers import flatten_layers
@@ -10,6 +12,8 @@ from keras_lora.layers.kinds import lora_class_of
 from keras_lora.layers.kinds import obstacle
 from keras_lora.models.adapt import assigns_to
 from keras_lora.models.adapt import passed_by
+from keras_lora.models.tables import counted
+from keras_lora.models.tables import listed
 from keras_lora.models.targets import matching
 from keras_lora.models.targets import output_layers
 
@@ -44,10 +48,11 @@ def choose(model, paths, target, exclude, trained):
         }
     else:
         # A list that names a layer of another kind gets that as its error.
-        found = matching(target, paths if by_name else supported, "target")
+        layers = paths if by_name else supported
+        found = matching(target, layers, "target", supported)
         for path in found:
             if path not in supported:
-                raise ValueError(unsupported(path, paths[path], trained))
+                raise ValueError(unsupported(path, paths[path], trained, supported))
     if exclude is not None:
         excluded = set(matching(exclude, paths, "exclude"))
         if found and excluded.issuperset(found):
@@ -73,15 +78,26 @@ def choose(model, paths, target, exclude, trained):
             if no_effect:
                 warnings.warn(f"{path!r}: {no_effect}", stacklevel=4)
     if not chosen:
-        reasons = "".join(f"; {path}: {why}" for path, why in skipped.items())
-        raise ValueError(
-            "`target` 'all-linear' matches no layer: there is no Dense, EinsumDense or "
-            f"convolution but those that make the outputs{reasons}"
-            if everything
-            else f"`target` {target!r} matches only layers that are not built or "
-            f"cannot be adapted{reasons}"
-        )
+        raise ValueError(nothing(target, skipped))
     return chosen, skipped
+
+
+def nothing(target, skipped):
+    """Why a target means nothing that can be adapted, each reason once."""
+    if not skipped:
+        return (
+            "`target` 'all-linear' matches no layer: there is no Dense, EinsumDense or "
+            "convolution but those that make the outputs."
+        )
+    paths = collections.defaultdict(list)
+    for path, why in skipped.items():
+        paths[why].append(path)
+    reasons = [f"{listed(found)}: {why}" for why, found in paths.items()]
+    more = f" {counted(len(reasons) - 3, 'more reason')}." if len(reasons) > 3 else ""
+    return (
+        f"`target` {target!r} matches no layer that is built and can be adapted. "
+        f"{' '.join(reasons[:3])}{more}"
+    )
 
 
 def has_other_kernel(layer):
@@ -106,9 +122,16 @@ def owner_of(model, paths, path):
     return paths.get(owner, model)
 
 
-def unsupported(path, layer, trained):
+def unsupported(path, layer, trained, supported):
     if path in trained:
         return f"The layer {path!r} is in `target` and in `also_train`."
+    inside = [other for other in supported if other.startswith(f"{path}/")]
+    if inside:
+        pattern = f"{re.escape(path)}/.*"
+        return (
+            f"`target` names {path!r}, a {type(layer).__name__}, which holds "
+            f"{listed(inside)}: name those, or give the expression {pattern!r}."
+        )
     return (
         f"`target` names the layer {path!r}, a {type(layer).__name__}. Supported are "
         f"{', '.join(cls.__name__ for cls in LORA_CLASSES)} and subclasses that do not "

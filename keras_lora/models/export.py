@@ -5,6 +5,7 @@ from pathlib import Path
 
 from keras_lora.keras_internals.layers import checked_model
 from keras_lora.models.atomic import entries
+from keras_lora.models.atomic import refuse_file_name
 from keras_lora.models.atomic import replacing
 from keras_lora.models.merge import merged_meanwhile
 
@@ -46,6 +47,8 @@ def export(model, path, format="tf_saved_model", **kwargs):
 
 def assert_replaceable(path, format):
     """A folder at the path is empty or an earlier artefact: nothing else is lost."""
+    if format == "tf_saved_model":
+        refuse_file_name(path, "a SavedModel")
     if not os.path.isdir(path):
         return
     if format != "tf_saved_model":

@@ -1,6 +1,7 @@
 """Which layers a rule means; a rule that means nothing is an error."""
 
 import difflib
+import inspect
 import re
 import warnings
 
@@ -18,7 +19,7 @@ PASS_THROUGH = (
 )
 
 
-def matching(rule, paths, argument):
+def matching(rule, paths, argument, suggested=None):
     """The paths that a rule means, in the model's order.
 
     Args:
@@ -27,19 +28,27 @@ def matching(rule, paths, argument):
             tuple holds paths, ends of paths, names of layers, or classes.
         paths: Path -> layer, the layers that there are.
         argument: The argument's name, for errors.
+        suggested: The paths that errors name, if not all of these.
 
     Raises:
         ValueError: If the rule, or an entry of a list, means no layer.
     """
+    suggested = paths if suggested is None else suggested
     if isinstance(rule, str):
         found = {p for p in paths if compiled(rule, argument).fullmatch(p)}
-        return ordered(found, paths, rule, argument)
+        return ordered(found, paths, rule, argument, suggested)
     if isinstance(rule, type):
         found = {p for p, layer in paths.items() if isinstance(layer, rule)}
-        return ordered(found, paths, rule.__name__, argument)
+        return ordered(found, paths, rule.__name__, argument, suggested)
+    if isinstance(rule, keras.layers.Layer):
+        raise ValueError(
+            f"`{argument}` has the layer {rule.name!r} itself: give its path, its name "
+            "or its class."
+        )
     if callable(rule):
+        refuse_other_arguments(rule, argument)
         found = {p for p, layer in paths.items() if rule(p, layer)}
-        return ordered(found, paths, rule, argument)
+        return ordered(found, paths, rule, argument, suggested)
     if not isinstance(rule, (list, tuple, set, frozenset)) or not rule:
         raise ValueError(
             f"`{argument}` must be a regular expression, a list of names, a layer "
@@ -48,9 +57,9 @@ def matching(rule, paths, argument):
     found = set()
     for entry in rule:
         if isinstance(entry, str):
-            hits = set(ordered(named(entry, paths), paths, entry, argument))
+            hits = set(ordered(named(entry, paths), paths, entry, argument, suggested))
         else:
-            hits = set(matching(entry, paths, argument))
+            hits = set(matching(entry, paths, argument, suggested))
         found |= hits
     return [path for path in paths if path in found]
 
@@ -71,10 +80,24 @@ def named(entry, paths):
     return hits | called
 
 
-def ordered(found, paths, rule, argument):
+def refuse_other_arguments(rule, argument):
+    try:
+        signature = inspect.signature(rule)
+    except ValueError:  # of what is not written in Python
+        return
+    try:
+        signature.bind("path", None)
+    except TypeError as error:
+        raise ValueError(
+            f"`{argument}` must be a function of (path, layer). Received one of "
+            f"{signature}."
+        ) from error
+
+
+def ordered(found, paths, rule, argument, suggested):
     if not found:
         more = ["all-linear"] if argument == "target" else []
-        what = hint(rule, paths, more)
+        what = hint(rule, suggested, more)
         raise ValueError(f"`{argument}` {rule!r} matches no layer. {what}")
     return [path for path in paths if path in found]
 
