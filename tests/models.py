@@ -62,7 +62,10 @@ def trained(build):
         fill(layer.lora.a, seed, 0.3)
         fill(layer.lora.b, seed + 50, 0.3)
     model.compile(keras.optimizers.Adam(0.01), "mse", jit_compile=False)
+    # Tracing takes seconds on TensorFlow, and is another's matter.
+    model.run_eagerly = keras.backend.backend() == "tensorflow"
     model.fit(x(), y(), epochs=1, batch_size=8, verbose=0)
+    model.run_eagerly, model.train_function = False, None
     return model
 
 

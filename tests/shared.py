@@ -70,8 +70,14 @@ def assert_same(actual, expected):
 
 
 def compile_(model):
-    model.compile(keras.optimizers.Adam(0.02), "mse", jit_compile=False)
+    # Tracing a step takes seconds where there are many layers; the others show it.
+    eagerly = keras.backend.backend() == "tensorflow" and len(model.weights) > LARGE
+    how = {"run_eagerly": True} if eagerly else {"jit_compile": False}
+    model.compile(keras.optimizers.Adam(0.02), "mse", **how)
     return model
+
+
+LARGE = 25
 
 
 def flags(model):
