@@ -51,9 +51,28 @@ def run_block(block, names):
         exec(block, names)
 
 
+class Bytes(keras_hub.tokenizers.ByteTokenizer):
+    """As tokenizers of language models, which know where a text starts and ends."""
+
+    start_token_id, end_token_id, pad_token_id = 1, 2, 0
+
+
+def small_generator():
+    backbone = keras_hub.models.GPT2Backbone(
+        vocabulary_size=256,
+        num_layers=1,
+        num_heads=2,
+        hidden_dim=16,
+        intermediate_dim=16,
+        max_sequence_length=32,
+    )
+    preprocessor = keras_hub.models.GPT2CausalLMPreprocessor(Bytes())
+    return keras_hub.models.GPT2CausalLM(backbone, preprocessor)
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """An empty folder, and a small random preset in place of the one to download."""
+    """An empty folder, and small random models in place of those to download."""
     monkeypatch.chdir(tmp_path)
     preset = small_classifier(["good", "bad", "fine", "poor"])
     preset.save_to_preset("preset")
@@ -63,6 +82,9 @@ def folder(tmp_path, monkeypatch):
         return real("./preset", **kwargs)
 
     monkeypatch.setattr(keras_hub.models.TextClassifier, "from_preset", from_preset)
+    monkeypatch.setattr(
+        keras_hub.models.CausalLM, "from_preset", lambda name: small_generator()
+    )
     return tmp_path
 
 
