@@ -379,19 +379,45 @@ def resnet(**kwargs):
     return models.ResNetBackbone(**RESNET | kwargs)
 
 
-def blip2():
+def blip2(images=False):
+    """images: with what turns them into four tokens."""
     from keras_hub.src.models.blip2.blip2_custom_opt import BLIP2CustomOPT
+    from keras_hub.src.models.blip2.blip2_qformer import BLIP2QFormer
+    from keras_hub.src.models.blip2.blip2_vision_encoder import BLIP2VisionEncoder
 
     language = BLIP2CustomOPT(
         **TEXT,
         **HEADS,
-        num_query_tokens=0,
+        num_query_tokens=4 if images else 0,
         dropout=0.0,
         max_sequence_length=12,
         qformer_hidden_dim=16,
     )
+    sizes = {"num_layers": 2, "num_heads": 2, "hidden_dim": 16, "intermediate_dim": 24}
+    encoder = images and BLIP2VisionEncoder(
+        **sizes,
+        image_size=16,
+        patch_size=8,
+        use_patch_bias=True,
+        use_class_token=True,
+        use_mha_bias=True,
+        use_mlp_bias=True,
+        dropout_rate=0.0,
+        layer_norm_epsilon=1e-6,
+        initializer_range=0.02,
+    )
+    qformer = images and BLIP2QFormer(
+        **sizes,
+        num_query_tokens=4,
+        vision_dim=16,
+        cross_attention_frequency=2,
+        dropout=0.0,
+        layer_norm_epsilon=1e-6,
+    )
     return models.BLIP2Backbone(
-        vision_encoder=None, qformer=None, language_model=language
+        vision_encoder=encoder or None,
+        qformer=qformer or None,
+        language_model=language,
     )
 
 

@@ -64,7 +64,7 @@ def stand_in(backbone, backbone_class):
     Where KerasHub's own backbone is quantized or adapted, the kernels that the
     converter means are not there.
     """
-    config = backbone_class.get_config(backbone)
+    config = without_adapters(backbone_class.get_config(backbone))
     config["dtype"] = "float32"
     registry = keras.src.backend.common.global_state
     before = list(registry.get_global_attribute(UNINITIALIZED) or [])
@@ -73,9 +73,28 @@ def stand_in(backbone, backbone_class):
             copy = backbone_class.from_config(config)
     finally:  # else the next scope would initialize them
         registry.set_global_attribute(UNINITIALIZED, before)
+    copy.trainable = True  # else frozen weights come after others
     for variable in copy.variables:
         variable.assign = lambda value: None
     return copy
+
+
+def without_adapters(config):
+    """A configuration in which the layers of a backbone that is made of them are plain.
+
+    Else the copy would have adapters, and its weights another order.
+    """
+    if isinstance(config, list):
+        return [without_adapters(part) for part in config]
+    if not isinstance(config, dict):
+        return config
+    name = str(config.get("registered_name"))
+    if name == "keras_lora>Adapted":
+        config = config["config"]["layer"]
+    elif name.startswith("keras_lora>LoRA"):
+        plain = {**config["config"], "rank": 0, "frozen": []}
+        config = {**config, "config": plain}
+    return {key: without_adapters(part) for key, part in config.items()}
 
 
 def ask(family, backbone, port):
@@ -130,6 +149,9 @@ class Config(dict):
             return default
 
     def __missing__(self, key):
+        if key == "text_config" and hasattr(self.backbone, "language_model"):  # BLIP-2
+            inner = self.backbone.language_model
+            return Config("t5" if "T5" in type(inner).__name__ else "opt", inner)
         word = WORDS.get(key, key)
         if not hasattr(self.backbone, word):
             raise KeyError(key)
