@@ -7,6 +7,7 @@ from keras_lora.files.contents import factors_of
 from keras_lora.files.contents import slots_of
 from keras_lora.files.contents import suffixes_of
 from keras_lora.models.tables import counted
+from keras_lora.models.tables import in_bytes
 from keras_lora.models.tables import in_order
 
 
@@ -84,9 +85,4 @@ def reach(values):
 
 
 def size(arrays):
-    number = sum(value.nbytes for value in arrays)
-    for unit in ("bytes", "kB", "MB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} GB"
+    return in_bytes(sum(value.nbytes for value in arrays))

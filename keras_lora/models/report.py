@@ -12,6 +12,7 @@ from keras_lora.models.paths import layer_paths
 from keras_lora.models.record import beside
 from keras_lora.models.tables import Table
 from keras_lora.models.tables import counted
+from keras_lora.models.tables import in_bytes
 from keras_lora.models.tables import listed
 
 
@@ -93,8 +94,8 @@ class Report(Table, Sequence):
             f"Trained: {self.trained:,} of {self.total:,} "
             f"({percent(self.trained / max(self.total, 1))})",
             "Optimizer memory (two moments, float32): "
-            f"{megabytes(8 * self.trained)}, full fine-tuning "
-            f"{megabytes(8 * (self.total - self.added))}",
+            f"{in_bytes(8 * self.trained)}, full fine-tuning "
+            f"{in_bytes(8 * (self.total - self.added))}",
             *(f"Skipped {listed(paths)}: {why}" for why, paths in reasons.items()),
             *self.notes,
         ]
@@ -138,10 +139,6 @@ def trained_beside(layer):
         return []
     parameters = set(map(id, own_variables(layer)))
     return [variable for variable in beside(layer) if id(variable) in parameters]
-
-
-def megabytes(number):
-    return f"{number / 1e6:,.1f} MB"
 
 
 def count(weights):

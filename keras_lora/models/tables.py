@@ -48,6 +48,15 @@ def listed(names, most=8):
     return f"{', '.join(names[:most])}{more}"
 
 
+def in_bytes(number):
+    """12 bytes, 1.23 kB, 45 MB."""
+    for unit in ("bytes", "kB", "MB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:,.3g} GB"
+
+
 def counted(number, noun):
     """1 adapter, 2 adapters."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
