@@ -374,7 +374,7 @@ def test_tasks_of_keras_hub(applied_to, way, tmp_path):
     )
 
 
-def test_a_preset_that_cannot_hold_the_adapters_is_refused(tmp_path):
+def classifier_of_keras_hub():
     keras_hub = pytest.importorskip("keras_hub")
     bert = keras_hub.models.BertBackbone(
         vocabulary_size=30,
@@ -384,7 +384,48 @@ def test_a_preset_that_cannot_hold_the_adapters_is_refused(tmp_path):
         intermediate_dim=12,
         max_sequence_length=6,
     )
-    classifier = keras_hub.models.BertTextClassifier(bert, num_classes=2)
+    return keras_hub.models.BertTextClassifier(bert, num_classes=2)
+
+
+@pytest.mark.filterwarnings("ignore:`compile")
+def test_a_preset_has_the_head_that_trained(tmp_path):
+    import keras_hub
+
+    classifier = classifier_of_keras_hub()
+    keras_lora.apply_lora(classifier, rank=2, also_train=["logits"])
+    moved(classifier)
+    with pytest.warns(UserWarning, match="has logits as trained, and not as before"):
+        classifier.save_to_preset(tmp_path / "preset")
+    task = keras_hub.models.TextClassifier
+    again = task.from_preset(str(tmp_path / "preset"), preprocessor=None)
+    inputs = {**IDS, "segment_ids": np.zeros((2, 6), "int32")}
+    np.testing.assert_allclose(
+        again.predict(inputs, verbose=0), classifier.predict(inputs, verbose=0)
+    )
+    # The copy's head is saved with its adapter.
+    keras_lora.save_adapter(classifier, tmp_path / "adapter")
+    keras_lora.save_adapter(again, tmp_path / "again")
+    assert keras_lora.Adapter.read(tmp_path / "adapter") == keras_lora.Adapter.read(
+        tmp_path / "again"
+    )
+
+
+@pytest.mark.filterwarnings("ignore:`compile")
+def test_a_preset_of_a_backbone_alone_is_a_tasks_to_load(tmp_path):
+    import keras_hub
+
+    backbone = language_model().backbone
+    keras_lora.apply_lora(backbone, rank=2, target=["query", "value"])
+    moved(backbone)
+    with pytest.warns(UserWarning, match="that of GPT2Backbone does not"):
+        backbone.save_to_preset(str(tmp_path / "preset"))
+    task = keras_hub.models.GPT2CausalLM
+    again = task.from_preset(str(tmp_path / "preset"), preprocessor=None)
+    assert_same(again.backbone, backbone, IDS)
+
+
+def test_a_preset_that_cannot_hold_the_adapters_is_refused(tmp_path):
+    classifier = classifier_of_keras_hub()
     keras_lora.apply_lora(classifier, rank=2, target=["query", "logits"])
     with pytest.raises(ValueError, match="adapter of 'logits'"):
         classifier.save_to_preset(tmp_path / "preset")

@@ -26,6 +26,7 @@ from keras_lora.models.adapt import adapt
 from keras_lora.models.adapt import lora_layers
 from keras_lora.models.adapt import new_adapter
 from keras_lora.models.paths import layer_paths
+from keras_lora.models.presets import is_saved_as_plain
 from keras_lora.models.presets import plain_class_of
 from keras_lora.models.presets import save_to_preset
 from keras_lora.models.quantized import mend_plain
@@ -138,6 +139,8 @@ class Adapted:
 
     def save_own_variables(self, store):
         super().save_own_variables(store)
+        if is_saved_as_plain(self):
+            return
         for name, (layer, index) in base_names(self, Adapted).items():
             if record_of(layer).base[index] is not None:
                 store[name] = record_of(layer).base[index]

@@ -1,10 +1,17 @@
 """What KerasHub writes of a task whose backbone has adapters."""
 
+import contextlib
+import contextvars
+import os
+import warnings
+
 from keras_lora.keras_internals.layers import flatten_layers
 from keras_lora.keras_internals.layers import seen_as
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.lora_layer import is_adapted
 from keras_lora.models.paths import layer_paths
+from keras_lora.models.record import record_of
+from keras_lora.models.tables import listed
 
 
 def plain_class_of(cls):
@@ -12,17 +19,56 @@ def plain_class_of(cls):
     return cls.plain_class if issubclass(cls, LoRALayer) else cls.plain_owner
 
 
-def save_to_preset(self, *args, **kwargs):
+def save_to_preset(self, preset_dir, *args, **kwargs):
     """KerasHub finds a task by the class in its file, which must be the plain one."""
-    view = self
+    view, outside = self, {}
     if hasattr(self, "backbone"):
         carried = set(map(id, flatten_layers(self.backbone)))
-        for path, layer in layer_paths(self).items():
-            if is_adapted(layer) and id(layer) not in carried:
-                raise ValueError(
-                    f"A preset cannot hold the adapter of {path!r}, which lies outside "
-                    "the backbone. Save the model as .keras, or its adapters with "
-                    "`save_adapter`."
-                )
+        layers = layer_paths(self)
+        outside = {p: x for p, x in layers.items() if id(x) not in carried}
+        refuse_adapters_outside(outside)
         view = seen_as(self, plain_class_of(type(self)))
-    plain_class_of(type(self)).save_to_preset(view, *args, **kwargs)
+    with as_plain_layers(outside.values()):
+        plain_class_of(type(self)).save_to_preset(view, preset_dir, *args, **kwargs)
+    if view is self and not os.path.exists(os.path.join(preset_dir, "task.json")):
+        name = plain_class_of(type(self)).__name__
+        warnings.warn(
+            "`from_preset` of a task of its family loads this preset, as that of "
+            f"{name} does not know its class. To load it alone, save a .keras file.",
+            stacklevel=2,
+        )
+    trained = [path for path, layer in outside.items() if record_of(layer).base]
+    if trained:
+        warnings.warn(
+            f"The preset has {listed(trained)} as trained, and not as before training: "
+            "`remove_lora` on what `from_preset` gives leaves that as it is. A .keras "
+            "file keeps both.",
+            stacklevel=2,
+        )
+
+
+def refuse_adapters_outside(layers):
+    for path, layer in layers.items():
+        if is_adapted(layer):
+            raise ValueError(
+                f"A preset cannot hold the adapter of {path!r}, which lies outside the "
+                "backbone. Save the model as .keras, or its adapters with "
+                "`save_adapter`."
+            )
+
+
+@contextlib.contextmanager
+def as_plain_layers(layers):
+    """Files hold of these layers, inside, what those of KerasHub's own task have."""
+    token = _plain.set(frozenset(map(id, layers)))
+    try:
+        yield
+    finally:
+        _plain.reset(token)
+
+
+def is_saved_as_plain(layer):
+    return id(layer) in _plain.get()
+
+
+_plain: contextvars.ContextVar = contextvars.ContextVar("_plain", default=frozenset())
