@@ -905,8 +905,9 @@ def test_quantizing_an_adapted_model_keeps_its_adapters(mode, tmp_path):
     assert [v.name for v in hidden.variables] == [v.name for v in plain.variables]
 
 
-@pytest.mark.parametrize("first", ["quantize", "adapt"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode, first", [*[(mode, "quantize") for mode in MODES], ("int8", "adapt")]
+)
 def test_attention_comes_back_quantized(mode, first, tmp_path):
     """MultiHeadAttention's configuration does not say it of its projections."""
     x = keras.Input((5, 4))
