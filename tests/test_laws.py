@@ -5,6 +5,7 @@ import re
 import keras
 import numpy as np
 import pytest
+from gradients import gradients
 from layer_cases import CASES
 from layer_cases import POLICIES
 from layer_cases import fill
@@ -13,6 +14,7 @@ from layer_cases import to_numpy
 from shared import assert_close
 from shared import assert_equal_bits
 
+import keras_lora
 from keras_lora.layers.adapter import LowRankAdapter
 
 over_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -245,3 +247,24 @@ def test_starting_values(case):
 def test_adapter_config_round_trip():
     adapter = LowRankAdapter(4, alpha=3, dropout=0.1, use_rslora=True)
     assert LowRankAdapter.from_config(adapter.get_config()).scaling == 1.5
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_one_row_and_rank_1_have_the_gradient_of_rank_2(axes):
+    """torch's convolution on a CPU has none for one row and one filter."""
+    kind = getattr(keras_lora, f"LoRAConv{axes}D")
+    x = np.random.default_rng(0).standard_normal((1, *[5] * axes, 2), "float32")
+    found = []
+    for rank in (1, 2):
+        layer = kind(3, 2, rank=rank, alpha=rank)
+        layer.build(x.shape)
+        fill(layer.kernel, 1)
+        b = np.zeros((rank, 3), "float32")
+        b[0] = (0.5, -1.0, 2.0)
+        layer.lora.b.assign(b)
+        a = np.ones(layer.lora.a.shape, "float32")
+        layer.lora.a.assign(a * np.arange(1, rank + 1))
+        weights = np.ones(tuple(layer(x).shape), "float32")
+        found.append([g[..., :1] for g in gradients(layer, x, weights)])
+    assert np.abs(found[0][0]).max() > 0
+    np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-5, atol=1e-5)

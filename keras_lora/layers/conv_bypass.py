@@ -1,5 +1,6 @@
 """What a convolution's A and B do to its inputs."""
 
+import keras
 from keras import ops
 
 
@@ -10,6 +11,11 @@ def down(layer, inputs, a):
         a = ops.tile(a, (1,) * (len(a.shape) - 1) + (layer.groups,))
     if as_products(layer) and set(layer.kernel_size + layer.strides) == {1}:
         return ops.matmul(inputs, ops.reshape(a, a.shape[-2:]))
+    if a.shape[-1] == 1 and keras.backend.backend() == "torch":
+        # Its convolution on a CPU has no gradient for one row and one filter.
+        axis = -1 if layer.data_format == "channels_last" else 1
+        both = layer.linear(inputs, ops.repeat(a, 2, axis=-1))
+        return ops.take(both, [0], axis=axis)
     return layer.linear(inputs, a)
 
 
