@@ -587,10 +587,9 @@ chosen so that this does not show: RoBERTa's positions are all the same, as its
 conversion is two off and leaves the token type out (0.40 otherwise); T5Gemma has a
 sliding window of 64 (0.32 with 4), gpt-oss plain RoPE (0.44 with YaRN), Qwen 3 an
 epsilon of 1e-5 (3e-5 with 1e-6), ViT and DeiT one of 1e-6 (2e-5 with 1e-12).
-Names of BLIP-2, Gemma 3 with images, MetaCLIP 2, PaliGemma, SAM 3 and T5Gemma 2 are
-derived too, and their layouts tested, without a live comparison. The converters of
-BLIP-2 and Gemma 3n cannot be asked about a model without images; that of Gemma 3n wants
-the image encoder of its presets, which was not tried.
+Names of BLIP-2, Gemma 3 with images, Gemma 3n (its text model), MetaCLIP 2, PaliGemma,
+SAM 3 and T5Gemma 2 are derived too, and their layouts tested, without a live
+comparison. The converter of BLIP-2 cannot be asked about a model without images.
 
 | family | transformers | KerasHub | layers | conversion | PEFT -> here | here -> PEFT |
 |---|---|---|---:|---:|---:|---:|

@@ -19,7 +19,9 @@ import numpy as np
 
 from keras_lora.files.tensors import torch_name
 from keras_lora.keras_internals.keras_hub import ask
+from keras_lora.keras_internals.keras_hub import fill_in
 from keras_lora.keras_internals.keras_hub import stand_in
+from keras_lora.keras_internals.layers import own_variables
 from keras_lora.layers.kinds import form_of
 from keras_lora.layers.kinds import kind_of
 from keras_lora.layers.lora_layer import LoRALayer
@@ -57,8 +59,8 @@ def placed_layers(backbone, family) -> dict:
     )
     owners, sizes = {}, collections.Counter()
     paths = layer_paths(copy)
-    for path, layer in paths.items():  # an inner layer comes after its owner
-        owners |= {id(variable): path for variable in layer.variables}
+    for path, layer in paths.items():
+        owners |= {id(variable): path for variable in own_variables(layer)}
     found = collections.defaultdict(dict)
 
     def count(variable, key, hook):
@@ -71,7 +73,13 @@ def placed_layers(backbone, family) -> dict:
             placed = place_of(paths[path], variable, hook, sizes[key])
             found[path][word] = placed and placed._replace(module=module)
 
-    ask(family, copy, count)
+    try:
+        ask(family, copy, count)
+    except Exception:  # of a converter that takes images for granted, say
+        if not fill_in(copy):
+            raise
+        sizes.clear()
+        ask(family, copy, count)
     ask(family, copy, place)
     places = {}
     for path in paths:

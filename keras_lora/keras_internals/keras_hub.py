@@ -64,7 +64,7 @@ def stand_in(backbone, backbone_class):
     Where KerasHub's own backbone is quantized or adapted, the kernels that the
     converter means are not there.
     """
-    config = without_adapters(backbone_class.get_config(backbone))
+    config = in_float(backbone_class.get_config(backbone))
     config["dtype"] = "float32"
     registry = keras.src.backend.common.global_state
     before = list(registry.get_global_attribute(UNINITIALIZED) or [])
@@ -79,13 +79,26 @@ def stand_in(backbone, backbone_class):
     return copy
 
 
-def without_adapters(config):
+def fill_in(copy):
+    """Gives a stand-in what it may be without and some converters do not ask for.
+
+    Returns:
+        Whether there was anything.
+    """
+    parts = vars(copy).items()
+    missing = [x for x, part in parts if part is None and not x.startswith("_")]
+    for part in missing:
+        setattr(copy, part, Absent())
+    return bool(missing)
+
+
+def in_float(config):
     """A configuration in which the layers of a backbone that is made of them are plain.
 
-    Else the copy would have adapters, and its weights another order.
+    Else the copy would have their adapters and integers, and its weights another order.
     """
     if isinstance(config, list):
-        return [without_adapters(part) for part in config]
+        return [in_float(part) for part in config]
     if not isinstance(config, dict):
         return config
     name = str(config.get("registered_name"))
@@ -94,7 +107,12 @@ def without_adapters(config):
     elif name.startswith("keras_lora>LoRA"):
         plain = {**config["config"], "rank": 0, "frozen": []}
         config = {**config, "config": plain}
-    return {key: without_adapters(part) for key, part in config.items()}
+    found = {key: in_float(part) for key, part in config.items()}
+    if "class_name" in found and "dtype" in (found.get("config") or {}):
+        found["config"] |= {"dtype": "float32"}
+        if "quantization_config" in found["config"]:
+            found["config"]["quantization_config"] = None
+    return found
 
 
 def ask(family, backbone, port):
@@ -109,6 +127,29 @@ def ask(family, backbone, port):
         converters()[family].convert_weights(backbone, loader, config)
 
 
+class Absent:
+    """In the place of a part that is not there: all that is asked of it is absent."""
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __call__(self, *args, **kwargs):
+        return self
+
+    def __getitem__(self, key):
+        return self
+
+    def __iter__(self):
+        return iter(())
+
+    def __len__(self):
+        return 0
+
+    __index__ = __len__  # of what is counted up to
+
+
 class Loader:
     """In the place of KerasHub's loader of safetensors."""
 
@@ -118,7 +159,8 @@ class Loader:
         self.port = port
 
     def port_weight(self, keras_variable, hf_weight_key, hook_fn=None):
-        self.port(keras_variable, hf_weight_key, hook_fn)
+        if isinstance(keras_variable, keras.Variable):
+            self.port(keras_variable, hf_weight_key, hook_fn)
 
     def get_tensor(self, key):
         """What a converter reads itself: one zero, with as many axes as it expects."""
