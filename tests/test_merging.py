@@ -5,6 +5,7 @@ import contextlib
 import keras
 import numpy as np
 import pytest
+from layer_cases import fill
 from layer_cases import to_numpy
 from models import MODELS
 from models import sequential
@@ -132,6 +133,29 @@ def test_fitting_inside_of_a_context_is_refused():
                     train(x(), y())
     assert_same_state(before, state(model))
     model.fit(x(), y(), verbose=0)
+
+
+def test_contexts_need_not_nest_and_begin_where_they_are_entered():
+    model = trained(sequential)
+    early = keras_lora.merged(model)
+    first, second = keras_lora.disabled(model), keras_lora.disabled(model)
+    fill(lora_layers(model)[0].lora.b, 3)
+    expected = predict(model)
+    with early:
+        np.testing.assert_allclose(predict(model), expected, atol=1e-5)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    with pytest.raises(ValueError, match="inside `disabled"):
+        model.train_on_batch(x(), y())
+    second.__exit__(None, None, None)
+    model.train_on_batch(x(), y())
+    keras_lora.remove_lora(model)
+    with pytest.raises(ValueError, match="no LoRA layer"), keras_lora.merged(model):
+        pass
+    late = keras_lora.disabled
+    with pytest.raises(ValueError, match="no LoRA layer"), late(model):
+        pass
 
 
 def test_disabled_is_the_base_model_while_training_too():

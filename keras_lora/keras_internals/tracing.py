@@ -132,19 +132,22 @@ def refusing_to_train(model, why):
         raise ValueError(why)
 
     models = [vars(x) for x in flatten_layers(model) if isinstance(x, keras.Model)]
-    before = [own.get(TRAINS) for own in models]
     for own in models:
+        own.setdefault(REFUSALS, []).append(refuse)
         own[TRAINS] = refuse
     try:
         yield
     finally:
-        for own, earlier in zip(models, before, strict=True):
-            del own[TRAINS]
-            if earlier is not None:
-                own[TRAINS] = earlier
+        for own in models:  # contexts of several threads need not nest
+            own[REFUSALS].remove(refuse)
+            if own[REFUSALS]:
+                own[TRAINS] = own[REFUSALS][-1]
+            else:
+                own.pop(TRAINS, None)
 
 
 TRAINS = "make_train_function"  # Keras calls it before each of them
+REFUSALS = "_lora_refusals"  # those that hold, the last one in its place
 
 
 # What runs a model in a loop, during which its layers cannot become others.

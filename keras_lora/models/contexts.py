@@ -14,6 +14,7 @@ from keras_lora.models.adapt import built_lora_layers
 from keras_lora.models.adapt import checked_lora_layers
 from keras_lora.models.merge import checked_merged_kernel
 from keras_lora.models.merge import kernel_variable
+from keras_lora.models.merge import refuse_factors_not_finite
 from keras_lora.models.record import base_values
 
 UNTRAINED = (
@@ -51,15 +52,17 @@ def merged(model):
                 "memory that was saved. Call the model as it is, or merge for good: "
                 'merge_lora(model, quantized="dequantize").'
             )
+        refuse_factors_not_finite(layer)
+    return _standing_in(model)
+
+
+@contextlib.contextmanager
+def _standing_in(model):
+    layers = checked_lora_layers(model)  # as they are at entry
     stand_ins = [
         FixedKernel(kernel_variable(layer, checked_merged_kernel(layer)))
         for layer in layers
     ]
-    return _standing_in(model, layers, stand_ins)
-
-
-@contextlib.contextmanager
-def _standing_in(model, layers, stand_ins):
     functions = take_compiled_functions(flatten_layers(model))
     before = [layer.stand_in for layer in layers]
     try:
@@ -97,14 +100,14 @@ def disabled(model):
     Raises:
         ValueError: If there is no LoRA layer.
     """
-    values = [pair for layer in flatten_layers(model) for pair in base_values(layer)]
-    on = [layer for layer in built_lora_layers(model) if layer.lora.is_on]
-    return _switched_off(model, on, values)
+    built_lora_layers(model)
+    return _switched_off(model)
 
 
 @contextlib.contextmanager
-def _switched_off(model, layers, values):
-    """values: (variable, value) that hold inside."""
+def _switched_off(model):
+    layers = [layer for layer in built_lora_layers(model) if layer.lora.is_on]
+    values = [pair for layer in flatten_layers(model) for pair in base_values(layer)]
     stand_ins = [layer.stand_in for layer in layers]
     values = values + [
         (stand_in.kernel, layer.frozen_kernel)

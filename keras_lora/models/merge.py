@@ -153,16 +153,25 @@ def kernel_variable(layer, values, autocast=False):
 
 def checked_merged_kernel(layer):
     """W + delta in the kernel's dtype, which must be finite."""
+    refuse_factors_not_finite(layer)
     kernel = layer.merged_kernel(layer.kernel_dtype)
-    factors = {x.upper(): factor for x, factor in layer.lora.named_factors().items()}
-    for name, values in {**factors, "the merged kernel": kernel}.items():
+    refuse_not_finite(layer, {"the merged kernel": kernel})
+    return kernel
+
+
+def refuse_factors_not_finite(layer):
+    factors = layer.lora.named_factors().items()
+    refuse_not_finite(layer, {name.upper(): factor for name, factor in factors})
+
+
+def refuse_not_finite(layer, arrays):
+    for name, values in arrays.items():
         if not bool(ops.all(ops.isfinite(values))):
             raise ValueError(
                 f"{name} of layer {layer.name!r} holds values that are not finite. "
                 "Nothing was merged. Load an earlier adapter, or train with a lower "
                 "learning rate."
             )
-    return kernel
 
 
 def restore_models(layers):
