@@ -1,5 +1,8 @@
 """Heads and biases that train beside A and B: remembered, saved, and undone."""
 
+import contextlib
+import pickle
+
 import keras
 import numpy as np
 import pytest
@@ -188,3 +191,33 @@ def test_a_dry_run_remembers_nothing(tmp_path):
     keras_lora.apply_lora(model, rank=2)
     keras_lora.save_adapter(model, tmp_path / "adapter")
     assert len(keras_lora.Adapter.read(tmp_path / "adapter").tensors) == 2
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_is_written_without_the_adapters_is_what_was_trained(
+    full, nested, tmp_path
+):
+    expected = predict(full)
+    with contextlib.ExitStack() as contexts:
+        if nested:
+            contexts.enter_context(keras_lora.disabled(full))
+        with keras_lora.disabled(full):
+            base = predict(full)
+        contexts.enter_context(keras_lora.disabled(full))
+        assert np.abs(predict(full) - expected).max() > 0.1
+        full.save(tmp_path / "model.keras")
+        full.save_weights(tmp_path / "model.weights.h5")
+        keras_lora.save_adapter(full, tmp_path / "adapter")
+        copy = pickle.loads(pickle.dumps(full))
+        np.testing.assert_array_equal(predict(full), base)
+    weights = moved(bias="all", also_train=["head"])
+    weights.load_weights(tmp_path / "model.weights.h5")
+    loaded = network()
+    loaded.set_weights([to_numpy(v) for v in network().variables])
+    keras_lora.load_adapter(loaded, tmp_path / "adapter")
+    whole = keras.models.load_model(tmp_path / "model.keras")
+    for other in (whole, weights, copy, loaded):
+        np.testing.assert_allclose(predict(other), expected, atol=1e-6)
+        with keras_lora.disabled(other):
+            np.testing.assert_allclose(predict(other), base, atol=1e-6)
+    np.testing.assert_array_equal(predict(full), expected)

@@ -17,6 +17,7 @@ from keras_lora.layers.kinds import kind_of
 from keras_lora.layers.settings import Settings
 from keras_lora.layers.settings import divisor
 from keras_lora.layers.torch_layout import to_numpy
+from keras_lora.layers.trained_values import trained_value
 
 
 def suffixes(layer):
@@ -88,7 +89,7 @@ def weight_to_tensor(layer, variable, inputs_first=False):
 
     inputs_first: the module keeps (in, out), as `fan_in_fan_out` says.
     """
-    value = to_numpy(variable)
+    value = to_numpy(trained_value(variable))
     if variable.name == "bias":
         return value.reshape(-1)
     kind = kind_of(type(layer))

@@ -1,6 +1,7 @@
 """What a LoRA layer writes into configurations and Keras's weight files."""
 
 from keras_lora.keras_internals.layers import own_variables
+from keras_lora.layers.trained_values import TrainedValues
 
 
 class LayerFiles:
@@ -23,7 +24,7 @@ class LayerFiles:
         return layer
 
     def save_own_variables(self, store):
-        super().save_own_variables(store)
+        super().save_own_variables(TrainedValues(store))
         if self.lora is not None:
             # A plain layer refuses a file with one entry more than it has variables;
             # without it some read what they know and leave A and B out, silently.

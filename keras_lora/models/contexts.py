@@ -10,6 +10,7 @@ from keras_lora.keras_internals.layers import flatten_layers
 from keras_lora.keras_internals.tracing import refusing_to_train
 from keras_lora.keras_internals.tracing import take_compiled_functions
 from keras_lora.layers.adapter import FixedKernel
+from keras_lora.layers.trained_values import written_as
 from keras_lora.models.adapt import built_lora_layers
 from keras_lora.models.adapt import checked_lora_layers
 from keras_lora.models.merge import checked_merged_kernel
@@ -89,10 +90,11 @@ def disabled(model):
     """Context in which the adapters are switched off: the base model.
 
     Heads and biases that trained beside A and B have, inside, the values that they
-    had before training. It holds wherever the layers are called, in functions that
-    were traced before too: they read the scaling, which is 0 inside. A call costs
-    what it costs with adapters. `fit` and `train_on_batch` of the model are refused.
-    Contexts nest, and are the model's, not a thread's.
+    had before training; files and copies that are made inside have what was trained.
+    It holds wherever the layers are called, in functions that were traced before too:
+    they read the scaling, which is 0 inside. A call costs what it costs with adapters.
+    `fit` and `train_on_batch` of the model are refused. Contexts nest, and are the
+    model's, not a thread's.
 
     Args:
         model: Any Keras model or layer that holds LoRA layers.
@@ -109,18 +111,21 @@ def _switched_off(model):
     layers = [layer for layer in built_lora_layers(model) if layer.lora.is_on]
     values = [pair for layer in flatten_layers(model) for pair in base_values(layer)]
     stand_ins = [layer.stand_in for layer in layers]
-    values = values + [
+    kernels = [
         (stand_in.kernel, layer.frozen_kernel)
         for stand_in, layer in zip(stand_ins, layers, strict=True)
         if stand_in is not None
     ]
+    values += kernels
     # The stand-ins' kernels are no larger than what `merged` has made already.
     before = [(variable, ops.copy(variable)) for variable, _ in values]
+    trained = before[: len(values) - len(kernels)]
     try:
         for layer in layers:
             layer.lora.switch(on=False)
         assign_all(values)
-        with refusing_to_train(model, UNTRAINED.format("disabled")):
+        refusing = refusing_to_train(model, UNTRAINED.format("disabled"))
+        with refusing, written_as(trained):
             yield
     finally:
         for layer in layers:

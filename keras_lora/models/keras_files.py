@@ -22,6 +22,7 @@ from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.lora_layer import is_adapted
 from keras_lora.layers.quantized_host import refuse_quantizing
+from keras_lora.layers.trained_values import TrainedValues
 from keras_lora.models.adapt import adapt
 from keras_lora.models.adapt import lora_layers
 from keras_lora.models.adapt import new_adapter
@@ -138,7 +139,7 @@ class Adapted:
         return model
 
     def save_own_variables(self, store):
-        super().save_own_variables(store)
+        super().save_own_variables(TrainedValues(store))
         if is_saved_as_plain(self):
             return
         for name, (layer, index) in base_names(self, Adapted).items():
