@@ -1035,6 +1035,9 @@ def test_a_preset_that_is_quantized_is_adapted_and_merged(tmp_path):
         wanted = "int4" if way == "requantize" else None
         assert {row.layer.quantization_mode for row in report} == {wanted}
         before = predict(model, batch)
+        model.save(tmp_path / "model.keras")  # under the policies of its layers now
+        again = keras.saving.load_model(tmp_path / "model.keras")
+        np.testing.assert_array_equal(predict(again, batch), before)
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="reads its graph")

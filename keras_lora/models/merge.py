@@ -26,6 +26,7 @@ from keras_lora.models.quantized import MergedLayer
 from keras_lora.models.quantized import checked_way
 from keras_lora.models.quantized import merged_plain
 from keras_lora.models.quantized import relative_error
+from keras_lora.models.quantized import renew_policy_maps
 from keras_lora.models.quantized import take_over
 from keras_lora.models.record import NOTHING
 from keras_lora.models.record import base_values
@@ -108,6 +109,7 @@ def _make_plain(model, layers):
         if isinstance(layer, LoRALayer):
             make_plain(layer)
     restore_models(layers)
+    renew_policy_maps(layers)
     for note in compile_again(model):
         warnings.warn(note, stacklevel=3)
 

@@ -28,13 +28,33 @@ def mend_plain(layers) -> list:
     Without an adapter too: those of the layers before it learn by its gradient, and
     are in one file with its integers.
     """
-    layers = [layer for layer in layers if layer.quantization_mode is not None]
+    every = list(layers)
+    layers = [layer for layer in every if layer.quantization_mode is not None]
     for layer in layers:
         take_own_policy(layer)
+    renew_policy_maps(every)
     mended = [layer for layer in layers if is_wrong_in_keras(layer)]
     for layer in mended:
         change_class(layer, lora_class_of(type(layer)))  # type: ignore[arg-type]
     return mended
+
+
+def renew_policy_maps(layers):
+    """Maps of policies, as a loaded model of KerasHub has one, say what layers are now.
+
+    The model writes its map into its configuration, and is built by it when loaded.
+    """
+    policies = [layer.dtype_policy for layer in layers]
+    is_map = [isinstance(x, keras.dtype_policies.DTypePolicyMap) for x in policies]
+    maps = {id(x): x for x, found in zip(policies, is_map, strict=True) if found}
+    for policy_map in maps.values():
+        for layer, policy, found in zip(layers, policies, is_map, strict=True):
+            if found:
+                continue
+            if layer.path in policy_map:
+                del policy_map[layer.path]
+            if policy.quantization_mode is not None:
+                policy_map[layer.path] = policy
 
 
 def is_wrong_in_keras(layer):
