@@ -197,3 +197,26 @@ def test_lists_of_adapters():
         keras_lora.combine_adapters("folder")
     with pytest.raises(ValueError, match="one finite number for each of 2"):
         keras_lora.combine_adapters([NO_TENSORS] * 2, weights=0.5)
+
+
+@pytest.mark.parametrize("given", [None, 3, [], {}])
+def test_paths_that_are_none(given):
+    model = attention()
+    with pytest.raises(ValueError, match="Received"):
+        keras_lora.load_adapter(model, given)
+    keras_lora.apply_lora(model, rank=2)
+    with pytest.raises(ValueError, match="must be a string or a Path"):
+        keras_lora.save_adapter(model, given)
+
+
+@pytest.mark.parametrize(
+    "names", [3, True, [], ["attn"], {1: 2}, {"out": [1]}, lambda path: 3]
+)
+def test_names_that_name_nothing(names, tmp_path):
+    model = attention()
+    keras_lora.apply_lora(model, rank=2)
+    with pytest.raises(ValueError, match="`names`"):
+        keras_lora.save_adapter(model, tmp_path / "adapter", names=names)
+    assert not (tmp_path / "adapter").exists()
+    with pytest.raises(ValueError, match="`rank_pattern` has expressions for keys"):
+        keras_lora.apply_lora(attention(), rank_pattern={1: 2})

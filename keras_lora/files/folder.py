@@ -89,6 +89,11 @@ class Adapter(Table):
             ValueError: If a file is damaged, or the two do not belong together.
             OSError: If a file cannot be read.
         """
+        if not isinstance(directory, (str, os.PathLike)):
+            raise ValueError(
+                "An adapter is read from the path of its folder. Received: "
+                f"{directory!r}."
+            )
         directory = adapter_folder(Path(directory))
         if not has_tensors(directory) and (directory / "adapter_model.bin").exists():
             raise ValueError(

@@ -37,9 +37,14 @@ def name_function(names: Mapping | Callable | None, paths) -> Callable:
         return lambda path: None
     if callable(names):
         return names
+    if not isinstance(names, Mapping):
+        raise ValueError(
+            "`names` must be a dict from paths here to modules there, a function of "
+            f"the path, or a family's name. Received: {names!r}."
+        )
     unknown = [path for path in names if path not in paths]
     if unknown:
-        close = difflib.get_close_matches(unknown[0], paths, n=3)
+        close = difflib.get_close_matches(str(unknown[0]), paths, n=3)
         hint = f"Close are: {close}." if close else "`keras_lora.summary` shows paths."
         raise ValueError(
             f"`names` has {unknown[0]!r}, which is no layer's path. {hint}"
@@ -59,6 +64,10 @@ def module_names(paths, names, model=None, adapter=None) -> Modules:
     modules = Modules()
     for path, layer in paths.items():
         module = get(path) or path.replace("/", ".")
+        if not isinstance(module, str):
+            raise ValueError(
+                f"`names` gives {module!r} for {path!r}, which is no module's name."
+            )
         if module in modules:
             raise ValueError(f"`names` gives two layers the name {module!r}.")
         modules[module] = layer

@@ -56,6 +56,8 @@ FILES = (".keras", ".h5", ".json", ".safetensors", ".bin", ".onnx", ".zip")
 
 def refuse_file_name(path, what):
     """An error for a path that is a file's, or called so, where a folder is written."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(f"The path must be a string or a Path. Received: {path!r}.")
     if os.path.isdir(path):
         return
     if os.path.exists(path):

@@ -126,6 +126,10 @@ def pattern_values(pattern, paths, argument) -> dict:
     pattern = {} if pattern is None else pattern
     if not isinstance(pattern, dict):
         raise ValueError(f"`{argument}` must be a dict. Received: {pattern!r}.")
+    if not all(isinstance(key, str) for key in pattern):
+        raise ValueError(
+            f"`{argument}` has expressions for keys. Received: {pattern!r}."
+        )
     rules = {
         key: compiled(rf"(.*/)?({key.replace(chr(92) + '.', '/')})", argument)
         for key in pattern
