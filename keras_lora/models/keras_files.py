@@ -26,6 +26,7 @@ from keras_lora.layers.trained_values import TrainedValues
 from keras_lora.models.adapt import adapt
 from keras_lora.models.adapt import lora_layers
 from keras_lora.models.adapt import new_adapter
+from keras_lora.models.adapted_config import plain_part
 from keras_lora.models.paths import layer_paths
 from keras_lora.models.presets import is_saved_as_plain
 from keras_lora.models.presets import plain_class_of
@@ -44,18 +45,6 @@ from keras_lora.models.trainable_flags import trainable_state
 
 # All classes under one name, as `from_config` is the same for each of them.
 register = keras.saving.register_keras_serializable("keras_lora", "Adapted")
-FIELDS = {
-    "requires",  # stands in the error of a process that does not know this class
-    "layer",
-    "model",  # the name of "layer" in files of the first version
-    "adapters",
-    "places",
-    "quantized",
-    "merge_weights",
-    "trainable",
-    "trainable_before",
-    "trained_beside",
-}
 
 
 @keras.saving.register_keras_serializable("keras_lora", "AdaptedModel")  # old files
@@ -97,12 +86,8 @@ class Adapted:
     def from_config(cls, config, custom_objects=None):
         if "adapters" not in config:  # a plain one, asked for by the class's name
             return cls.plain_owner.from_config(config)
-        plain = config.get("layer") or config["model"]
-        # What a reader adds (KerasHub: a dtype) is meant for the plain constructor.
-        more = {key: value for key, value in config.items() if key not in FIELDS}
-        plain = {**plain, "config": {**plain["config"], **more}}
         model = keras.saving.deserialize_keras_object(
-            plain, custom_objects=custom_objects
+            plain_part(config), custom_objects=custom_objects
         )
         paths = layer_paths(model)
         layers = {"": model, **paths}
