@@ -25,17 +25,16 @@ def lay_out(variable, axes, like):
     distribution = keras.distribution.distribution()
     if distribution.get_tensor_layout(variable.path) is None:
         mesh = like.device_mesh
-        axes = dividing(variable, axes, mesh)
+        axes = dividing(variable, axes, mesh, distribution)
         variable._layout = keras.distribution.TensorLayout(axes, mesh)
         variable.assign(variable.value)
 
 
-def dividing(variable, axes, mesh):
+def dividing(variable, axes, mesh, distribution):
     """The axes of a mesh, with None for those of which a size is no multiple."""
     parts = dict(zip(mesh.axis_names, mesh.shape, strict=True))
     sizes = zip(axes, variable.shape, strict=True)
     found = [None if axis and size % parts[axis] else axis for axis, size in sizes]
-    distribution = keras.distribution.distribution()
     if found != list(axes) and distribution not in warned:
         warned.add(distribution)
         warnings.warn(

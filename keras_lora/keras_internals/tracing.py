@@ -124,6 +124,10 @@ def compile_again(model) -> list:
     return notes
 
 
+TRAINS = "make_train_function"  # Keras calls it first in fit and train_on_batch
+REFUSALS = "_lora_refusals"  # those that hold, the last one in its place
+
+
 @contextlib.contextmanager
 def refusing_to_train(model, why):
     """A model whose `fit` and `train_on_batch` are refused inside, with the reason."""
@@ -144,10 +148,6 @@ def refusing_to_train(model, why):
                 own[TRAINS] = own[REFUSALS][-1]
             else:
                 own.pop(TRAINS, None)
-
-
-TRAINS = "make_train_function"  # Keras calls it before each of them
-REFUSALS = "_lora_refusals"  # those that hold, the last one in its place
 
 
 # What runs a model in a loop, during which its layers cannot become others.

@@ -116,21 +116,22 @@ def _switched_off(model):
         for stand_in, layer in zip(stand_ins, layers, strict=True)
         if stand_in is not None
     ]
-    values += kernels
     # The stand-ins' kernels are no larger than what `merged` has made already.
-    before = [(variable, ops.copy(variable)) for variable, _ in values]
-    trained = before[: len(values) - len(kernels)]
+    trained, stood_in = (
+        [(variable, ops.copy(variable)) for variable, _ in pairs]
+        for pairs in (values, kernels)
+    )
     try:
         for layer in layers:
             layer.lora.switch(on=False)
-        assign_all(values)
+        assign_all(values + kernels)
         refusing = refusing_to_train(model, UNTRAINED.format("disabled"))
         with refusing, written_as(trained):
             yield
     finally:
         for layer in layers:
             layer.lora.switch(on=True)
-        assign_all(before)
+        assign_all(trained + stood_in)
 
 
 def assign_all(values):

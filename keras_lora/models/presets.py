@@ -13,6 +13,9 @@ from keras_lora.models.paths import layer_paths
 from keras_lora.models.record import record_of
 from keras_lora.models.tables import listed
 
+# Ids of layers that are being written as KerasHub's own task writes them.
+_plain: contextvars.ContextVar = contextvars.ContextVar("_plain", default=frozenset())
+
 
 def plain_class_of(cls):
     """The class under which the configuration is asked for."""
@@ -69,6 +72,3 @@ def as_plain_layers(layers):
 
 def is_saved_as_plain(layer):
     return id(layer) in _plain.get()
-
-
-_plain: contextvars.ContextVar = contextvars.ContextVar("_plain", default=frozenset())
