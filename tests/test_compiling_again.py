@@ -245,6 +245,29 @@ def test_adapters_that_do_not_train_are_not_woken_from_inside_predict(tmp_path):
         assert allowed or errors
 
 
+def test_a_head_that_a_file_would_wake_is_refused_inside_predict(tmp_path):
+    trained, model = network(), network()
+    head = trained.layers[-1].name
+    others = [layer.name for layer in model.layers if layer.name != head]
+    keras_lora.apply_lora(trained, rank=2, target=others, also_train=[head])
+    keras_lora.apply_lora(model, rank=2, target=others)
+    keras_lora.save_adapter(trained, tmp_path)
+    model.compile("sgd", "mse")
+    before, errors = [v.trainable for v in model.variables], []
+
+    def load(batch, logs=None):
+        with pytest.raises(ValueError, match=r"`predict\(\)` runs") as error:
+            keras_lora.load_adapter(model, tmp_path)
+        errors.append(error)
+
+    callback = keras.callbacks.LambdaCallback()
+    callback.on_predict_batch_end = load
+    model.predict(x(), callbacks=[callback], verbose=0)
+    assert errors and before == [v.trainable for v in model.variables]
+    keras_lora.load_adapter(model, tmp_path)  # outside it trains
+    assert sum(v.trainable for v in model.variables) > sum(before)
+
+
 def test_a_failure_while_compiling_again_leaves_all_as_it_was(monkeypatch):
     model = network()
     model.compile(keras.optimizers.Adam(), "mse", jit_compile=False)

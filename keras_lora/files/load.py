@@ -85,7 +85,8 @@ def load_into(model, paths, adapter, names=None, trainable=True) -> Report:
         checked_lora_layers(model)
         refuse_other_modules(file)
         values = checked_values(file)
-        if not trainable or not adapters_train(layers):  # which compiles again
+        read = [variable for variable, _ in values]
+        if not (trainable and adapters_train(layers, read)):  # which compiles again
             refuse_while_running(model)
     else:
         path_of = {id(layer): path for path, layer in layers.items()}

@@ -82,21 +82,28 @@ def train_adapters(layers):
     restore_trainable_state(layers, trained_state(layers))
 
 
-def adapters_train(layers):
-    """Whether `train_adapters` would change nothing."""
-    now = trainable_state(layers)
-    return all(now[path] == flags for path, flags in trained_state(layers).items())
+def adapters_train(layers, variables):
+    """Whether `train_adapters` would change nothing, were these values a file's."""
+    now, wanted = trainable_state(layers), trained_state(layers, variables)
+    return all(now[path] == flags for path, flags in wanted.items())
 
 
-def trained_state(layers):
-    """The flags of layers whose adapters train, and what trained beside them."""
-    state = trainable_state(layers)
+def trained_state(layers, variables=()):
+    """The flags of layers whose adapters train, and what trained beside them.
+
+    variables: what is to train beside them too.
+    """
+    state, more = trainable_state(layers), set(map(id, variables))
     for path, layer in layers.items():
         if isinstance(layer, LowRankAdapter):
             del state[path]  # it goes with its layer
             continue
         base = record_of(layer).base
-        kept = {id(v) for index, v in enumerate(state_of(layer)) if index in base}
+        kept = {
+            id(v)
+            for index, v in enumerate(state_of(layer))
+            if index in base or id(v) in more
+        }
         flags = [v.trainable or id(v) in kept for v in own_variables(layer)]
         if is_adapted(layer) or kept:
             state[path] = [True, flags]
