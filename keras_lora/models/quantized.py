@@ -49,12 +49,13 @@ def renew_policy_maps(layers):
     maps = {id(x): x for x, found in zip(policies, is_map, strict=True) if found}
     for policy_map in maps.values():
         for layer, policy, found in zip(layers, policies, is_map, strict=True):
-            if found:
+            path, mode = layer.path, policy.quantization_mode
+            if found or path is None or policy_map[path].quantization_mode == mode:
                 continue
-            if layer.path in policy_map:
-                del policy_map[layer.path]
-            if policy.quantization_mode is not None:
-                policy_map[layer.path] = policy
+            if path in policy_map:
+                del policy_map[path]
+            if policy_map[path].quantization_mode != mode:  # by an expression, or none
+                policy_map[path] = policy
 
 
 def is_wrong_in_keras(layer):
