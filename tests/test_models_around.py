@@ -58,6 +58,26 @@ def eager(model):
     return to_numpy(model(x()))
 
 
+@pytest.mark.parametrize("context", [keras_lora.merged, keras_lora.disabled])
+def test_what_holds_the_layers_does_not_train_inside_of_a_context(context):
+    found = models()
+    keras_lora.apply_lora(found[INNER], rank=2)
+    y = {name: warm(model) for name, model in found.items()}
+    before = [to_numpy(variable) for variable in found[OUTER].variables]
+    beside = keras.Sequential([keras.Input((6,)), keras.layers.Dense(1)])
+    with context(found[INNER]):
+        for name, model in found.items():
+            for train in (model.fit, model.train_on_batch):
+                with pytest.raises(ValueError, match=f"{context.__name__}.*Leave"):
+                    train(x(), y[name])
+        warm(beside)
+    for old, variable in zip(before, found[OUTER].variables, strict=True):
+        np.testing.assert_array_equal(to_numpy(variable), old)
+    assert "make_train_function" not in vars(keras.Model)
+    for name, model in found.items():
+        model.fit(x(), y[name], verbose=0)
+
+
 def assert_close(found, expected):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import pickle
+import warnings
 
 import keras
 import numpy as np
@@ -220,4 +221,33 @@ def test_what_is_written_without_the_adapters_is_what_was_trained(
         np.testing.assert_allclose(predict(other), expected, atol=1e-6)
         with keras_lora.disabled(other):
             np.testing.assert_allclose(predict(other), base, atol=1e-6)
+    np.testing.assert_array_equal(predict(full), expected)
+
+
+def test_contexts_that_do_not_nest_give_back_what_was_trained(full):
+    expected = predict(full)
+    with keras_lora.disabled(full):
+        base = predict(full)
+    for order in (1, -1):
+        contexts = [keras_lora.disabled(full), keras_lora.disabled(full)]
+        for context in contexts:
+            context.__enter__()
+        last, early = contexts[::order]
+        early.__exit__(None, None, None)
+        np.testing.assert_array_equal(predict(full), base)
+        last.__exit__(None, None, None)
+        np.testing.assert_array_equal(predict(full), expected)
+
+
+def test_a_loop_of_ones_own_that_trains_inside_of_disabled_is_told(full):
+    expected = predict(full)
+    head = full.get_layer("head")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with keras_lora.disabled(full):
+            predict(full)
+    lost = pytest.warns(UserWarning, match=f"{head.bias.path}.*is lost")
+    with lost as found, keras_lora.disabled(full), keras_lora.disabled(full):
+        head.bias.assign(head.bias + 1)
+    assert sum("is lost" in str(warning.message) for warning in found) == 1
     np.testing.assert_array_equal(predict(full), expected)

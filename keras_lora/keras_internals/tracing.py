@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import inspect
+import threading
 import types
 import weakref
 
@@ -124,30 +125,37 @@ def compile_again(model) -> list:
     return notes
 
 
-TRAINS = "make_train_function"  # Keras calls it first in fit and train_on_batch
-REFUSALS = "_lora_refusals"  # those that hold, the last one in its place
+REFUSALS = []  # (the layers that do not train now, by id, and why)
+CHANGING_REFUSALS = threading.Lock()
 
 
 @contextlib.contextmanager
-def refusing_to_train(model, why):
-    """A model whose `fit` and `train_on_batch` are refused inside, with the reason."""
+def refusing_to_train(layers, why):
+    """`fit` and `train_on_batch` of every model that holds one of these are refused.
 
-    def refuse(force=False):
-        raise ValueError(why)
-
-    models = [vars(x) for x in flatten_layers(model) if isinstance(x, keras.Model)]
-    for own in models:
-        own.setdefault(REFUSALS, []).append(refuse)
-        own[TRAINS] = refuse
+    A layer does not know its owners. So the models ask, in what Keras calls first in
+    both.
+    """
+    refusal = (set(map(id, layers)), why)
+    with CHANGING_REFUSALS:
+        REFUSALS.append(refusal)
+        keras.Model.make_train_function = checked_train_function
     try:
         yield
     finally:
-        for own in models:  # contexts of several threads need not nest
-            own[REFUSALS].remove(refuse)
-            if own[REFUSALS]:
-                own[TRAINS] = own[REFUSALS][-1]
-            else:
-                own.pop(TRAINS, None)
+        with CHANGING_REFUSALS:  # contexts of several threads need not nest
+            REFUSALS.remove(refusal)
+            if not REFUSALS:
+                del keras.Model.make_train_function
+
+
+def checked_train_function(model, force=False):
+    """Stands in `keras.Model` while there are refusals."""
+    own = set(map(id, flatten_layers(model)))
+    for layers, why in tuple(reversed(REFUSALS)):
+        if not own.isdisjoint(layers):
+            raise ValueError(why)
+    return super(keras.Model, model).make_train_function(force)
 
 
 # What runs a model in a loop, during which its layers cannot become others.

@@ -18,7 +18,7 @@ class Scaled:
     settings: Settings
     variable_dtype: str
     _scaling: HiddenVariable
-    is_on = True
+    switched_off = 0  # by so many, each of which switches it on again
 
     @property
     def rank(self) -> int:
@@ -46,9 +46,13 @@ class Scaled:
         self.settings = Settings(self.rank, alpha, use_rslora)
         self._write_scaling()
 
+    @property
+    def is_on(self) -> bool:
+        return not self.switched_off
+
     def switch(self, on):
         """Off: the scaling is 0 wherever it is read, and W alone is left."""
-        self.is_on = on
+        self.switched_off += -1 if on else 1
         self._write_scaling()
 
     def _write_scaling(self):

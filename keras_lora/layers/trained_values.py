@@ -1,30 +1,68 @@
-"""What files hold of variables that have another value while `disabled` holds.
+"""Variables that have another value for a while, as heads do inside `disabled`.
 
 Heads and biases that trained beside A and B have their base values inside, and a file
-that is written there has what was trained, as outside.
+that is written there has what was trained, as outside. Several contexts may hold the
+same variable, and end in any order: the first gives it its other value, and the last
+gives back what it had.
 """
 
 import contextlib
+import dataclasses
+from typing import Any
 
-TRAINED = "_lora_trained"
+from keras import ops
+
+HELD = "_lora_held"
+
+
+@dataclasses.dataclass
+class Held:
+    """What a variable had before, and how many contexts hold it now."""
+
+    trained: Any
+    contexts: int = 1
 
 
 @contextlib.contextmanager
-def written_as(pairs):
-    """pairs: [(variable, the value that files have inside)]."""
-    own = [pair for pair in pairs if TRAINED not in vars(pair[0])]  # the outermost's
-    for variable, value in own:
-        vars(variable)[TRAINED] = value
+def other_values(pairs, lock):
+    """pairs: [(variable, its value inside)]. lock: taken at the beginning and end."""
+    held = []
     try:
+        with lock:
+            for variable, value in pairs:
+                hold(variable, value)
+                held.append(variable)
         yield
     finally:
-        for variable, _ in own:
-            vars(variable).pop(TRAINED, None)
+        with lock:
+            for variable in held:
+                let_go(variable)
+
+
+def hold(variable, value):
+    if HELD in vars(variable):
+        vars(variable)[HELD].contexts += 1
+    else:
+        vars(variable)[HELD] = Held(ops.copy(variable))
+        variable.assign(value)
+
+
+def let_go(variable):
+    held = vars(variable)[HELD]
+    held.contexts -= 1
+    if not held.contexts:
+        del vars(variable)[HELD]
+        variable.assign(held.trained)
+
+
+def is_held_once(variable) -> bool:
+    return vars(variable)[HELD].contexts == 1
 
 
 def trained_value(variable):
     """A variable's value for a file; what is no variable is its own."""
-    return getattr(variable, TRAINED, variable)
+    held = getattr(variable, HELD, None)
+    return variable if held is None else held.trained
 
 
 class TrainedValues:

@@ -1,7 +1,10 @@
 """The model with its adapters merged, or without them, for a while."""
 
 import contextlib
+import threading
+import warnings
 
+import numpy as np
 from keras import ops
 
 from keras_lora.keras_internals.hidden_state import hold_resource
@@ -10,7 +13,8 @@ from keras_lora.keras_internals.layers import flatten_layers
 from keras_lora.keras_internals.tracing import refusing_to_train
 from keras_lora.keras_internals.tracing import take_compiled_functions
 from keras_lora.layers.adapter import FixedKernel
-from keras_lora.layers.trained_values import written_as
+from keras_lora.layers.trained_values import is_held_once
+from keras_lora.layers.trained_values import other_values
 from keras_lora.models.adapt import built_lora_layers
 from keras_lora.models.adapt import checked_lora_layers
 from keras_lora.models.merge import checked_merged_kernel
@@ -19,19 +23,21 @@ from keras_lora.models.merge import refuse_factors_not_finite
 from keras_lora.models.record import base_values
 
 UNTRAINED = (
-    "Adapters do not train inside `{}(model)`, where they stand still. Leave the "
-    "context first."
+    "Adapters do not train inside `{}(model)`, where they stand still, and what trains "
+    "beside them has other values. Leave the context first."
 )
+
+CHANGING = threading.Lock()  # contexts of several threads need not nest
 
 
 def merged(model):
     """Context in which every adapter is merged: calls cost what plain layers cost.
 
     W is not touched: W + delta stands beside it, and is dropped at the end. Meant
-    for inference: `fit` and `train_on_batch` are refused inside. A model that is
-    saved inside is saved with its W, A and B. Inside, `disabled` gives the base
-    model, and the merged one back. Both are the model's, not a thread's: every
-    thread that calls it meanwhile sees the same.
+    for inference: `fit` and `train_on_batch` are refused inside, of models around this
+    one too. A model that is saved inside is saved with its W, A and B. Inside,
+    `disabled` gives the base model, and the merged one back. Both are the model's, not
+    a thread's: every thread that calls it meanwhile sees the same.
 
     Examples:
         >>> with keras_lora.merged(model):
@@ -68,7 +74,7 @@ def _standing_in(model):
     before = [layer.stand_in for layer in layers]
     try:
         set_stand_ins(layers, stand_ins)
-        with refusing_to_train(model, UNTRAINED.format("merged")):
+        with refusing_to_train(layers, UNTRAINED.format("merged")):
             yield model
     finally:
         set_stand_ins(layers, before)
@@ -93,8 +99,9 @@ def disabled(model):
     had before training; files and copies that are made inside have what was trained.
     It holds wherever the layers are called, in functions that were traced before too:
     they read the scaling, which is 0 inside. A call costs what it costs with adapters.
-    `fit` and `train_on_batch` of the model are refused. Contexts nest, and are the
-    model's, not a thread's.
+    `fit` and `train_on_batch` of the model, and of models around it, are refused; what
+    a training loop of your own changes of heads and biases is lost at the end, with a
+    warning. Contexts nest, and are the model's, not a thread's.
 
     Args:
         model: Any Keras model or layer that holds LoRA layers.
@@ -108,32 +115,49 @@ def disabled(model):
 
 @contextlib.contextmanager
 def _switched_off(model):
-    layers = [layer for layer in built_lora_layers(model) if layer.lora.is_on]
-    values = [pair for layer in flatten_layers(model) for pair in base_values(layer)]
-    stand_ins = [layer.stand_in for layer in layers]
-    kernels = [
-        (stand_in.kernel, layer.frozen_kernel)
-        for stand_in, layer in zip(stand_ins, layers, strict=True)
-        if stand_in is not None
-    ]
+    layers = built_lora_layers(model)
+    beside = [layer for layer in flatten_layers(model) if base_values(layer)]
+    values = [pair for layer in beside for pair in base_values(layer)]
     # The stand-ins' kernels are no larger than what `merged` has made already.
-    trained, stood_in = (
-        [(variable, ops.copy(variable)) for variable, _ in pairs]
-        for pairs in (values, kernels)
-    )
+    kernels = [
+        (layer.stand_in.kernel, layer.frozen_kernel)
+        for layer in layers
+        if layer.stand_in is not None
+    ]
+    refusing = refusing_to_train(layers + beside, UNTRAINED.format("disabled"))
+    adapters = [layer.lora for layer in layers]
+    with refusing, switched_off(adapters), other_values(values + kernels, CHANGING):
+        yield
+        warn_of_lost_training(values)
+
+
+@contextlib.contextmanager
+def switched_off(adapters):
+    with CHANGING:
+        for adapter in adapters:
+            adapter.switch(on=False)
     try:
-        for layer in layers:
-            layer.lora.switch(on=False)
-        assign_all(values + kernels)
-        refusing = refusing_to_train(model, UNTRAINED.format("disabled"))
-        with refusing, written_as(trained):
-            yield
+        yield
     finally:
-        for layer in layers:
-            layer.lora.switch(on=True)
-        assign_all(trained + stood_in)
+        with CHANGING:
+            for adapter in adapters:
+                adapter.switch(on=True)
 
 
-def assign_all(values):
-    for variable, value in values:
-        variable.assign(value)
+def warn_of_lost_training(values):
+    """values: [(variable, the value that it was given at entry)]."""
+    changed = [
+        variable.path
+        for variable, value in values
+        if is_held_once(variable)
+        and not np.array_equal(
+            ops.convert_to_numpy(variable),
+            ops.convert_to_numpy(ops.cast(value, variable.dtype)),
+        )
+    ]
+    if changed:
+        warnings.warn(
+            f"{', '.join(changed)} changed inside `disabled(model)`. What was trained "
+            "before comes back now, and the change is lost. Train outside of it.",
+            stacklevel=4,
+        )
