@@ -1,11 +1,10 @@
 """Whether the settings of a folder can be read, and mean what is known here."""
 
-import warnings
-
 from keras_lora.files.config import CONFIG
 from keras_lora.files.config import KEPT
 from keras_lora.files.patterns import Budget
 from keras_lora.files.patterns import parse
+from keras_lora.keras_internals.calls import warn_caller
 from keras_lora.layers.methods import methods_in_files
 from keras_lora.layers.settings import checked_alpha
 from keras_lora.layers.settings import checked_dropout
@@ -128,7 +127,7 @@ def warn_of_unknown(file):
     known = KNOWN | methods_in_files().keys()
     unknown = sorted(key for key in file.keys() - known if file[key])
     if unknown:
-        warnings.warn(f"{CONFIG}: ignored {', '.join(unknown)}.", stacklevel=5)
+        warn_caller(f"{CONFIG}: ignored {', '.join(unknown)}.")
 
 
 def is_list_of(values, kind):

@@ -1,7 +1,6 @@
 """Sums of adapters, exact or cut to a rank."""
 
 import math
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from keras_lora.files.heads import in_full
 from keras_lora.files.slices import fuse
 from keras_lora.files.spectrum import cut
 from keras_lora.files.spectrum import effective_rank
+from keras_lora.keras_internals.calls import warn_caller
 from keras_lora.layers.settings import alpha_at
 from keras_lora.layers.settings import checked_rank
 from keras_lora.layers.settings import divisor
@@ -80,10 +80,9 @@ def combine_adapters(
     refuse_methods(files)
     modules = [module for file in files for module in file.factors]
     if len(files) > 1 and len(set(modules)) == len(modules):
-        warnings.warn(
+        warn_caller(
             "The adapters have no module in common: the result fits a model that has "
-            f"those of all, {listed(sorted(modules), most=4)}.",
-            stacklevel=2,
+            f"those of all, {listed(sorted(modules), most=4)}."
         )
     for file in files:
         for module in file.factors:

@@ -1,12 +1,12 @@
 """Which modules the settings of a file mean, as PEFT reads them."""
 
 import re
-import warnings
 
 from keras_lora.files.patterns import Budget
 from keras_lora.files.patterns import Name
 from keras_lora.files.patterns import parse
 from keras_lora.files.slices import without_slice
+from keras_lora.keras_internals.calls import warn_caller
 
 EXACT = re.compile(r"\^((?:\\\W|[^\\^$.|?*+(){}\[\]])+)")
 
@@ -80,8 +80,7 @@ def check_targets(targets, found):
 
 def warn_of_unmatched(key, unmatched):
     if unmatched:
-        warnings.warn(
+        warn_caller(
             f"{key} has {', '.join(map(repr, unmatched[:5]))}, which means no module "
-            "that there are tensors for.",
-            stacklevel=6,
+            "that there are tensors for."
         )

@@ -1,5 +1,8 @@
 """What runs now: inside of which call, loop, trace or saving."""
 
+import sys
+import warnings
+
 import keras
 from keras.src.backend.common import global_state
 from keras.src.backend.common.stateless_scope import in_stateless_scope
@@ -58,3 +61,19 @@ def legacy_format():
 
 # What unpickles any layer: pickle finds it by the name of a class that is importable.
 UNPICKLE = keras.layers.Layer._unpickle_model
+
+
+# Packages whose lines no warning is about.
+NOT_THE_USERS = {"keras_lora", "keras", "keras_hub", "contextlib"}
+
+
+def warn_caller(message):
+    """A warning at the line of the user's that the call came from."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and package_of(frame) in NOT_THE_USERS:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
+def package_of(frame):
+    return frame.f_globals.get("__name__", "").partition(".")[0]

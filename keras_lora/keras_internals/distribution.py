@@ -1,9 +1,10 @@
 """Where variables lie under `keras.distribution`: Keras has it on JAX."""
 
-import warnings
 import weakref
 
 import keras
+
+from keras_lora.keras_internals.calls import warn_caller
 
 warned = weakref.WeakSet()  # the distributions of which a warning was given
 
@@ -37,10 +38,9 @@ def dividing(variable, axes, mesh, distribution):
     found = [None if axis and size % parts[axis] else axis for axis, size in sizes]
     if found != list(axes) and distribution not in warned:
         warned.add(distribution)
-        warnings.warn(
+        warn_caller(
             f"{variable.path!r} of shape {tuple(variable.shape)} does not divide over "
             f"the mesh axes {tuple(axes)} of its kernel's layout: it lies whole on "
-            "every device there, as do others like it.",
-            stacklevel=2,
+            "every device there, as do others like it."
         )
     return found

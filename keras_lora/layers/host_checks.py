@@ -1,10 +1,9 @@
 """Whether an adapter can do justice to a Keras layer, and who reads its kernel."""
 
-import warnings
-
 import keras
 
 from keras_lora.keras_internals.calls import in_a_call
+from keras_lora.keras_internals.calls import warn_caller
 from keras_lora.layers.quantized_host import own_kernel
 from keras_lora.layers.quantized_host import refuse_mode
 from keras_lora.layers.quantized_host import refuse_uncalibrated
@@ -50,11 +49,10 @@ def watched(kernel):
 
     def read(layer):
         if layer.lora is not None and in_a_call():
-            warnings.warn(
+            warn_caller(
                 f"A layer reads the kernel of {layer.name!r}, which has an adapter, in "
                 "its own call: there the adapter has no effect until it is merged. "
-                "Leave that layer out with exclude=, or merge first.",
-                stacklevel=2,
+                "Leave that layer out with exclude=, or merge first."
             )
         return kernel.fget(layer)
 

@@ -1,10 +1,10 @@
 """How an einsum layer's quantized kernel is read."""
 
 import math
-import warnings
 
 from keras import ops
 
+from keras_lora.keras_internals.calls import warn_caller
 from keras_lora.layers.equation import split_equation
 from keras_lora.layers.quantized_host import CALIBRATED
 from keras_lora.layers.quantized_host import dequantize
@@ -30,12 +30,11 @@ class QuantizedEinsum:
             inputs = math.prod(self.kernel_shape[axis] for axis in axes)
             first = first and self.g_idx.shape[0] == inputs
         if not first and not self.scales_outputs(*quantization(self, "kernel")):
-            warnings.warn(
+            warn_caller(
                 f"The {mode} kernel of {self.name!r} has a large error: Keras "
                 f"quantizes it along axes over which {self.equation!r} does not sum. "
                 "Its error is several times that of a Dense kernel. Use int8 for this "
-                "layer, or leave it in float (`filters` of `Model.quantize`).",
-                stacklevel=2,
+                "layer, or leave it in float (`filters` of `Model.quantize`)."
             )
 
     def scales_outputs(self, scale, zero, groups):

@@ -2,8 +2,8 @@
 
 import collections
 import re
-import warnings
 
+from keras_lora.keras_internals.calls import warn_caller
 from keras_lora.keras_internals.layers import flatten_layers
 from keras_lora.keras_internals.layers import own_variables
 from keras_lora.layers.kinds import LORA_CLASSES
@@ -76,7 +76,7 @@ def choose(model, paths, target, exclude, trained):
         else:
             chosen[path] = layer
             if no_effect:
-                warnings.warn(f"{path!r}: {no_effect}", stacklevel=4)
+                warn_caller(f"{path!r}: {no_effect}")
     if not chosen:
         raise ValueError(nothing(target, skipped))
     return chosen, skipped

@@ -2,11 +2,11 @@
 
 import contextlib
 import threading
-import warnings
 
 import numpy as np
 from keras import ops
 
+from keras_lora.keras_internals.calls import warn_caller
 from keras_lora.keras_internals.hidden_state import hold_resource
 from keras_lora.keras_internals.hidden_state import release_resource
 from keras_lora.keras_internals.layers import flatten_layers
@@ -156,8 +156,7 @@ def warn_of_lost_training(values):
         )
     ]
     if changed:
-        warnings.warn(
+        warn_caller(
             f"{', '.join(changed)} changed inside `disabled(model)`. What was trained "
-            "before comes back now, and the change is lost. Train outside of it.",
-            stacklevel=4,
+            "before comes back now, and the change is lost. Train outside of it."
         )

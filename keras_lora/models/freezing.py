@@ -1,7 +1,6 @@
 """Which variables train beside the adapters."""
 
-import warnings
-
+from keras_lora.keras_internals.calls import warn_caller
 from keras_lora.keras_internals.layers import flatten_layers
 from keras_lora.keras_internals.layers import layer_state
 from keras_lora.keras_internals.layers import own_variables
@@ -42,7 +41,7 @@ def mark_only_lora_as_trainable(model, bias="none"):
         freeze_all_but_lora(model, bias)
         notes = change.keep()
     for note in notes:
-        warnings.warn(note, stacklevel=2)
+        warn_caller(note)
 
 
 def freeze_all_but_lora(model, bias="none", also_train=()):

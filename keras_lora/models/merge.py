@@ -1,11 +1,11 @@
 """From LoRA layers back to plain Keras layers, in place, on the same objects."""
 
 import contextlib
-import warnings
 
 import keras
 from keras import ops
 
+from keras_lora.keras_internals.calls import warn_caller
 from keras_lora.keras_internals.hidden_state import hold_resource
 from keras_lora.keras_internals.hidden_state import release_resource
 from keras_lora.keras_internals.layers import attach
@@ -111,7 +111,7 @@ def _make_plain(model, layers):
     restore_models(layers)
     renew_policy_maps(layers)
     for note in compile_again(model):
-        warnings.warn(note, stacklevel=3)
+        warn_caller(note)
 
 
 @contextlib.contextmanager

@@ -3,8 +3,8 @@
 import contextlib
 import contextvars
 import os
-import warnings
 
+from keras_lora.keras_internals.calls import warn_caller
 from keras_lora.keras_internals.layers import flatten_layers
 from keras_lora.keras_internals.layers import seen_as
 from keras_lora.layers.lora_layer import LoRALayer
@@ -35,18 +35,16 @@ def save_to_preset(self, preset_dir, *args, **kwargs):
         plain_class_of(type(self)).save_to_preset(view, preset_dir, *args, **kwargs)
     if view is self and not os.path.exists(os.path.join(preset_dir, "task.json")):
         name = plain_class_of(type(self)).__name__
-        warnings.warn(
+        warn_caller(
             "`from_preset` of a task of its family loads this preset, as that of "
-            f"{name} does not know its class. To load it alone, save a .keras file.",
-            stacklevel=2,
+            f"{name} does not know its class. To load it alone, save a .keras file."
         )
     trained = [path for path, layer in outside.items() if record_of(layer).base]
     if trained:
-        warnings.warn(
+        warn_caller(
             f"The preset has {listed(trained)} as trained, and not as before training: "
             "`remove_lora` on what `from_preset` gives leaves that as it is. A .keras "
-            "file keeps both.",
-            stacklevel=2,
+            "file keeps both."
         )
 
 

@@ -3,9 +3,10 @@
 import difflib
 import inspect
 import re
-import warnings
 
 import keras
+
+from keras_lora.keras_internals.calls import warn_caller
 
 # Layers between the last kernel and the model's outputs that hold no kernel.
 PASS_THROUGH = (
@@ -75,7 +76,7 @@ def named(entry, paths):
             f"{entry!r} is the path of {sorted(hits)}, which is meant, and the name of "
             f"the layer at {sorted(called - hits)}, which is not."
         )
-        warnings.warn(f"{words} `keras_lora.summary` shows paths.", stacklevel=6)
+        warn_caller(f"{words} `keras_lora.summary` shows paths.")
         return hits
     return hits | called
 
