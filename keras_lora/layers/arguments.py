@@ -86,18 +86,31 @@ def refuse_foreign_keywords(name, kwargs, words=FOREIGN_KEYWORDS):
 
 def refusing_foreign_keywords(function: Callable[P, R]) -> Callable[P, R]:
     """The function, which names the right keyword; editors see its own alone."""
-    own = inspect.signature(function).parameters
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        refuse_foreign_keywords(function.__name__, kwargs, MODEL_KEYWORDS)
-        for keyword in kwargs.keys() - own.keys():
-            close = difflib.get_close_matches(keyword, own, n=3)
-            hint = f"Did you mean {' or '.join(close)}?" if close else ""
-            raise TypeError(f"{function.__name__} has no `{keyword}`. {hint}".strip())
+        check_keywords(function, kwargs)
         return function(*args, **kwargs)
 
     return call
+
+
+def check_keywords(function, kwargs):
+    """An error that names the right keyword in the place of one that is none."""
+    refuse_foreign_keywords(function.__name__, kwargs, MODEL_KEYWORDS)
+    own = inspect.signature(function).parameters
+    for keyword in kwargs.keys() - own.keys():
+        close = difflib.get_close_matches(keyword, own, n=3)
+        hint = f"Did you mean {' or '.join(close)}?" if close else ""
+        raise TypeError(f"{function.__name__} has no `{keyword}`. {hint}".strip())
+
+
+def with_defaults(function, *args, **kwargs) -> dict:
+    """All arguments of a call by name, those too that it leaves out."""
+    check_keywords(function, kwargs)
+    bound = inspect.signature(function).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments
 
 
 def default_name(cls):

@@ -1,10 +1,11 @@
 """LoRA for a model that exists: its layers become LoRA layers, in place."""
 
-import warnings
+import contextlib
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 
+from keras_lora.keras_internals.calls import warn_caller
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.arguments import refusing_foreign_keywords
 from keras_lora.layers.kinds import lora_class_of
@@ -86,13 +87,37 @@ def apply_lora(
         [LoRA: Hu et al., 2021](https://arxiv.org/abs/2106.09685);
         [DoRA: Liu et al., 2024](https://arxiv.org/abs/2402.09353)
     """
+    arguments = dict(locals())
+    del arguments["dry_run"]
+    with applied(**arguments) as (report, change):
+        if not dry_run:
+            report.notes += change.keep()
+    return report
+
+
+@contextlib.contextmanager
+def applied(
+    model,
+    rank,
+    alpha,
+    dropout,
+    target,
+    exclude,
+    rank_pattern,
+    alpha_pattern,
+    use_rslora,
+    use_dora,
+    bias,
+    also_train,
+):
+    """The model as apply_lora makes it, with its report, until the change is kept."""
     checked_bias(bias)
     LowRankAdapter(rank, alpha, dropout, use_rslora)  # errors without a path
     paths = layer_paths(model)
     refuse_unbuilt(model)
     refuse_adapters(paths)
     # One layer is adapted under its own name.
-    if lora_class_of(type(model)) is not None:  # type: ignore[arg-type]
+    if lora_class_of(type(model)) is not None:
         paths = {model.name: model, **paths}
     trained = matching(also_train, paths, "also_train") if also_train else []
     chosen, skipped = choose(model, paths, target, exclude, trained)
@@ -112,10 +137,7 @@ def apply_lora(
     with adapted(model, paths, adapters) as change:
         warn_of_high_ranks(chosen)
         freeze_all_but_lora(model, bias, heads)
-        report = Report(model, paths, skipped)
-        if not dry_run:
-            report.notes += change.keep()
-    return report
+        yield Report(model, paths, skipped), change
 
 
 def warn_of_high_ranks(layers):
@@ -123,9 +145,8 @@ def warn_of_high_ranks(layers):
     limits = {p: x.form.highest_rank(x.kernel_shape) for p, x in layers.items()}
     high = [f"{p!r} ({n})" for p, n in limits.items() if layers[p].lora.rank > n]
     if high:
-        warnings.warn(
+        warn_caller(
             "The rank is above that of any kernel of this size, so that parameters are "
             f"spent for nothing, in {listed(high)}. Give a lower `rank`, or these "
-            "layers one of their own with `rank_pattern`.",
-            stacklevel=4,
+            "layers one of their own with `rank_pattern`."
         )

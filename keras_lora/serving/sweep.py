@@ -12,13 +12,12 @@ from keras_lora.files.folder import Adapter
 from keras_lora.files.plot import draw_sweep
 from keras_lora.files.save import adapter_of
 from keras_lora.keras_internals.optimizers import unbuilt_copy
+from keras_lora.layers.arguments import with_defaults
 from keras_lora.models.adapt import refuse_adapters
+from keras_lora.models.apply import applied
 from keras_lora.models.apply import apply_lora
-from keras_lora.models.change import adapted
-from keras_lora.models.freezing import freeze_all_but_lora
 from keras_lora.models.paths import layer_paths
 from keras_lora.models.tables import Table
-from keras_lora.models.targets import matching
 from keras_lora.serving.bank import AdapterBank
 from keras_lora.serving.sweep_data import Batches
 from keras_lora.serving.sweep_data import Validator
@@ -190,19 +189,7 @@ def named_settings(settings) -> dict:
 
 def fresh_adapter(model, settings) -> Adapter:
     """What apply_lora would give a model, which stays as it is."""
-    report = apply_lora(model, dry_run=True, **settings)
-    own = {
-        word: settings[word]
-        for word in ("dropout", "use_rslora", "use_dora")
-        if word in settings
-    }
-    adapters = {
-        row.path: {"rank": row.rank, "alpha": row.alpha, **own} for row in report
-    }
-    paths = layer_paths(model)
-    also_train = settings.get("also_train")
-    heads = matching(also_train, paths, "also_train") if also_train else []
-    with adapted(model, paths, adapters):
-        bias = settings.get("bias", "none")
-        freeze_all_but_lora(model, bias, [paths[path] for path in heads])
+    arguments = with_defaults(apply_lora, model, **settings)
+    del arguments["dry_run"]
+    with applied(**arguments):
         return adapter_of(model)
