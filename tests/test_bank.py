@@ -346,6 +346,12 @@ def test_ids_that_name_nothing_are_nan(small):
         bank(x())
     with pytest.raises(ValueError, match="5 rows, 2 adapters"):
         in_bank(bank, x(), ["a", "c"])
+    for names in (["a", None], ["a", "c"], np.array(["a", "c"])):
+        data = {"inputs": x()[:2], "adapter": names}
+        calls = bank, bank.predict, bank.evaluate, bank.predict_on_batch, bank.fit
+        for call in calls:
+            with pytest.raises(ValueError, match="ids, and not names: .bank.ids"):
+                call(data)
 
 
 def test_a_wild_adapter_spoils_its_own_rows_alone(small):

@@ -3,6 +3,8 @@
 import numbers
 from collections.abc import Mapping
 
+import numpy as np
+
 
 def checked_adapters(adapters, target) -> dict:
     adapters = {} if adapters is None or adapters == () else adapters
@@ -36,6 +38,19 @@ def checked_capacity(capacity, adapters):
             f"there are adapters. Received: capacity={capacity!r}."
         )
     return int(capacity)
+
+
+def refuse_names(x):
+    """An error for names in the place of ids, of which Keras makes strange ones."""
+    given = x.get("adapter") if isinstance(x, Mapping) else None
+    if isinstance(given, np.ndarray) and given.dtype.kind not in "OUS":
+        return
+    values = given if isinstance(given, (list, tuple, np.ndarray)) else ()
+    if any(value is None or isinstance(value, (str, bytes)) for value in values):
+        raise ValueError(
+            '"adapter" must hold ids, and not names: `bank.ids(names)` gives them. '
+            f"Received: {given!r}"[:300]
+        )
 
 
 def named(name, function, *arguments):

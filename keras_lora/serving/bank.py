@@ -20,6 +20,7 @@ from keras_lora.models.paths import layer_paths
 from keras_lora.serving.arguments import checked_adapters
 from keras_lora.serving.arguments import checked_capacity
 from keras_lora.serving.arguments import named
+from keras_lora.serving.arguments import refuse_names
 from keras_lora.serving.artefacts import Artefacts
 from keras_lora.serving.directory import Directory
 from keras_lora.serving.export import specs_of
@@ -138,6 +139,10 @@ class AdapterBank(Artefacts, OutsideCalls, Training, keras.Model):
         known = self.directory.known(names)
         return np.array([self.directory.id_of[name] for name in known], "int32")
 
+    def __call__(self, inputs, *args, **kwargs):
+        refuse_names(inputs)
+        return super().__call__(inputs, *args, **kwargs)
+
     def call(self, inputs, training=False):
         if not self.hosts.layers:
             raise ValueError(f"{self.name!r} was released.")
@@ -171,7 +176,16 @@ class AdapterBank(Artefacts, OutsideCalls, Training, keras.Model):
             if self.hosts.input_specs is None:
                 self.hosts.input_specs = specs_of(inputs)
 
+    def evaluate(self, x=None, *args, **kwargs):
+        refuse_names(x)
+        return super().evaluate(x, *args, **kwargs)
+
+    def predict_on_batch(self, x):
+        refuse_names(x)
+        return super().predict_on_batch(x)
+
     def predict(self, x, *args, **kwargs):
+        refuse_names(x)
         if isinstance(x, Mapping) and "inputs" in x:
             # Before: on JAX the model has no values during Keras's predict.
             self._look_at(x["inputs"])

@@ -11,6 +11,7 @@ from keras_lora.keras_internals.layers import attach
 from keras_lora.keras_internals.layers import detach
 from keras_lora.models.trainable_flags import restore_trainable_state
 from keras_lora.models.trainable_flags import trainable_state
+from keras_lora.serving.arguments import refuse_names
 from keras_lora.serving.directory import Directory
 from keras_lora.serving.loss_of_each import LossOfEach
 from keras_lora.serving.optimizer_of_each import OptimizerOfEach
@@ -131,6 +132,7 @@ class Training:
     def _named_in(self, x):
         if not isinstance(x, Mapping) or "adapter" not in x:
             return self.names
+        refuse_names(x)
         found = set(np.unique(keras.ops.convert_to_numpy(x["adapter"])).tolist())
         names = [name for name in self.names if self.directory.id_of[name] in found]
         unknown = found - {self.directory.id_of[name] for name in [None, *names]}
