@@ -936,6 +936,60 @@ def test_attention_comes_back_quantized(mode, first, tmp_path):
         model = again
 
 
+@over_samples
+@pytest.mark.parametrize("mode", ["gptq", "awq"])
+def test_calibrated_attention_comes_back(mode, tmp_path):
+    inputs = np.random.default_rng(0).standard_normal((8, 4, 6)).astype("float32")
+    x = keras.Input((4, 6))
+    attention = keras.layers.MultiHeadAttention(2, 4, name="attention")
+    model = keras.Model(x, keras.layers.Dense(2, name="head")(attention(x, x)))
+    model.get_quantization_layer_structure = lambda mode: {
+        "pre_block_layers": [lambda tokens: keras.ops.convert_to_tensor(inputs)],
+        "sequential_blocks": [attention_block(attention)],
+    }
+    config = CALIBRATED[mode]()
+    model.quantize(mode, config=config, filters=lambda layer: layer.name != "head")
+    del model.get_quantization_layer_structure
+    keras_lora.apply_lora(model, rank=2)
+    for seed, layer in enumerate(attention._flatten_layers(recursive=False)):
+        if getattr(layer, "lora", None) is not None:
+            fill(layer.lora.b, seed)
+    expected = predict(model, inputs)
+    for _ in range(2):  # what was loaded is saved again
+        model.save(tmp_path / "model.keras")
+        model = keras.saving.load_model(tmp_path / "model.keras")
+        np.testing.assert_array_equal(predict(model, inputs), expected)
+    copy = keras.models.clone_model(model)
+    copy.set_weights(model.get_weights())
+    np.testing.assert_array_equal(predict(copy, inputs), expected)
+
+
+@over_samples
+def test_no_file_leaves_out_a_float_kernel_that_was_not_calibrated(tmp_path):
+    host, layer = HOSTS["dense"], keras.layers.Dense(2, name="out")
+    hosted = host.quantized("gptq")
+    layer.build((None, 5))
+    layer.quantize("gptq", config=CALIBRATED["gptq"]())
+    model = keras.Sequential([keras.Input(host.input_shape), hosted, layer])
+    keras_lora.apply_lora(model, rank=2, target=["host"])
+    with pytest.raises(ValueError, match="'out' is in 'gptq' and was not calibrated"):
+        model.save(tmp_path / "model.keras")
+
+
+def attention_block(attention):
+    """A block that Keras calibrates: it calls it with one argument."""
+
+    class Block(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.attention = attention
+
+        def call(self, inputs):
+            return self.attention(inputs, inputs)
+
+    return Block()
+
+
 @pytest.mark.skipif(EARLIER, reason="Keras 3.12 has no filters")
 def test_filters_and_modes_of_quantizing_an_adapted_model():
     model, *_ = float_model()

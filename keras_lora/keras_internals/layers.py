@@ -169,6 +169,13 @@ def exchange_variables(layer, other):
     layer.quantization_config = None
 
 
+def drop_float_kernel(layer):
+    """What ends Keras's calibration: the integers alone are left of a kernel."""
+    with unlocked(layer):
+        del layer._kernel
+        setattr(layer, f"is_{layer.quantization_mode}_calibrated", True)
+
+
 def replace_kernel(layer, kernel_name, variable):
     """Puts another variable in the place of the layer's kernel, list and all."""
     old = getattr(layer, kernel_name)

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 
 from keras_lora.keras_internals.layers import change_class
+from keras_lora.keras_internals.layers import drop_float_kernel
 from keras_lora.keras_internals.layers import exchange_variables
 from keras_lora.keras_internals.layers import kernel_variables
 from keras_lora.keras_internals.layers import seen_as
@@ -161,14 +162,31 @@ def quantizations(layers) -> dict:
 
     That of an owner such as MultiHeadAttention does not say it of its sublayers.
 
-    layers: path -> layer.
+    Args:
+        layers: Path -> layer.
+
+    Raises:
+        ValueError: If Keras's files would leave out the kernel of one.
     """
+    for layer in layers.values():
+        refuse_float_beside_integers(layer)
     serialize = keras.saving.serialize_keras_object
     return {
         path: [layer.quantization_mode, serialize(quantization_config(layer))]
         for path, layer in layers.items()
-        if layer.quantization_mode in MODES
+        if layer.quantization_mode in (*MODES, *CALIBRATED)
     }
+
+
+def refuse_float_beside_integers(layer):
+    lora_class = lora_class_of(type(layer)) or type(layer)
+    mode = layer.quantization_mode
+    if mode in CALIBRATED and not is_calibrated(layer, lora_class.kernel_name):
+        raise ValueError(
+            f"{layer.path!r} is in {mode!r} and was not calibrated: Keras computes "
+            "with its float kernel, and writes the integers alone into files. Leave it "
+            "out with `filters` of `Model.quantize`."
+        )
 
 
 def quantize_again(layer, mode, config):
@@ -176,6 +194,8 @@ def quantize_again(layer, mode, config):
     if layer is not None and layer.built and layer.quantization_mode is None:
         config = keras.saving.deserialize_keras_object(config)
         layer.quantize(mode, type_check=False, config=config)
+        if mode in CALIBRATED:
+            drop_float_kernel(layer)
 
 
 def quantization_config(layer):
