@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_lora.keras_internals.layers import kernel_variables
+from keras_lora.keras_internals.kernels import kernel_variables
 from keras_lora.keras_internals.layers import twin
 from keras_lora.layers.by_row import matmul_by_row
 from keras_lora.layers.by_row import take_by_row

@@ -3,8 +3,8 @@
 import keras
 from keras import ops
 
+from keras_lora.keras_internals.kernels import kernel_variables
 from keras_lora.keras_internals.layers import QuantizedWhole
-from keras_lora.keras_internals.layers import kernel_variables
 from keras_lora.keras_internals.layers import twin
 from keras_lora.layers.small_kernel_training import in_tensorflow_graph
 

@@ -8,12 +8,12 @@ from keras import ops
 from keras_lora.keras_internals.calls import warn_caller
 from keras_lora.keras_internals.hidden_state import hold_resource
 from keras_lora.keras_internals.hidden_state import release_resource
+from keras_lora.keras_internals.kernels import replace_kernel
 from keras_lora.keras_internals.layers import attach
 from keras_lora.keras_internals.layers import change_class
 from keras_lora.keras_internals.layers import detach
 from keras_lora.keras_internals.layers import flatten_layers
 from keras_lora.keras_internals.layers import refresh_torch_parameters
-from keras_lora.keras_internals.layers import replace_kernel
 from keras_lora.keras_internals.tracing import compile_again
 from keras_lora.keras_internals.tracing import refuse_while_running
 from keras_lora.layers.lora_layer import LoRALayer

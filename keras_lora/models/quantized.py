@@ -5,10 +5,10 @@ from typing import NamedTuple
 import keras
 import numpy as np
 
+from keras_lora.keras_internals.kernels import drop_float_kernel
+from keras_lora.keras_internals.kernels import exchange_variables
+from keras_lora.keras_internals.kernels import kernel_variables
 from keras_lora.keras_internals.layers import change_class
-from keras_lora.keras_internals.layers import drop_float_kernel
-from keras_lora.keras_internals.layers import exchange_variables
-from keras_lora.keras_internals.layers import kernel_variables
 from keras_lora.keras_internals.layers import seen_as
 from keras_lora.keras_internals.layers import take_own_policy
 from keras_lora.keras_internals.layers import twin
