@@ -48,7 +48,7 @@ class Contents:
         return {StartedAdapter.keyword: True} if module in self.starts else self.method
 
 
-def contents(adapter, modules, names) -> Contents:
+def contents(adapter, modules) -> Contents:
     factors, others, ranks, alphas, config, unadapted = factors_of(adapter, modules)
     refuse_unknown_modules(factors, modules)
     refuse_ranks_without_values(factors, ranks, modules)

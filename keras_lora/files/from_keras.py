@@ -141,7 +141,10 @@ def values_of(dataset, path):
 
 
 def factors_of_model(own, source):
-    """The same of a model's layers; own: path -> layer of the one that gets them."""
+    """[(layer, A, B, scaling)] for what `enable_lora` made in another model.
+
+    own: path -> layer of the model that gets them.
+    """
     found = []
     for path, layer in layer_paths(source).items():
         if not getattr(layer, "lora_enabled", False):

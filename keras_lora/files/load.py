@@ -78,7 +78,7 @@ def load_into(model, paths, adapter, names=None, trainable=True) -> Report:
 
     paths: Path -> layer, of all its layers.
     """
-    file = contents(adapter, module_names(paths, names, model, adapter), names)
+    file = contents(adapter, module_names(paths, names, model, adapter))
     refuse_tied_head(model, names, file.adapted | file.heads)
     layers, notes = {"": model, **paths}, []
     if any(map(is_adapted, layers.values())):
@@ -91,7 +91,7 @@ def load_into(model, paths, adapter, names=None, trainable=True) -> Report:
     else:
         path_of = {id(layer): path for path, layer in layers.items()}
         adapters = {
-            path_of[id(layer)]: new_adapter(file, module)
+            path_of[id(layer)]: adapter_options(file, module)
             for module, layer in file.adapted.items()
         }
         with adapted(model, paths, adapters) as change:
@@ -123,7 +123,8 @@ def unread_base_values(layers, values):
     return unread
 
 
-def new_adapter(file, module):
+def adapter_options(file, module) -> dict:
+    """The arguments of the adapter that a file has for a module."""
     settings = Settings(file.ranks[module], file.alphas[module], file.use_rslora)
     if module in file.starts:
         settings = settings.at(settings.rank // 2)

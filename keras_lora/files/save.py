@@ -87,7 +87,7 @@ def adapter_of(model, names=None, trained=None) -> Adapter:
 
 
 def adapter_from(modules, adapters, trained) -> Adapter:
-    """The same of layers that are known.
+    """What layers have trained, as an adapter.
 
     Args:
         modules: Module -> layer, of a whole model.

@@ -54,9 +54,7 @@ def synchronize(model):
 
 def legacy_format():
     """Whether a configuration is asked for by the writer of the old .h5 format."""
-    return keras.src.backend.common.global_state.get_global_attribute(
-        "use_legacy_config", False
-    )
+    return global_state.get_global_attribute("use_legacy_config", False)
 
 
 # What unpickles any layer: pickle finds it by the name of a class that is importable.

@@ -45,7 +45,7 @@ def release_resource(layer, name):
 
 
 def hold_state(layer, name, variable, get, put):
-    """The same for a variable that may get its value later, when a call has ended.
+    """Lets TensorFlow find a variable that may get its value when a call has ended.
 
     TensorFlow's own checkpoints take for it what `get` gives, any JSON value, and hand
     it to `put`.

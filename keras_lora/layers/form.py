@@ -67,7 +67,7 @@ class LowRankForm:
             with, where it is another.
         to_file: (A, B) as NumPy arrays -> what a file of PEFT holds for them.
         from_file: The inverse; None where `to_file` only reshapes and transposes.
-        vector_to_file: The same for a value that `over_outputs` takes.
+        vector_to_file: A value that `over_outputs` takes -> what a file holds for it.
         file_rank: The rank of the file's arrays, if it is another than the layer's.
         one_rank: Boolean: A's last axis and B's first, after the batch axes, are the
             rank, so that two pairs of factors side by side are one of twice the rank.
@@ -109,7 +109,7 @@ class LowRankForm:
         return self.up(self.down(inputs, a), b)
 
     def bypass_by_row(self, inputs, a, b, slots, training=False):
-        """The same with stacks of A and B, of which row i uses number slots[i]."""
+        """`bypass` for rows of which row i uses a[slots[i]] and b[slots[i]]."""
         if self.down_by_row is None:
             return mapped_by_row(self.bypass, inputs, a, b, slots, training)
         return self.up_by_row(self.down_by_row(inputs, a, slots), b, slots)

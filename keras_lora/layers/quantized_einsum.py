@@ -29,7 +29,8 @@ class QuantizedEinsum:
             axes = split.axes(split.contracted)
             inputs = math.prod(self.kernel_shape[axis] for axis in axes)
             first = first and self.g_idx.shape[0] == inputs
-        if not first and not self.scales_outputs(*quantization(self, "kernel")):
+        scale, zero, _ = quantization(self, "kernel")
+        if not first and not self.scales_outputs(scale, zero):
             warn_caller(
                 f"The {mode} kernel of {self.name!r} has a large error: Keras "
                 f"quantizes it along axes over which {self.equation!r} does not sum. "
@@ -37,12 +38,12 @@ class QuantizedEinsum:
                 "layer, or leave it in float (`filters` of `Model.quantize`)."
             )
 
-    def scales_outputs(self, scale, zero, groups):
+    def scales_outputs(self, scale, zero):
         """Whether a scale lies as the outputs do: int8, and int4 in Keras 3.12."""
         return zero is None and (self.quantization_mode == "int8" or scale.ndim > 1)
 
     def from_integers(self, integers, scale, zero, groups):
-        if self.scales_outputs(scale, zero, groups):
+        if self.scales_outputs(scale, zero):
             split = split_equation(self.equation)
             scale = split.over_kernel(scale, integers.shape)
             return dequantize(integers, scale)

@@ -13,7 +13,7 @@ MODES = ("int8", "int4")
 CALIBRATED = ("gptq", "awq")
 
 # The attributes of a layer whose work comes after the adapter's.
-BEFORE_FINISH = {"bias": None, "activation": None, "logit_soft_cap": None}
+WITHOUT_FINISH = {"bias": None, "activation": None, "logit_soft_cap": None}
 
 
 class QuantizedHost(QuantizedWhole):
@@ -213,7 +213,7 @@ def straight_through(layer, inputs, forward, backward):
     def seen(cls, values, tensor):
         values = [not_before(tensor, value) for value in values]
         values = dict(zip(names, values, strict=True))
-        return twin(layer, cls, {**BEFORE_FINISH, **values})
+        return twin(layer, cls, {**WITHOUT_FINISH, **values})
 
     @ops.custom_gradient
     def call(inputs, *values):

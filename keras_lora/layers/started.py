@@ -29,25 +29,17 @@ class StartedAdapter(LowRankAdapter):
     def build_factors(self, form, regularizer, read_kernel):
         refuse_other_forms(form)
         super().build_factors(form, regularizer, read_kernel)
-        self.a_start, self.b_start = (
-            self.add_start(name, factor)
-            for name, factor in (("a_start", self.a), ("b_start", self.b))
-        )
+        self.a_start = self.add_start("a_start", self.a.shape)
+        self.b_start = self.add_start("b_start", self.b.shape)
 
-    def add_start(self, name, factor):
+    def add_start(self, name, shape):
         return self.add_weight(
             name=name,
-            shape=factor.shape,
+            shape=shape,
             initializer="zeros",
             trainable=False,
             autocast=False,
         )
-
-    def start_at(self, a, b):
-        """A = A0 = a and B = B0 = b."""
-        for variables, value in ((("a", "a_start"), a), (("b", "b_start"), b)):
-            for name in variables:
-                getattr(self, name).assign(value)
 
     def factors(self, dtype):
         a, a_start, b_start = map(

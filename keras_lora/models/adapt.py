@@ -110,7 +110,7 @@ def refuse_banked(layer, path):
 
 
 def built_lora_layers(model):
-    """The same, of which there must be one, and all built."""
+    """The LoRA layers of a model, of which there must be one, and all built."""
     layers = lora_layers(model)
     if not layers:
         raise ValueError(
@@ -129,7 +129,7 @@ def built_lora_layers(model):
 
 
 def checked_lora_layers(model):
-    """The same, none of them inside `merged()` or `disabled()`."""
+    """The LoRA layers of a model, none of them inside `merged()` or `disabled()`."""
     layers = built_lora_layers(model)
     for layer in layers:
         if layer.stand_in is not None or not layer.lora.is_on:

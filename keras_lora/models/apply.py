@@ -62,7 +62,7 @@ def apply_lora(
             of (path, layer).
         exclude: The same kinds of rule, for layers to leave out.
         rank_pattern: Dict from an expression for the end of a path to a rank.
-        alpha_pattern: Likewise for alpha.
+        alpha_pattern: Dict from an expression for the end of a path to an alpha.
         use_rslora: Boolean, scale by alpha / sqrt(rank).
         use_dora: Boolean, DoRA: lengths of the columns of W + delta that train by
             themselves (`layer.lora.magnitude`). A step costs more; with dropout, or
@@ -87,9 +87,20 @@ def apply_lora(
         [LoRA: Hu et al., 2021](https://arxiv.org/abs/2106.09685);
         [DoRA: Liu et al., 2024](https://arxiv.org/abs/2402.09353)
     """
-    arguments = dict(locals())
-    del arguments["dry_run"]
-    with applied(**arguments) as (report, change):
+    with applied(
+        model,
+        rank,
+        alpha,
+        dropout,
+        target,
+        exclude,
+        rank_pattern,
+        alpha_pattern,
+        use_rslora,
+        use_dora,
+        bias,
+        also_train,
+    ) as (report, change):
         if not dry_run:
             report.notes += change.keep()
     return report

@@ -15,7 +15,7 @@ from keras_lora.models.record import state_of
 from keras_lora.models.trainable_flags import restore_trainable_state
 from keras_lora.models.trainable_flags import trainable_state
 
-BIAS = ("none", "all", "lora_only")
+BIASES = ("none", "lora_only", "all")  # each trains what those before it train
 
 
 def mark_only_lora_as_trainable(model, bias="none"):
@@ -45,10 +45,13 @@ def mark_only_lora_as_trainable(model, bias="none"):
 
 
 def freeze_all_but_lora(model, bias="none", also_train=()):
-    """The same without compiling; the layers in `also_train` train as a whole."""
-    adapted = built_lora_layers(model)
-    kept = {id(v) for layer in adapted for v in own_variables(layer.lora)}
-    for layer in {"none": [], "lora_only": adapted, "all": flatten_layers(model)}[bias]:
+    """What trains is A, B, the biases asked for, and all of the layers in `also_train`.
+
+    Nothing is compiled again.
+    """
+    own = built_lora_layers(model)
+    kept = {id(v) for layer in own for v in own_variables(layer.lora)}
+    for layer in {"none": [], "lora_only": own, "all": flatten_layers(model)}[bias]:
         biases = [v for v in own_variables(layer) if is_bias(layer, v)]
         remember_base(layer, biases)
         kept |= set(map(id, biases))
@@ -129,8 +132,8 @@ def is_bias(layer, variable):
 
 
 def checked_bias(bias):
-    if bias not in BIAS:
+    if bias not in BIASES:
         raise ValueError(
-            f"`bias` must be one of {', '.join(map(repr, BIAS))}. "
+            f"`bias` must be one of {', '.join(map(repr, BIASES))}. "
             f"Received: bias={bias!r}."
         )

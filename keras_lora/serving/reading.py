@@ -9,7 +9,7 @@ import numpy as np
 
 from keras_lora.files.fitting import checked_values
 from keras_lora.files.for_model import contents
-from keras_lora.files.load import new_adapter as options_of
+from keras_lora.files.load import adapter_options
 from keras_lora.files.names import module_names
 from keras_lora.files.names import refuse_tied_head
 from keras_lora.files.tensors import own_alpha
@@ -76,7 +76,7 @@ def read(model, paths, adapter, names, most) -> Reading:
     hosts.update((module, as_host(x) or x) for module, x in modules.items())
     for module, layer in modules.items():
         path_of[id(hosts[module])] = path_of[id(layer)]
-    file = contents(adapter, hosts, names)
+    file = contents(adapter, hosts)
     changed = {module: modules[module] for module in [*file.factors, *file.heads]}
     refuse_tied_head(model, names, changed)
     for module, host in file.adapted.items():
@@ -87,7 +87,7 @@ def read(model, paths, adapter, names, most) -> Reading:
                 f"{most}. Make the bank with max_rank={rank}."
             )
         refuse_rank_without_values(host, rank, file.factors[module], module)
-        options = {**options_of(file, module), "rank": rank, "alpha": None}
+        options = {**adapter_options(file, module), "rank": rank, "alpha": None}
         lora = new_adapter(host, options)
         vars(host)["lora"] = lora  # not its tracker, which is the layer's
         regularizer = getattr(host, f"{host.kernel_name}_regularizer", None)

@@ -42,7 +42,7 @@ class RowByRow:
         self.slots = slots
 
     def seen_by(self, adapters, size):
-        """The same for a layer that sees the rows in another form.
+        """These rows as a layer meets them, whose leading axis may be a longer one.
 
         Args:
             adapters: The layer's.

@@ -33,7 +33,7 @@ class Slots(Stacks, keras.layers.Layer):
         count: How many slots.
         form: The layer's, at the highest rank.
         bias_shape: Laid out over the outputs; None: no bias is kept.
-        gain_shape: Likewise.
+        gain_shape: Laid out over the outputs; None: no gain is kept.
         dtype: That of the layer's variables, float32 at least.
     """
 
