@@ -9,6 +9,7 @@ from layer_cases import fill
 from layer_cases import to_numpy
 
 import keras_lora
+from keras_lora.files.command import main
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.methods import register_method
 
@@ -143,6 +144,26 @@ def test_adapter_folder(case, tmp_path):
     keras_lora.load_adapter(other, tmp_path / "adapter")
     assert type(other.layers[0].lora) is OutputScale
     assert_close(other(case.inputs()), expected)
+
+
+def test_tables_of_files_without_a_and_b(tmp_path, capsys):
+    case = next(case for case in CASES if case.name == "dense-relu")
+    model = adapted_model(case)
+    for name in ("one", "two"):
+        keras_lora.save_adapter(model, tmp_path / name)
+        fill(model.layers[0].lora.scale, seed=2)
+    one, two = (keras_lora.Adapter.read(tmp_path / name) for name in ("one", "two"))
+    (key,) = [key for key in one.tensors if key.endswith(".output_scale")]
+    values, others = one.tensors[key], two.tensors[key]
+    assert str(values.shape) in str(one) and "LoRA, output_scale" in str(one)
+    paths = [str(tmp_path / name) for name in ("one", "one", "two")]
+    assert main(["diff", *paths[:2]]) == 0
+    assert main(["diff", *paths[1:]]) == 1
+    apart = np.linalg.norm(values - others) / max(map(np.linalg.norm, (values, others)))
+    assert f"{apart:.3g}" in capsys.readouterr().out
+    for source in (one, model):
+        with pytest.raises(ValueError, match="has no A and B"):
+            keras_lora.analyze(source)
 
 
 @pytest.mark.skipif(

@@ -9,25 +9,21 @@ from typing import NamedTuple
 import keras
 import numpy as np
 
-from keras_lora.files.contents import assert_finite
-from keras_lora.files.contents import factors_of
-from keras_lora.files.contents import slots_of
+from keras_lora.files.factors import assert_finite
+from keras_lora.files.factors import factors_of
+from keras_lora.files.factors import slots_of
 from keras_lora.files.folder import Adapter
 from keras_lora.files.plot import draw
 from keras_lora.files.spectrum import effective_rank
 from keras_lora.files.spectrum import singular_values
 from keras_lora.keras_internals.calls import synchronize
 from keras_lora.layers.lora_layer import is_adapted
+from keras_lora.layers.methods import method_in
 from keras_lora.layers.torch_layout import to_numpy
 from keras_lora.models.adapt import checked_lora_layers
 from keras_lora.models.paths import layer_paths
 from keras_lora.models.tables import Table
 from keras_lora.models.tables import in_order
-
-DORA_NOTE = (
-    "With use_dora: rows are of scaling * A @ B, and not of the lengths m, which "
-    "change the kernel too."
-)
 
 
 class Update(NamedTuple):
@@ -141,8 +137,7 @@ def of_adapter(adapter, name):
         update(module, file.ranks[module], *file.product(module), file.scaling(module))
         for module in in_order(file.factors)
     ]
-    notes = [DORA_NOTE] if "use_dora" in file.config["method"] else []
-    return Analysis(name, rows, notes)
+    return Analysis(name, rows, notes_of([method_in(file.method)]))
 
 
 def of_model(model):
@@ -155,13 +150,25 @@ def of_model(model):
         kernel = np.linalg.norm(to_numpy(layer.base_kernel(layer.lora.variable_dtype)))
         left, right = matrices(layer)
         rows.append(update(path, layer.lora.rank, left, right, kernel=kernel))
-    dora = any(layer.lora.keyword == "use_dora" for layer in adapters.values())
-    return Analysis(model.name, rows, [DORA_NOTE] if dora else [])
+    methods = [type(layer.lora) for layer in adapters.values()]
+    return Analysis(model.name, rows, notes_of(methods))
+
+
+def notes_of(methods) -> list:
+    """What the rows do not show of what methods train."""
+    return [
+        f"With {method.keyword}: rows are of scaling * A @ B, and not of "
+        f"{method.beside_update}."
+        for method in dict.fromkeys(methods)
+        if method.beside_update
+    ]
 
 
 def matrices(layer):
     """Two matrices, or stacks of them, whose product is the update."""
     lora, form = layer.lora, layer.form
+    if not {"a", "b"} <= set(lora.factor_names):
+        raise ValueError(f"{layer.path!r} has no A and B, but {lora.factor_names}.")
     if not form.is_product(layer.kernel_shape):
         matrix, _ = form.as_matrix(to_numpy(lora.delta()))
         return matrix, np.eye(matrix.shape[-1])

@@ -1,6 +1,6 @@
 """What an engine that serves PEFT's folders would refuse, before it is asked."""
 
-from keras_lora.files.contents import factors_of
+from keras_lora.files.factors import factors_of
 from keras_lora.files.folder import Adapter
 from keras_lora.layers.settings import checked_rank
 from keras_lora.layers.settings import divisor
@@ -42,18 +42,18 @@ def check_adapter(adapter, engine: str = "vllm", max_lora_rank: int = 16) -> lis
             f"{VLLM} refuses modules_to_save, here {heads}: train without "
             "`also_train`, or merge and serve the whole model."
         )
-    for word in file.config["method"]:
+    for word in file.method:
         found.append(
             f"{VLLM} refuses {word}: serve the merged model, or extract_adapter's "
             "nearest plain LoRA of it."
         )
-    if file.config["bias"] != "none":
+    if file.bias != "none":
         found.append(
             f"{VLLM} takes no bias, here bias={file.config['bias']!r}: train with "
             'bias="none".'
         )
     others = sorted(file.others)
-    if others and not heads and file.config["bias"] == "none":
+    if others and not heads and file.bias == "none":
         found.append(f"{VLLM} refuses tensors that are no A or B: {others[:5]}.")
     if not adapter.config.get("target_modules"):
         found.append(f"{VLLM} needs target_modules, which the file has not.")

@@ -8,9 +8,9 @@ import numpy as np
 
 from keras_lora.files.config import KEPT
 from keras_lora.files.config import settings
-from keras_lora.files.contents import factors_of
-from keras_lora.files.contents import slots_of
-from keras_lora.files.contents import suffixes_of
+from keras_lora.files.factors import factors_of
+from keras_lora.files.factors import low_rank_suffixes
+from keras_lora.files.factors import slots_of
 from keras_lora.files.folder import Adapter
 from keras_lora.files.heads import checked_heads
 from keras_lora.files.heads import in_full
@@ -86,7 +86,7 @@ def combine_adapters(
     for file in files:
         for module in file.factors:
             file.product(module)  # which is an error where they are no matrices
-    use_rslora = all(file.config["use_rslora"] for file in files)
+    use_rslora = all(file.use_rslora for file in files)
     tensors, ranks, alphas, errors = {}, {}, {}, {}
     for module in dict.fromkeys(m for file in files for m in file.factors):
         terms = [
@@ -96,7 +96,7 @@ def combine_adapters(
         ]
         first = next(file for file in files if module in file.factors)
         scaling = first.scaling(module)
-        suffixes = suffixes_of(terms[0][0])
+        suffixes = low_rank_suffixes(terms[0][0])
         assert_same_shapes(module, [pair for pair, _ in terms])
         a = np.concatenate([pair[suffixes[0]] for pair, _ in terms])
         b = np.concatenate(
@@ -113,12 +113,12 @@ def combine_adapters(
         tensors |= zip((module + suffix for suffix in suffixes), (a, b), strict=True)
         ranks[module] = len(a)
         alphas[module] = scaling * divisor(len(a), use_rslora)
-        if use_rslora == first.config["use_rslora"]:  # exactly its own, for one
+        if use_rslora == first.use_rslora:  # exactly its own, for one
             own = first.alphas[module], first.ranks[module]
             alphas[module] = alpha_at(len(a), *own, use_rslora)
     slices = fuse(tensors, ranks, alphas, use_rslora)
     tensors |= in_full(files, heads)
-    bias = max((file.config["bias"] for file in files), key=BIASES.index)
+    bias = max((file.bias for file in files), key=BIASES.index)
     said = {key: {x.config.get(key) for x in opened} for key in KEPT}
     config = settings(
         ranks,
@@ -134,7 +134,7 @@ def combine_adapters(
 
 
 def refuse_methods(files):
-    for word in [word for file in files for word in file.config["method"]]:
+    for word in [word for file in files for word in file.method]:
         raise ValueError(
             f"An adapter with {word} is no update that could be added to others. Load "
             "it into a model and merge it, `merge_lora(model)`; what "
@@ -161,9 +161,9 @@ def checked_weights(weights, adapters):
 def assert_same_shapes(module, pairs):
     """All but the rank, which is A's first axis and B's second."""
     for pair in pairs:
-        if suffixes_of(pair) != suffixes_of(pairs[0]):
+        if low_rank_suffixes(pair) != low_rank_suffixes(pairs[0]):
             raise ValueError(f"{module!r} is an embedding in some adapters only.")
-        for place, suffix in enumerate(suffixes_of(pair)):
+        for place, suffix in enumerate(low_rank_suffixes(pair)):
             shapes = [np.delete(p[suffix].shape, place) for p in (pair, pairs[0])]
             if not np.array_equal(*shapes):
                 raise ValueError(

@@ -9,10 +9,10 @@ from keras_lora.files.analyze import analyze
 from keras_lora.files.check import check_adapter
 from keras_lora.files.combine import combine_adapters
 from keras_lora.files.command_arguments import parser
-from keras_lora.files.contents import factors_of
-from keras_lora.files.contents import slots_of
 from keras_lora.files.difference import settings_apart
 from keras_lora.files.difference import tensors_apart
+from keras_lora.files.factors import factors_of
+from keras_lora.files.factors import slots_of
 from keras_lora.files.folder import Adapter
 from keras_lora.files.for_model import checked_starts
 from keras_lora.files.load import load_adapter

@@ -2,9 +2,10 @@
 
 import numpy as np
 
-from keras_lora.files.contents import factors_of
-from keras_lora.files.contents import slots_of
-from keras_lora.files.contents import suffixes_of
+from keras_lora.files.factors import factors_of
+from keras_lora.files.factors import low_rank_suffixes
+from keras_lora.files.factors import other_suffixes
+from keras_lora.files.factors import slots_of
 from keras_lora.files.spectrum import singular_values
 from keras_lora.models.tables import in_order
 
@@ -41,7 +42,7 @@ def in_full(file):
     more = {
         module + suffix: pair[suffix]
         for module, pair in file.factors.items()
-        for suffix in suffixes_of(pair)[2:]
+        for suffix in other_suffixes(pair)
     }
     return file.others | more
 
@@ -54,7 +55,7 @@ def updates_apart(files, module):
     own, other = (file.factors[module] for file in files)
     if one.scaling(module) == two.scaling(module) and all(
         suffix in other and np.array_equal(own[suffix], other[suffix])
-        for suffix in suffixes_of(own)[:2]
+        for suffix in low_rank_suffixes(own)
     ):
         return None
     (b, a), (other_b, other_a) = (file.product(module) for file in files)

@@ -13,7 +13,7 @@ from keras_lora.files.tensors import weight_from_tensor
 from keras_lora.files.tensors import weight_to_tensor
 from keras_lora.keras_internals.layers import layer_state
 from keras_lora.layers.lora_layer import is_adapted
-from keras_lora.layers.methods import METHODS
+from keras_lora.layers.methods import method_in
 
 
 def refuse_other_modules(file):
@@ -41,7 +41,7 @@ def refuse_changed_slices(file):
     for module, arrays in file.unadapted.items():
         if module not in file.modules:
             raise ValueError(f"`names` has no layer for {module!r} of the file.")
-        method = METHODS[next(iter(file.method), None)]
+        method = method_in(file.method)
         expected = method.of_plain_layer(kernel_to_tensor(file.modules[module]))
         for suffix, value in arrays.items():
             if value.shape != expected[suffix].shape or not np.allclose(
@@ -90,7 +90,7 @@ def checked_values(file):
         # Beside transformers' Conv1D there may be a head that is a Linear.
         linear = weight_to_tensor(layer, variable).shape
         is_linear = value.shape == linear and linear != linear[::-1]
-        inputs_first = file.inputs_first and not is_linear
+        inputs_first = file.config["fan_in_fan_out"] and not is_linear
         value = weight_from_tensor(layer, variable, value, key, inputs_first)
         values.append((variable, value))
     for variable, value in values:

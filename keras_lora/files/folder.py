@@ -17,7 +17,7 @@ from keras_lora.files.checked_tensors import checked_tensors
 from keras_lora.files.checked_tensors import digest
 from keras_lora.files.config import CONFIG
 from keras_lora.files.config import stated
-from keras_lora.files.contents import assert_finite
+from keras_lora.files.factors import assert_finite
 from keras_lora.files.pair import TENSORS
 from keras_lora.files.pair import has_tensors
 from keras_lora.files.pair import read_together

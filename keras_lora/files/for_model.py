@@ -5,7 +5,8 @@ import dataclasses
 import difflib
 import math
 
-from keras_lora.files.contents import factors_of
+from keras_lora.files.factors import FileFactors
+from keras_lora.files.factors import factors_of
 from keras_lora.files.slices import fused_modules
 from keras_lora.files.slices import inputs_in_order
 from keras_lora.files.slices import outputs_axis
@@ -21,22 +22,12 @@ from keras_lora.layers.started import StartedAdapter
 
 
 @dataclasses.dataclass(frozen=True)
-class Contents:
+class Contents(FileFactors):
     """What a file holds, under the names of a model's modules."""
 
     modules: dict  # module -> layer, for all of the model
-    factors: dict  # module -> {suffix: array}
-    others: dict  # key -> array, for what trained in full
-    ranks: dict
-    alphas: dict
     heads: dict  # module -> layer
-    bias: str
-    dropout: float
-    use_rslora: bool
-    method: dict  # the keyword of another method than LoRA
     starts: list  # modules whose second half of factors does not train
-    inputs_first: bool
-    unadapted: dict  # slice of an adapted module -> {suffix: array}
 
     @property
     def adapted(self):
@@ -49,23 +40,14 @@ class Contents:
 
 
 def contents(adapter, modules) -> Contents:
-    factors, others, ranks, alphas, config, unadapted = factors_of(adapter, modules)
-    refuse_unknown_modules(factors, modules)
-    refuse_ranks_without_values(factors, ranks, modules)
+    found = factors_of(adapter, modules)
+    refuse_unknown_modules(found.factors, modules)
+    refuse_ranks_without_values(found.factors, found.ranks, modules)
     file = Contents(
+        **vars(found),
         modules=modules,
-        factors=factors,
-        others=others,
-        ranks=ranks,
-        alphas=alphas,
-        heads=heads_of(config["modules_to_save"], modules, others),
-        bias=config["bias"],
-        dropout=config["dropout"],
-        use_rslora=config["use_rslora"],
-        method=config["method"],
-        starts=checked_starts(adapter.starts, factors, ranks),
-        inputs_first=config["fan_in_fan_out"],
-        unadapted=unadapted,
+        heads=heads_of(found.config["modules_to_save"], modules, found.others),
+        starts=checked_starts(adapter.starts, found.factors, found.ranks),
     )
     split_others(file)
     return file
@@ -107,7 +89,7 @@ def split_others(file):
             name = key.split(".")[-1]
             if key.endswith(".base_layer.weight"):
                 continue  # PEFT repeats a targeted head
-            axis = outputs_axis(value, file.inputs_first)
+            axis = outputs_axis(value, file.config["fan_in_fan_out"])
             names, places = slices_of(module, count), file.modules.places
             total = total_of(names, value.shape[axis] // count, places)
             if value.shape[axis] != total:

@@ -130,6 +130,6 @@ def adapter_options(file, module) -> dict:
         settings = settings.at(settings.rank // 2)
     return {
         **dataclasses.asdict(settings),
-        "dropout": file.dropout,
+        "dropout": file.config["dropout"],
         **file.method_of(module),
     }

@@ -3,9 +3,10 @@
 import math
 import warnings
 
-from keras_lora.files.contents import factors_of
-from keras_lora.files.contents import slots_of
-from keras_lora.files.contents import suffixes_of
+from keras_lora.files.factors import factors_of
+from keras_lora.files.factors import low_rank_suffixes
+from keras_lora.files.factors import other_suffixes
+from keras_lora.files.factors import slots_of
 from keras_lora.models.tables import counted
 from keras_lora.models.tables import in_bytes
 from keras_lora.models.tables import in_order
@@ -34,7 +35,10 @@ def parts_of(adapter, most=math.inf):
         pair = file.factors[module]
         row = [
             module,
-            " ".join(str(pair[suffix].shape) for suffix in suffixes_of(pair)),
+            " ".join(
+                str(pair[suffix].shape)
+                for suffix in (*low_rank_suffixes(pair), *other_suffixes(pair))
+            ),
             f"{file.ranks[module]}",
             f"{file.alphas[module]:g}",
             f"{sum(value.size for value in pair.values()):,}",
@@ -50,7 +54,7 @@ def parts_of(adapter, most=math.inf):
 
 def totals(adapter, file):
     """What stands below the rows."""
-    method = ", ".join(["LoRA", *file.config["method"]])
+    method = ", ".join(["LoRA", *file.method])
     lines = [f"{method}: {in_words(adapter)}"]
     if file.others:
         sizes = sum(value.size for value in file.others.values())

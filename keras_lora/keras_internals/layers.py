@@ -206,3 +206,33 @@ def layer_state(layer):
     frozen = getattr(layer, "frozen_kernel", None) if hasattr(layer, "lora") else None
     others = [v for v in layer._non_trainable_variables if v is not frozen]
     return list(layer._trainable_variables), others
+
+
+def made_by(tensor):
+    """The operation that made a symbolic tensor, and the tensors that it made it of."""
+    history = tensor._keras_history
+    node = history.operation._inbound_nodes[history.node_index]
+    return history.operation, node.input_tensors
+
+
+# What Keras's own models keep their layers in says nothing about the layers.
+BOOKKEEPING = ("_layers", "_operations", "_functional")
+
+
+def attributes_of(parent):
+    """(name, layer) for the layers that a layer holds by attribute or container."""
+    attributes = dict(vars(parent))
+    attributes |= attributes.pop("_modules", {})  # where torch keeps submodules
+    for name, value in attributes.items():
+        if name in BOOKKEEPING:
+            continue
+        name = name.strip("_")
+        if isinstance(value, dict):
+            held = value.items()
+        elif isinstance(value, (list, tuple)):
+            held = enumerate(value)
+        else:
+            held = [(None, value)]
+        for key, layer in held:
+            if isinstance(layer, keras.layers.Layer):
+                yield (name if key is None else f"{name}/{key}"), layer

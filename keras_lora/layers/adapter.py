@@ -52,6 +52,8 @@ class LowRankAdapter(Scaled, AdapterFiles, keras.layers.Layer):
     factor_names: tuple[str, ...] = ("a", "b")
     more_suffixes: tuple[str, ...] = ()  # of arrays in a file beside A's and B's
     magnitude = None  # DoRA's m
+    has_gain = False  # whether outputs are multiplied too, as `for_bank` says
+    beside_update = ""  # what it trains that A @ B does not show, in words
     taken_off_by = "merge_lora(model) or remove_lora(model)"
     is_bank = False  # many adapters, which their bank alone may change
 

@@ -43,6 +43,8 @@ class DoRAAdapter(LowRankAdapter):
     """
 
     keyword = "use_dora"
+    has_gain = True
+    beside_update = "the lengths m, which change the kernel too"
     factor_names = ("a", "b", "magnitude")
     more_suffixes = (MAGNITUDE,)
 

@@ -17,6 +17,11 @@ register_method(DoRAAdapter)
 register_method(StartedAdapter)
 
 
+def method_in(options) -> type[LowRankAdapter]:
+    """The method whose keyword is in options; LoRA without one."""
+    return METHODS[next(iter(options), None)]
+
+
 def methods_in_files() -> dict:
     """The keyword in a file's settings -> method; None is LoRA."""
     return {word: method for word, method in METHODS.items() if method.in_files}
@@ -41,7 +46,7 @@ def make_adapter(options, dtype):
     dtype: that of the host's variables.
     """
     options = dict(options)
-    method = METHODS[next(iter(take_method(options)), None)]
+    method = method_in(take_method(options))
     return method(**options, dtype=wide_dtype(dtype), name="lora")
 
 

@@ -6,13 +6,11 @@ import re
 
 import keras
 
+from keras_lora.keras_internals.layers import attributes_of
 from keras_lora.keras_internals.layers import checked_model
 from keras_lora.keras_internals.layers import sublayers
 from keras_lora.layers.arguments import snake_case
 from keras_lora.layers.lora_layer import LoRALayer
-
-# What Keras's own models keep their layers in says nothing about the layers.
-BOOKKEEPING = ("_layers", "_operations", "_functional")
 
 
 def layer_paths(model) -> dict:
@@ -74,22 +72,3 @@ def kind_of(cls):
     while issubclass(cls, LoRALayer):
         cls = cls.plain_class
     return snake_case(cls.__name__)
-
-
-def attributes_of(parent):
-    """(name, layer) for the layers that a layer holds by attribute or container."""
-    attributes = dict(vars(parent))
-    attributes |= attributes.pop("_modules", {})  # where torch keeps submodules
-    for name, value in attributes.items():
-        if name in BOOKKEEPING:
-            continue
-        name = name.strip("_")
-        if isinstance(value, dict):
-            held = value.items()
-        elif isinstance(value, (list, tuple)):
-            held = enumerate(value)
-        else:
-            held = [(None, value)]
-        for key, layer in held:
-            if isinstance(layer, keras.layers.Layer):
-                yield (name if key is None else f"{name}/{key}"), layer

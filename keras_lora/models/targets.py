@@ -7,6 +7,7 @@ import re
 import keras
 
 from keras_lora.keras_internals.calls import warn_caller
+from keras_lora.keras_internals.layers import made_by
 
 # Layers between the last kernel and the model's outputs that hold no kernel.
 PASS_THROUGH = (
@@ -167,13 +168,10 @@ def output_layers(model):
 
 
 def _makers(tensor, model):
-    operation = tensor._keras_history.operation
+    operation, inputs = made_by(tensor)
     inner = getattr(operation, "outputs", None)
     if isinstance(operation, keras.Model) and inner:
         return {id(operation)} | output_layers(operation)
     if isinstance(operation, PASS_THROUGH):
-        inputs = keras.tree.flatten(
-            operation._inbound_nodes[tensor._keras_history.node_index].input_tensors
-        )
         return set().union(*(_makers(t, model) for t in inputs))
     return {id(operation)}

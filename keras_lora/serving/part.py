@@ -39,7 +39,7 @@ class Part:
 
     @property
     def has_gain(self) -> bool:
-        return self.lora is not None and self.lora.magnitude is not None
+        return self.lora is not None and self.lora.has_gain
 
     @property
     def dropout(self) -> float:

@@ -106,7 +106,9 @@ class Kept:
 
 
 def digest(adapter) -> str:
-    found = hashlib.sha256(json.dumps(adapter.config, sort_keys=True).encode())
+    """SHA-256 of all that tells two adapters apart."""
+    said = [adapter.config, adapter.slices, sorted(adapter.starts)]
+    found = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     for name, value in sorted(adapter.tensors.items()):
         found.update(f"{name} {value.dtype} {value.shape}".encode())
         found.update(np.ascontiguousarray(value).view("uint8").data)

@@ -1,6 +1,6 @@
 """The factors of an adapter by module, with their ranks and alphas; no model yet."""
 
-from typing import NamedTuple
+import dataclasses
 
 import numpy as np
 
@@ -12,32 +12,48 @@ from keras_lora.files.slices import split
 from keras_lora.files.slices import without_slice
 from keras_lora.files.targeting import check_targets
 from keras_lora.files.targeting import value_of
-from keras_lora.layers.methods import METHODS
+from keras_lora.layers.methods import method_in
 from keras_lora.layers.settings import alpha_at
 from keras_lora.layers.settings import divisor
 from keras_lora.layers.torch_layout import EMBEDDING
 from keras_lora.layers.torch_layout import LINEAR
 
 
-class FileFactors(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class FileFactors:
     """What a file has, by what it is for."""
 
     factors: dict  # module -> {suffix: array}
     others: dict  # key -> array, for what trained in full
     ranks: dict
     alphas: dict
-    config: dict
     unadapted: dict  # slice of an adapted module -> {suffix: array}, without A and B
+    config: dict  # checked
+
+    @property
+    def bias(self) -> str:
+        return self.config["bias"]
+
+    @property
+    def use_rslora(self) -> bool:
+        return self.config["use_rslora"]
+
+    @property
+    def method(self) -> dict:
+        """The keyword of another method than LoRA."""
+        return self.config["method"]
 
     def scaling(self, module):
         """The factor in front of B @ A."""
         rank = self.ranks[module]
-        return self.alphas[module] / divisor(rank, self.config["use_rslora"])
+        return self.alphas[module] / divisor(rank, self.use_rslora)
 
     def product(self, module):
         """B and A as matrices, (out, r) and (r, in)."""
         pair, rank = self.factors[module], self.ranks[module]
-        a, b = (pair[suffix] for suffix in suffixes_of(pair)[:2])
+        if not low_rank_suffixes(pair):
+            raise ValueError(f"{module!r} has no A and B, but {sorted(pair)}.")
+        a, b = (pair[suffix] for suffix in low_rank_suffixes(pair))
         if len(a) != rank or b.shape[1] != rank or b.size != len(b) * rank:
             raise ValueError(
                 f"The factors of {module!r} have shapes {a.shape} and {b.shape}, and "
@@ -67,7 +83,7 @@ def factors_of(adapter, modules) -> FileFactors:
         assert_finite(key, value)
     shares = split(tensors, modules, adapter.slices)
     factors, others = {}, {}
-    method = METHODS[next(iter(config["method"]), None)]
+    method = method_in(config["method"])
     known = (*LINEAR, *EMBEDDING, *method.more_suffixes)
     for name, value in tensors.items():
         suffix = next((s for s in known if name.endswith(s)), None)
@@ -117,8 +133,14 @@ def factors_of(adapter, modules) -> FileFactors:
             )
         ranks[module] = rank
         alphas[module] = alpha_at(rank, alphas[module], total, config["use_rslora"])
-    return FileFactors(factors, others, ranks, alphas, config, unadapted)
+    return FileFactors(factors, others, ranks, alphas, unadapted, config)
 
 
-def suffixes_of(pair):
-    return tuple(sorted(pair))
+def low_rank_suffixes(pair) -> tuple:
+    """Those of A and B; none where a method has other factors."""
+    return next((both for both in (LINEAR, EMBEDDING) if both[0] in pair), ())
+
+
+def other_suffixes(pair) -> list:
+    """What a method has beside A and B, or in their place."""
+    return sorted(pair.keys() - {*LINEAR, *EMBEDDING})
