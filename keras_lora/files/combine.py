@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
+from keras_lora.files.combine_heads import checked_heads
+from keras_lora.files.combine_heads import in_full
 from keras_lora.files.config import KEPT
 from keras_lora.files.config import settings
 from keras_lora.files.factors import factors_of
 from keras_lora.files.factors import low_rank_suffixes
 from keras_lora.files.factors import slots_of
 from keras_lora.files.folder import Adapter
-from keras_lora.files.heads import checked_heads
-from keras_lora.files.heads import in_full
 from keras_lora.files.slices import fuse
 from keras_lora.files.spectrum import cut
 from keras_lora.files.spectrum import effective_rank

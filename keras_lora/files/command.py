@@ -6,11 +6,11 @@ import warnings
 import keras
 
 from keras_lora.files.analyze import analyze
-from keras_lora.files.check import check_adapter
 from keras_lora.files.combine import combine_adapters
 from keras_lora.files.command_arguments import parser
 from keras_lora.files.difference import settings_apart
 from keras_lora.files.difference import tensors_apart
+from keras_lora.files.engines import check_adapter
 from keras_lora.files.factors import factors_of
 from keras_lora.files.factors import slots_of
 from keras_lora.files.folder import Adapter

@@ -25,6 +25,7 @@ from keras_lora.keras_internals.layers import own_variables
 from keras_lora.layers.kinds import form_of
 from keras_lora.layers.kinds import kind_of
 from keras_lora.layers.lora_layer import LoRALayer
+from keras_lora.models.adapted_config import plain_float_config
 from keras_lora.models.paths import layer_paths
 from keras_lora.models.presets import plain_class_of
 
@@ -53,10 +54,12 @@ class Place(NamedTuple):
 
 def placed_layers(backbone, family) -> dict:
     """Path in the backbone -> Place, for the layers that are modules there."""
+    # Where the backbone is quantized or adapted, the kernels that the converter means
+    # are not there.
     cls = type(backbone)
-    copy = stand_in(
-        backbone, plain_class_of(cls) if hasattr(cls, "plain_owner") else cls
-    )
+    cls = plain_class_of(cls) if hasattr(cls, "plain_owner") else cls
+    config = plain_float_config(cls.get_config(backbone))
+    copy = stand_in(cls, {**config, "dtype": "float32"})
     owners, sizes = {}, collections.Counter()
     paths = layer_paths(copy)
     for path, layer in paths.items():

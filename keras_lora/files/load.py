@@ -12,8 +12,8 @@ from keras_lora.files.for_model import contents
 from keras_lora.files.names import module_names
 from keras_lora.files.names import refuse_tied_head
 from keras_lora.files.tensors import own_alpha
-from keras_lora.keras_internals.tracing import compile_again
-from keras_lora.keras_internals.tracing import refuse_while_running
+from keras_lora.keras_internals.compiled import compile_again
+from keras_lora.keras_internals.compiled import refuse_while_running
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.lora_layer import is_adapted
 from keras_lora.layers.settings import Settings

@@ -58,14 +58,8 @@ def family_of(backbone_class):
     return extended[0] if len(extended) == 1 else None
 
 
-def stand_in(backbone, backbone_class):
-    """A plain float backbone of the same configuration, whose variables hold nothing.
-
-    Where KerasHub's own backbone is quantized or adapted, the kernels that the
-    converter means are not there.
-    """
-    config = in_float(backbone_class.get_config(backbone))
-    config["dtype"] = "float32"
+def stand_in(backbone_class, config):
+    """A backbone of a configuration, whose variables hold nothing."""
     registry = keras.src.backend.common.global_state
     before = list(registry.get_global_attribute(UNINITIALIZED) or [])
     try:
@@ -90,29 +84,6 @@ def fill_in(copy):
     for part in missing:
         setattr(copy, part, Absent())
     return bool(missing)
-
-
-def in_float(config):
-    """A configuration in which the layers of a backbone that is made of them are plain.
-
-    Else the copy would have their adapters and integers, and its weights another order.
-    """
-    if isinstance(config, list):
-        return [in_float(part) for part in config]
-    if not isinstance(config, dict):
-        return config
-    name = str(config.get("registered_name"))
-    if name == "keras_lora>Adapted":
-        config = config["config"]["layer"]
-    elif name.startswith("keras_lora>LoRA"):
-        plain = {**config["config"], "rank": 0, "frozen": []}
-        config = {**config, "config": plain}
-    found = {key: in_float(part) for key, part in config.items()}
-    if "class_name" in found and "dtype" in (found.get("config") or {}):
-        found["config"] |= {"dtype": "float32"}
-        if "quantization_config" in found["config"]:
-            found["config"]["quantization_config"] = None
-    return found
 
 
 def ask(family, backbone, port):

@@ -7,11 +7,11 @@ import numpy as np
 from keras import ops
 
 from keras_lora.keras_internals.calls import warn_caller
+from keras_lora.keras_internals.compiled import refusing_to_train
+from keras_lora.keras_internals.compiled import take_compiled_functions
 from keras_lora.keras_internals.hidden_state import hold_resource
 from keras_lora.keras_internals.hidden_state import release_resource
 from keras_lora.keras_internals.layers import flatten_layers
-from keras_lora.keras_internals.tracing import refusing_to_train
-from keras_lora.keras_internals.tracing import take_compiled_functions
 from keras_lora.layers.adapter import FixedKernel
 from keras_lora.layers.trained_values import is_held_once
 from keras_lora.layers.trained_values import other_values

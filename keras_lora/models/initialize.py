@@ -5,7 +5,7 @@ from collections.abc import Callable
 import keras
 import numpy as np
 
-from keras_lora.keras_internals.tracing import compile_again
+from keras_lora.keras_internals.compiled import compile_again
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.settings import checked_rank
 from keras_lora.layers.started import StartedAdapter
@@ -13,8 +13,8 @@ from keras_lora.layers.torch_layout import to_numpy
 from keras_lora.models.adapt import checked_lora_layers
 from keras_lora.models.adapt import make_plain
 from keras_lora.models.decompositions import KERNEL_STARTS
+from keras_lora.models.merge_quantized import take_over
 from keras_lora.models.paths import layer_paths
-from keras_lora.models.quantized import take_over
 from keras_lora.models.renew import renewed
 from keras_lora.models.report import Report
 from keras_lora.models.start_values import eva

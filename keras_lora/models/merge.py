@@ -6,6 +6,8 @@ import keras
 from keras import ops
 
 from keras_lora.keras_internals.calls import warn_caller
+from keras_lora.keras_internals.compiled import compile_again
+from keras_lora.keras_internals.compiled import refuse_while_running
 from keras_lora.keras_internals.hidden_state import hold_resource
 from keras_lora.keras_internals.hidden_state import release_resource
 from keras_lora.keras_internals.kernels import replace_kernel
@@ -14,20 +16,18 @@ from keras_lora.keras_internals.layers import change_class
 from keras_lora.keras_internals.layers import detach
 from keras_lora.keras_internals.layers import flatten_layers
 from keras_lora.keras_internals.layers import refresh_torch_parameters
-from keras_lora.keras_internals.tracing import compile_again
-from keras_lora.keras_internals.tracing import refuse_while_running
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.lora_layer import is_adapted
 from keras_lora.models.adapt import checked_lora_layers
 from keras_lora.models.adapt import make_plain
 from keras_lora.models.keras_files import Adapted
+from keras_lora.models.merge_quantized import MergedLayer
+from keras_lora.models.merge_quantized import checked_way
+from keras_lora.models.merge_quantized import merged_plain
+from keras_lora.models.merge_quantized import relative_error
+from keras_lora.models.merge_quantized import take_over
 from keras_lora.models.paths import layer_paths
-from keras_lora.models.quantized import MergedLayer
-from keras_lora.models.quantized import checked_way
-from keras_lora.models.quantized import merged_plain
-from keras_lora.models.quantized import relative_error
 from keras_lora.models.quantized import renew_policy_maps
-from keras_lora.models.quantized import take_over
 from keras_lora.models.record import NOTHING
 from keras_lora.models.record import base_values
 from keras_lora.models.record import record_of

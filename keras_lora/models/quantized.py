@@ -1,26 +1,16 @@
-"""What merging makes of layers whose kernel is quantized."""
-
-from typing import NamedTuple
+"""Quantized layers of a model: mended where Keras is wrong, and kept in files."""
 
 import keras
-import numpy as np
 
 from keras_lora.keras_internals.kernels import drop_float_kernel
-from keras_lora.keras_internals.kernels import exchange_variables
-from keras_lora.keras_internals.kernels import kernel_variables
 from keras_lora.keras_internals.layers import change_class
-from keras_lora.keras_internals.layers import seen_as
 from keras_lora.keras_internals.layers import take_own_policy
-from keras_lora.keras_internals.layers import twin
 from keras_lora.layers.kinds import lora_class_of
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.quantized_host import CALIBRATED
 from keras_lora.layers.quantized_host import MODES
 from keras_lora.layers.quantized_host import is_calibrated
 from keras_lora.layers.quantized_host import policy_of
-from keras_lora.layers.torch_layout import to_numpy
-
-WAYS = ("dequantize", "requantize")
 
 
 def mend_plain(layers) -> list:
@@ -66,95 +56,6 @@ def is_wrong_in_keras(layer):
     if lora_class is None:
         return False
     return lora_class.mends_gradient or is_calibrated(layer, lora_class.kernel_name)
-
-
-class MergedLayer(NamedTuple):
-    """A merged layer; error: |kernel - (W + delta)| / |W + delta|."""
-
-    path: str
-    layer: object
-    error: float
-
-
-def checked_way(layers, way):
-    """How to merge quantized layers: a ValueError where it is not said."""
-    if way is not None and way not in WAYS:
-        raise ValueError(
-            f"`quantized` must be None, 'dequantize' or 'requantize'. Received: {way!r}"
-        )
-    if layers and way is None:
-        names = ", ".join(repr(layer.name) for layer in layers[:5])
-        raise ValueError(
-            f"The kernels of {len(layers)} adapted layers are quantized ({names}), and "
-            "no integers stand for W + delta exactly. Say what to make of them: "
-            'quantized="dequantize" leaves float layers with the dequantized W + delta '
-            'and the memory of float kernels; quantized="requantize" quantizes W + '
-            "delta anew, and the report says each layer's error. `export` keeps the "
-            "quantized kernels with A and B beside them."
-        )
-    if way == "requantize":
-        refuse_calibrating("requantize", layers)
-
-
-def refuse_calibrating(word, layers):
-    """A ValueError where quantizing a kernel anew would need calibration data."""
-    for layer in layers:
-        if layer.quantization_mode in CALIBRATED:
-            raise ValueError(
-                f"{word!r} quantizes a kernel anew, and the integers of "
-                f"{layer.name!r} are for the inputs that Keras calibrated "
-                f"{layer.quantization_mode!r} with, which are not kept. "
-                'merge_lora(model, quantized="dequantize") makes a float model, which '
-                "`Model.quantize` can calibrate anew."
-            )
-
-
-def merged_plain(layer, kernel, way):
-    """A plain layer like this one, that has a kernel, float or quantized anew."""
-    config = seen_as(layer, layer.plain_class).get_config()
-    config["dtype"] = float_policy(layer).name
-    config.pop("quantization_config", None)
-    plain = layer.plain_class.from_config(config)
-    plain.build_from_config(layer.get_build_config())
-    values = {layer.kernel_name: kernel, **layer.other_kernels()}
-    for variable in kernel_variables(plain).values():
-        variable.assign(values[variable.name])
-    if way == "requantize":
-        plain.quantize(
-            layer.quantization_mode, config=quantization_config(layer), type_check=False
-        )
-    return plain
-
-
-def relative_error(layer, plain, kernel):
-    """Of the kernel of a plain layer, as its operation means it."""
-    found, wanted = (
-        to_numpy(x).astype("float64")
-        for x in (twin(plain, type(layer), {}).base_kernel(layer.kernel_dtype), kernel)
-    )
-    return float(np.linalg.norm(found - wanted) / (np.linalg.norm(wanted) or 1.0))
-
-
-def take_over(layer, plain):
-    """Gives a layer the kernel, scales and policy of a plain one like it."""
-    if plain.quantization_mode is not None:
-        own = kernel_variables(layer)
-        for name, variable in kernel_variables(plain).items():
-            own[name].assign(variable)
-        return
-    exchange_variables(layer, plain)
-    layer.dtype_policy = float_policy(layer)
-
-
-def float_policy(layer):
-    """The policy that the layer had before it was quantized.
-
-    By its dtypes: a map of policies takes their names away when it is saved.
-    """
-    compute, variable = layer.compute_dtype, layer.variable_dtype
-    return keras.dtype_policies.get(
-        compute if compute == variable else f"mixed_{compute}"
-    )
 
 
 def quantizations(layers) -> dict:

@@ -2,12 +2,12 @@
 
 import contextlib
 
+from keras_lora.keras_internals.compiled import refuse_while_running
 from keras_lora.keras_internals.layers import attach
 from keras_lora.keras_internals.layers import detach
 from keras_lora.keras_internals.layers import flatten_layers
 from keras_lora.keras_internals.layers import name_scope_of
 from keras_lora.keras_internals.layers import refresh_torch_parameters
-from keras_lora.keras_internals.tracing import refuse_while_running
 from keras_lora.layers.methods import make_adapter
 
 

@@ -12,9 +12,9 @@ from keras_lora.layers.torch_layout import to_numpy
 from keras_lora.models.decompositions import KERNEL_STARTS
 from keras_lora.models.decompositions import pissa
 from keras_lora.models.layer_inputs import layer_moments
+from keras_lora.models.merge_quantized import merged_plain
+from keras_lora.models.merge_quantized import refuse_calibrating
 from keras_lora.models.paths import layer_paths
-from keras_lora.models.quantized import merged_plain
-from keras_lora.models.quantized import refuse_calibrating
 
 LOFTQ_STEPS = 5
 

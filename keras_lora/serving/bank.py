@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import keras
 import numpy as np
 
-from keras_lora.keras_internals.tracing import holders
-from keras_lora.keras_internals.tracing import refuse_while_running
-from keras_lora.keras_internals.tracing import take_compiled_functions
+from keras_lora.keras_internals.compiled import refuse_while_running
+from keras_lora.keras_internals.compiled import take_compiled_functions
+from keras_lora.keras_internals.models_around import holders
 from keras_lora.layers.settings import checked_rank
 from keras_lora.models.adapt import refuse_adapters
 from keras_lora.models.choose import choose

@@ -2,8 +2,8 @@
 
 import contextlib
 
-from keras_lora.keras_internals.tracing import holders
-from keras_lora.keras_internals.tracing import take_compiled_functions
+from keras_lora.keras_internals.compiled import take_compiled_functions
+from keras_lora.keras_internals.models_around import holders
 from keras_lora.serving.directory import Directory
 
 
