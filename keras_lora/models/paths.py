@@ -37,7 +37,7 @@ def layer_paths(model) -> dict:
             part = (
                 given_name(layer, owners, parent)
                 or attributes.get(id(layer))
-                or kind_of(type(layer))
+                or kind_in_words(type(layer))
             )
             used[part] += 1
             if used[part] > 1:
@@ -64,10 +64,10 @@ def given_name(layer, owners, parent):
 def automatic_names(cls):
     """What Keras calls an instance that got no name, before it adds a number."""
     kinds = {snake_case(base.__name__) for base in cls.__mro__}
-    return frozenset(kinds | {f"lora_{kind_of(cls)}"})
+    return frozenset(kinds | {f"lora_{kind_in_words(cls)}"})
 
 
-def kind_of(cls):
+def kind_in_words(cls):
     """The kind of a layer class as a word, the same with and without an adapter."""
     while issubclass(cls, LoRALayer):
         cls = cls.plain_class

@@ -51,7 +51,7 @@ class Report(Table, Sequence):
             for path, layer in paths.items()
             if is_adapted(layer)
         ]
-        others = {path: trained_beside(layer) for path, layer in paths.items()}
+        others = {path: parameters_beside(layer) for path, layer in paths.items()}
         self.also_trained = [path for path, found in others.items() if found]
         self.beside = sum(map(count, others.values()))
         self.added = sum(count(row.layer.lora.weights) for row in self.rows)
@@ -133,7 +133,7 @@ def adapted_row(path, layer):
     )
 
 
-def trained_beside(layer):
+def parameters_beside(layer):
     """The parameters of a layer that train beside A and B, or did."""
     if isinstance(layer, LowRankAdapter):
         return []

@@ -36,8 +36,8 @@ class Hosts:
             gain_shape = laid_out(
                 form.over_outputs, np.ones(outputs_of(host, form))
             ).shape
-        slots = Slots(self.count, form, bias_shape, gain_shape, layer.variable_dtype)
-        slots.rank = rank
+        dtype = layer.variable_dtype
+        slots = Slots(self.count, rank, form, bias_shape, gain_shape, dtype)
         bank_layer(layer, BankAdapters(self.choice, form, slots, path))
         self.layers[path] = layer
         # Its functions know the layer that it is now.

@@ -88,14 +88,14 @@ def leading_axes(run, inputs) -> dict:
             if any(len(other) != len(calls) for other in others):
                 kinds.add("called on other rows as the data decide")
                 continue
-            kinds.add(kind_of(values, [other[number] for other in others]))
+            kinds.add(order_of(values, [other[number] for other in others]))
         found[adapters] = (
             kinds.pop() if len(kinds) == 1 else " and ".join(sorted(kinds))
         )
     return found
 
 
-def kind_of(values, others):
+def order_of(values, others):
     """Of one call's inputs, and the same after each of the rows was changed."""
     size = len(values) if values.ndim else 0
     if any(other.shape != values.shape for other in others):

@@ -31,15 +31,16 @@ class Slots(Stacks, keras.layers.Layer):
 
     Args:
         count: How many slots.
-        form: The layer's, at the highest rank.
+        rank: The highest rank that there is room for.
+        form: The layer's, at that rank.
         bias_shape: Laid out over the outputs; None: no bias is kept.
         gain_shape: Laid out over the outputs; None: no gain is kept.
         dtype: That of the layer's variables, float32 at least.
     """
 
-    def __init__(self, count, form, bias_shape, gain_shape, dtype):
+    def __init__(self, count, rank, form, bias_shape, gain_shape, dtype):
         super().__init__(dtype=wide_dtype(dtype), trainable=False)
-        self.count = count
+        self.count, self.rank = count, rank
         self.a = self._stack("a", form.a_shape)
         self.b = self._stack("b", form.b_shape)
         self.write(count - 1, b=np.nan)
