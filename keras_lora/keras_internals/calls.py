@@ -9,7 +9,7 @@ from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 
 def was_called(layer):
-    """Whether a layer was ever called, symbolically too."""
+    """Whether a layer was ever called, symbolically too; `built` does not tell."""
     return layer._called
 
 

@@ -83,12 +83,16 @@ def checked_model(model):
 
 
 def flatten_layers(model):
-    """The model itself and every layer inside it, each once."""
+    """The model itself and every layer inside it, each once.
+
+    Keras's public `layers` is a model's alone, and goes one level deep.
+    """
     checked_model(model)
     return model._flatten_layers(include_self=True, recursive=True)
 
 
 def attach(layer, name, sublayer):
+    """Gives a layer that may be built a sublayer."""
     with unlocked(layer):
         setattr(layer, name, sublayer)
         # torch keeps modules where the default of a class hides them.
@@ -96,6 +100,7 @@ def attach(layer, name, sublayer):
 
 
 def detach(layer, name):
+    """Takes a sublayer away again: Keras goes on tracking one that was deleted."""
     with unlocked(layer):
         layer._tracker.untrack(getattr(layer, name))
         delattr(layer, name)
@@ -182,13 +187,19 @@ def refresh_torch_parameters(layers):
 
 
 def sublayers(layer):
-    """The layers that a layer holds itself, in the order in which it got them."""
+    """The layers that a layer holds itself, in the order in which it got them.
+
+    A layer that is no model has no public list of them.
+    """
     wrapped = getattr(layer, "_functional", None)  # a Sequential's second view
     return [sublayer for sublayer in layer._layers if sublayer is not wrapped]
 
 
 def own_variables(layer):
-    """The variables of a layer itself that `layer.trainable = True` would train."""
+    """The variables of a layer itself that `layer.trainable = True` would train.
+
+    Keras's public lists hold those of sublayers too, and none while it is frozen.
+    """
     return layer._trainable_variables
 
 
@@ -209,7 +220,10 @@ def layer_state(layer):
 
 
 def made_by(tensor):
-    """The operation that made a symbolic tensor, and the tensors that it made it of."""
+    """The operation that made a symbolic tensor, and the tensors that it made it of.
+
+    Keras's public `Model.operations` do not say which of them makes the outputs.
+    """
     history = tensor._keras_history
     node = history.operation._inbound_nodes[history.node_index]
     return history.operation, node.input_tensors
@@ -220,7 +234,10 @@ BOOKKEEPING = ("_layers", "_operations", "_functional")
 
 
 def attributes_of(parent):
-    """(name, layer) for the layers that a layer holds by attribute or container."""
+    """(name, layer) for the layers that a layer holds by attribute or container.
+
+    Keras keeps the layers that it tracks without the names of the attributes.
+    """
     attributes = dict(vars(parent))
     attributes |= attributes.pop("_modules", {})  # where torch keeps submodules
     for name, value in attributes.items():
