@@ -7,6 +7,7 @@ import math
 
 from keras_lora.files.factors import FileFactors
 from keras_lora.files.factors import factors_of
+from keras_lora.files.factors import low_rank_suffixes
 from keras_lora.files.slices import fused_modules
 from keras_lora.files.slices import inputs_in_order
 from keras_lora.files.slices import outputs_axis
@@ -14,9 +15,10 @@ from keras_lora.files.slices import rows_of
 from keras_lora.files.slices import slices_of
 from keras_lora.files.slices import total_of
 from keras_lora.files.slices import without_slice
-from keras_lora.files.tensors import suffixes
+from keras_lora.keras_internals.layers import seen_as
 from keras_lora.layers.kinds import lora_class_of
 from keras_lora.layers.kinds import obstacle
+from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.lora_layer import is_adapted
 from keras_lora.layers.started import StartedAdapter
 
@@ -122,17 +124,21 @@ def refuse_unknown_modules(factors, modules):
 
 
 def refuse_ranks_without_values(factors, ranks, modules):
-    """So that an adapter made for the file is no larger than the file."""
+    """So that what is made for a file is no larger than the file."""
     for module, pair in factors.items():
-        layer = modules[module]
-        if is_adapted(layer) or not pair.keys() >= set(suffixes(layer)):
+        if not low_rank_suffixes(pair):
             continue
-        a, b = (pair[suffix] for suffix in suffixes(layer))
-        kernel = getattr(layer, lora_class_of(type(layer)).kernel_name)
-        if a.size * b.size < ranks[module] ** 2 * math.prod(kernel.shape):
+        layer = modules[module]
+        is_host = isinstance(layer, LoRALayer)
+        host = seen_as(layer, type(layer) if is_host else lora_class_of(type(layer)))
+        updates = host.low_rank_form(1).file_rank or 1  # side by side
+        form = host.low_rank_form(max(ranks[module] // updates, 1))
+        size = sum(value.size for value in pair.values())
+        if math.prod(form.a_shape) + math.prod(form.b_shape) > size:
+            shapes = " and ".join(str(value.shape) for value in pair.values())
             raise ValueError(
-                f"The factors of {module!r} have shapes {a.shape} and {b.shape}; they "
-                f"do not make rank {ranks[module]} for a kernel of {kernel.shape}."
+                f"The factors of {module!r} have shapes {shapes}; they do not make "
+                f"rank {ranks[module]} for a kernel of {host.kernel_shape}."
             )
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import math
 
 import keras
 import numpy as np
@@ -86,7 +85,6 @@ def read(model, paths, adapter, names, most) -> Reading:
                 f"The adapter has rank {rank} at {module!r}, and the bank has room for "
                 f"{most}. Make the bank with max_rank={rank}."
             )
-        refuse_rank_without_values(host, rank, file.factors[module], module)
         options = {**adapter_options(file, module), "rank": rank, "alpha": None}
         lora = new_adapter(host, options)
         vars(host)["lora"] = lora  # not its tracker, which is the layer's
@@ -119,18 +117,6 @@ def own_rank(host, rank, module):
             f"the {parts} updates of the layer."
         )
     return rank // parts
-
-
-def refuse_rank_without_values(host, rank, arrays, module):
-    """So that what is made for a file is no larger than the file."""
-    form = host.low_rank_form(rank)
-    size = sum(value.size for value in arrays.values())
-    if max(math.prod(form.a_shape), math.prod(form.b_shape)) > size:
-        shapes = [value.shape for value in arrays.values()]
-        raise ValueError(
-            f"The factors of {module!r} have shapes {shapes}; they do not make rank "
-            f"{rank} for a kernel of {host.kernel_shape}."
-        )
 
 
 def add_others(reading, pairs, layers, path_of):
