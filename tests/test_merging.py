@@ -195,7 +195,9 @@ def test_structure_does_not_change_inside_a_context(operation):
     assert len(lora_layers(model)) == 2
 
 
-@pytest.mark.parametrize("operation", ["merge_lora", "remove_lora", "merged"])
+@pytest.mark.parametrize(
+    "operation", ["merge_lora", "remove_lora", "merged", "disabled"]
+)
 def test_model_without_adapters_is_an_error(operation):
     plain = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
     with pytest.raises(ValueError, match="holds no LoRA layer"):

@@ -159,6 +159,40 @@ def test_functions_of_other_names_are_traced_anew_too(which):
     assert found[which].generate_function is None
 
 
+class Extended(keras.Sequential):
+    """A class of models that extends another, as KerasHub's tasks do."""
+
+
+def test_models_of_every_class_are_seen():
+    found = models()
+    outer = Extended([keras.Input((6,)), found[INNER]])
+    outer.generate_function = lambda inputs: None
+    keras_lora.apply_lora(found[INNER], rank=2, target=["shared"])
+    assert outer.generate_function is None
+
+
+def test_a_shared_layer_of_which_nothing_can_train_is_seen():
+    """A quantized kernel is none of the variables that `trainable` reaches."""
+    shared, inputs = keras.layers.Dense(6, use_bias=False), keras.Input((6,))
+    model = keras.Model(inputs, keras.layers.Dense(2)(shared(inputs)))
+    beside = keras.Sequential([keras.Input((6,)), shared])
+    model.quantize("int8", filters=lambda layer: layer is shared)
+    keras_lora.apply_lora(model, rank=2)
+    beside.generate_function = lambda inputs: None
+    keras_lora.merge_lora(model, quantized="requantize")
+    assert beside.generate_function is None
+
+
+def test_a_model_that_shares_no_variable_is_left_alone():
+    relu = keras.layers.ReLU()
+    layers = [keras.layers.Dense(6, name="first"), relu, keras.layers.Dense(2)]
+    model = keras.Sequential([keras.Input((6,)), *layers])
+    beside = keras.Sequential([keras.Input((6,)), relu, keras.layers.Dense(2)])
+    beside.generate_function = function = lambda inputs: None
+    keras_lora.apply_lora(model, rank=2)
+    assert beside.generate_function is function
+
+
 def test_loading_reaches_the_model_around(tmp_path):
     found = models()
     keras_lora.apply_lora(found[INNER], rank=2)
