@@ -96,6 +96,18 @@ def test_training_goes_on_after_a_frozen_load(full, tmp_path):
     assert changed == {*BESIDE, "h/lora/a", "h/lora/b"}
 
 
+def test_a_compiled_model_trains_what_the_file_brings(full, tmp_path):
+    keras_lora.save_adapter(full, tmp_path / "adapter")
+    model = moved()
+    model.compile(keras.optimizers.Adam(0.1), "mse")
+    model.fit(x(), y(), verbose=0)  # the optimizer knows A and B alone
+    keras_lora.load_adapter(model, tmp_path / "adapter")
+    before = {v.path: to_numpy(v) for v in model.trainable_variables}
+    model.fit(x(), y(), verbose=0)
+    for variable in model.trainable_variables:
+        assert (to_numpy(variable) != before[variable.path]).any()
+
+
 def test_flags_that_are_right_are_left_and_nothing_is_traced_anew(full, tmp_path):
     keras_lora.save_adapter(full, tmp_path / "adapter")
     predict(full)
@@ -237,6 +249,20 @@ def test_contexts_that_do_not_nest_give_back_what_was_trained(full):
         np.testing.assert_array_equal(predict(full), base)
         last.__exit__(None, None, None)
         np.testing.assert_array_equal(predict(full), expected)
+
+
+def test_what_holds_the_head_alone_does_not_train_inside_of_disabled(full):
+    head = full.get_layer("head")
+    beside = keras.Sequential([keras.Input((8,)), head])
+    beside.compile("sgd", "mse")
+    data, trained = np.ones((4, 8)), to_numpy(head.kernel)
+    with (
+        keras_lora.disabled(full),
+        pytest.raises(ValueError, match="do not train inside"),
+    ):
+        beside.fit(data, np.ones((4, 3)), verbose=0)
+    np.testing.assert_array_equal(to_numpy(head.kernel), trained)
+    beside.fit(data, np.ones((4, 3)), verbose=0)
 
 
 def test_a_loop_of_ones_own_that_trains_inside_of_disabled_is_told(full):
