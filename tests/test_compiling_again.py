@@ -50,6 +50,9 @@ OPTIMIZERS = {
         0.01, use_ema=True, gradient_accumulation_steps=2, clipnorm=0.1
     ),
     "loss scale": scaled,
+    "loss scale of its own": lambda: keras.optimizers.LossScaleOptimizer(
+        Own({1: 2}, learning_rate=0.1), initial_scale=4.0
+    ),
 }
 over_optimizers = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 
@@ -99,6 +102,57 @@ def test_an_optimizer_without_state_stays_the_users_own_object(make):
     assert model.optimizer is optimizer
     fit(model)
     assert model.optimizer is optimizer
+
+
+def test_an_optimizer_whose_variables_stay_keeps_its_state():
+    """Of a model beside it, which shares what is frozen already."""
+    shared = keras.layers.Dense(6, name="shared", trainable=False)
+    layers = [keras.layers.Dense(5, name="a"), keras.layers.Dense(3, name="head")]
+    model = keras.Sequential([keras.Input((6,)), shared, *layers])
+    beside = keras.Sequential([keras.Input((6,)), shared, keras.layers.Dense(3)])
+    beside.compile(keras.optimizers.Adam(0.1), "mse")
+    fit(beside)
+    optimizer = beside.optimizer
+    keras_lora.apply_lora(model, rank=2, target=["a"])
+    assert beside.optimizer is optimizer
+    assert to_numpy(optimizer.iterations)
+    fit(beside)
+
+
+def test_what_is_saved_of_compiling_is_the_optimizer_that_there_is():
+    model = network()
+    model.compile(keras.optimizers.SGD(0.5), "mse")
+    fit(model)
+    keras_lora.apply_lora(model, rank=2)
+    model.optimizer.learning_rate = 0.25
+    saved = model.get_compile_config()["optimizer"]["config"]
+    assert saved["learning_rate"] == 0.25
+
+
+def test_exclusions_are_not_remembered_of_variables_that_are_no_more():
+    """Keras keeps them by `id`, which Python gives to another variable then."""
+    model = network()
+    model.compile(excluding(), "mse")
+    fit(model)
+    old = model.optimizer
+    keras_lora.apply_lora(model, rank=2)
+    new = model.optimizer._exclude_from_weight_decay_cache
+    assert new == {}
+    assert new is not old._exclude_from_weight_decay_cache
+
+
+def test_keras_does_not_warn_of_flags_that_changed_since_compiling():
+    model = network()
+    model.compile("sgd", "mse")
+    warn = getattr(model, "_warn_if_trainable_state_changed", None)
+    if warn is None:
+        pytest.skip("this Keras has no such warning")
+    for change in (CHANGES["apply"], CHANGES["mark"], CHANGES["merge"]):
+        change(model)
+        warn()
+    model.layers[0].trainable = False
+    with pytest.warns(UserWarning, match="state has changed"):
+        warn()
 
 
 def test_mixed_precision_is_not_scaled_twice():
@@ -160,6 +214,25 @@ def test_an_optimizer_that_cannot_be_had_again_leaves_the_model_uncompiled():
         keras_lora.merge_lora(model)
 
 
+def test_loading_and_marking_say_so_too(tmp_path):
+    first, model = network(), network()
+    keras_lora.apply_lora(first, rank=2)
+    keras_lora.save_adapter(first, tmp_path)
+    for trainable in (True, False):
+        model.compile(Table(), "mse")
+        fit(model)
+        report = keras_lora.load_adapter(model, tmp_path, trainable=trainable)
+        assert not model.compiled
+        assert ["its Table cannot be made anew" in note for note in report.notes] == [
+            True
+        ]
+    first.compile(Table(), "mse")
+    fit(first)
+    with pytest.warns(UserWarning, match="its Table cannot be made anew"):
+        keras_lora.mark_only_lora_as_trainable(first, bias="all")
+    assert not first.compiled
+
+
 def test_merging_after_training_keeps_what_predict_says():
     model = network()
     keras_lora.apply_lora(model, rank=2, alpha=64)
@@ -190,7 +263,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("loop", ["fit", "predict"])
+@pytest.mark.parametrize("loop", ["fit", "evaluate", "predict"])
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_change_from_inside_fit_is_refused_before_it_begins(name, loop):
     inner = network()
@@ -208,16 +281,28 @@ def test_a_change_from_inside_fit_is_refused_before_it_begins(name, loop):
                 CHANGES[name](inner)
             errors.append(error)
 
-        on_epoch_end = on_predict_batch_end = change
+        on_epoch_end = on_test_batch_end = on_predict_batch_end = change
 
     if loop == "fit":
         fit(outer, epochs=2, callbacks=[Change()])
+    elif loop == "evaluate":
+        outer.evaluate(x(), y(), callbacks=[Change()], verbose=0)
     else:
         outer.predict(x(), callbacks=[Change()], verbose=0)
     assert errors
     assert [type(layer) for layer in inner.layers] == classes
     assert outer.optimizer is optimizer
     CHANGES[name](inner)
+
+
+def test_another_model_may_change_while_one_is_fitted():
+    model, other = network(), network()
+    other.compile("sgd", "mse")
+    change = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: CHANGES["apply"](model)
+    )
+    fit(other, callbacks=[change])
+    assert type(model.layers[0]) is keras_lora.LoRADense
 
 
 def test_adapters_that_do_not_train_are_not_woken_from_inside_predict(tmp_path):
