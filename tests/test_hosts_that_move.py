@@ -1,5 +1,7 @@
 """What assigns to a kernel, computes it or reads it elsewhere is right or refused."""
 
+import inspect
+
 import keras
 import numpy as np
 import pytest
@@ -86,6 +88,41 @@ def test_reading_an_adapted_kernel_in_another_call_warns():
     model(x())
 
 
+class InLists(keras.layers.Layer):
+    """Holds its layers in lists, and multiplies with the kernel of one by itself."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.gates = [keras.layers.Dense(6)]
+        self.ups = [keras.layers.Dense(6)]
+
+    def build(self, shape):
+        for layer in (*self.gates, *self.ups):
+            layer.build(shape)
+
+    def call(self, inputs):
+        return self.ups[0](ops.matmul(inputs, self.gates[0].kernel))
+
+
+def test_the_owner_is_a_layer_and_not_its_list():
+    model = around(InLists(name="block"))
+    report = apply_lora(model)
+    assert [row.layer for row in report] == model.layers[0].ups
+    (reason,) = report.skipped.values()
+    assert reason.startswith("InLists reads its kernel itself")
+
+
+def test_a_layer_with_keras_own_adapter_is_passed_over_or_refused():
+    model = around(keras.layers.Dense(6, name="own"), keras.layers.Dense(6, name="b"))
+    model.layers[0].enable_lora(2)
+    report = apply_lora(model)
+    assert [row.path for row in report] == ["b"]
+    assert "has Keras's own adapter" in report.skipped["own"]
+    keras_lora.remove_lora(model)
+    with pytest.raises(ValueError, match=r"has Keras's own adapter.*exclude="):
+        apply_lora(model, target=["own"])
+
+
 class OwnConvolution(keras.layers.Conv2D):
     def convolution_op(self, inputs, kernel):
         return 2 * super().convolution_op(inputs, kernel)
@@ -140,6 +177,20 @@ def test_a_subclass_whose_arguments_are_all_optional_is_adapted():
     inputs = keras.Input((3,), dtype="int32")
     model = keras.Model(inputs, SmallTable(name="table")(inputs))
     assert [row.path for row in apply_lora(model, target=SmallTable)] == ["table"]
+
+
+class Sized(keras.layers.Dense):
+    def __init__(self, size=4, **options):
+        super().__init__(size, **options)
+
+
+def test_a_required_argument_may_come_after_optional_ones():
+    """Python has no such signature but with keywords."""
+    attributes = {"plain_class": Sized}
+    merged = type("LoRASized", (keras_lora.LoRAMergedDense, Sized), attributes)
+    parameters = inspect.signature(merged).parameters
+    assert parameters["size"].default == 4
+    assert parameters["units"].kind is inspect.Parameter.KEYWORD_ONLY
 
 
 @pytest.mark.parametrize("training", [True, False])
