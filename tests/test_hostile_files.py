@@ -244,6 +244,12 @@ def test_a_target_among_others_that_means_nothing_is_named(tmp_path):
         keras_lora.load_adapter(model(), tmp_path)
 
 
+def test_heads_that_the_file_does_not_have(tmp_path):
+    write(tmp_path, modules_to_save=["head", "score"])
+    match = "modules_to_save names 'head', 'score', which is no layer"
+    refused(lambda m: keras_lora.load_adapter(m, tmp_path), match)
+
+
 @pytest.mark.parametrize(
     "metadata",
     [

@@ -142,6 +142,57 @@ def test_two_tensors_for_one_bias_must_agree(tmp_path):
         keras_lora.load_adapter(model, tmp_path)
 
 
+def test_a_name_without_a_tensor_is_passed_over(tmp_path):
+    """PEFT writes names of other models' heads too; here a layer is called so."""
+    module, model = net_pair()
+    settings = {"target_modules": ["h"], "modules_to_save": ["head", "score"]}
+    adapted = saved_by_peft(module, tmp_path, **settings)
+    score = keras.layers.Dense(2, name="score")
+    both = keras.Model(model.inputs, [model.output, score(model.layers[1].output)])
+    before = to_numpy(score.kernel)
+    report = keras_lora.load_adapter(both, tmp_path)
+    close(net_outputs(model), net_outputs(adapted))
+    np.testing.assert_array_equal(to_numpy(score.kernel), before)
+    assert report.also_trained == ["head"]
+
+
+class Tokens(torch.nn.Module):
+    """With the names by which PEFT knows an embedding that it writes down again."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed_tokens = torch.nn.Embedding(9, 6)
+        self.lm_head = torch.nn.Linear(6, 3)
+
+    def get_input_embeddings(self):
+        return self.embed_tokens
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def forward(self, ids):
+        return self.lm_head(self.embed_tokens(ids))
+
+
+def test_weights_that_peft_repeats_are_passed_over(tmp_path):
+    module = Tokens().eval()
+    data = keras.Input((4,), dtype="int32")
+    table = keras.layers.Embedding(9, 6, name="embed_tokens")
+    head = keras.layers.Dense(3, name="lm_head")
+    model = keras.Model(data, head(table(data)))
+    table.embeddings.assign(module.embed_tokens.weight.detach().numpy())
+    head.kernel.assign(module.lm_head.weight.detach().numpy().T)
+    head.bias.assign(module.lm_head.bias.detach().numpy())
+    targets = ["embed_tokens", "lm_head"]
+    adapted = saved_by_peft(module, tmp_path, target_modules=targets)
+    keys = safetensors.numpy.load_file(tmp_path / TENSORS)
+    assert len([key for key in keys if key.endswith(".base_layer.weight")]) == 2
+    keras_lora.load_adapter(model, tmp_path)
+    ids = np.array([[1, 5, 8, 0]])
+    expected = adapted(torch.tensor(ids)).detach().numpy()
+    close(to_numpy(model(ids)), expected)
+
+
 def test_the_file_says_itself_what_it_is_of(tmp_path):
     _, model = net_pair()
     keras_lora.apply_lora(model, rank=2, target=["h"])
