@@ -127,8 +127,16 @@ def test_failed_export_changes_nothing(moment, tmp_path, monkeypatch):
     assert all(isinstance(x, keras_lora.LoRADense) for x in lora_layers(model))
 
 
-def test_two_renames_where_folders_cannot_be_swapped(tmp_path, monkeypatch):
-    monkeypatch.setattr("ctypes.CDLL", lambda name: None)  # no renameat2
+class Refusing:
+    """A library on a file system that cannot swap."""
+
+    def renameat2(self, *names):
+        return -1
+
+
+@pytest.mark.parametrize("library", [None, Refusing()])
+def test_two_renames_where_folders_cannot_be_swapped(library, tmp_path, monkeypatch):
+    monkeypatch.setattr("ctypes.CDLL", lambda name: library)
     for text in ("first", "second"):
         with replacing(tmp_path / "folder") as new:
             new.mkdir()

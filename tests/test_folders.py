@@ -143,6 +143,17 @@ def test_failure_at_the_last_moment_gives_the_old_files_back(tmp_path, monkeypat
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_failure_in_a_new_folder_leaves_what_others_wrote_there(tmp_path, monkeypatch):
+    def fail(source, target):
+        (tmp_path / "run/events").write_text("a")
+        raise OSError("the file is in use")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="in use"):
+        adapter().save(tmp_path / "run")
+    assert os.listdir(tmp_path / "run") == ["events"]
+
+
 def peft_reads(folder):
     """What PEFT itself makes of a folder: the update, or an error."""
     import peft
@@ -271,6 +282,73 @@ def test_a_process_with_the_number_of_a_killed_one(tmp_path):
 
 
 @posix
+@pytest.mark.parametrize("whose", ["another machine", "another user"])
+def test_writers_that_may_be_alive_keep_what_is_theirs(whose, tmp_path, monkeypatch):
+    kill_a_writer(tmp_path)
+    (name,) = os.listdir(tmp_path)
+    if whose == "another machine":  # on a disk that both have
+        os.rename(tmp_path / name, tmp_path / f"{name}_2")
+    else:
+
+        def refuse(process, signal):
+            raise PermissionError
+
+        monkeypatch.setattr("os.kill", refuse)
+    before = os.listdir(tmp_path)
+    adapter().save(tmp_path)
+    assert set(os.listdir(tmp_path)) == {CONFIG, TENSORS, *before}
+
+
+def test_on_windows_nothing_is_asked_that_ends_a_process(monkeypatch):
+    """`os.kill` does, whatever the signal, and `ctypes.CDLL` takes no None there."""
+    with monkeypatch.context() as patch:
+        patch.setattr("os.kill", None)
+        patch.setattr("os.name", "nt")
+        assert atomic.is_running(os.getpid() + 1, "token")
+        assert atomic.is_running(os.getpid(), atomic.TOKEN)
+        assert not atomic.is_running(os.getpid(), "token")
+
+
+def test_on_windows_folders_are_exchanged_by_renames(tmp_path, monkeypatch):
+    def load(name):
+        raise TypeError("argument of type 'NoneType' is not iterable")
+
+    for text in ("old", "new"):
+        (tmp_path / text).mkdir()
+        (tmp_path / text / "file").write_text(text)
+    aside = tmp_path / "aside/old"
+    with monkeypatch.context() as patch:
+        patch.setattr("ctypes.CDLL", load)
+        patch.setattr("os.name", "nt")
+        atomic.exchange(tmp_path / "new", tmp_path / "old", aside)
+    assert (tmp_path / "old/file").read_text() == "new"
+    assert (aside / "file").read_text() == "old"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
+def test_on_linux_folders_are_exchanged_in_one_step(tmp_path, monkeypatch):
+    (tmp_path / "artefact").mkdir()
+    monkeypatch.setattr("os.rename", None)
+    with replacing(tmp_path / "artefact") as first:
+        first.mkdir()
+        (first / "file").write_text("first")
+    with replacing(tmp_path / "artefact") as second:
+        second.mkdir()
+        (second / "file").write_text("second")
+    assert tree(tmp_path) == {"artefact/file": "second"}
+
+
+@posix
+def test_killed_between_two_renames_nothing_newer_is_replaced(tmp_path):
+    kill_a_writer(tmp_path, then="os.makedirs(folder / 'old/artefact')")
+    (tmp_path / "artefact").mkdir()
+    (tmp_path / "artefact/saved_model.pb").write_text("new")
+    atomic.clear_left_over(tmp_path)
+    assert tree(tmp_path) == {"artefact/saved_model.pb": "new"}
+    assert os.listdir(tmp_path) == ["artefact"]
+
+
+@posix
 def test_killed_between_two_renames_the_old_folder_comes_back(tmp_path):
     (tmp_path / "artefact").mkdir()
     (tmp_path / "artefact/saved_model.pb").write_text("old")
@@ -330,6 +408,29 @@ def test_export_deletes_nothing_of_others(
     with pytest.raises(FileExistsError, match="is a folder"):
         keras_lora.export(model, path, format=format)
     assert tree(tmp_path) == before
+
+
+def test_a_folder_is_no_artefact_for_the_names_in_it(model, tmp_path):
+    (tmp_path / "assets").mkdir()
+    (tmp_path / "assets/logo.svg").write_text("years of work")
+    before = tree(tmp_path)
+    with pytest.raises(FileExistsError, match="holds assets"):
+        keras_lora.export(model, tmp_path)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("holds", [[], ["saved_model.pb"]])
+def test_a_format_of_one_file_does_not_go_into_a_folder(holds, model, tmp_path):
+    for name in holds:
+        (tmp_path / name).write_text("old")
+    with pytest.raises(FileExistsError, match="writes a file"):
+        keras_lora.export(model, tmp_path, format="onnx")
+    assert os.listdir(tmp_path) == holds
+
+
+def test_export_makes_the_folders_around(model, tmp_path):
+    keras_lora.export(model, tmp_path / "results/first/served")
+    assert tree(tmp_path / "results/first/served") == NEW
 
 
 def test_export_through_links(model, tmp_path):
