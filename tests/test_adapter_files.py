@@ -88,6 +88,14 @@ def test_file_holds_what_training_changed_and_nothing_else(tmp_path):
     assert {p.name for p in (tmp_path / "adapter").iterdir()} == {CONFIG, TENSORS}
 
 
+@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
+def test_the_file_says_which_biases_train(bias, tmp_path):
+    """PEFT trains those when it goes on."""
+    model = adapted(transformer, bias=bias)
+    keras_lora.save_adapter(model, tmp_path)
+    assert keras_lora.Adapter.read(tmp_path).config.get("bias", "none") == bias
+
+
 def test_patterns_come_back(tmp_path):
     model, report = adapt(
         transformer,
@@ -256,6 +264,10 @@ def refused(folder, match=None, adapted_already=False):
         ({"target_modules": 3}, "target_modules"),
         ({"modules_to_save": "head"}, "modules_to_save"),
         ({"modules_to_save": ["nothing"]}, "'nothing', which is no layer"),
+        ({"fan_in_fan_out": "yes"}, "fan_in_fan_out must be a Boolean"),
+        ({"target_parameters": "experts"}, "target_parameters must be a list"),
+        ({"task_type": 3}, "task_type must be a name"),
+        ({"base_model_name_or_path": ["base"]}, "_path must be a name"),
         ({"peft_type": "IA3"}, "peft_type"),
         ({"use_dora": True}, "use_dora"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
