@@ -353,3 +353,41 @@ def test_dropout_is_each_adapters_own():
     bank.compile("sgd", "mse")
     with pytest.raises(ValueError, match="DoRA with dropout"):
         bank.fit({"inputs": x, "adapter": bank.ids(["dora"] * 400)}, y)
+
+
+def test_adapters_with_a_start_that_is_subtracted_are_one_of_many(tmp_path):
+    x, y = data()
+    adapters = {}
+    for name, (method, rank, rslora) in {
+        "a": ("pissa", 2, True),
+        "b": ("orthogonal", 4, False),
+    }.items():
+        model = network()
+        keras_lora.apply_lora(
+            model,
+            target=["first", "second"],
+            rank=rank,
+            alpha=3,
+            use_rslora=rslora,
+        )
+        keras_lora.initialize_lora(model, method)
+        model.compile(keras.optimizers.SGD(0.1), "mse")
+        model.train_on_batch(x, y)
+        keras_lora.save_adapter(model, tmp_path / name)
+        adapters[name] = tmp_path / name
+    bank = AdapterBank(network(), adapters)
+    assert bank.max_rank == 8
+    for name in adapters:
+        model = network()
+        keras_lora.load_adapter(model, adapters[name])
+        ids = bank.ids([name] * len(x))
+        rows = bank.predict({"inputs": x, "adapter": ids}, verbose=0)
+        assert_close(rows, model.predict(x, verbose=0))
+    bank.compile(keras.optimizers.SGD(0.1), "mse")
+    inputs = {"inputs": x, "adapter": bank.ids(NAMES)}
+    bank.fit(inputs, y, batch_size=6, shuffle=False, verbose=0)
+    for name, adapter in adapters.items():
+        expected = alone(network, adapter, name, keras.optimizers.SGD(0.1), "mse", x, y)
+        assert_same_adapter(bank.adapter(name), expected)
+    with pytest.raises(ValueError, match="Make the bank with max_rank=4"):
+        AdapterBank(network(), {"a": adapters["a"]}, max_rank=2)

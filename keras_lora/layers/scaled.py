@@ -25,6 +25,11 @@ class Scaled:
         return self.settings.rank
 
     @property
+    def product_rank(self) -> int:
+        """Of the product that the update is: the columns that `factors` gives of A."""
+        return self.rank
+
+    @property
     def use_rslora(self) -> bool:
         return self.settings.use_rslora
 

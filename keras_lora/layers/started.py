@@ -51,6 +51,10 @@ class StartedAdapter(LowRankAdapter):
         return ops.cast(wide_a, dtype), ops.cast(wide_b * scaling, dtype)
 
     @property
+    def product_rank(self):
+        return 2 * self.rank
+
+    @property
     def rank_axis(self):
         """Where B has the rank; A has it last."""
         return len(self.form.batch_axes)
@@ -59,7 +63,7 @@ class StartedAdapter(LowRankAdapter):
 
     @property
     def file_rank(self):
-        return 2 * self.rank
+        return self.product_rank
 
     def to_file(self, suffixes):
         a, b, a_start, b_start = map(

@@ -32,9 +32,9 @@ class Part:
 
     @property
     def rank(self) -> int:
-        """Of A and B, the layer's for these shapes."""
+        """Of what `factors` gives, the layer's for these shapes."""
         if self.lora is not None:
-            return self.lora.rank
+            return self.lora.product_rank
         return 0 if self.kernel is None else full_rank(self.view)
 
     @property

@@ -85,6 +85,8 @@ def read(model, paths, adapter, names, most) -> Reading:
                 f"The adapter has rank {rank} at {module!r}, and the bank has room for "
                 f"{most}. Make the bank with max_rank={rank}."
             )
+        if module in file.starts:  # the other half of the file's factors
+            rank //= 2
         options = {**adapter_options(file, module), "rank": rank, "alpha": None}
         lora = new_adapter(host, options)
         vars(host)["lora"] = lora  # not its tracker, which is the layer's
