@@ -4,12 +4,15 @@ import keras
 import numpy as np
 import pytest
 from layer_cases import CASES
+from layer_cases import fill
 from layer_cases import to_numpy
 from models import MODELS
 from models import trained
 from models import x
 from models import y
 
+from keras_lora import LoRADense
+from keras_lora import merge_lora
 from keras_lora.models.adapt import lora_layers
 
 over_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -114,3 +117,35 @@ def test_backup_and_restore(tmp_path):
     resumed = compiled(case.model())
     backup = keras.callbacks.BackupAndRestore(tmp_path)
     assert losses(resumed, data, 4, callbacks=[backup]) == whole[2:]
+
+
+@keras.saving.register_keras_serializable("tests")
+class MakesLoRA(keras.layers.Layer):
+    """Its configuration alone makes a LoRA layer, whatever became of that one."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.part = LoRADense(3, rank=2)
+
+    def build(self, input_shape):
+        self.part.build(input_shape)
+
+    def call(self, inputs):
+        return self.part(inputs)
+
+
+def test_a_file_without_a_and_b_says_how_to_read_it(tmp_path):
+    def build():
+        return keras.Sequential([keras.Input((6,)), MakesLoRA()])
+
+    model = build()
+    fill(model.layers[0].part.lora.b, seed=1)
+    expected = to_numpy(model(x()))
+    merge_lora(model)
+    model.save(tmp_path / "model.keras")
+    with pytest.raises(ValueError, match=r"call merge_lora on it too"):
+        keras.models.load_model(tmp_path / "model.keras")
+    other = build()
+    merge_lora(other)
+    other.load_weights(tmp_path / "model.keras")
+    np.testing.assert_allclose(to_numpy(other(x())), expected, rtol=1e-5, atol=1e-6)

@@ -32,6 +32,13 @@ class AdapterFiles:
 
     def load_own_variables(self, store):
         values = {key: store[key] for key in store.keys()}  # noqa: SIM118
+        if not values:
+            raise ValueError(
+                f"The file has no A and B for {self.path!r}: it is of a plain layer, "
+                "as merge_lora and remove_lora leave it, and the model that loads it "
+                "makes a LoRA layer. Build the model, call merge_lora on it too, and "
+                "load the file by load_weights."
+            )
         if "alpha" in values:
             alpha = values.pop("alpha")[()]
             self.set_alpha(alpha, values.pop("use_rslora")[()])
