@@ -633,6 +633,37 @@ def test_float8_is_refused_by_name():
 
 
 @over_samples
+def test_a_quantized_head_that_is_to_train_is_refused():
+    def build(**head):
+        dense = keras.layers.Dense
+        return keras.Sequential(
+            [keras.Input((6,)), dense(4, name="up"), dense(3, name="head", **head)]
+        )
+
+    model = build()
+    model.quantize("int8")
+    before = [(v.trainable, to_numpy(v)) for v in model.variables]
+    with pytest.raises(ValueError, match=r"`also_train` means 'head'.*filters"):
+        keras_lora.apply_lora(model, target=["up"], also_train=["head"])
+    assert type(model.layers[0]) is keras.layers.Dense
+    for variable, (flag, value) in zip(model.variables, before, strict=True):
+        assert variable.trainable == flag
+        np.testing.assert_array_equal(to_numpy(variable), value)
+    model = build(dtype="int8_from_float32")
+    with pytest.raises(ValueError, match="means 'head'"):
+        keras_lora.apply_lora(model, target=["up"], also_train=["head"])
+    # A layer under such a policy that has no integers trains as ever.
+    model = keras.Sequential(
+        [
+            keras.Input((6,)),
+            keras.layers.Dense(4, name="up"),
+            keras.layers.LayerNormalization(name="norm", dtype="int8_from_float32"),
+        ]
+    )
+    keras_lora.apply_lora(model, target=["up"], also_train=["norm"])
+    assert model.layers[1].gamma.trainable
+
+
 def test_what_is_not_calibrated_is_refused_with_the_reason():
     layer = keras.layers.Dense(4, name="projection")
     model = keras.Sequential([keras.Input((3,)), layer])

@@ -1,5 +1,7 @@
 """Which variables train beside the adapters."""
 
+import itertools
+
 from keras_lora.keras_internals.calls import warn_caller
 from keras_lora.keras_internals.layers import flatten_layers
 from keras_lora.keras_internals.layers import layer_state
@@ -49,6 +51,7 @@ def freeze_all_but_lora(model, bias="none", also_train=()):
 
     Nothing is compiled again.
     """
+    refuse_quantized(also_train)
     own = built_lora_layers(model)
     kept = {id(v) for layer in own for v in own_variables(layer.lora)}
     for layer in {"none": [], "lora_only": own, "all": flatten_layers(model)}[bias]:
@@ -67,6 +70,18 @@ def freeze_all_but_lora(model, bias="none", also_train=()):
         layer.trainable = any(id(v) in kept for v in variables)
         for variable in own_variables(layer):
             variable.trainable = id(variable) in kept
+
+
+def refuse_quantized(also_train):
+    """An error for layers that are to train in full and whose kernel is integers."""
+    for part in itertools.chain(*map(flatten_layers, also_train)):
+        if any("int" in v.dtype for v in state_of(part)) and part.quantization_mode:
+            raise ValueError(
+                f"`also_train` means {part.name!r}, whose kernel is quantized to "
+                f"{part.quantization_mode!r} and cannot train in full. Leave that "
+                "layer out with `filters` of `Model.quantize`, or adapt it: name it in "
+                "`target`."
+            )
 
 
 def freeze_adapters(layers):
