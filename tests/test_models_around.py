@@ -62,15 +62,18 @@ def eager(model):
 def test_what_holds_the_layers_does_not_train_inside_of_a_context(context):
     found = models()
     keras_lora.apply_lora(found[INNER], rank=2)
-    y = {name: warm(model) for name, model in found.items()}
-    before = [to_numpy(variable) for variable in found[OUTER].variables]
     beside = keras.Sequential([keras.Input((6,)), keras.layers.Dense(1)])
+    for model in (*found.values(), beside):
+        model.compile(keras.optimizers.Adam(0.01), "mse", run_eagerly=True)
+    y = {name: np.ones((8, *model.output_shape[1:])) for name, model in found.items()}
+    found[OUTER].fit(x(), y[OUTER], verbose=0)
+    before = [to_numpy(variable) for variable in found[OUTER].variables]
     with context(found[INNER]):
         for name, model in found.items():
             for train in (model.fit, model.train_on_batch):
                 with pytest.raises(ValueError, match=f"{context.__name__}.*Leave"):
                     train(x(), y[name])
-        warm(beside)
+        beside.fit(x(), np.ones((8, 1)), verbose=0)
     for old, variable in zip(before, found[OUTER].variables, strict=True):
         np.testing.assert_array_equal(to_numpy(variable), old)
     assert "make_train_function" not in vars(keras.Model)

@@ -278,3 +278,37 @@ def test_a_loop_of_ones_own_that_trains_inside_of_disabled_is_told(full):
     (told,) = [warning for warning in found if "is lost" in str(warning.message)]
     assert told.filename == __file__
     np.testing.assert_array_equal(predict(full), expected)
+
+
+@pytest.mark.parametrize("way", ["model", "head", "batch"])
+def test_what_flags_let_train_is_remembered_when_training_begins(way, tmp_path):
+    model, base = network(), predict(network())
+    model.compile(keras.optimizers.SGD(0.1), "mse", run_eagerly=True)
+    keras_lora.apply_lora(model, rank=2, target=["h"])
+    model.fit(x(), y(), verbose=0)
+    if way == "model":
+        model.trainable = False
+        model.trainable = True
+    else:
+        model.get_layer(way).trainable = True
+    model.compile(keras.optimizers.SGD(0.1), "mse", run_eagerly=True)
+    model.train_on_batch(x(), y())
+    model.fit(x(), y(), verbose=0)
+    trained = predict(model)
+    with keras_lora.disabled(model):
+        np.testing.assert_allclose(predict(model), base, atol=1e-6)
+    np.testing.assert_array_equal(predict(model), trained)
+    model.save(tmp_path / "model.keras")
+    for each in (keras.models.load_model(tmp_path / "model.keras"), model):
+        np.testing.assert_allclose(predict(each), trained, atol=1e-6)
+        keras_lora.remove_lora(each)
+        np.testing.assert_allclose(predict(each), base, atol=1e-6)
+
+
+def test_what_a_loop_of_ones_own_trains_beside_is_told():
+    model = network()
+    keras_lora.apply_lora(model, rank=2, target=["h"])
+    model.get_layer("head").trainable = True
+    for take_off in (keras_lora.disabled, keras_lora.remove_lora):
+        with pytest.warns(UserWarning, match="head/kernel.*head/bias.*also_train"):
+            take_off(model)

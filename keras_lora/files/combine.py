@@ -22,8 +22,9 @@ from keras_lora.layers.settings import alpha_at
 from keras_lora.layers.settings import checked_rank
 from keras_lora.layers.settings import divisor
 from keras_lora.layers.settings import is_number
-from keras_lora.models.freezing import BIASES
 from keras_lora.models.tables import listed
+
+BIASES = ("none", "lora_only", "all")  # each trains what those before it train
 
 
 def combine_adapters(

@@ -21,6 +21,7 @@ from keras_lora.models.merge import checked_merged_kernel
 from keras_lora.models.merge import kernel_variable
 from keras_lora.models.merge import refuse_factors_not_finite
 from keras_lora.models.record import base_values
+from keras_lora.models.record import warn_of_unremembered
 
 UNTRAINED = (
     "Adapters do not train inside `{}(model)`, where they stand still, and what trains "
@@ -110,6 +111,7 @@ def disabled(model):
         ValueError: If there is no LoRA layer.
     """
     built_lora_layers(model)
+    warn_of_unremembered(flatten_layers(model))
     return _switched_off(model)
 
 

@@ -17,7 +17,7 @@ from keras_lora.models.record import state_of
 from keras_lora.models.trainable_flags import restore_trainable_state
 from keras_lora.models.trainable_flags import trainable_state
 
-BIASES = ("none", "lora_only", "all")  # each trains what those before it train
+BIASES = ("none", "all", "lora_only")
 
 
 def mark_only_lora_as_trainable(model, bias="none"):

@@ -28,6 +28,7 @@ from keras_lora.models.adapt import lora_layers
 from keras_lora.models.adapt import new_adapter
 from keras_lora.models.adapted_config import plain_part
 from keras_lora.models.paths import layer_paths
+from keras_lora.models.presets import is_registered
 from keras_lora.models.presets import is_saved_as_plain
 from keras_lora.models.presets import plain_class_of
 from keras_lora.models.presets import save_to_preset
@@ -38,6 +39,7 @@ from keras_lora.models.record import BASE
 from keras_lora.models.record import Record
 from keras_lora.models.record import base_names
 from keras_lora.models.record import record_of
+from keras_lora.models.record import remember_what_trains
 from keras_lora.models.record import set_base
 from keras_lora.models.record import set_record
 from keras_lora.models.trainable_flags import restore_trainable_state
@@ -161,8 +163,9 @@ def adapted_class(cls):
     class.
     """
     own = {"__module__": __name__, "plain_owner": cls}
-    if hasattr(cls, "save_to_preset"):
-        own["save_to_preset"] = save_to_preset
+    for method in (save_to_preset, make_train_function):
+        if hasattr(cls, method.__name__):
+            own[method.__name__] = method
     adapted = type(cls.__name__, (Adapted, cls), own)
     register(adapted)
     # Behind the name stands the mixin: a class that is listed there is taken for one
@@ -171,10 +174,13 @@ def adapted_class(cls):
     return adapted
 
 
-def is_registered(cls):
-    """Whether a file can name a class: not one that was made for a user's subclass."""
-    name = keras.saving.get_registered_name(cls)
-    return keras.saving.get_registered_object(name) is cls
+def make_train_function(self, force=False):
+    """Keras asks for it when training begins, with the flags that hold then."""
+    begins = force or self.train_function is None
+    self.plain_owner.make_train_function(self, force)
+    if begins:
+        remember_what_trains(flatten_layers(self))
+        carry(self)
 
 
 def carriers(model):

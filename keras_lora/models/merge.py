@@ -32,6 +32,7 @@ from keras_lora.models.record import NOTHING
 from keras_lora.models.record import base_values
 from keras_lora.models.record import record_of
 from keras_lora.models.record import set_record
+from keras_lora.models.record import warn_of_unremembered
 from keras_lora.models.trainable_flags import set_flags
 
 
@@ -97,6 +98,7 @@ def remove_lora(model):
     checked_lora_layers(model)
     refuse_while_running(model)
     layers = flatten_layers(model)
+    warn_of_unremembered(layers)
     for layer in layers:
         for variable, value in base_values(layer):
             variable.assign(value)

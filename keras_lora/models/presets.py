@@ -4,6 +4,8 @@ import contextlib
 import contextvars
 import os
 
+import keras
+
 from keras_lora.keras_internals.calls import warn_caller
 from keras_lora.keras_internals.layers import flatten_layers
 from keras_lora.keras_internals.layers import seen_as
@@ -20,6 +22,12 @@ _plain: contextvars.ContextVar = contextvars.ContextVar("_plain", default=frozen
 def plain_class_of(cls):
     """The class under which the configuration is asked for."""
     return cls.plain_class if issubclass(cls, LoRALayer) else cls.plain_owner
+
+
+def is_registered(cls):
+    """Whether a file can name a class: not one that was made for a user's subclass."""
+    name = keras.saving.get_registered_name(cls)
+    return keras.saving.get_registered_object(name) is cls
 
 
 def save_to_preset(self, preset_dir, *args, **kwargs):

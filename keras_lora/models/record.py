@@ -10,9 +10,12 @@ import itertools
 import numpy as np
 from keras import ops
 
+from keras_lora.keras_internals.calls import warn_caller
 from keras_lora.keras_internals.layers import layer_state
 from keras_lora.keras_internals.layers import own_variables
 from keras_lora.keras_internals.layers import sublayers
+from keras_lora.layers.adapter import LowRankAdapter
+from keras_lora.models.tables import listed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +69,42 @@ def remember_base(layer, variables):
     }
     old = record_of(layer)
     set_record(layer, dataclasses.replace(old, base={**base, **old.base}))
+
+
+def remember_what_trains(layers):
+    """From now on all trains beside A and B that flags of the user's let train."""
+    for layer in layers:
+        if unremembered(layer):
+            # Where a layer trains, its moving statistics move too.
+            remember_base(layer, [*unremembered(layer), *layer_state(layer)[1]])
+
+
+def warn_of_unremembered(layers):
+    """What flags of the user's let train, in a loop of the user's, stays as it is."""
+    found = [
+        variable.path
+        for layer in layers
+        if record_of(layer).before is not None
+        for variable in unremembered(layer)
+    ]
+    if found:
+        warn_caller(
+            f"{listed(found)} can train and did not when the adapters were made. They "
+            "stay as they are: `fit` and `train_on_batch` of the adapted model, and "
+            "`also_train` of apply_lora, remember what they were before."
+        )
+
+
+def unremembered(layer) -> list:
+    """Variables of a layer that can train, and of which no value before is known."""
+    if isinstance(layer, LowRankAdapter):
+        return []
+    base = record_of(layer).base
+    return [
+        variable
+        for index, variable in enumerate(state_of(layer))
+        if variable.trainable and index not in base
+    ]
 
 
 def set_base(layer, index, value):
