@@ -1,5 +1,6 @@
 """Files from strangers: ValueError or OSError, in bounded time and memory."""
 
+import contextlib
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from layer_cases import to_numpy
 
 import keras_lora
 from keras_lora.files import patterns
+from keras_lora.files import targeting
 from keras_lora.files.config import CONFIG
 from keras_lora.files.folder import TENSORS
 from keras_lora.models.adapt import lora_layers
@@ -148,6 +150,7 @@ WRONG = [
     r"(?P<x>a)(?P=x)",
     "(?<=a)b",
     "(" * 1900,
+    "a" * 2001,
     "\\",
 ]
 
@@ -178,6 +181,36 @@ def test_expressions_that_are_none(key, expression, tmp_path):
 def test_expressions_by_the_thousand(tmp_path):
     write(tmp_path, rank_pattern={f"x*{'[ab]*' * 300}{n}": 2 for n in range(9000)})
     refused(lambda m: keras_lora.load_adapter(m, tmp_path), "take too long")
+
+
+@pytest.mark.parametrize(
+    "expression, text, least",
+    [
+        ("[ab]", "c" * 1000, 1000),  # to look for it in a name
+        ("." * 1000, "c" * 1000, 3000),  # and at each place where it stands
+        ("(" + "|" * 1000 + ")", "", 1000),  # to follow each way
+        ("a", "b", 1),  # to look at a name at all
+    ],
+)
+def test_what_takes_time_costs_steps(expression, text, least):
+    budget = patterns.Budget()
+    read = patterns.parse(expression, budget)
+    assert patterns.STEPS - budget.steps >= len(expression)
+    budget.steps = 0
+    with pytest.raises(ValueError, match="take too long"):
+        patterns.Name(text, budget).is_matched_by(read)
+    budget.steps = before = patterns.STEPS
+    patterns.Name(text, budget).is_matched_by(read)
+    assert before - budget.steps >= least
+
+
+def test_ends_of_names_cost_a_step_each(monkeypatch):
+    """PEFT's keys are such: a file of hundreds has to be read."""
+    ranks = {f"layers.dense_{n}": n + 1 for n in range(300)}
+    keys = {module.removeprefix("layers."): rank for module, rank in ranks.items()}
+    monkeypatch.setattr(patterns, "STEPS", 120_000)
+    config = {"rank_pattern": keys, "r": 1000}
+    assert targeting.value_of(config, "rank_pattern", "r", ranks) == ranks
 
 
 def test_thousands_of_names_are_no_such_thing(tmp_path):
@@ -232,6 +265,25 @@ def test_names_with_signs_of_expressions(sign, tmp_path):
     np.testing.assert_allclose(outputs, expected, rtol=0, atol=1e-5)
 
 
+def test_a_name_that_another_ends_with(tmp_path):
+    """A key of PEFT means every module that ends with it, unless it is anchored."""
+    layers = [keras.layers.Dense(6, name=name) for name in ("up", "up", "down")]
+    inner = keras.Sequential([keras.Input((6,)), *layers[1:]], name="inner")
+
+    def build():
+        return keras.models.clone_model(keras.Sequential([layers[0], inner]))
+
+    first, other = build(), build()
+    for each in (first, other):
+        each.build((None, 6))
+    keras_lora.apply_lora(first, 2, target=["up", "down"], rank_pattern={"^up": 3})
+    keras_lora.save_adapter(first, tmp_path)
+    report = keras_lora.load_adapter(other, tmp_path)
+    ranks = {row.path: row.rank for row in report}
+    assert ranks == {row.path: row.rank for row in keras_lora.summary(first)}
+    assert ranks == {"up": 3, "inner/up": 2, "inner/down": 2}
+
+
 @pytest.mark.parametrize("targets", [["two"], ["on"], "on", "two|three"])
 def test_targets_that_mean_nothing(targets, tmp_path):
     write(tmp_path, target_modules=targets)
@@ -263,13 +315,17 @@ def test_heads_that_the_file_does_not_have(tmp_path):
         {"slices": '{"one": ["4"]}'},
         {"slices": '{"one": [-4, 8]}'},
         {"slices": '{"one": [1e400]}'},
+        {"starts": "{}"},
+        {"starts": "[[1]]"},
+        {"starts": '["elsewhere"]'},
     ],
 )
 def test_metadata_of_a_wrong_shape(metadata, tmp_path):
     settings = {"r": 4, "lora_alpha": 8}
     metadata = {"settings": json.dumps(settings)} | metadata
     write(tmp_path, metadata=metadata)
-    refused(lambda m: keras_lora.load_adapter(m, tmp_path), "settings|slices")
+    match = "settings|slices|starts? "
+    refused(lambda m: keras_lora.load_adapter(m, tmp_path), match)
 
 
 @pytest.mark.parametrize(
@@ -315,6 +371,14 @@ def test_no_rank_without_its_values(rank, tmp_path):
     if rank > 48:
         with pytest.raises(ValueError, match="rank"):
             keras_lora.combine_adapters([tmp_path, tmp_path])
+
+
+def test_names_of_any_length(tmp_path):
+    name = "a" * 2001
+    tensors = {key.replace("one", name): value for key, value in FACTORS.items()}
+    write(tmp_path, tensors, target_modules=[name])
+    match = "has more than 2000 characters"
+    refused(lambda m: keras_lora.load_adapter(m, tmp_path), match, model(name=name))
 
 
 def test_a_tensor_without_axes(tmp_path):
@@ -524,13 +588,59 @@ def test_hdf5_that_points_elsewhere_or_holds_other_things(fill, tmp_path):
     refused(lambda m: keras_lora.load_keras_lora(m, tmp_path / "x.lora.h5"))
 
 
-@pytest.mark.parametrize("name, module", [("x.pt", "torch"), ("x.lora.h5", "h5py")])
-def test_a_package_that_is_missing_is_named(name, module, tmp_path, monkeypatch):
+WORDS = [
+    (enormous, "are not in the file"),
+    (lambda file, secret: file.create_dataset("lora", data=A), "no Group of its own"),
+    (lambda file, secret: file.create_group("lora/²/vars"), "has a layer '²'"),
+    (lambda file, secret: put(file, A.T, B), "do not fit its kernel"),
+]
+
+
+@pytest.mark.parametrize("fill, words", WORDS)
+def test_hdf5_is_refused_with_the_reason(fill, words, tmp_path):
+    with h5py.File(tmp_path / "x.lora.h5", "w") as file:
+        fill(file, None)
+    refused(lambda m: keras_lora.load_keras_lora(m, tmp_path / "x.lora.h5"), words)
+
+
+def test_hdf5_with_other_bytes(tmp_path):
+    """Of a damaged file h5py has errors of many kinds."""
+    path, plain = tmp_path / "x.lora.h5", model()
+    with h5py.File(path, "w") as file:
+        put(file, A.T)
+    whole, before = path.read_bytes(), [to_numpy(weight) for weight in plain.weights]
+    for place in range(0, len(whole) - len(A.tobytes()) - len(B.tobytes()), 7):
+        damaged = bytearray(whole)
+        damaged[place] ^= 0xFF
+        path.write_bytes(damaged)
+        with contextlib.suppress(ValueError, OSError):
+            keras_lora.load_keras_lora(plain, path)
+            keras_lora.remove_lora(plain)
+    for old, new in zip(before, plain.weights, strict=True):
+        np.testing.assert_array_equal(old, to_numpy(new))
+
+
+def test_a_state_dict_that_is_none_is_said(tmp_path):
+    torch.save(list(T.values()), tmp_path / "x.pt")
+    load = LOADERS["x.pt"]
+    refused(lambda m: load(m, tmp_path / "x.pt"), "holds no state dict: but a list")
+    with pytest.raises(ValueError, match=r"`source` must be a \.lora\.h5 file"):
+        keras_lora.load_keras_lora(model(), math)
+
+
+@pytest.mark.parametrize(
+    "name, module, words",
+    [
+        ("x.pt", "torch", "a file of torch, which is not installed"),
+        ("x.lora.h5", "h5py", "install h5py to read it"),
+    ],
+)
+def test_a_package_that_is_missing_is_named(name, module, words, tmp_path, monkeypatch):
     if module == keras.backend.backend():
         pytest.skip("this backend is that package")
     (tmp_path / name).write_bytes(b"")
     monkeypatch.setitem(sys.modules, module, None)
-    refused(lambda m: LOADERS[name](m, tmp_path / name), module)
+    refused(lambda m: LOADERS[name](m, tmp_path / name), words)
 
 
 @pytest.mark.parametrize("thing", [None, "model.keras", [1], torch.nn.Linear(2, 2), {}])

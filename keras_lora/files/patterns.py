@@ -154,14 +154,12 @@ def repeated(part, token):
 
     def ends(name, starts):
         for _ in range(low):
-            name.budget.spend()
             before, starts = starts, part(name, starts)
             if starts == before:  # and so for ever; none at all among them
                 break
         found = frontier = starts
         count = low
         while frontier and (high is None or count < high):
-            name.budget.spend()
             frontier = part(name, frontier) & ~found
             found |= frontier
             count += 1
