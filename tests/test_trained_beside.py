@@ -108,6 +108,49 @@ def test_a_compiled_model_trains_what_the_file_brings(full, tmp_path):
         assert (to_numpy(variable) != before[variable.path]).any()
 
 
+def test_training_goes_on_inside_of_owners_that_were_frozen(tmp_path):
+    inner, inputs = network(), keras.Input((6,))
+    outer = keras.Model(inputs, inner(inputs))
+    keras_lora.apply_lora(outer, rank=2, also_train=["head"])
+    trains = [v.path for v in outer.trainable_variables]
+    keras_lora.save_adapter(outer, tmp_path)
+    outer.trainable = False
+    assert outer.trainable_variables == []
+    keras_lora.load_adapter(outer, tmp_path)
+    assert [v.path for v in outer.trainable_variables] == trains
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_the_statistics_of_a_normalization_that_trains_go_along(recorded, tmp_path):
+    def build():
+        if recorded:
+            model = network()
+            keras_lora.apply_lora(model, rank=2, also_train=["batch"])
+            return model
+        layers = [keras_lora.LoRADense(8, name="h"), keras.layers.BatchNormalization()]
+        return keras.Sequential([keras.Input((6,)), *layers])
+
+    model, loaded = build(), build()
+    loaded.set_weights([to_numpy(variable) for variable in model.variables])
+    batch = model.layers[3 if recorded else 1]
+    batch.moving_mean.assign(np.linspace(-1, 1, 8))
+    batch.moving_variance.assign(np.linspace(1, 2, 8))
+    keras_lora.save_adapter(model, tmp_path)
+    keras_lora.load_adapter(loaded, tmp_path)
+    np.testing.assert_allclose(predict(loaded), predict(model), atol=1e-6)
+
+
+@pytest.mark.parametrize("undo", [keras_lora.merge_lora, keras_lora.remove_lora])
+def test_what_trained_beside_an_adapter_that_is_gone_is_forgotten(full, undo, tmp_path):
+    undo(full)
+    tuned = predict(full)
+    keras_lora.apply_lora(full, rank=2)
+    keras_lora.save_adapter(full, tmp_path)
+    assert len(keras_lora.Adapter.read(tmp_path).tensors) == 2
+    keras_lora.remove_lora(full)
+    np.testing.assert_allclose(predict(full), tuned, atol=1e-6)
+
+
 def test_flags_that_are_right_are_left_and_nothing_is_traced_anew(full, tmp_path):
     keras_lora.save_adapter(full, tmp_path / "adapter")
     predict(full)
