@@ -219,6 +219,67 @@ def test_shared_opaque_layers_stay_shared(tmp_path):
     assert_same(again, model)
 
 
+def test_the_plain_layer_in_a_configuration_is_not_compiled_nor_shared(
+    adapted, monkeypatch
+):
+    """It is made for that alone, and the next may get its place in memory."""
+    views = {}
+
+    def same_place(layer, cls):
+        view = views.setdefault(cls, object.__new__(cls))
+        object.__setattr__(view, "__dict__", vars(layer))
+        return view
+
+    monkeypatch.setattr("keras_lora.models.keras_files.seen_as", same_place)
+    adapted.compile("sgd", "mse")
+    layers = [adapted, adapted.get_layer("block"), adapted.get_layer("mha")]
+    with keras.src.saving.serialization_lib.ObjectSharingScope():
+        configs = [keras.saving.serialize_keras_object(layer) for layer in layers * 2]
+    assert "compile_config" in configs[0]
+    assert all("shared_object_id" in config for config in configs)
+    for config in configs:
+        plain = config["config"]["layer"]
+        assert not {"compile_config", "shared_object_id"} & plain.keys()
+
+
+@pytest.mark.parametrize("build", ["applied", "constructed"])
+@over_copies
+def test_how_a_layer_merges_is_kept(build, way, adapted, tmp_path):
+    if build == "constructed":
+        layers = [keras_lora.LoRADense(4, rank=2), keras.layers.Dense(2)]
+        adapted = keras.Sequential([keras.Input((4,)), *layers])
+    for layer in lora_layers(adapted):
+        layer.merge_weights = False
+    copied = way(adapted, tmp_path)
+    assert lora_layers(copied)
+    assert not any(layer.merge_weights for layer in lora_layers(copied))
+
+
+def test_the_class_of_an_owner_makes_plain_ones_too(adapted):
+    """KerasHub asks the class of a task for one of a plain configuration."""
+    block = type(adapted.get_layer("block")).from_config(Block(4).get_config())
+    assert type(block) is Block
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Grown(keras.Model):
+    """Gets its layer from outside, which no configuration can say."""
+
+    def call(self, inputs):
+        return self.inner(inputs)
+
+
+@pytest.mark.filterwarnings("ignore:Model .grown. had a build config")
+def test_an_adapter_without_its_layer_is_an_error_that_says_so(tmp_path):
+    model = Grown()
+    model.inner = keras.layers.Dense(4)
+    model(x())
+    keras_lora.apply_lora(model, rank=2)
+    model.save(tmp_path / "model.keras")
+    with pytest.raises(ValueError, match="does not build the layer 'inner'"):
+        keras.models.load_model(tmp_path / "model.keras")
+
+
 def test_old_h5_files_are_refused(adapted, tmp_path):
     with pytest.raises(ValueError, match=r"\.h5 format cannot hold"):
         adapted.save(tmp_path / "model.h5")
@@ -385,6 +446,22 @@ def classifier_of_keras_hub():
         max_sequence_length=6,
     )
     return keras_hub.models.BertTextClassifier(bert, num_classes=2)
+
+
+@pytest.mark.filterwarnings("ignore:`compile")
+def test_a_preset_can_be_read_in_another_dtype(tmp_path):
+    import keras_hub
+
+    task = language_model()
+    keras_lora.apply_lora(task.backbone, rank=2, target=["query", "value"])
+    task.save_to_preset(tmp_path / "preset")
+    again = keras_hub.models.CausalLM.from_preset(
+        str(tmp_path / "preset"), preprocessor=None, dtype="bfloat16"
+    )
+    assert again.backbone.dtype_policy.name == "bfloat16"
+    for layer in lora_layers(again):
+        assert layer.compute_dtype == layer.frozen_kernel.dtype == "bfloat16"
+        assert layer.lora.a.dtype == "float32"
 
 
 @pytest.mark.filterwarnings("ignore:`compile")

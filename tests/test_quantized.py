@@ -621,6 +621,15 @@ def test_constructors_take_quantized_policies(name):
     assert [v.name for v in layer.trainable_variables if v.name != "bias"] == ["a", "b"]
 
 
+def test_a_mode_that_is_refused_is_refused_before_any_layer_changes():
+    layers = [keras.layers.Dense(6, name="plain"), keras.layers.Dense(6, name="own")]
+    model = keras.Sequential([keras.Input((6,)), *layers])
+    keras_lora.apply_lora(model, rank=2, target=["own"])
+    with pytest.raises(ValueError, match="'own' cannot have an adapter"):
+        model.quantize("float8")
+    assert layers[0].quantization_mode is None
+
+
 def test_float8_is_refused_by_name():
     layer = keras.layers.Dense(4, name="projection")
     model = keras.Sequential([keras.Input((3,)), layer])
