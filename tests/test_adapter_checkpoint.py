@@ -96,6 +96,16 @@ def test_auto_is_what_keras_takes_it_for(metric, values, tmp_path, monkeypatch):
     assert rises == (metric.name != "precision_lost")
 
 
+@pytest.mark.parametrize("name, best", [("my_accuracy", 0.9), ("my_cost", 0.2)])
+def test_the_name_tells_of_a_value_that_is_no_metric(name, best, tmp_path):
+    model, _ = adapt(sequential)
+    model.compile("sgd", "mse")
+    checkpoint = keras_lora.AdapterCheckpoint(tmp_path / "adapter", True, name)
+    callbacks = [Instead(name, [0.5, 0.9, 0.2]), checkpoint]
+    model.fit(x(), y(), epochs=3, verbose=0, callbacks=callbacks)
+    assert checkpoint.best == best
+
+
 @pytest.mark.parametrize("mode", ["min", "max", "auto"])
 def test_what_is_no_number_is_never_best(mode, tmp_path):
     model, _ = adapt(sequential)

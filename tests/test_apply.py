@@ -317,6 +317,17 @@ def test_failure_half_way_leaves_the_model_as_it_was(monkeypatch):
     assert flags(model) == before
 
 
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="torch's own register")
+def test_torch_knows_the_parameters_of_what_there_is():
+    model = transformer()
+    before = [id(parameter) for parameter in model.parameters()]
+    apply_lora(model, dry_run=True)
+    assert [id(parameter) for parameter in model.parameters()] == before
+    apply_lora(model)
+    expected = {id(variable.value) for variable in model.weights}
+    assert expected <= {id(parameter) for parameter in model.parameters()}
+
+
 @keras.saving.register_keras_serializable(package="tests")
 class NamedDense(keras.layers.Dense):
     """A subclass that leaves `call` as it is."""

@@ -143,6 +143,26 @@ def test_failure_at_the_last_moment_gives_the_old_files_back(tmp_path, monkeypat
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_no_name_means_bytes_that_are_not_on_the_disk(tmp_path, monkeypatch):
+    """Where the machine stops, not the process alone."""
+    fsync, replace, on_disk, renamed = os.fsync, os.replace, set(), []
+
+    def note(descriptor):
+        fsync(descriptor)
+        on_disk.add(os.fstat(descriptor).st_ino)
+
+    def rename(source, target):
+        renamed.append(os.stat(source).st_ino)
+        replace(source, target)
+
+    monkeypatch.setattr("os.fsync", note)
+    monkeypatch.setattr("os.replace", rename)
+    adapter(2).save(tmp_path)
+    adapter(3).save(tmp_path)
+    assert len(renamed) == 5
+    assert on_disk.issuperset(renamed)
+
+
 def test_failure_in_a_new_folder_leaves_what_others_wrote_there(tmp_path, monkeypatch):
     def fail(source, target):
         (tmp_path / "run/events").write_text("a")

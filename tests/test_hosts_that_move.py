@@ -203,6 +203,21 @@ def test_an_empty_batch(kind, training):
     assert layer(inputs, training=training).shape == (0, 5)
 
 
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+def test_one_row_trains_a_convolution_of_rank_one(data_format):
+    """A training step of one row: torch's own convolution to one filter fails there."""
+    if keras.backend.backend() == "tensorflow" and data_format == "channels_first":
+        pytest.skip("not on TensorFlow's CPU")
+    shape = (8, 8, 2) if data_format == "channels_last" else (2, 8, 8)
+    conv = keras_lora.LoRAConv2D(3, 3, rank=1, data_format=data_format)
+    model = keras.Sequential([keras.Input(shape), conv, keras.layers.Flatten()])
+    model.compile("sgd", "mse")
+    before = to_numpy(conv.lora.b)
+    inputs = np.random.default_rng(1).standard_normal((1, *shape), "float32")
+    model.fit(inputs, np.ones((1, 108)), verbose=0)
+    assert np.abs(to_numpy(conv.lora.b) - before).max() > 0
+
+
 def bidirectional():
     layers = [keras.layers.Dense(4, name="up"), keras.layers.Bidirectional(gru())]
     return keras.Sequential([keras.Input((5, 4)), *layers, keras.layers.Dense(2)])
