@@ -110,6 +110,28 @@ def test_a_compiled_predict_sees_the_contexts():
     np.testing.assert_array_equal(predict(model), base)
 
 
+def test_merged_traces_its_own_functions_and_gives_the_others_back():
+    model = trained(sequential)
+    predict(model)
+    function = model.predict_function
+    with keras_lora.merged(model):
+        predict(model)  # W + delta is formed no more: what was traced would form it
+        assert model.predict_function is not function
+    assert model.predict_function is function
+
+
+def test_nothing_that_was_traced_inside_of_merged_outlives_it():
+    """Its kernels stand still."""
+    model = trained(sequential)
+    with keras_lora.merged(model):
+        before = predict(model)
+    for seed, layer in enumerate(lora_layers(model)):
+        fill(layer.lora.b, seed + 7, 0.5)
+    outputs = predict(model)
+    assert np.abs(outputs - before).max() > 0.01
+    np.testing.assert_allclose(outputs, to_numpy(model(x())), rtol=0, atol=1e-5)
+
+
 def test_kernel_survives_a_thousand_merges():
     model = trained(sequential)
     kernel = to_numpy(lora_layers(model)[0].kernel)

@@ -284,6 +284,10 @@ def test_another_alpha_is_seen_by_a_compiled_predict():
         layer.lora.alpha = 40
         assert layer.lora.scaling == 20
     assert_close(model.predict(x(), verbose=0), eager(model))
+    other = models()[INNER]
+    keras_lora.apply_lora(other, rank=2, alpha=40)
+    train_adapters(other)
+    assert_close(model.predict(x(), verbose=0), eager(other))
     with pytest.raises(ValueError, match="alpha=-1"):
         layer.lora.alpha = -1
     assert layer.lora.alpha == 40
