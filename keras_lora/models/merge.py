@@ -8,8 +8,6 @@ from keras import ops
 from keras_lora.keras_internals.calls import warn_caller
 from keras_lora.keras_internals.compiled import compile_again
 from keras_lora.keras_internals.compiled import refuse_while_running
-from keras_lora.keras_internals.hidden_state import hold_resource
-from keras_lora.keras_internals.hidden_state import release_resource
 from keras_lora.keras_internals.kernels import replace_kernel
 from keras_lora.keras_internals.layers import attach
 from keras_lora.keras_internals.layers import change_class
@@ -127,8 +125,6 @@ def merged_meanwhile(model):
         for layer in checked_lora_layers(model):
             if layer.is_quantized:  # stays as it is, with A and B beside W
                 checked_merged_kernel(layer)
-                hold_resource(layer.lora, "scaling", layer.lora._scaling.variable)
-                undo.callback(release_resource, layer.lora, "scaling")
                 continue
             kernel = kernel_variable(
                 layer, checked_merged_kernel(layer), layer._kernel_place.autocast
