@@ -122,6 +122,26 @@ def test_what_is_no_number_is_never_best(mode, tmp_path):
     np.testing.assert_allclose(predict(plain), remember.outputs[1], rtol=0, atol=1e-5)
 
 
+def test_an_adapter_that_is_saved_after_a_step_is_that_of_the_step(tmp_path):
+    """On JAX the state lies outside of the model then."""
+    model, _ = adapt(sequential)
+    compile_(model)
+    step = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: keras_lora.save_adapter(
+            model, tmp_path / str(batch)
+        )
+    )
+    keras_lora.save_adapter(model, tmp_path / "start")
+    model.fit(x(), y(), batch_size=8, verbose=0, callbacks=[step])
+    keras_lora.save_adapter(model, tmp_path / "end")
+    start, first, last, end = (
+        keras_lora.Adapter.read(tmp_path / name) for name in ("start", "0", "1", "end")
+    )
+    assert start != first
+    assert first != last
+    assert last == end
+
+
 def test_bad_input(tmp_path):
     with pytest.raises(ValueError, match="mode='best'"):
         keras_lora.AdapterCheckpoint(tmp_path, mode="best")
