@@ -439,6 +439,8 @@ def test_a_model_whose_layers_get_other_names_is_loaded(tmp_path):
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     assert [row.path for row in keras_lora.summary(loaded)] == ["second_up"]
+    trained = [[v.name for v in m.trainable_variables] for m in (model, loaded)]
+    assert trained[0] == trained[1] == ["a", "b"]
     assert_same(predict(loaded), predict(model))
 
 

@@ -448,6 +448,27 @@ def test_a_format_of_one_file_does_not_go_into_a_folder(holds, model, tmp_path):
     assert os.listdir(tmp_path) == holds
 
 
+@pytest.mark.parametrize(
+    "name, format, last",
+    [("", "tf_saved_model", "saved_model.pb"), ("a.onnx", "onnx", "a.onnx")],
+)
+def test_what_makes_an_artefact_readable_comes_last(
+    name, format, last, model, tmp_path, monkeypatch
+):
+    replace, moved = os.replace, []
+    monkeypatch.setattr("os.replace", lambda *x: (moved.append(x[1].name), replace(*x)))
+    keras_lora.export(model, tmp_path / name, format=format)
+    assert len(moved) == 2
+    assert moved[-1] == last
+
+
+@posix
+def test_what_a_killed_writer_left_is_nothing_of_others(model, tmp_path):
+    kill_a_writer(tmp_path)
+    keras_lora.export(model, tmp_path)
+    assert tree(tmp_path) == NEW
+
+
 def test_export_makes_the_folders_around(model, tmp_path):
     keras_lora.export(model, tmp_path / "results/first/served")
     assert tree(tmp_path / "results/first/served") == NEW
