@@ -291,3 +291,30 @@ def test_another_alpha_is_seen_by_a_compiled_predict():
     with pytest.raises(ValueError, match="alpha=-1"):
         layer.lora.alpha = -1
     assert layer.lora.alpha == 40
+
+
+def test_what_another_adapted_model_holds_stays_frozen_there():
+    found = models()
+    shared = shared_layer(found)
+    keras_lora.apply_lora(found[SIBLING], rank=2, target=["shared"])
+    keras_lora.remove_lora(found[SIBLING])
+    for take_off in (keras_lora.remove_lora, keras_lora.merge_lora):
+        keras_lora.apply_lora(found[OUTER], rank=2, target=["last"])
+        beside = keras.Sequential([shared, keras.layers.Dense(1, name="own")])
+        beside.build((None, 6))
+        keras_lora.apply_lora(beside, rank=2, target=["own"])
+        take_off(found[OUTER])
+        assert {v.path.split("/")[-2] for v in beside.trainable_variables} == {"lora"}
+        assert shared.trainable is False
+        keras_lora.remove_lora(beside)
+        assert shared.trainable and len(beside.trainable_variables) == 4
+
+
+def test_an_inner_model_without_adapters_stays_frozen_in_an_adapted_one():
+    found = models()
+    keras_lora.apply_lora(found[OUTER], rank=2, target=".*")
+    keras_lora.remove_lora(found[INNER])
+    names = [variable.path for variable in found[OUTER].trainable_variables]
+    assert names == ["head/lora/a", "head/lora/b"]
+    keras_lora.remove_lora(found[OUTER])
+    assert len(found[OUTER].trainable_variables) == 8

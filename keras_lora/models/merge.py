@@ -14,9 +14,11 @@ from keras_lora.keras_internals.layers import change_class
 from keras_lora.keras_internals.layers import detach
 from keras_lora.keras_internals.layers import flatten_layers
 from keras_lora.keras_internals.layers import refresh_torch_parameters
+from keras_lora.keras_internals.models_around import holders
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.lora_layer import is_adapted
 from keras_lora.models.adapt import checked_lora_layers
+from keras_lora.models.adapt import lora_layers
 from keras_lora.models.adapt import make_plain
 from keras_lora.models.keras_files import Adapted
 from keras_lora.models.merge_quantized import MergedLayer
@@ -32,6 +34,7 @@ from keras_lora.models.record import record_of
 from keras_lora.models.record import set_record
 from keras_lora.models.record import warn_of_unremembered
 from keras_lora.models.trainable_flags import set_flags
+from keras_lora.models.trainable_flags import trainable_state
 
 
 def merge_lora(model, quantized: str | None = None) -> list[MergedLayer]:
@@ -105,10 +108,14 @@ def remove_lora(model):
 
 def _make_plain(model, layers):
     """layers: all of the model's."""
-    for layer in layers:
-        if isinstance(layer, LoRALayer):
-            make_plain(layer)
-    restore_models(layers)
+    adapted = [layer for layer in layers if isinstance(layer, LoRALayer)]
+    for layer in adapted:
+        make_plain(layer)
+    held = held_by_adapted(model)
+    for layer in adapted:
+        if id(layer) in held:
+            layer.trainable = False
+    restore_models(layers, held)
     renew_policy_maps(layers)
     for note in compile_again(model):
         warn_caller(note)
@@ -174,15 +181,34 @@ def refuse_not_finite(layer, arrays):
             )
 
 
-def restore_models(layers):
-    """What `apply_lora` had changed beside the adapted layers: classes and flags."""
+def held_by_adapted(model) -> set:
+    """Ids of layers of other models that have adapters still: there W stays frozen."""
+    own = set(map(id, flatten_layers(model)))
+    return {
+        id(layer)
+        for other in holders(model)
+        if id(other) not in own and record_of(other).before and lora_layers(other)
+        for layer in flatten_layers(other)
+    }
+
+
+def restore_models(layers, held):
+    """What `apply_lora` had changed beside the adapted layers: classes and flags.
+
+    held: Ids of those that stay frozen.
+    """
     for layer in layers:
         if isinstance(layer, Adapted) and not any(
             is_adapted(part) for part in flatten_layers(layer)
         ):
             change_class(layer, layer.plain_owner)
+    kept = [layer for layer in layers if id(layer) in held]
+    flags = list(trainable_state(dict(enumerate(kept))).values())
     for layer in layers:
         record = record_of(layer)
         if record.before is not None:
-            set_flags(layer, *record.before)
-        set_record(layer, NOTHING)
+            set_flags(layer, *record.before)  # and of all inside
+        if id(layer) not in held:
+            set_record(layer, NOTHING)
+    for layer, own in zip(kept, flags, strict=True):
+        set_flags(layer, *own)
