@@ -1,6 +1,7 @@
 """What assigns to a kernel, computes it or reads it elsewhere is right or refused."""
 
 import inspect
+import warnings
 
 import keras
 import numpy as np
@@ -27,16 +28,23 @@ def test_spectral_normalization_is_passed_over_or_refused():
     model = around(
         keras.layers.SpectralNormalization(inside), keras.layers.Dense(6, name="other")
     )
-    report = apply_lora(model)
+    told = pytest.warns(UserWarning, match=r"spectral_normalization.*frozen too")
+    with told:
+        report = apply_lora(model)
     assert [row.path for row in report] == ["other"]
     (reason,) = report.skipped.values()
     assert "assigns to its kernel" in reason
     keras_lora.remove_lora(model)
     with pytest.raises(ValueError, match=r"cannot be adapted.*exclude="):
         apply_lora(model, target=["inside"])
-    assert [row.path for row in apply_lora(model, target=".*(inside|other)")] == [
-        "other"
-    ]
+    with told:
+        report = apply_lora(model, target=".*(inside|other)")
+    assert [row.path for row in report] == ["other"]
+    keras_lora.remove_lora(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        also = ["spectral_normalization"]
+        apply_lora(model, rank=2, target=["other"], also_train=also)
 
 
 class Halving(keras.layers.Wrapper):
