@@ -642,7 +642,7 @@ def test_float8_is_refused_by_name():
 
 
 @over_samples
-def test_a_quantized_head_that_is_to_train_is_refused():
+def test_a_quantized_head_that_is_to_train_is_refused(tmp_path):
     def build(**head):
         dense = keras.layers.Dense
         return keras.Sequential(
@@ -658,6 +658,11 @@ def test_a_quantized_head_that_is_to_train_is_refused():
     for variable, (flag, value) in zip(model.variables, before, strict=True):
         assert variable.trainable == flag
         np.testing.assert_array_equal(to_numpy(variable), value)
+    trained = build()
+    keras_lora.apply_lora(trained, rank=2, target=["up"], also_train=["head"])
+    keras_lora.save_adapter(trained, tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"quantized.*in float.*filters"):
+        keras_lora.load_adapter(model, tmp_path / "adapter")
     model = build(dtype="int8_from_float32")
     with pytest.raises(ValueError, match="means 'head'"):
         keras_lora.apply_lora(model, target=["up"], also_train=["head"])

@@ -78,7 +78,13 @@ def checked_values(file):
             key = f"{module}{infix}.{torch_name(layer, variable)}"
             index[key] = layer, variable
             if module in file.heads and key not in file.others:
-                raise ValueError(f"The file has no tensor {key!r}.")
+                hint = ""
+                if layer.quantization_mode is not None:
+                    hint = (
+                        " The layer is quantized, and the file has it as it trained, "
+                        "in float: leave it out with `filters` of `Model.quantize`."
+                    )
+                raise ValueError(f"The file has no tensor {key!r}.{hint}")
     for key, value in file.others.items():
         if key.endswith(".base_layer.weight"):
             continue  # PEFT repeats a targeted embedding or head
