@@ -450,14 +450,14 @@ def test_killed_while_saving(tmp_path):
         "    print(n, flush=True)\n"
     )
     folder = tmp_path / "adapter"
-    for attempt in range(6):
+    for attempt in range(4):
         process = subprocess.Popen(
             [sys.executable, "-c", program, str(folder)],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
         process.stdout.readline()
-        time.sleep(0.05 + 0.037 * attempt)
+        time.sleep(0.05 + 0.059 * attempt)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         found = keras_lora.Adapter.read(folder)

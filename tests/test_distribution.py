@@ -207,8 +207,7 @@ def free_ports(count):
 )
 def test_mirrored_strategy():
     one = run(TENSORFLOW, "1")
-    for devices in ("2", "4"):
-        np.testing.assert_allclose(run(TENSORFLOW, devices), one, rtol=1e-5)
+    np.testing.assert_allclose(run(TENSORFLOW, "4"), one, rtol=1e-5)
 
 
 @pytest.mark.skipif(
