@@ -1,7 +1,6 @@
 """What assigns to a kernel, computes it or reads it elsewhere is right or refused."""
 
 import inspect
-import warnings
 
 import keras
 import numpy as np
@@ -28,23 +27,75 @@ def test_spectral_normalization_is_passed_over_or_refused():
     model = around(
         keras.layers.SpectralNormalization(inside), keras.layers.Dense(6, name="other")
     )
-    told = pytest.warns(UserWarning, match=r"spectral_normalization.*frozen too")
-    with told:
-        report = apply_lora(model)
+    report = apply_lora(model)
     assert [row.path for row in report] == ["other"]
     (reason,) = report.skipped.values()
     assert "assigns to its kernel" in reason
     keras_lora.remove_lora(model)
     with pytest.raises(ValueError, match=r"cannot be adapted.*exclude="):
         apply_lora(model, target=["inside"])
-    with told:
-        report = apply_lora(model, target=".*(inside|other)")
-    assert [row.path for row in report] == ["other"]
-    keras_lora.remove_lora(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        also = ["spectral_normalization"]
-        apply_lora(model, rank=2, target=["other"], also_train=also)
+    assert [row.path for row in apply_lora(model, target=".*(inside|other)")] == [
+        "other"
+    ]
+
+
+def normalized(trained=(), **settings):
+    """A model with a normalized layer that nothing adapts, after training."""
+    keras.utils.set_random_seed(7)
+    inside = keras.layers.Dense(6, name="inside")
+    wrapped = keras.layers.SpectralNormalization(inside, name="wrapped")
+    model = around(keras.layers.Dense(6, name="other"), wrapped)
+    base = model.predict(x(), verbose=0)
+    apply_lora(model, rank=2, target=["other"], **settings)
+    for layer in trained:
+        model.get_layer(layer).trainable = True
+    return model, base
+
+
+def fit(model):
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    model.fit(x(), x()[:, :2], epochs=2, verbose=0)
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_spectral_normalization_beside_adapters_stays_where_it_is(bias, tmp_path):
+    model, base = normalized(bias=bias)
+    layer = model.get_layer("wrapped")
+    before = [to_numpy(v) for v in (layer.kernel, layer.vector_u)]
+    fit(model)
+    model.save(tmp_path / "model.keras")
+    keras_lora.save_adapter(model, tmp_path / "adapter")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    other, _ = normalized(bias=bias)
+    keras_lora.load_adapter(other, tmp_path / "adapter")
+    expected = model.predict(x(), verbose=0)
+    for each in (loaded, other):
+        found = each.predict(x(), verbose=0)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    fit(loaded)
+    for each in (model, loaded):
+        layer = each.get_layer("wrapped")
+        for value, variable in zip(before, (layer.kernel, layer.vector_u), strict=True):
+            np.testing.assert_array_equal(to_numpy(variable), value)
+    with keras_lora.disabled(model):
+        found = model.predict(x(), verbose=0)
+    np.testing.assert_allclose(found, base, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", ["also_train", "flags", "remove_lora"])
+def test_spectral_normalization_that_trains_is_keras_own(way):
+    model, _ = normalized(
+        trained=["wrapped"] if way == "flags" else [],
+        also_train=["wrapped"] if way == "also_train" else None,
+    )
+    if way == "remove_lora":
+        keras_lora.remove_lora(model)
+    layer = model.get_layer("wrapped")
+    fit(model)
+    kernel = to_numpy(layer.kernel)
+    layer(np.ones((1, 6), "float32"), training=True)
+    assert np.abs(to_numpy(layer.kernel) - kernel).max() > 1e-4
+    assert np.linalg.norm(to_numpy(layer.vector_u)) == pytest.approx(1, abs=1e-4)
 
 
 class Halving(keras.layers.Wrapper):

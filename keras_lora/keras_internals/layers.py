@@ -57,6 +57,24 @@ def assign_outside_calls(variable, value):
     return type(variable).assign(variable, value)
 
 
+def keep_frozen(layer):
+    """A frozen SpectralNormalization leaves its kernel alone, as one that predicts.
+
+    Keras's assigns to it in every training call, whether it is frozen or not.
+    """
+    if isinstance(layer, keras.layers.SpectralNormalization) and layer.built:
+        for variable in (layer.kernel, layer.vector_u):
+            variable.assign = functools.partial(
+                assign_if_trainable, layer.kernel, variable
+            )
+
+
+def assign_if_trainable(kernel, variable, value):
+    if kernel.trainable or not in_a_call():
+        return type(variable).assign(variable, value)
+    return variable
+
+
 def unfreeze(layer, variable, place):
     """The inverse of `freeze`: same order of weights, same flags."""
     layer._untrack_variable(variable)

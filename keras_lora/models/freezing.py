@@ -4,18 +4,17 @@ import itertools
 
 from keras_lora.keras_internals.calls import warn_caller
 from keras_lora.keras_internals.layers import flatten_layers
+from keras_lora.keras_internals.layers import keep_frozen
 from keras_lora.keras_internals.layers import layer_state
 from keras_lora.keras_internals.layers import own_variables
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.lora_layer import is_adapted
-from keras_lora.models.adapt import assigns_to
 from keras_lora.models.adapt import built_lora_layers
 from keras_lora.models.change import adapted
 from keras_lora.models.paths import layer_paths
 from keras_lora.models.record import record_of
 from keras_lora.models.record import remember_base
 from keras_lora.models.record import state_of
-from keras_lora.models.tables import listed
 from keras_lora.models.trainable_flags import restore_trainable_state
 from keras_lora.models.trainable_flags import trainable_state
 
@@ -54,7 +53,6 @@ def freeze_all_but_lora(model, bias="none", also_train=()):
     Nothing is compiled again.
     """
     refuse_quantized(also_train)
-    warn_of_moving(model, also_train)
     own = built_lora_layers(model)
     kept = {id(v) for layer in own for v in own_variables(layer.lora)}
     for layer in {"none": [], "lora_only": own, "all": flatten_layers(model)}[bias]:
@@ -70,24 +68,10 @@ def freeze_all_but_lora(model, bias="none", also_train=()):
     parts = [list(flatten_layers(layer)) for layer in flatten_layers(model)]
     for layer, *inside in sorted(parts, key=len, reverse=True):
         variables = [v for part in (layer, *inside) for v in own_variables(part)]
+        keep_frozen(layer)
         layer.trainable = any(id(v) in kept for v in variables)
         for variable in own_variables(layer):
             variable.trainable = id(variable) in kept
-
-
-def warn_of_moving(model, also_train):
-    """Of frozen layers whose kernel Keras assigns to in training all the same."""
-    trained = {id(part) for layer in also_train for part in flatten_layers(layer)}
-    moving = [
-        x for x in flatten_layers(model) if assigns_to(x) and id(x) not in trained
-    ]
-    if moving:
-        warn_caller(
-            f"{listed([layer.name for layer in moving])}: {assigns_to(moving[0])} It "
-            "does so where it is frozen too: `disabled` and `remove_lora` do not give "
-            "back what it was, and no adapter file holds it. Call the layer with "
-            "training=False, or take the wrapper off."
-        )
 
 
 def refuse_quantized(also_train):

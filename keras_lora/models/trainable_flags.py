@@ -1,5 +1,6 @@
 """The trainable flags of a whole model, to put back later or elsewhere."""
 
+from keras_lora.keras_internals.layers import keep_frozen
 from keras_lora.keras_internals.layers import own_variables
 
 
@@ -32,6 +33,7 @@ def restore_trainable_state(layers, state):
 
 
 def set_flags(layer, trainable, flags):
+    keep_frozen(layer)
     layer.trainable = trainable
     variables = own_variables(layer)
     # A kernel that was quantized since, or is float again, stands first.
