@@ -179,7 +179,7 @@ def test_a_shared_layer_of_which_nothing_can_train_is_seen():
     shared, inputs = keras.layers.Dense(6, use_bias=False), keras.Input((6,))
     model = keras.Model(inputs, keras.layers.Dense(2)(shared(inputs)))
     beside = keras.Sequential([keras.Input((6,)), shared])
-    model.quantize("int8", filters=lambda layer: layer is shared)
+    shared.quantize("int8")
     keras_lora.apply_lora(model, rank=2)
     beside.generate_function = lambda inputs: None
     keras_lora.merge_lora(model, quantized="requantize")

@@ -641,7 +641,6 @@ def test_float8_is_refused_by_name():
         keras_lora.LoRADense(4, dtype="float8_from_float32")
 
 
-@over_samples
 def test_a_quantized_head_that_is_to_train_is_refused(tmp_path):
     def build(**head):
         dense = keras.layers.Dense
@@ -678,6 +677,7 @@ def test_a_quantized_head_that_is_to_train_is_refused(tmp_path):
     assert model.layers[1].gamma.trainable
 
 
+@over_samples
 def test_what_is_not_calibrated_is_refused_with_the_reason():
     layer = keras.layers.Dense(4, name="projection")
     model = keras.Sequential([keras.Input((3,)), layer])
