@@ -39,7 +39,11 @@ def compile_again(model) -> list:
     Loss, metrics and all else that `compile` was told stay as they are. An optimizer
     that cannot be had anew leaves its model uncompiled; what is returned says so.
     """
-    layers = holders(model)
+    return compile_all_again(holders(model))
+
+
+def compile_all_again(layers) -> list:
+    """`compile_again` for what `holders` has found: that takes a while."""
     compiled = [layer for layer in layers if getattr(layer, "compiled", False)]
     renewed, notes = {}, []
     for layer in compiled:

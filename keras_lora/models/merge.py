@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_lora.keras_internals.calls import warn_caller
-from keras_lora.keras_internals.compiled import compile_again
+from keras_lora.keras_internals.compiled import compile_all_again
 from keras_lora.keras_internals.compiled import refuse_while_running
 from keras_lora.keras_internals.kernels import replace_kernel
 from keras_lora.keras_internals.layers import attach
@@ -111,13 +111,14 @@ def _make_plain(model, layers):
     adapted = [layer for layer in layers if isinstance(layer, LoRALayer)]
     for layer in adapted:
         make_plain(layer)
-    held = held_by_adapted(model)
+    found = holders(model)
+    held = held_by_adapted(found, layers)
     for layer in adapted:
         if id(layer) in held:
             layer.trainable = False
     restore_models(layers, held)
     renew_policy_maps(layers)
-    for note in compile_again(model):
+    for note in compile_all_again(found):
         warn_caller(note)
 
 
@@ -181,12 +182,17 @@ def refuse_not_finite(layer, arrays):
             )
 
 
-def held_by_adapted(model) -> set:
-    """Ids of layers of other models that have adapters still: there W stays frozen."""
-    own = set(map(id, flatten_layers(model)))
+def held_by_adapted(found, layers) -> set:
+    """Ids of layers of other models that have adapters still: there W stays frozen.
+
+    Args:
+        found: What `holders` gives for a model.
+        layers: All of that model's own.
+    """
+    own = set(map(id, layers))
     return {
         id(layer)
-        for other in holders(model)
+        for other in found
         if id(other) not in own and record_of(other).before and lora_layers(other)
         for layer in flatten_layers(other)
     }

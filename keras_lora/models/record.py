@@ -74,9 +74,9 @@ def remember_base(layer, variables):
 def remember_what_trains(layers):
     """From now on all trains beside A and B that flags of the user's let train."""
     for layer in layers:
-        if unremembered(layer):
+        if trained := unremembered(layer):
             # Where a layer trains, its moving statistics move too.
-            remember_base(layer, [*unremembered(layer), *layer_state(layer)[1]])
+            remember_base(layer, [*trained, *layer_state(layer)[1]])
 
 
 def warn_of_unremembered(layers):
