@@ -136,9 +136,9 @@ def test_exclusions_are_not_remembered_of_variables_that_are_no_more():
     fit(model)
     old = model.optimizer
     keras_lora.apply_lora(model, rank=2)
-    new = model.optimizer._exclude_from_weight_decay_cache
+    new = vars(model.optimizer).get("_exclude_from_weight_decay_cache", {})
     assert new == {}
-    assert new is not old._exclude_from_weight_decay_cache
+    assert new is not vars(old).get("_exclude_from_weight_decay_cache")
 
 
 def test_keras_does_not_warn_of_flags_that_changed_since_compiling():
@@ -265,34 +265,44 @@ CHANGES = {
 
 @pytest.mark.parametrize("loop", ["fit", "evaluate", "predict"])
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_change_from_inside_fit_is_refused_before_it_begins(name, loop):
-    inner = network()
-    inputs = keras.Input((6,))
-    outer = keras.Model(inputs, inner(inputs))
-    if name != "apply":
-        keras_lora.apply_lora(inner, rank=2)
-    outer.compile("sgd", "mse")
-    classes = [type(layer) for layer in inner.layers]
-    optimizer, errors = outer.optimizer, []
+def test_a_loop_goes_on_with_what_a_callback_has_made_of_its_layers(name, loop):
+    """As when the loop is left, the change is made, and another loop begins."""
+
+    def made():
+        keras.utils.set_random_seed(3)
+        inner = network()
+        inputs = keras.Input((6,))
+        outer = keras.Model(inputs, inner(inputs))
+        if name != "apply":
+            keras_lora.apply_lora(inner, rank=2)
+        outer.compile(keras.optimizers.SGD(0.1), "mse")
+        return inner, outer
 
     class Change(keras.callbacks.Callback):
         def change(self, *args, logs=None):
-            with pytest.raises(ValueError, match=rf"`{loop}\(\)` runs") as error:
+            if args[0] == 0:
+                keras.utils.set_random_seed(5)
                 CHANGES[name](inner)
-            errors.append(error)
 
         on_epoch_end = on_test_batch_end = on_predict_batch_end = change
 
+    inner, outer = made()
     if loop == "fit":
-        fit(outer, epochs=2, callbacks=[Change()])
+        fit(outer, epochs=3, callbacks=[Change()])
     elif loop == "evaluate":
-        outer.evaluate(x(), y(), callbacks=[Change()], verbose=0)
+        outer.evaluate(x(), y(), batch_size=4, callbacks=[Change()], verbose=0)
     else:
-        outer.predict(x(), callbacks=[Change()], verbose=0)
-    assert errors
-    assert [type(layer) for layer in inner.layers] == classes
-    assert outer.optimizer is optimizer
-    CHANGES[name](inner)
+        outer.predict(x(), batch_size=4, callbacks=[Change()], verbose=0)
+    changed = inner
+    inner, outer = made()
+    if loop == "fit":
+        fit(outer, epochs=1)
+    Change().change(0)
+    if loop == "fit":
+        fit(outer, epochs=2)
+    assert [type(z) for z in changed.layers] == [type(z) for z in inner.layers]
+    for one, other in zip(changed.weights, inner.weights, strict=True):
+        np.testing.assert_array_equal(to_numpy(one), to_numpy(other))
 
 
 def test_another_model_may_change_while_one_is_fitted():
@@ -305,52 +315,27 @@ def test_another_model_may_change_while_one_is_fitted():
     assert type(model.layers[0]) is keras_lora.LoRADense
 
 
-def test_adapters_that_do_not_train_are_not_woken_from_inside_predict(tmp_path):
-    model = network()
-    keras_lora.apply_lora(model, rank=2)
-    model.compile("sgd", "mse")
-    keras_lora.save_adapter(model, tmp_path)
-    keras_lora.load_adapter(model, tmp_path)  # traces nothing anew: allowed below
-    for trainable, allowed in ((True, True), (False, False)):
-        keras_lora.load_adapter(model, tmp_path, trainable=trainable)
-        flags = [v.trainable for v in model.variables]
-        errors = []
-
-        def load(batch, logs=None, errors=errors):
-            try:
-                keras_lora.load_adapter(model, tmp_path)
-            except ValueError as error:
-                errors.append(str(error))
-
-        callback = keras.callbacks.LambdaCallback()
-        callback.on_predict_batch_end = load
-        model.predict(x(), callbacks=[callback], verbose=0)
-        assert flags == [v.trainable for v in model.variables]
-        assert not errors if allowed else all("`predict()` runs" in e for e in errors)
-        assert allowed or errors
-
-
-def test_a_head_that_a_file_would_wake_is_refused_inside_predict(tmp_path):
+def test_a_loop_that_predicts_goes_on_with_what_is_loaded(tmp_path):
     trained, model = network(), network()
     head = trained.layers[-1].name
     others = [layer.name for layer in model.layers if layer.name != head]
+    model.set_weights(trained.get_weights())
     keras_lora.apply_lora(trained, rank=2, target=others, also_train=[head])
+    trained.compile(keras.optimizers.SGD(0.5), "mse")
+    fit(trained)
     keras_lora.apply_lora(model, rank=2, target=others)
     keras_lora.save_adapter(trained, tmp_path)
     model.compile("sgd", "mse")
-    before, errors = [v.trainable for v in model.variables], []
-
-    def load(batch, logs=None):
-        with pytest.raises(ValueError, match=r"`predict\(\)` runs") as error:
-            keras_lora.load_adapter(model, tmp_path)
-        errors.append(error)
-
+    before = sum(v.trainable for v in model.variables)
     callback = keras.callbacks.LambdaCallback()
-    callback.on_predict_batch_end = load
-    model.predict(x(), callbacks=[callback], verbose=0)
-    assert errors and before == [v.trainable for v in model.variables]
-    keras_lora.load_adapter(model, tmp_path)  # outside it trains
-    assert sum(v.trainable for v in model.variables) > sum(before)
+    callback.on_predict_batch_end = lambda batch, logs: keras_lora.load_adapter(
+        model, tmp_path
+    )
+    found = model.predict(x(), batch_size=8, callbacks=[callback], verbose=0)
+    np.testing.assert_allclose(
+        found[8:], trained.predict(x(), verbose=0)[8:], atol=1e-6
+    )
+    assert sum(v.trainable for v in model.variables) > before  # the head trains
 
 
 def test_a_failure_while_compiling_again_leaves_all_as_it_was(monkeypatch):

@@ -21,6 +21,10 @@ from keras_lora.models.adapt import lora_layers
 # Of int4 where the first axis is not summed over; a test of its own asks for it.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The int4 kernel of"),
+    # Two samples are enough to see how a kernel lies.
+    pytest.mark.filterwarnings("ignore:.*undersampled"),
+    # Keras 3.16 has one warning for all layers that it passes by.
+    pytest.mark.filterwarnings("ignore:.*skipped"),
     # Keras transposes a scale of one axis.
     pytest.mark.filterwarnings("ignore:[\\s\\S]*The use of `x.T`"),
     pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize`"),
@@ -29,6 +33,7 @@ pytestmark = [
 ]
 # Keras 3.12 has one way for each mode: inputs quantized, a scale for each output.
 EARLIER = not hasattr(keras.quantizers, "Int8QuantizationConfig")
+LATER = hasattr(keras.Model, "quantization_summary")  # Keras 3.16
 if EARLIER:
     MODES = {"int8": lambda: None, "int4": lambda: None}
 else:
@@ -211,15 +216,14 @@ def dequantized(layer):
     )
     width = layer.output_dim if table else scale.shape[-1]
     values = ((halves.astype("int64") ^ 8) - 8)[:, :width]
-    if f"{name}_zero" in stored:
-        groups = stored["g_idx"].astype("int64")
-        zero = stored[f"{name}_zero"].astype("float64")
+    zero = stored.get(f"{name}_zero", stored.get("zero_point"))  # of Keras 3.16
+    if zero is not None:
+        groups, zero = stored["g_idx"].astype("int64"), zero.astype("float64")
         scale, zero = (np.take(x, groups, axis=int(table)) for x in (scale, zero))
         values = (values - zero) * scale
     else:
         values = values / (scale[:, None] if table else scale)
-    shape = getattr(layer, "original_kernel_shape", values.shape)
-    return values.reshape(shape)
+    return values.reshape(kernel_shape(layer, values))
 
 
 def unpacked_earlier(layer, kernel):
@@ -236,16 +240,25 @@ def unpacked_earlier(layer, kernel):
 
 
 def calibrated(layer, stored):
-    """W, of which GPTQ and AWQ keep (outputs, inputs)."""
+    """W, of which GPTQ and AWQ keep (outputs, inputs), before Keras 3.16."""
     values, scale = stored["kernel"], stored["kernel_scale"].astype("float64")
     zero = stored.get("kernel_zero", stored.get("zero_point")).astype("float64")
+    if LATER:
+        values, scale, zero = values.T, scale.T, zero.T
     if len(values) != len(scale):  # two a byte along the outputs
         values = np.stack([values & 15, values >> 4], axis=1)
         values = values.reshape(-1, values.shape[-1])[: len(scale)]
     groups = stored["g_idx"].astype("int64")
     values = ((values - zero[:, groups]) * scale[:, groups]).T
     values = values / stored.get("awq_scales", np.ones(len(values)))[:, None]
-    return values.reshape(getattr(layer, "original_kernel_shape", values.shape))
+    return values.reshape(kernel_shape(layer, values))
+
+
+def kernel_shape(layer, values):
+    """Keras keeps an einsum's kernel as a matrix."""
+    if LATER and hasattr(layer, "equation"):
+        return layer.kernel_shape
+    return getattr(layer, "original_kernel_shape", values.shape)
 
 
 def delta(layer):

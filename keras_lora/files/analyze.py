@@ -16,7 +16,6 @@ from keras_lora.files.folder import Adapter
 from keras_lora.files.plot import draw
 from keras_lora.files.spectrum import effective_rank
 from keras_lora.files.spectrum import singular_values
-from keras_lora.keras_internals.calls import synchronize
 from keras_lora.layers.lora_layer import is_adapted
 from keras_lora.layers.methods import method_in
 from keras_lora.layers.torch_layout import to_numpy
@@ -142,7 +141,6 @@ def of_adapter(adapter, name):
 
 def of_model(model):
     checked_lora_layers(model)
-    synchronize(model)
     paths = {model.name: model, **layer_paths(model)}
     adapters = {path: layer for path, layer in paths.items() if is_adapted(layer)}
     rows = []

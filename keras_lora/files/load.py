@@ -13,14 +13,12 @@ from keras_lora.files.names import module_names
 from keras_lora.files.names import refuse_tied_head
 from keras_lora.files.tensors import own_alpha
 from keras_lora.keras_internals.compiled import compile_again
-from keras_lora.keras_internals.compiled import refuse_while_running
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.lora_layer import is_adapted
 from keras_lora.layers.settings import Settings
 from keras_lora.models.adapt import checked_lora_layers
 from keras_lora.models.adapt import refuse_unbuilt
 from keras_lora.models.change import adapted
-from keras_lora.models.freezing import adapters_train
 from keras_lora.models.freezing import freeze_adapters
 from keras_lora.models.freezing import freeze_all_but_lora
 from keras_lora.models.freezing import train_adapters
@@ -85,9 +83,6 @@ def load_into(model, paths, adapter, names=None, trainable=True) -> Report:
         checked_lora_layers(model)
         refuse_other_modules(file)
         values = checked_values(file)
-        read = [variable for variable, _ in values]
-        if not (trainable and adapters_train(layers, read)):  # which compiles again
-            refuse_while_running(model)
     else:
         path_of = {id(layer): path for path, layer in layers.items()}
         adapters = {

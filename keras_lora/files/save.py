@@ -21,7 +21,6 @@ from keras_lora.files.tensors import kernel_to_tensor
 from keras_lora.files.tensors import to_tensors
 from keras_lora.files.tensors import torch_name
 from keras_lora.files.tensors import weight_to_tensor
-from keras_lora.keras_internals.calls import synchronize
 from keras_lora.layers.lora_layer import is_adapted
 from keras_lora.models.adapt import built_lora_layers
 from keras_lora.models.paths import layer_paths
@@ -76,7 +75,6 @@ def adapter_of(model, names=None, trained=None) -> Adapter:
     """
     paths = layer_paths(model)
     modules = module_names(paths, names, model)
-    synchronize(model)
     built_lora_layers(model)
     adapters = {module: layer for module, layer in modules.items() if is_adapted(layer)}
     if trained is None:

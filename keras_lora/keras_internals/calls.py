@@ -1,11 +1,11 @@
 """What runs now: inside of which call, loop, trace or saving."""
 
-import sys
+import inspect
 import warnings
 
 import keras
 from keras.src.backend.common import global_state
-from keras.src.backend.common.stateless_scope import in_stateless_scope
+from keras.src.backend.common import masking
 
 
 def was_called(layer):
@@ -24,7 +24,8 @@ def traced_for_xla():
     A variable that is made there cannot start from another's value. (In a stateless
     scope, where Keras builds a model symbolically, it is made later.)
     """
-    if keras.backend.backend() != "tensorflow" or in_stateless_scope():
+    stateless = global_state.get_global_attribute("stateless_scope") is not None
+    if keras.backend.backend() != "tensorflow" or stateless:
         return False
     import tensorflow as tf
 
@@ -39,26 +40,24 @@ def traced_for_xla():
 
 def mask_of(tensor):
     """The mask that a layer has put on its outputs; None: it has none."""
-    return keras.src.backend.get_keras_mask(tensor)
+    return masking.get_keras_mask(tensor)
 
 
 def set_mask(tensor, mask):
-    keras.src.backend.set_keras_mask(tensor, mask)
+    masking.set_keras_mask(tensor, mask)
 
 
 def synchronize(model):
     """On JAX the state of a model that is being fitted lies outside of it."""
-    if hasattr(model, "jax_state_sync"):
-        model.jax_state_sync()
+    for name in ("state_sync", "jax_state_sync"):  # since Keras 3.16, and before
+        if hasattr(model, name):
+            getattr(model, name)()
+            return
 
 
 def legacy_format():
     """Whether a configuration is asked for by the writer of the old .h5 format."""
     return global_state.get_global_attribute("use_legacy_config", False)
-
-
-# What unpickles any layer: pickle finds it by the name of a class that is importable.
-UNPICKLE = keras.layers.Layer._unpickle_model
 
 
 # Packages whose lines no warning is about.
@@ -67,7 +66,7 @@ NOT_THE_USERS = {"keras_lora", "keras", "keras_hub", "contextlib"}
 
 def warn_caller(message):
     """A warning at the line of the user's that the call came from."""
-    frame, level = sys._getframe(1), 2
+    frame, level = inspect.currentframe().f_back, 2
     while frame.f_back is not None and package_of(frame) in NOT_THE_USERS:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)

@@ -1,23 +1,18 @@
 """What is compiled of models: traced functions, optimizers, and loops that run them."""
 
 import contextlib
-import inspect
 import threading
 
 import keras
 
-from keras_lora.keras_internals.layers import flatten_layers
+from keras_lora.keras_internals.calls import synchronize
 from keras_lora.keras_internals.layers import refresh_torch_parameters
 from keras_lora.keras_internals.models_around import holders
 from keras_lora.keras_internals.optimizers import renewed_optimizer
 from keras_lora.keras_internals.optimizers import replace_optimizer
 
-COMPILED_FUNCTIONS = (
-    "train_function",
-    "test_function",
-    "predict_function",
-    "generate_function",  # of KerasHub's tasks
-)
+LOOP_FUNCTIONS = ("train_function", "test_function", "predict_function")
+COMPILED_FUNCTIONS = (*LOOP_FUNCTIONS, "generate_function")  # of KerasHub's tasks
 
 
 def take_compiled_functions(layers):
@@ -29,6 +24,28 @@ def take_compiled_functions(layers):
                 taken.append((layer, name, getattr(layer, name)))
                 setattr(layer, name, None)
     return taken
+
+
+def renew_compiled_functions(layers):
+    """Lets the functions of those that are models be traced anew.
+
+    `fit`, `evaluate` and `predict` read theirs for every batch: where one of them runs
+    now, and a callback changes the model, it goes on with the new one.
+    """
+    for layer, name, _ in take_compiled_functions(layers):
+        if name in LOOP_FUNCTIONS:
+            getattr(type(layer), f"make_{name}")(layer)
+
+
+def bring_weights_back(model):
+    """On JAX, the weights of a model lie outside of it while Keras's loops run it.
+
+    Whichever model of those that hold the layers runs, they get them back; a loop
+    reads them again after each of its callbacks.
+    """
+    if keras.backend.backend() == "jax":
+        for layer in holders(model):
+            synchronize(layer)
 
 
 def compile_again(model) -> list:
@@ -61,62 +78,38 @@ def compile_all_again(layers) -> list:
     # Up to here nothing has changed; from here on nothing can fail.
     for layer in compiled:
         replace_optimizer(layer, renewed[id(layer.optimizer)])
-    take_compiled_functions(layers)
+    renew_compiled_functions(layers)
     refresh_torch_parameters(layers)
     return notes
 
 
-REFUSALS = []  # (the layers that do not train now, by id, and why)
 CHANGING_REFUSALS = threading.Lock()
+HOOK = "make_train_function"
+
+
+class TrainingRefused:
+    """Stands in a model for `make_train_function`, which comes before training."""
+
+    def __init__(self):
+        self.reasons = []
+
+    def __call__(self, force=False):
+        raise ValueError(self.reasons[-1])
 
 
 @contextlib.contextmanager
-def refusing_to_train(layers, why):
-    """`fit` and `train_on_batch` of every model that holds one of these are refused.
-
-    A layer does not know its owners. So the models ask, in what Keras calls first in
-    both.
-    """
-    refusal = (set(map(id, layers)), why)
+def refusing_to_train(model, why):
+    """`fit` and `train_on_batch` of a model, and of live ones around, are refused."""
+    models = [layer for layer in holders(model) if isinstance(layer, keras.Model)]
     with CHANGING_REFUSALS:
-        REFUSALS.append(refusal)
-        keras.Model.make_train_function = checked_train_function
+        for each in models:
+            vars(each).setdefault(HOOK, TrainingRefused()).reasons.append(why)
     try:
         yield
     finally:
         with CHANGING_REFUSALS:  # contexts of several threads need not nest
-            REFUSALS.remove(refusal)
-            if not REFUSALS:
-                del keras.Model.make_train_function
-
-
-def checked_train_function(model, force=False):
-    """Stands in `keras.Model` while there are refusals."""
-    own = set(map(id, flatten_layers(model)))
-    for layers, why in tuple(reversed(REFUSALS)):
-        if not own.isdisjoint(layers):
-            raise ValueError(why)
-    return super(keras.Model, model).make_train_function(force)
-
-
-# What runs a model in a loop, during which its layers cannot become others.
-LOOPS = ("fit", "evaluate", "predict")
-
-
-def refuse_while_running(model):
-    """An error where the call comes from inside `fit`: from a callback, say.
-
-    Keras has no word for it, and its loops go on with the traced step that they have.
-    """
-    frame, changed = inspect.currentframe(), None
-    while frame is not None:
-        runs = frame.f_locals.get("self") if frame.f_code.co_name in LOOPS else None
-        if isinstance(runs, keras.Model):
-            changed = changed or set(map(id, flatten_layers(model)))
-            if changed & set(map(id, flatten_layers(runs))):
-                raise ValueError(
-                    f"Layers of {runs.name!r} cannot change while its "
-                    f"`{frame.f_code.co_name}()` runs. Nothing was changed. Do it "
-                    "before or after that call."
-                )
-        frame = frame.f_back
+            for each in models:
+                refused = vars(each)[HOOK]
+                refused.reasons.remove(why)
+                if not refused.reasons:
+                    del vars(each)[HOOK]

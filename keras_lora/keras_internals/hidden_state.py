@@ -33,15 +33,16 @@ class HiddenVariable:
 def hold_resource(layer, name, variable):
     """Lets TensorFlow find a variable that Keras does not track.
 
-    tf.saved_model.save refuses functions that read one that no object holds.
+    tf.saved_model.save refuses functions that read one that no object holds. It is
+    TensorFlow's own variable that the layer holds: Keras would take its for a weight.
     """
     if keras.backend.backend() == "tensorflow":
-        layer._track_trackable(variable.value, name, overwrite=True)
+        setattr(layer, f"{name}_resource", variable.value)
 
 
 def release_resource(layer, name):
     if keras.backend.backend() == "tensorflow":
-        layer._delete_tracking(name)
+        delattr(layer, f"{name}_resource")
 
 
 def hold_state(layer, name, variable, get, put):
@@ -63,4 +64,4 @@ def hold_state(layer, name, variable, get, put):
             def _trackable_children(self, save_type="checkpoint", **kwargs):
                 return {"value": variable.value} if save_type == "savedmodel" else {}
 
-        layer._track_trackable(State(), name, overwrite=True)
+        setattr(layer, f"{name}_state", State())

@@ -16,6 +16,7 @@ import warnings
 
 import keras
 import numpy as np
+from keras.src.backend.common import global_state
 
 UNINITIALIZED = "uninitialized_variables"
 # Attributes of backbones that transformers' configurations call otherwise.
@@ -60,13 +61,12 @@ def family_of(backbone_class):
 
 def stand_in(backbone_class, config):
     """A backbone of a configuration, whose variables hold nothing."""
-    registry = keras.src.backend.common.global_state
-    before = list(registry.get_global_attribute(UNINITIALIZED) or [])
+    before = list(global_state.get_global_attribute(UNINITIALIZED) or [])
     try:
         with keras.StatelessScope(initialize_variables=False):
             copy = backbone_class.from_config(config)
     finally:  # else the next scope would initialize them
-        registry.set_global_attribute(UNINITIALIZED, before)
+        global_state.set_global_attribute(UNINITIALIZED, before)
     copy.trainable = True  # else frozen weights come after others
     for variable in copy.variables:
         variable.assign = lambda value: None

@@ -31,10 +31,17 @@ def exchange_variables(layer, other):
 
 
 def drop_float_kernel(layer):
-    """What ends Keras's calibration: the integers alone are left of a kernel."""
+    """Ends Keras's calibration: the integers alone are left of a kernel."""
+    variables = kernel_variables(layer).items()
     with unlocked(layer):
-        del layer._kernel
-        setattr(layer, f"is_{layer.quantization_mode}_calibrated", True)
+        for name in [
+            x for x, v in variables if v.name == "kernel" and "int" not in v.dtype
+        ]:
+            delattr(layer, name)
+        if hasattr(layer, "calibration_pending"):  # since Keras 3.16
+            layer.calibration_pending = False
+        else:
+            setattr(layer, f"is_{layer.quantization_mode}_calibrated", True)
 
 
 def replace_kernel(layer, kernel_name, variable):

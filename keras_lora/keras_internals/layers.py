@@ -80,10 +80,10 @@ def unfreeze(layer, variable, place):
     layer._untrack_variable(variable)
     vars(variable).pop("assign", None)
     variable.trainable = True
-    if getattr(variable._value, "_trainable", None) is False:
+    if getattr(variable.value, "_trainable", None) is False:
         # The TensorFlow variable was made after Keras's was frozen, as happens when
         # a subclassed model is built by its first call.
-        variable._value._trainable = True
+        variable.value._trainable = True
     variable._autocast = place.autocast
     with unlocked(layer):
         layer._track_variable(variable)  # not trainable in a frozen layer
@@ -101,12 +101,18 @@ def checked_model(model):
 
 
 def flatten_layers(model):
-    """The model itself and every layer inside it, each once.
+    """Returns the model itself and every layer inside it, each once.
 
     Keras's public `layers` is a model's alone, and goes one level deep.
     """
     checked_model(model)
-    return model._flatten_layers(include_self=True, recursive=True)
+    found, waiting = {}, [model]
+    while waiting:
+        layer = waiting.pop(0)
+        if id(layer) not in found:
+            found[id(layer)] = layer
+            waiting += layer._layers
+    return list(found.values())
 
 
 def attach(layer, name, sublayer):
@@ -152,56 +158,67 @@ def twin(layer, cls, changed):
     return view
 
 
-class QuantizedWhole:
-    """A mixin before a layer's class: `Model.quantize` does not pass the layer by.
+class Leaf:
+    """Mixin of a layer whose adapter no walk of Keras's enters.
 
-    It asks every layer for what is inside, and quantizes those with nothing in them;
-    `filters` are asked for these alone. An adapter is inside its layer.
+    Before Keras 3.16, `Model.quantize` passes by every layer that holds another.
     """
 
     def _flatten_layers(self, include_self=True, recursive=True):
-        caller = inspect.currentframe().f_back
-        asked_by = caller.f_locals.get("self")
-        if caller.f_code.co_name == "quantize" and isinstance(asked_by, keras.Model):
-            return [self]
-        return super()._flatten_layers(include_self, recursive)
+        return [self] if include_self else []
 
 
 def change_class(layer, new_class):
-    """Gives a layer another class, and renews what Keras cached of the old one."""
-    for name in ("build", "quantize"):
-        # `Layer.__new__` hides the method in a closure of the instance.
-        wrapper = vars(layer)[name]
-        held = [
-            c for c in wrapper.__closure__ if c.cell_contents == wrapper.__wrapped__
-        ]
-        if len(held) != 1:
-            raise RuntimeError(
-                f"Keras {keras.__version__} wraps `{name}` of a layer in another way "
-                "than keras_lora knows. Please report it, and use an earlier Keras."
-            )
-        method = getattr(new_class, name).__get__(layer)
-        held[0].cell_contents = wrapper.__wrapped__ = method
+    """Gives a layer another class, and renews what Keras derived from the old one."""
+    rebind_wrapped_methods(layer, new_class)
     # Keras leaves here what it replaces while it calibrates.
     if getattr(vars(layer).get("call"), "__func__", None) is type(layer).call:
         del layer.call
+    old = derived_from_class(type(layer))
     layer.__class__ = new_class
-    layer._call_signature = inspect.signature(layer.call)
-    parameters = list(layer._call_signature.parameters)
-    layer.call_signature_parameters = parameters
-    layer._call_has_training_arg = "training" in parameters
-    layer._call_has_mask_arg = "mask" in parameters
-    if hasattr(layer, "_call_has_context_arg"):
-        layer._call_has_context_arg = {
-            name: name in parameters for name in layer._call_has_context_arg
-        }
+    for name, value in derived_from_class(new_class).items():
+        if value != old[name]:
+            held = vars(layer).get(name)
+            # A dict may have got more entries since.
+            value = {**held, **value} if isinstance(held, dict) else value
+            vars(layer)[name] = value
+
+
+def rebind_wrapped_methods(layer, new_class):
+    """Lets the methods that Keras wraps for each instance call those of a class.
+
+    `Layer.__new__` puts a function in front of `build` (and of `quantize`, before
+    Keras 3.16) that holds the method in its closure.
+    """
+    for name, wrapper in vars(layer).items():
+        method = getattr(wrapper, "__wrapped__", None)
+        if getattr(method, "__self__", None) is not layer:
+            continue
+        new = getattr(new_class, name).__get__(layer)
+        for cell in wrapper.__closure__:
+            if cell.cell_contents == method:
+                cell.cell_contents = new
+        wrapper.__wrapped__ = new
+
+
+@functools.cache
+def derived_from_class(cls) -> dict:
+    """Attributes that `Layer.__init__` gives an instance: those of comparable types.
+
+    Among them is what it derives from the signature of `call`.
+    """
+    sample = object.__new__(cls)
+    keras.layers.Layer.__init__(sample, name="sample")
+    comparable = (inspect.Signature, bool, dict, list)
+    return {n: v for n, v in vars(sample).items() if isinstance(v, comparable)}
 
 
 def refresh_torch_parameters(layers):
-    """The torch backend keeps a second register of parameters in every layer."""
-    for layer in layers:
-        if hasattr(layer, "_torch_params"):
-            layer._track_variables()
+    """Brings up to date the parameters that torch sees of every layer."""
+    if keras.backend.backend() == "torch":
+        for layer in layers:
+            layer.torch_params.clear()
+            layer.torch_params.update({v.path: v.value for v in layer.variables})
 
 
 def sublayers(layer):
@@ -209,8 +226,7 @@ def sublayers(layer):
 
     A layer that is no model has no public list of them.
     """
-    wrapped = getattr(layer, "_functional", None)  # a Sequential's second view
-    return [sublayer for sublayer in layer._layers if sublayer is not wrapped]
+    return list(layer._layers)
 
 
 def own_variables(layer):
@@ -224,14 +240,21 @@ def own_variables(layer):
 @contextlib.contextmanager
 def name_scope_of(layer):
     """Variables made inside are called as if the layer had made them in `build`."""
+    with name_scopes(layer.path or layer.name):
+        yield
+
+
+@contextlib.contextmanager
+def name_scopes(path):
+    """Variables made inside have paths that begin so."""
     with contextlib.ExitStack() as scopes:
-        for part in (layer.path or layer.name).split("/"):
+        for part in filter(None, path.split("/")):
             scopes.enter_context(keras.name_scope(part))
         yield
 
 
 def layer_state(layer):
-    """The layer's own variables: (those that can train, those that never do)."""
+    """Returns a layer's own variables: those that can train, those that never do."""
     frozen = getattr(layer, "frozen_kernel", None) if hasattr(layer, "lora") else None
     others = [v for v in layer._non_trainable_variables if v is not frozen]
     return list(layer._trainable_variables), others

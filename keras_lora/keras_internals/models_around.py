@@ -2,20 +2,14 @@
 
 import gc
 import types
-import weakref
 
 import keras
 
+from keras_lora.keras_internals.calls import warn_caller
 from keras_lora.keras_internals.layers import flatten_layers
-from keras_lora.keras_internals.layers import own_variables
+from keras_lora.keras_internals.layers import layer_state
 
-
-class Mark:
-    """An object that is not frozen until `gc.freeze` is called."""
-
-
-# The models among the collector's frozen objects, and what tells that there are more.
-FROZEN = types.SimpleNamespace(models=(), mark=Mark())
+WARNED_AT = types.SimpleNamespace(count=0)  # frozen objects, at the last warning
 
 
 def holders(model) -> list:
@@ -26,7 +20,7 @@ def holders(model) -> list:
     """
     layers = flatten_layers(model)
     own = {id(vars(layer)) for layer in layers}  # a second view has the same
-    shared = {id(x) for x in layers if own_variables(x) or x._non_trainable_variables}
+    shared = {id(layer) for layer in layers if any(layer_state(layer))}
     around = [
         found
         for found in live_models()
@@ -38,24 +32,16 @@ def holders(model) -> list:
 
 
 def live_models() -> list:
-    """All of the process, those too that were there when `gc.freeze` was called.
-
-    What is frozen is not among the collector's objects. So it is thawed once, looked
-    through and frozen again, with what was made since.
-    """
-    found = models_and_marks()
-    if FROZEN.mark not in found:
-        gc.unfreeze()
-        FROZEN.models = weakref.WeakSet(models_and_marks())
-        gc.freeze()
-        FROZEN.mark = Mark()
-        found = models_and_marks()
-    return [x for x in (*FROZEN.models, *found) if not isinstance(x, Mark)]
-
-
-def models_and_marks() -> list:
+    """All of the process but those that `gc.freeze` has hidden: a warning says so."""
+    if gc.get_freeze_count() != WARNED_AT.count:
+        WARNED_AT.count = gc.get_freeze_count()
+        warn_caller(
+            "gc.freeze() was called, and hides models that were made before it: those "
+            "that share layers with this one may go on with functions that were traced "
+            "before this change. Compile them again."
+        )
     # By type, as there are millions of objects.
-    wanted = {Mark, *subclasses(keras.Model)}
+    wanted = subclasses(keras.Model)
     return [found for found in gc.get_objects() if type(found) in wanted]
 
 

@@ -2,8 +2,7 @@
 
 import keras
 
-# Attributes that hold variables of every optimizer before it is built.
-MADE_BY_CONSTRUCTOR = {"_iterations", "_learning_rate"}
+from keras_lora.keras_internals.layers import name_scopes
 
 
 def renewed_optimizer(optimizer, variables):
@@ -22,8 +21,7 @@ def renewed_optimizer(optimizer, variables):
 
 def like_without_state(optimizer, variables):
     """An optimizer like this one, built for variables; a ValueError where it cannot."""
-    names = set(MADE_BY_CONSTRUCTOR)
-    old = {id(variable) for variable in optimizer.variables}
+    names, old = set(), {id(variable) for variable in optimizer.variables}
     for _ in range(2):
         renewed = without_state(optimizer, names)
         for part in (renewed, getattr(renewed, "inner_optimizer", None)):
@@ -45,7 +43,7 @@ def unbuilt_copy(optimizer):
             f"The optimizer, a {type(optimizer).__name__}, is built: it belongs to "
             "other variables. Give a new one."
         )
-    return without_state(optimizer, MADE_BY_CONSTRUCTOR)
+    return without_state(optimizer)
 
 
 def attributes_with(optimizer, ids) -> set:
@@ -64,37 +62,49 @@ def attributes_with(optimizer, ids) -> set:
     return found
 
 
-def without_state(optimizer, names):
-    """A copy before `build`: the variables of these names are new, all else shared."""
+def without_state(optimizer, names=frozenset()):
+    """A copy before `build`.
+
+    names: attributes of which the variables are new. So are those of Keras's own
+    constructor, and the registers that it makes; all else is shared.
+    """
     copy = object.__new__(type(optimizer))
+    keras.optimizers.Optimizer.__init__(copy, learning_rate=0.0, name=optimizer.name)
+    made = dict(vars(copy))
+    registers = {name for name, value in made.items() if is_register(value)}
+    names = {*names, *(n for n, v in made.items() if isinstance(v, keras.Variable))}
+    for value in made.values():
+        if isinstance(value, (list, dict)):
+            value.clear()
     for name, value in vars(optimizer).items():
-        if not name.startswith("_self_"):  # TensorFlow's register of the original
+        # What is cached is of other variables; TensorFlow's register begins so.
+        if not (name in registers or name.endswith("_cache") or name[:6] == "_self_"):
             vars(copy)[name] = value
-    del vars(copy)["_tracker"]
     copy.built = False
-    copy._variables, copy._trainable_variables = [], []
-    is_variable, _ = optimizer._tracker.config["variables"]
-    copy._tracker = type(optimizer._tracker)(
-        {"variables": (is_variable, copy._variables)}
-    )
-    copy._trainable_variables_indices = {}
-    if hasattr(optimizer, "_exclude_from_weight_decay_cache"):
-        copy._exclude_from_weight_decay_cache = {}
     for name, value in vars(optimizer).items():
         if isinstance(value, keras.optimizers.Optimizer):  # that of a loss scale
             setattr(copy, name, without_state(value, names))
         elif name in names and isinstance(value, keras.Variable):
             start = keras.ops.convert_to_numpy(value)
-            variable = keras.Variable(
-                0 * start if name == "_iterations" else start,
-                dtype=value.dtype,
-                trainable=False,
-                aggregation=value.aggregation,
-                name=value.name,
-            )
-            variable._path = value.path
+            scope, _, own_name = value.path.rpartition("/")
+            with name_scopes(scope):
+                variable = keras.Variable(
+                    0 * start if own_name == "iteration" else start,
+                    dtype=value.dtype,
+                    trainable=False,
+                    aggregation=value.aggregation,
+                    name=own_name,
+                )
             setattr(copy, name, variable)
     return copy
+
+
+def is_register(value) -> bool:
+    """Whether a value of a new optimizer is for variables that are yet to come."""
+    if isinstance(value, (list, dict)):
+        return True
+    of_keras = type(value).__module__.startswith("keras.")
+    return of_keras and not isinstance(value, keras.Variable)
 
 
 def replace_optimizer(model, optimizer):

@@ -65,7 +65,7 @@ class LoRAEmbedding(LoRALayer, keras.layers.Embedding):
         rows = {
             name: ops.take(variable, ids, axis=0)
             for name, variable in kernel_variables(self).items()
-            if variable.name.startswith(self.kernel_name)
+            if name.strip("_").startswith(self.kernel_name)
         }
         plain = twin(self, self.plain_class, rows)
         outputs = plain.quantized_call(ops.arange(ops.shape(ids)[0]))

@@ -4,19 +4,19 @@ import keras
 from keras import ops
 
 from keras_lora.keras_internals.kernels import kernel_variables
-from keras_lora.keras_internals.layers import QuantizedWhole
+from keras_lora.keras_internals.layers import Leaf
 from keras_lora.keras_internals.layers import twin
 from keras_lora.layers.small_kernel_training import in_tensorflow_graph
 
 MODES = ("int8", "int4")
-# Their integers are for inputs that were seen, and lie as (outputs, inputs).
+# Their integers are for inputs that were seen.
 CALIBRATED = ("gptq", "awq")
 
 # The attributes of a layer whose work comes after the adapter's.
 WITHOUT_FINISH = {"bias": None, "activation": None, "logit_soft_cap": None}
 
 
-class QuantizedHost(QuantizedWhole):
+class QuantizedHost(Leaf):
     """What of a LoRA layer is another once its kernel is quantized.
 
         y = finish( quantized(x, W) + linear(drop(x), A) @ (scaling * B) )
@@ -63,7 +63,7 @@ class QuantizedHost(QuantizedWhole):
 
     def kernel_values(self):
         """W, or its integers, in the kernel's own shape."""
-        if self.quantization_mode in CALIBRATED:
+        if lies_transposed(self):
             return calibrated_integers(self)
         return getattr(self.plain_class, self.kernel_name).fget(self)
 
@@ -167,9 +167,15 @@ def own_kernel(layer, name):
 def quantization(layer, name):
     """Scale, zero and groups of a quantized variable; the latter only of blocks."""
     scale, zero = (getattr(layer, f"{name}_{x}", None) for x in ("scale", "zero"))
-    if layer.quantization_mode in CALIBRATED:
+    if lies_transposed(layer):
         scale, zero = ops.transpose(scale), ops.transpose(zero)
     return scale, zero, None if zero is None else layer.g_idx
+
+
+def lies_transposed(layer):
+    """Whether integers lie as (outputs, inputs): of GPTQ and AWQ, before Keras 3.16."""
+    calibrated = layer.quantization_mode in CALIBRATED
+    return calibrated and not hasattr(layer, "calibration_pending")
 
 
 def calibrated_integers(layer):

@@ -3,6 +3,7 @@
 import keras
 
 from keras_lora.keras_internals.calls import was_called
+from keras_lora.keras_internals.compiled import bring_weights_back
 from keras_lora.keras_internals.layers import attach
 from keras_lora.keras_internals.layers import change_class
 from keras_lora.keras_internals.layers import detach
@@ -111,6 +112,7 @@ def refuse_banked(layer, path):
 
 def built_lora_layers(model):
     """The LoRA layers of a model, of which there must be one, and all built."""
+    bring_weights_back(model)
     layers = lora_layers(model)
     if not layers:
         raise ValueError(

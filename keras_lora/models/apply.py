@@ -80,8 +80,8 @@ def apply_lora(
 
     Raises:
         ValueError: If an argument is out of range or another library's word, a rule
-            matches nothing, a layer that is named cannot be adapted, the model has
-            adapters, or is being fitted. The model is then as before.
+            matches nothing, a layer that is named cannot be adapted, or the model
+            has adapters. The model is then as before.
 
     Reference:
         [LoRA: Hu et al., 2021](https://arxiv.org/abs/2106.09685);

@@ -6,8 +6,8 @@ Of apply_lora, load_adapter, extract_adapter and mark_only_lora_as_trainable.
 import contextlib
 import dataclasses
 
+from keras_lora.keras_internals.compiled import bring_weights_back
 from keras_lora.keras_internals.compiled import compile_again
-from keras_lora.keras_internals.compiled import refuse_while_running
 from keras_lora.keras_internals.layers import change_class
 from keras_lora.keras_internals.layers import flatten_layers
 from keras_lora.keras_internals.layers import refresh_torch_parameters
@@ -36,7 +36,7 @@ def adapted(model, paths, adapters):
         paths: Path -> layer, all that the model holds; nothing is walked again.
         adapters: Path -> the arguments of its adapter.
     """
-    refuse_while_running(model)
+    bring_weights_back(model)
     layers = {"": model, **paths}
     made = {path: new_adapter(layers[path], a) for path, a in adapters.items()}
     with contextlib.ExitStack() as undo:

@@ -75,7 +75,7 @@ def _standing_in(model):
     before = [layer.stand_in for layer in layers]
     try:
         set_stand_ins(layers, stand_ins)
-        with refusing_to_train(layers, UNTRAINED.format("merged")):
+        with refusing_to_train(model, UNTRAINED.format("merged")):
             yield model
     finally:
         set_stand_ins(layers, before)
@@ -126,7 +126,7 @@ def _switched_off(model):
         for layer in layers
         if layer.stand_in is not None
     ]
-    refusing = refusing_to_train(layers + beside, UNTRAINED.format("disabled"))
+    refusing = refusing_to_train(model, UNTRAINED.format("disabled"))
     adapters = [layer.lora for layer in layers]
     with refusing, switched_off(adapters), other_values(values + kernels, CHANGING):
         yield

@@ -35,8 +35,7 @@ def mark_only_lora_as_trainable(model, bias="none"):
             among them, but for batch normalization.
 
     Raises:
-        ValueError: If `bias` is another word, there is no LoRA layer, or the model
-            is being fitted.
+        ValueError: If `bias` is another word, or there is no LoRA layer.
     """
     checked_bias(bias)
     built_lora_layers(model)
@@ -101,28 +100,15 @@ def train_adapters(layers):
     restore_trainable_state(layers, trained_state(layers))
 
 
-def adapters_train(layers, variables):
-    """Whether `train_adapters` would change nothing, were these values a file's."""
-    now, wanted = trainable_state(layers), trained_state(layers, variables)
-    return all(now[path] == flags for path, flags in wanted.items())
-
-
-def trained_state(layers, variables=()):
-    """The flags of layers whose adapters train, and what trained beside them.
-
-    variables: what is to train beside them too.
-    """
-    state, more = trainable_state(layers), set(map(id, variables))
+def trained_state(layers):
+    """The flags of layers whose adapters train, and what trained beside them."""
+    state = trainable_state(layers)
     for path, layer in layers.items():
         if isinstance(layer, LowRankAdapter):
             del state[path]  # it goes with its layer
             continue
         base = record_of(layer).base
-        kept = {
-            id(v)
-            for index, v in enumerate(state_of(layer))
-            if index in base or id(v) in more
-        }
+        kept = {id(v) for index, v in enumerate(state_of(layer)) if index in base}
         flags = [v.trainable or id(v) in kept for v in own_variables(layer)]
         if is_adapted(layer) or kept:
             state[path] = [True, flags]

@@ -11,7 +11,6 @@ import functools
 
 import keras
 
-from keras_lora.keras_internals.calls import UNPICKLE
 from keras_lora.keras_internals.calls import legacy_format
 from keras_lora.keras_internals.layers import change_class
 from keras_lora.keras_internals.layers import flatten_layers
@@ -151,7 +150,8 @@ class Adapted:
 
     def __reduce__(self):
         # The inherited one names a method of this class, which no import finds.
-        return UNPICKLE, super().__reduce__()[1]
+        load, arguments = super().__reduce__()
+        return getattr(keras.layers.Layer, load.__name__), arguments
 
 
 @functools.cache

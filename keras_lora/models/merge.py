@@ -7,7 +7,6 @@ from keras import ops
 
 from keras_lora.keras_internals.calls import warn_caller
 from keras_lora.keras_internals.compiled import compile_all_again
-from keras_lora.keras_internals.compiled import refuse_while_running
 from keras_lora.keras_internals.kernels import replace_kernel
 from keras_lora.keras_internals.layers import attach
 from keras_lora.keras_internals.layers import change_class
@@ -64,7 +63,6 @@ def merge_lora(model, quantized: str | None = None) -> list[MergedLayer]:
     layers = checked_lora_layers(model)
     hosts = [layer for layer in layers if layer.is_quantized]
     checked_way(hosts, quantized)
-    refuse_while_running(model)
     paths = layer_paths(model)
     path_of = {id(layer): path for path, layer in paths.items()}
     report, made = [], {}
@@ -93,11 +91,9 @@ def remove_lora(model):
         model: Any Keras model or layer that holds LoRA layers.
 
     Raises:
-        ValueError: If there is no LoRA layer, inside `merged()` or `disabled()`, or
-            while the model is being fitted.
+        ValueError: If there is no LoRA layer, or inside `merged()` or `disabled()`.
     """
     checked_lora_layers(model)
-    refuse_while_running(model)
     layers = flatten_layers(model)
     warn_of_unremembered(layers)
     for layer in layers:

@@ -2,7 +2,7 @@
 
 import contextlib
 
-from keras_lora.keras_internals.compiled import refuse_while_running
+from keras_lora.keras_internals.compiled import bring_weights_back
 from keras_lora.keras_internals.layers import attach
 from keras_lora.keras_internals.layers import detach
 from keras_lora.keras_internals.layers import flatten_layers
@@ -19,7 +19,7 @@ def renewed(model, options):
         model: A Keras model.
         options: LoRA layer -> the arguments of its new adapter.
     """
-    refuse_while_running(model)
+    bring_weights_back(model)
     made = {x: make_adapter(o, x.variable_dtype) for x, o in options.items()}
     with contextlib.ExitStack() as undo:
         undo.callback(refresh_torch_parameters, flatten_layers(model))

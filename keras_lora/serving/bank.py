@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import keras
 import numpy as np
 
-from keras_lora.keras_internals.compiled import refuse_while_running
-from keras_lora.keras_internals.compiled import take_compiled_functions
+from keras_lora.keras_internals.compiled import bring_weights_back
+from keras_lora.keras_internals.compiled import renew_compiled_functions
 from keras_lora.keras_internals.models_around import holders
 from keras_lora.layers.settings import checked_rank
 from keras_lora.models.adapt import refuse_adapters
@@ -82,7 +82,7 @@ class AdapterBank(Artefacts, Calls, OutsideCalls, Training, keras.Model):
     ):
         paths = layer_paths(model)
         refuse_adapters(paths)
-        refuse_while_running(model)
+        bring_weights_back(model)
         adapters = checked_adapters(adapters, target)
         capacity = checked_capacity(capacity, adapters)
         most = np.inf if max_rank is None else checked_rank(max_rank)
@@ -118,7 +118,7 @@ class AdapterBank(Artefacts, Calls, OutsideCalls, Training, keras.Model):
                 prepared = named(name, self.hosts.prepared, reading.parts)
                 self._put(name, prepared, sources[name])
             undo.pop_all()
-        take_compiled_functions(holders(model))
+        renew_compiled_functions(holders(model))
         self.built = True
 
     @property
@@ -175,6 +175,6 @@ class AdapterBank(Artefacts, Calls, OutsideCalls, Training, keras.Model):
 
     def release(self):
         """The model's layers are plain Keras layers again. The bank is empty then."""
-        refuse_while_running(self.model)
+        bring_weights_back(self.model)
         self.hosts.release()
-        take_compiled_functions(holders(self.model))
+        renew_compiled_functions(holders(self.model))
