@@ -15,6 +15,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import backbones
 import keras
 import numpy as np
+from page_sections import write_section
 
 import keras_lora
 
@@ -185,12 +186,6 @@ def row(make, name):
             return [name, "-", "-", "-", "-", "-", reason, "-"]
 
 
-def section(text):
-    """What tests/families.py writes into docs/compatibility.md."""
-    start = text.find("## Adapters from and to transformers")
-    return "" if start < 0 else text[start:]
-
-
 def main():
     head = ["model", "layers adapted", "parameters", "with a gradient"]
     head += ["two paths differ by", "reload and merge", "what fails"]
@@ -220,9 +215,7 @@ def main():
             print(*cells, sep="  ", flush=True)
             lines.append("| " + " | ".join(cells) + " |")
     if not only:
-        page = Path(__file__).parents[1] / "docs" / "compatibility.md"
-        lines += ["", section(page.read_text())]  # which tests/families.py writes
-        page.write_text("\n".join(lines).rstrip() + "\n")
+        write_section("", "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ import peft
 import safetensors.numpy
 import torch
 import transformers
-from compatibility import section
 from layer_cases import to_numpy
+from page_sections import write_section
 from their_models import BERT
 from their_models import GEMMA
 from their_models import GPT2
@@ -603,11 +603,8 @@ def main():
             warnings.simplefilter("ignore")
             lines.append(exchange(name, Path(folder)).line())
         print(lines[-1], flush=True)
-    page = Path(__file__).parents[1] / "docs" / "compatibility.md"
-    text = page.read_text()
     notes = NOTES.format(peft=peft.__version__, transformers=transformers.__version__)
-    body = "\n\n".join([TITLE, notes]) + "\n".join(lines) + "\n"
-    page.write_text(text.replace(section(text), "").rstrip() + "\n\n" + body)
+    write_section(TITLE, notes + "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Adapters of every family in transformers and here, both ways, run live."""
 
-from pathlib import Path
-
 import pytest
-from compatibility import section
 from families import FAMILIES
+from families import TITLE
 from families import exchange
+from page_sections import PAGE
+from page_sections import sections
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -17,8 +17,6 @@ def test_adapters_of_a_family_go_both_ways(name, tmp_path):
 
 
 def test_every_family_is_in_the_table():
-    text = (Path(__file__).parents[1] / "docs" / "compatibility.md").read_text()
-    rows = {
-        line.split("|")[1].strip() for line in section(text).splitlines() if "|" in line
-    }
+    text = sections(PAGE.read_text())[TITLE]
+    rows = {line.split("|")[1].strip() for line in text.splitlines() if "|" in line}
     assert set(FAMILIES) <= rows and len(FAMILIES) >= 20

@@ -1,5 +1,8 @@
-"""What keras_lora needs of Keras that Keras does not make public, in one place.
+"""All that Keras does not make public, each with its reason.
 
-There is no public way to add state to a built layer (keras issue 18601), to take
-it away again, or to freeze one variable of a layer for good.
+`private_names` has the table; nothing private is touched elsewhere.
 """
+
+from keras_lora.keras_internals import private_names
+
+private_names.probe()

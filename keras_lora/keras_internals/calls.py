@@ -4,8 +4,9 @@ import inspect
 import warnings
 
 import keras
-from keras.src.backend.common import global_state
-from keras.src.backend.common import masking
+
+from keras_lora.keras_internals.private_names import global_state
+from keras_lora.keras_internals.private_names import masking
 
 
 def was_called(layer):

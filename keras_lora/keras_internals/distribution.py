@@ -5,6 +5,8 @@ import weakref
 import keras
 
 from keras_lora.keras_internals.calls import warn_caller
+from keras_lora.keras_internals.private_names import LAYOUTS
+from keras_lora.keras_internals.private_names import require
 
 warned = weakref.WeakSet()  # the distributions of which a warning was given
 
@@ -14,6 +16,7 @@ def layout_of(variable):
     distribution = keras.distribution.distribution()
     if distribution is None or keras.backend.backend() != "jax":
         return None
+    require(LAYOUTS)
     layout = distribution.get_variable_layout(variable)
     return layout if any(getattr(layout, "axes", None) or ()) else None
 

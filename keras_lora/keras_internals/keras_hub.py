@@ -16,7 +16,10 @@ import warnings
 
 import keras
 import numpy as np
-from keras.src.backend.common import global_state
+
+from keras_lora.keras_internals.private_names import HUB
+from keras_lora.keras_internals.private_names import global_state
+from keras_lora.keras_internals.private_names import require
 
 UNINITIALIZED = "uninitialized_variables"
 # Attributes of backbones that transformers' configurations call otherwise.
@@ -32,6 +35,7 @@ def is_backbone(layer):
 @functools.cache
 def converters() -> dict:
     """Family, as the converter is called -> its module."""
+    require(HUB)
     try:
         from keras_hub.src.utils import transformers as room
     except ImportError:

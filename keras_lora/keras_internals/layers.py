@@ -8,6 +8,8 @@ from typing import NamedTuple
 import keras
 
 from keras_lora.keras_internals.calls import in_a_call
+from keras_lora.keras_internals.private_names import MODELS
+from keras_lora.keras_internals.private_names import require
 
 
 class Place(NamedTuple):
@@ -92,7 +94,8 @@ def unfreeze(layer, variable, place):
 
 
 def checked_model(model):
-    """An error that says what was given in a model's place."""
+    """Raises if this is no model, or Keras is one that adapts none."""
+    require(MODELS)
     if not isinstance(model, keras.layers.Layer):
         raise ValueError(
             "`model` must be a Keras model or layer. Received: "

@@ -6,6 +6,8 @@ from keras import ops
 from keras_lora.keras_internals.kernels import kernel_variables
 from keras_lora.keras_internals.layers import Leaf
 from keras_lora.keras_internals.layers import twin
+from keras_lora.keras_internals.private_names import QUANTIZED
+from keras_lora.keras_internals.private_names import require
 from keras_lora.layers.small_kernel_training import in_tensorflow_graph
 
 MODES = ("int8", "int4")
@@ -118,7 +120,10 @@ class QuantizedHost(Leaf):
 
 def refuse_mode(layer, mode):
     """A ValueError for a mode in which a kernel has no adapter beside it."""
-    if mode is None or mode in MODES or mode in CALIBRATED:
+    if mode is None:
+        return
+    require(QUANTIZED)
+    if mode in MODES or mode in CALIBRATED:
         return
     why = ", as there the scales train" if mode == "float8" else ""
     raise ValueError(

@@ -4,6 +4,8 @@ import keras
 from keras import ops
 
 from keras_lora.keras_internals.calls import set_mask
+from keras_lora.keras_internals.private_names import MASKS
+from keras_lora.keras_internals.private_names import require
 from keras_lora.layers.embedding import LoRAEmbedding
 from keras_lora.layers.quantized_host import dequantize
 from keras_lora.layers.quantized_host import quantization
@@ -33,6 +35,11 @@ class LoRAReversibleEmbedding(LoRAEmbedding, keras.layers.ReversibleEmbedding):
 
     plain_class = keras.layers.ReversibleEmbedding
     mends_gradient = True  # that of int8 goes through `round`
+
+    @classmethod
+    def check_host(cls, layer):
+        super().check_host(layer)
+        require(MASKS)
 
     def call(self, inputs, reverse=False, training=None):
         outputs = self.adapted_call(inputs, training, reverse=reverse)

@@ -8,6 +8,8 @@ import keras
 from keras_lora.keras_internals.optimizers import TwoRates
 from keras_lora.keras_internals.optimizers import as_plain_optimizer
 from keras_lora.keras_internals.optimizers import optimizer_class
+from keras_lora.keras_internals.private_names import LORA_PLUS
+from keras_lora.keras_internals.private_names import require
 from keras_lora.layers.settings import is_number
 
 register = keras.saving.register_keras_serializable(package="keras_lora")
@@ -53,6 +55,7 @@ class LoRAPlus(TwoRates):
     """
 
     def __new__(cls, optimizer, ratio=16.0):
+        require(LORA_PLUS)
         optimizer = keras.optimizers.get(optimizer)
         checked_ratio(ratio)
         checked_optimizer(optimizer)

@@ -9,6 +9,8 @@ import numpy as np
 from keras_lora.keras_internals.calls import synchronize
 from keras_lora.keras_internals.layers import attach
 from keras_lora.keras_internals.layers import detach
+from keras_lora.keras_internals.private_names import MASKS
+from keras_lora.keras_internals.private_names import require
 from keras_lora.models.trainable_flags import restore_trainable_state
 from keras_lora.models.trainable_flags import trainable_state
 from keras_lora.serving.arguments import refuse_names
@@ -85,6 +87,7 @@ class Training:
                 trains what rows of a batch share, or the model adds losses for its
                 activations.
         """
+        require(MASKS)
         self._train(self._named_in(x))
         if isinstance(x, Mapping):
             self._look_at(x["inputs"])
