@@ -64,6 +64,14 @@ except (ImportError, ValueError) as error:
 """
 
 
+# Where Keras gives a layer its wrapped method, and a wrapper that does not tell of it.
+GIVEN = "        obj.build = build_wrapper\n"
+HIDDEN = """\
+        build_wrapper.__signature__ = inspect.signature(original_build_method)
+        del build_wrapper.__wrapped__
+"""
+
+
 def words(row):
     """The names in a row that a copy can call otherwise."""
     if "closure" in row.name:
@@ -87,14 +95,11 @@ def copy_with(word, folder):
         text = path.read_text()
         renamed = re.sub(rf"(?<![A-Za-z0-9]){word}\b", f"{word}_of_later", text)
         if word == "__wrapped__":
-            renamed = text.replace("@wraps(original_build_method)", "")
+            renamed = text.replace(GIVEN, HIDDEN + GIVEN)
         if renamed == text:
             target.symlink_to(path)
         else:
             target.write_text(renamed)
-    module = pathlib.Path(folder, "keras", "src", "backend", "common", f"{word}.py")
-    if module.exists():
-        module.rename(module.with_name(f"{word}_of_later.py"))
 
 
 def said(word, row) -> str:

@@ -46,6 +46,9 @@ class Place(NamedTuple):
     total: int = 0  # outputs of the module
     inputs_first: bool = False  # the module keeps its weight as (in, out)
 
+    def without_prefix(self, prefix):
+        return Place(self.module.removeprefix(prefix), *self[1:])
+
     @property
     def is_whole(self):
         """Whether the layer is the module, in the same order."""
@@ -74,7 +77,7 @@ def placed_layers(backbone, family) -> dict:
         module, _, word = key.rpartition(".")
         if path is not None and torch_name(paths[path], variable) == word:
             placed = place_of(paths[path], variable, hook, sizes[key])
-            found[path][word] = placed and placed._replace(module=module)
+            found[path][word] = placed and Place(module, *placed[1:])
 
     try:
         ask(family, copy, count)

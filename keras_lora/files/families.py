@@ -95,16 +95,13 @@ def family(model, paths, names) -> Family:
     own = layer_paths(backbone)
     root = ROOTS.get(name, "model")
     places = {
-        path_of[id(own[path])]: place._replace(
-            module=place.module.removeprefix(f"{root}.")
-        )
+        path_of[id(own[path])]: place.without_prefix(f"{root}.")
         for path, place in placed.items()
         if path in own
     }
     if all(p.module.startswith("language_model.") for p in places.values()):
         places = {  # a language model alone is a class of its own there
-            path: p._replace(module=p.module.removeprefix("language_model."))
-            for path, p in places.items()
+            path: p.without_prefix("language_model.") for path, p in places.items()
         }
     heads = {} if backbone is model else HEADS.get(name, {})
     heads = {path: head for path, head in heads.items() if path in paths}

@@ -235,7 +235,7 @@ TABLE = [
         lambda: not ON_JAX or mentions(keras.Variable, "_layout"),
     ),
     PrivateName(
-        "keras.src.backend.common.masking",
+        "keras.src.backend.common.masking: get_keras_mask, set_keras_mask",
         MASKS,
         "The mask that a layer has put on its outputs has no public reader.",
         lambda: (
