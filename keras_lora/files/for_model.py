@@ -15,7 +15,7 @@ from keras_lora.files.slices import rows_of
 from keras_lora.files.slices import slices_of
 from keras_lora.files.slices import total_of
 from keras_lora.files.slices import without_slice
-from keras_lora.keras_internals.layers import seen_as
+from keras_lora.keras_internals.classes import seen_as
 from keras_lora.layers.kinds import lora_class_of
 from keras_lora.layers.kinds import obstacle
 from keras_lora.layers.lora_layer import LoRALayer

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import keras
 
+from keras_lora.keras_internals.classes import change_class
+
 # The versions of Keras with which the laws have passed; see docs/compatibility.md.
 OLDEST, NIGHTLY = "3.12", "3.16.0.dev2026102704"
 TESTED = f"{OLDEST}, 3.15 and {NIGHTLY}"
@@ -79,7 +81,6 @@ def code_has(owner, word):
 
 def class_changes() -> bool:
     """Whether a layer of another class builds and is called as one of that class."""
-    from keras_lora.keras_internals.layers import change_class
 
     class Before(keras.layers.Layer):
         def call(self, inputs):

@@ -3,8 +3,8 @@
 import keras
 from keras import ops
 
+from keras_lora.keras_internals.classes import twin
 from keras_lora.keras_internals.kernels import kernel_variables
-from keras_lora.keras_internals.layers import twin
 from keras_lora.layers.by_row import matmul_by_row
 from keras_lora.layers.by_row import take_by_row
 from keras_lora.layers.form import LowRankForm

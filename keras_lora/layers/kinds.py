@@ -4,7 +4,7 @@ import functools
 
 import keras
 
-from keras_lora.keras_internals.layers import seen_as
+from keras_lora.keras_internals.classes import seen_as
 from keras_lora.layers.conv import LoRAConv1D
 from keras_lora.layers.conv import LoRAConv2D
 from keras_lora.layers.conv import LoRAConv3D

@@ -3,9 +3,9 @@
 import keras
 
 from keras_lora.keras_internals.calls import was_called
+from keras_lora.keras_internals.classes import change_class
 from keras_lora.keras_internals.compiled import bring_weights_back
 from keras_lora.keras_internals.layers import attach
-from keras_lora.keras_internals.layers import change_class
 from keras_lora.keras_internals.layers import detach
 from keras_lora.keras_internals.layers import flatten_layers
 from keras_lora.keras_internals.layers import name_scope_of

@@ -6,9 +6,9 @@ Of apply_lora, load_adapter, extract_adapter and mark_only_lora_as_trainable.
 import contextlib
 import dataclasses
 
+from keras_lora.keras_internals.classes import change_class
 from keras_lora.keras_internals.compiled import bring_weights_back
 from keras_lora.keras_internals.compiled import compile_again
-from keras_lora.keras_internals.layers import change_class
 from keras_lora.keras_internals.layers import flatten_layers
 from keras_lora.keras_internals.layers import refresh_torch_parameters
 from keras_lora.models.adapt import adapt

@@ -12,11 +12,11 @@ import functools
 import keras
 
 from keras_lora.keras_internals.calls import legacy_format
-from keras_lora.keras_internals.layers import change_class
+from keras_lora.keras_internals.classes import change_class
+from keras_lora.keras_internals.classes import seen_as
 from keras_lora.keras_internals.layers import flatten_layers
 from keras_lora.keras_internals.layers import own_variables
 from keras_lora.keras_internals.layers import refresh_torch_parameters
-from keras_lora.keras_internals.layers import seen_as
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.lora_layer import is_adapted

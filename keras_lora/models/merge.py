@@ -6,10 +6,10 @@ import keras
 from keras import ops
 
 from keras_lora.keras_internals.calls import warn_caller
+from keras_lora.keras_internals.classes import change_class
 from keras_lora.keras_internals.compiled import compile_all_again
 from keras_lora.keras_internals.kernels import replace_kernel
 from keras_lora.keras_internals.layers import attach
-from keras_lora.keras_internals.layers import change_class
 from keras_lora.keras_internals.layers import detach
 from keras_lora.keras_internals.layers import flatten_layers
 from keras_lora.keras_internals.layers import refresh_torch_parameters

@@ -5,10 +5,10 @@ from typing import NamedTuple
 import keras
 import numpy as np
 
+from keras_lora.keras_internals.classes import seen_as
+from keras_lora.keras_internals.classes import twin
 from keras_lora.keras_internals.kernels import exchange_variables
 from keras_lora.keras_internals.kernels import kernel_variables
-from keras_lora.keras_internals.layers import seen_as
-from keras_lora.keras_internals.layers import twin
 from keras_lora.layers.quantized_host import CALIBRATED
 from keras_lora.layers.torch_layout import to_numpy
 from keras_lora.models.quantized import quantization_config

@@ -2,8 +2,8 @@
 
 import keras
 
+from keras_lora.keras_internals.classes import change_class
 from keras_lora.keras_internals.kernels import drop_float_kernel
-from keras_lora.keras_internals.layers import change_class
 from keras_lora.keras_internals.layers import take_own_policy
 from keras_lora.layers.kinds import lora_class_of
 from keras_lora.layers.lora_layer import LoRALayer

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from keras_lora.keras_internals.layers import twin
+from keras_lora.keras_internals.classes import twin
 from keras_lora.layers.kinds import kind_of
 from keras_lora.layers.torch_layout import to_numpy
 from keras_lora.models.decompositions import KERNEL_STARTS

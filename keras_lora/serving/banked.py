@@ -5,8 +5,8 @@ import functools
 import keras
 from keras import ops
 
-from keras_lora.keras_internals.layers import change_class
-from keras_lora.keras_internals.layers import seen_as
+from keras_lora.keras_internals.classes import change_class
+from keras_lora.keras_internals.classes import seen_as
 from keras_lora.layers.kinds import lora_class_of
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.serving.slots import WithTrainees

@@ -12,8 +12,8 @@ from keras_lora.files.load import adapter_options
 from keras_lora.files.names import module_names
 from keras_lora.files.names import refuse_tied_head
 from keras_lora.files.tensors import own_alpha
+from keras_lora.keras_internals.classes import twin
 from keras_lora.keras_internals.layers import layer_state
-from keras_lora.keras_internals.layers import twin
 from keras_lora.layers.kinds import lora_class_of
 from keras_lora.layers.kinds import obstacle
 from keras_lora.layers.lora_layer import LoRALayer

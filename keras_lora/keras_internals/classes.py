@@ -1,0 +1,69 @@
+"""A built layer under another class: for good, or as a second view of its state."""
+
+import functools
+import inspect
+
+import keras
+
+
+def change_class(layer, new_class):
+    """Gives a layer another class, and renews what Keras derived from the old one."""
+    rebind_wrapped_methods(layer, new_class)
+    # Keras leaves here what it replaces while it calibrates.
+    if getattr(vars(layer).get("call"), "__func__", None) is type(layer).call:
+        del layer.call
+    old = derived_from_class(type(layer))
+    layer.__class__ = new_class
+    for name, value in derived_from_class(new_class).items():
+        if value != old[name]:
+            held = vars(layer).get(name)
+            # A dict may have got more entries since.
+            value = {**held, **value} if isinstance(held, dict) else value
+            vars(layer)[name] = value
+
+
+def rebind_wrapped_methods(layer, new_class):
+    """Lets the methods that Keras wraps for each instance call those of a class.
+
+    `Layer.__new__` puts a function in front of `build` (and of `quantize`, before
+    Keras 3.16) that holds the method in its closure.
+    """
+    for name, wrapper in vars(layer).items():
+        method = getattr(wrapper, "__wrapped__", None)
+        if getattr(method, "__self__", None) is not layer:
+            continue
+        new = getattr(new_class, name).__get__(layer)
+        for cell in wrapper.__closure__:
+            if cell.cell_contents == method:
+                cell.cell_contents = new
+        wrapper.__wrapped__ = new
+
+
+@functools.cache
+def derived_from_class(cls) -> dict:
+    """Attributes that `Layer.__init__` gives an instance: those of comparable types.
+
+    Among them is what it derives from the signature of `call`.
+    """
+    sample = object.__new__(cls)
+    keras.layers.Layer.__init__(sample, name="sample")
+    comparable = (inspect.Signature, bool, dict, list)
+    return {n: v for n, v in vars(sample).items() if isinstance(v, comparable)}
+
+
+def seen_as(layer, cls):
+    """The same layer under another class: a second object over the same attributes.
+
+    Its methods can be asked, for a configuration say, while other threads use the
+    layer itself, of which nothing changes.
+    """
+    view = object.__new__(cls)
+    object.__setattr__(view, "__dict__", vars(layer))
+    return view
+
+
+def twin(layer, cls, changed):
+    """A view of a layer under a class, of which some attributes are others."""
+    view = object.__new__(cls)
+    object.__setattr__(view, "__dict__", {**vars(layer), **changed})
+    return view
