@@ -28,6 +28,9 @@ NAMES = {"one": "0", "two": "2", "three": "4"}
 over_methods = pytest.mark.parametrize(
     "method", ["pissa", "olora", "orthogonal", "eva"]
 )
+over_lora_and_dora = pytest.mark.parametrize(
+    "use_dora", [False, True], ids=["lora", "dora"]
+)
 
 
 def mlp(dtype=None):
@@ -62,6 +65,7 @@ def torch_twin(model):
 
 
 def adapted_by_peft(model, start, **settings):
+    """use_dora: m starts at the length of W, and so does PEFT's."""
     config = peft.LoraConfig(
         **{"r": 2, "lora_alpha": 5, "target_modules": list(NAMES.values())},
         init_lora_weights=start,
@@ -92,10 +96,11 @@ def train(model, steps=5):
 # Against PEFT.
 
 
+@over_lora_and_dora
 @pytest.mark.parametrize("method", ["pissa", "olora"])
-def test_factors_and_trajectory_are_those_of_peft(method):
-    model = adapted(method)
-    theirs = adapted_by_peft(mlp(), method)
+def test_factors_and_trajectory_are_those_of_peft(method, use_dora):
+    model = adapted(method, use_dora=use_dora)
+    theirs = adapted_by_peft(mlp(), method, use_dora=use_dora)
     for layer in lora_layers(model):
         a, b = factors_of_peft(theirs, NAMES[layer.name])
         assert_close(signed(to_numpy(layer.lora.a), a, 0), a)
@@ -109,6 +114,11 @@ def test_factors_and_trajectory_are_those_of_peft(method):
         optimizer.step()
         losses.append(loss.item())
     np.testing.assert_allclose(train(model), losses, rtol=1e-5)
+    if use_dora:
+        for layer in lora_layers(model):
+            module = theirs.base_model.model[int(NAMES[layer.name])]
+            m = module.lora_magnitude_vector["default"].weight.detach().numpy()
+            assert_close(layer.lora.magnitude, m.ravel())
 
 
 def test_an_orthogonal_start_has_peft_s_sizes_and_no_product():
@@ -216,9 +226,10 @@ def test_nothing_changes_at_the_start_and_w_never_moves(method):
         np.testing.assert_array_equal(to_numpy(layer.kernel), to_numpy(other.kernel))
 
 
+@over_lora_and_dora
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "mixed_float16"])
-def test_nothing_changes_at_the_start_in_any_precision(dtype):
-    model = adapted("pissa", lambda: mlp(dtype))
+def test_nothing_changes_at_the_start_in_any_precision(dtype, use_dora):
+    model = adapted("pissa", lambda: mlp(dtype), use_dora=use_dora)
     plain = mlp(dtype)
     np.testing.assert_array_equal(
         to_numpy(model(X, training=True)), to_numpy(plain(X, training=True))
@@ -249,8 +260,10 @@ def test_delta_is_the_difference_of_the_products(case):
     assert_close(lora.delta(), expected, 1e-4)
 
 
-def test_losses_go_on_after_every_kind_of_file(tmp_path):
-    model = adapted("pissa", dropout=0.2)
+@over_lora_and_dora
+def test_losses_go_on_after_every_kind_of_file(tmp_path, use_dora):
+    settings = {"dropout": 0.2, "use_dora": use_dora}
+    model = adapted("pissa", **settings)
     train(model, 2)
     model.save(tmp_path / "model.keras")
     keras_lora.save_adapter(model, tmp_path / "adapter")
@@ -258,22 +271,24 @@ def test_losses_go_on_after_every_kind_of_file(tmp_path):
     again = keras.models.load_model(tmp_path / "model.keras")
     loaded = mlp()
     keras_lora.load_adapter(loaded, tmp_path / "adapter")
-    same = adapted("olora", dropout=0.2)
+    same = adapted("olora", **settings)
     same.load_weights(tmp_path / "model.weights.h5")
-    over = adapted("olora")
+    over = adapted("olora", use_dora=use_dora)
     keras_lora.load_adapter(over, tmp_path / "adapter")
     outputs = model.predict(X, verbose=0)
     for other in (again, loaded, same, over):
         assert_close(other.predict(X, verbose=0), outputs, 1e-6)
         assert [r.rank for r in keras_lora.summary(other)] == [2] * 3
-        for name in ("a", "b", "a_start", "b_start"):
+        for name in ("a", "b", "a_start", "b_start", *["magnitude"] * use_dora):
             for layer, own in zip(lora_layers(other), lora_layers(model), strict=True):
                 assert_close(getattr(layer.lora, name), getattr(own.lora, name), 1e-6)
     assert again.optimizer.iterations == model.optimizer.iterations
 
 
-def test_peft_reads_it_as_a_plain_lora_of_twice_the_rank(tmp_path):
-    model = adapted("pissa", use_rslora=True, rank_pattern={"two": 3})
+@over_lora_and_dora
+def test_peft_reads_it_as_a_plain_adapter_of_twice_the_rank(tmp_path, use_dora):
+    settings = {"use_rslora": True, "use_dora": use_dora}
+    model = adapted("pissa", rank_pattern={"two": 3}, **settings)
     train(model, 3)
     keras_lora.save_adapter(model, tmp_path, names=NAMES)
     loaded = peft.PeftModel.from_pretrained(torch_twin(mlp()), tmp_path).eval()
@@ -283,8 +298,9 @@ def test_peft_reads_it_as_a_plain_lora_of_twice_the_rank(tmp_path):
     assert "pissa" not in (tmp_path / "adapter_config.json").read_text()
 
 
-def test_merging_removing_and_exporting(tmp_path):
-    model = adapted("pissa")
+@over_lora_and_dora
+def test_merging_removing_and_exporting(tmp_path, use_dora):
+    model = adapted("pissa", use_dora=use_dora)
     train(model, 3)
     outputs = model.predict(X, verbose=0)
     with keras_lora.disabled(model):
@@ -297,6 +313,8 @@ def test_merging_removing_and_exporting(tmp_path):
     keras_lora.save_adapter(model, adapter)
     keras_lora.merge_lora(model)
     assert_close(model.predict(X, verbose=0), outputs)
+    if use_dora:  # of which no sum is an adapter
+        return
     # Sums are of updates: there is no start in them any more.
     total = keras_lora.combine_adapters([adapter], rank=4)
     plain = mlp()
@@ -387,9 +405,7 @@ def test_refusals():
     train(model, 1)
     unchanged(model, "has trained", "pissa")
     unchanged(adapted("pissa"), "has a start", "pissa")
-    dora = mlp()
-    keras_lora.apply_lora(dora, use_dora=True, rank=2, target=["one"])
-    unchanged(dora, "DoRA", "pissa")
+    unchanged(adapted("pissa", use_dora=True), "has a start", "olora")
     high = mlp()
     keras_lora.apply_lora(high, rank=7, target=["one"])
     unchanged(high, "at most 6", "pissa")

@@ -5,7 +5,7 @@ from keras_lora.files.config import KEPT
 from keras_lora.files.patterns import Budget
 from keras_lora.files.patterns import parse
 from keras_lora.keras_internals.calls import warn_caller
-from keras_lora.layers.methods import methods_in_files
+from keras_lora.layers.methods import METHODS
 from keras_lora.layers.settings import checked_alpha
 from keras_lora.layers.settings import checked_dropout
 from keras_lora.layers.settings import checked_rank
@@ -45,7 +45,7 @@ def checked_config(file):
             f"{CONFIG} must have peft_type 'LORA'. Received: {file.get('peft_type')!r}."
         )
     for key in REFUSED:
-        if file.get(key) and key not in methods_in_files():
+        if file.get(key) and key not in METHODS:
             raise ValueError(
                 f"{CONFIG} has {key}={file[key]!r}, which changes what the factors "
                 "mean and is not read. In PEFT, merge the adapter into its base model, "
@@ -117,14 +117,12 @@ def checked_config(file):
         "target_modules": targets,
         "bias": bias,
         "modules_to_save": heads,
-        "method": {
-            word: True for word in methods_in_files() if word and file.get(word)
-        },
+        "method": {word: True for word in METHODS if word and file.get(word)},
     }
 
 
 def warn_of_unknown(file):
-    known = KNOWN | methods_in_files().keys()
+    known = KNOWN | METHODS.keys()
     unknown = sorted(key for key in file.keys() - known if file[key])
     if unknown:
         warn_caller(f"{CONFIG}: ignored {', '.join(unknown)}.")

@@ -4,7 +4,7 @@ import collections
 import weakref
 
 from keras_lora.files.targeting import pattern
-from keras_lora.layers.methods import methods_in_files
+from keras_lora.layers.methods import METHODS
 from keras_lora.layers.settings import checked_alpha
 
 CONFIG = "adapter_config.json"
@@ -14,7 +14,7 @@ SETTINGS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 
 def stated(config) -> dict:
     """The settings that the tensors mean nothing without, another method's too."""
-    methods = [word for word in methods_in_files() if word and config.get(word)]
+    methods = [word for word in METHODS if word and config.get(word)]
     return {key: config.get(key) for key in (*SETTINGS, *methods)}
 
 

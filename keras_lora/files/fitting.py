@@ -27,12 +27,14 @@ def refuse_other_modules(file):
             "file then brings its own."
         )
     for module, layer in file.adapted.items():
-        word = next(iter(file.method_of(module)), None)
-        if layer.lora.keyword != word:
+        found = {word for word, on in file.method_of(module).items() if on}
+        own = {layer.lora.keyword} - {None}
+        own |= {"frozen_start"} if layer.lora.has_start else set()
+        if own != found:
+            said, read = (" and ".join(sorted(x)) or "LoRA" for x in (own, found))
             raise ValueError(
-                f"The adapter of {module!r} has {layer.lora.keyword or 'LoRA'}, and "
-                f"the file {word or 'LoRA'}. Call remove_lora(model) first: the file "
-                "then brings its own."
+                f"The adapter of {module!r} has {said}, and the file {read}. Call "
+                "remove_lora(model) first: the file then brings its own."
             )
 
 

@@ -20,7 +20,6 @@ from keras_lora.layers.kinds import lora_class_of
 from keras_lora.layers.kinds import obstacle
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.lora_layer import is_adapted
-from keras_lora.layers.started import StartedAdapter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +36,9 @@ class Contents(FileFactors):
         return {module: self.modules[module] for module in self.factors}
 
     def method_of(self, module):
-        """The keyword that the adapter of a layer has."""
-        return {StartedAdapter.keyword: True} if module in self.starts else self.method
+        """The keywords that the adapter of a layer has."""
+        start = {"frozen_start": True} if module in self.starts else {}
+        return {**self.method, **start}
 
 
 def contents(adapter, modules) -> Contents:

@@ -129,14 +129,14 @@ def adapter_from(modules, adapters, trained) -> Adapter:
         parameters=modules.parameters & ranks.keys(),
         **method_of(adapters),
     )
-    starts = sorted(m for m, layer in adapters.items() if not layer.lora.in_files)
+    starts = sorted(m for m, layer in adapters.items() if layer.lora.has_start)
     return Adapter(tensors, config, layout, starts=starts)
 
 
 def method_of(adapters) -> dict:
     """The keyword of another method than LoRA, which a file has for all or none."""
     adapters = [layer.lora for layer in adapters.values()]
-    words = {lora.keyword if lora.in_files else None for lora in adapters}
+    words = {lora.keyword for lora in adapters}
     if len(words) > 1:
         raise ValueError(
             f"The model has adapters of several methods, {sorted(map(str, words))}; a "

@@ -23,6 +23,16 @@ class LowRankAdapter(Scaled, AdapterFiles, keras.layers.Layer):
         scaling = alpha / rank          (alpha / sqrt(rank) with use_rslora=True)
         delta   = scaling * A @ B       in the kernel's own shape
 
+    With a frozen start A0, B0, as `initialize_lora` gives one, that start is
+    subtracted:
+
+        delta   = scaling * (A @ B - A0 @ B0)
+                = scaling * [A - A0, A0] @ [B; B - B0]
+
+    The second line is what is computed: it is exactly zero at the start, in every
+    dtype, and a small step loses no digits. W stays where it is. The rank of the
+    update is up to 2 * rank, and a file holds it as a plain LoRA of that rank.
+
     It is found as `layer.lora` on every LoRA layer. A and B are float32 under every
     dtype policy but float64, where they are float64.
 
@@ -38,6 +48,7 @@ class LowRankAdapter(Scaled, AdapterFiles, keras.layers.Layer):
         use_rslora: Boolean, divide alpha by sqrt(rank) instead of rank.
         a_initializer: Initializer of A. The default is that of the host layer.
         b_initializer: Initializer of B. The default is that of the host layer.
+        frozen_start: Boolean, hold A0 and B0 as weights that do not train.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -48,12 +59,12 @@ class LowRankAdapter(Scaled, AdapterFiles, keras.layers.Layer):
     """
 
     keyword: str | None = None  # of another method: LoRADense(64, use_dora=True)
-    in_files = True  # whether a file says the keyword
     factor_names: tuple[str, ...] = ("a", "b")
     more_suffixes: tuple[str, ...] = ()  # of arrays in a file beside A's and B's
     magnitude = None  # DoRA's m
     has_gain = False  # whether outputs are multiplied too, as `for_bank` says
     beside_update = ""  # what it trains that A @ B does not show, in words
+    takes_start = True  # a subclass with other factors says it for itself
     taken_off_by = "merge_lora(model) or remove_lora(model)"
     is_bank = False  # many adapters, which their bank alone may change
 
@@ -65,9 +76,11 @@ class LowRankAdapter(Scaled, AdapterFiles, keras.layers.Layer):
         use_rslora=False,
         a_initializer=None,
         b_initializer=None,
+        frozen_start=False,
         **kwargs,
     ):
         super().__init__(**kwargs)
+        self.has_start = bool(frozen_start)
         self.settings = Settings(rank, alpha, use_rslora)
         self.dropout = checked_dropout(dropout)
         self.a_initializer = keras.initializers.get(a_initializer)
@@ -101,6 +114,11 @@ class LowRankAdapter(Scaled, AdapterFiles, keras.layers.Layer):
             "b", form.b_shape, self.b_initializer or form.b_initializer, regularizer
         )
         self.b.lora_factor = "B"  # by this LoRAPlus knows it among all variables
+        if self.has_start:
+            refuse_start(form)
+            for name, factor in (("a_start", self.a), ("b_start", self.b)):
+                start = self.add_factor(name, factor.shape, "zeros", trainable=False)
+                setattr(self, name, start)
 
     def lay_out_factors(self, layout):
         """A lies as the kernel's input axes do, B as its output axes.
@@ -116,7 +134,7 @@ class LowRankAdapter(Scaled, AdapterFiles, keras.layers.Layer):
     def start_from_kernel(self):
         """For methods that start from W: starts them anew after W was assigned."""
 
-    def add_factor(self, name, shape, initializer, regularizer=None):
+    def add_factor(self, name, shape, initializer, regularizer=None, trainable=True):
         # autocast=False: merging needs the stored float32 values, also inside a
         # mixed-precision call; the training path casts where it means to.
         return self.add_weight(
@@ -124,6 +142,7 @@ class LowRankAdapter(Scaled, AdapterFiles, keras.layers.Layer):
             shape=shape,
             initializer=initializer,
             regularizer=regularizer,
+            trainable=trainable,
             autocast=False,
         )
 
@@ -133,14 +152,29 @@ class LowRankAdapter(Scaled, AdapterFiles, keras.layers.Layer):
 
     def named_factors(self) -> dict:
         """Name -> variable: what files, reports and checks go through."""
-        return {name: getattr(self, name) for name in self.factor_names}
+        starts = ("a_start", "b_start") if self.has_start else ()
+        return {name: getattr(self, name) for name in (*self.factor_names, *starts)}
+
+    def unscaled_factors(self):
+        """A and B, or [A - A0, A0] and [B; B - B0] with a start."""
+        if not self.has_start:
+            return self.a, self.b  # the variables: rows of A can be looked up
+        a, b, a_start, b_start = map(
+            ops.convert_to_tensor, (self.a, self.b, self.a_start, self.b_start)
+        )
+        rank_axis = len(self.form.batch_axes)  # of B; A has it last
+        return (
+            ops.concatenate([a - a_start, a_start], axis=-1),
+            ops.concatenate([b, b - b_start], axis=rank_axis),
+        )
 
     def factors(self, dtype):
         """A and scaling * B, scaled in the adapter's dtype, then cast."""
-        scaled_b = ops.multiply(self.b, self._scaling.variable)
+        a, b = self.unscaled_factors()
+        scaled_b = ops.multiply(b, self._scaling.variable)
         if dtype == self.variable_dtype:
-            return self.a, scaled_b  # the variable: rows of it can be looked up
-        return ops.cast(self.a, dtype), ops.cast(scaled_b, dtype)
+            return a, scaled_b
+        return ops.cast(a, dtype), ops.cast(scaled_b, dtype)
 
     def delta(self):
         """The update scaling * A @ B, in the kernel's shape and A's dtype."""
@@ -200,6 +234,17 @@ class FixedKernel:
 
     def outputs(self, host, inputs, training):
         return host.apply_kernel(inputs, ops.stop_gradient(self.kernel))
+
+
+def refuse_start(form):
+    """Raises where two pairs of factors are not one of twice the rank."""
+    if form.looks_up or not form.one_rank:
+        what = "an embedding" if form.looks_up else "a layer of several low ranks"
+        raise ValueError(
+            f"A start that is subtracted again is not for {what}: its factors are not "
+            "one product. Leave the layer with LoRA's own start, where the product of "
+            "A and B is zero."
+        )
 
 
 def uniform(fan_in):

@@ -18,8 +18,11 @@ class AdapterFiles:
     keyword: str | None
     more_suffixes: tuple[str, ...]
     form: LowRankForm
+    has_start: bool
     a: keras.Variable
     b: keras.Variable
+    a_start: keras.Variable
+    b_start: keras.Variable
 
     def save_own_variables(self, store):
         super().save_own_variables(store)
@@ -57,6 +60,8 @@ class AdapterFiles:
             "a_initializer": keras.initializers.serialize(self.a_initializer),
             "b_initializer": keras.initializers.serialize(self.b_initializer),
         }
+        if self.has_start:
+            options["frozen_start"] = True
         return options | ({self.keyword: True} if self.keyword else {})
 
     @classmethod
@@ -77,22 +82,43 @@ class AdapterFiles:
     @property
     def file_rank(self) -> int:
         """The rank that a file's arrays have: G * r for a merged dense layer."""
-        return self.form.file_rank or self.settings.rank
+        return self.form.file_rank or self.product_rank  # type: ignore[attr-defined]
 
     def to_file(self, suffixes) -> dict:
-        """Suffix -> array, as a file has the factors; suffixes: the host's for A, B."""
-        arrays = self.form.to_file(to_numpy(self.a), to_numpy(self.b))
-        return dict(zip(suffixes, map(np.ascontiguousarray, arrays), strict=True))
+        """Suffix -> array, as a file has the factors; suffixes: the host's for A, B.
+
+        With a start two pairs of factors lie side by side.
+        """
+        a, b = to_numpy(self.a), to_numpy(self.b)
+        pairs = [(a, b)]
+        if self.has_start:
+            a_start, b_start = to_numpy(self.a_start), to_numpy(self.b_start)
+            pairs = [(a - a_start, b), (a_start, b - b_start)]
+        found = zip(*(self.form.to_file(*pair) for pair in pairs), strict=True)
+        axes = self.form.rank_axes_in_file
+        return {
+            suffix: np.ascontiguousarray(
+                np.concatenate(parts, axis) if self.has_start else parts[0]
+            )
+            for suffix, axis, parts in zip(suffixes, axes, found, strict=True)
+        }
 
     def from_file(self, arrays, suffixes) -> dict:
         """The inverse: name of a factor -> array. Shapes were compared before."""
-        return dict(
-            zip(
-                ("a", "b"),
-                self.form.read_file(*(arrays[s] for s in suffixes)),
-                strict=True,
-            )
+        pair = [arrays[suffix] for suffix in suffixes]
+        if not self.has_start:
+            return dict(zip(("a", "b"), self.form.read_file(*pair), strict=True))
+        axes = self.form.rank_axes_in_file
+        halves = [np.split(x, 2, axis) for x, axis in zip(pair, axes, strict=True)]
+        (a_change, b), (a_start, b_change) = (
+            self.form.read_file(*half) for half in zip(*halves, strict=True)
         )
+        return {
+            "a": a_start + a_change,
+            "b": b,
+            "a_start": a_start,
+            "b_start": b - b_change,
+        }
 
     def get_config(self):
         options = self.options()

@@ -43,7 +43,7 @@ class DoRAAdapter(LowRankAdapter):
     """
 
     keyword = "use_dora"
-    has_gain = True
+    has_gain = takes_start = True
     beside_update = "the lengths m, which change the kernel too"
     factor_names = ("a", "b", "magnitude")
     more_suffixes = (MAGNITUDE,)
@@ -69,7 +69,8 @@ class DoRAAdapter(LowRankAdapter):
         )
 
     def starting_magnitude(self):
-        norm = self.norm(self.read_kernel(), ops.multiply(self.b, self.scaling))
+        a, b = self.unscaled_factors()
+        norm = self.norm(self.read_kernel(), a, ops.multiply(b, self.scaling))
         return self.of_adapted(norm)
 
     def start_from_kernel(self):
@@ -77,10 +78,10 @@ class DoRAAdapter(LowRankAdapter):
 
     # The formula.
 
-    def norm(self, kernel, scaled_b):
+    def norm(self, kernel, a, scaled_b):
         """n, in the shape of the kernel's axes that are not summed over."""
         form = self.form
-        a, b = ops.convert_to_tensor(self.a), form.spread(scaled_b)
+        a, b = ops.convert_to_tensor(a), form.spread(scaled_b)
         a, b, kernel = (ops.stop_gradient(value) for value in (a, b, kernel))
         axes = string.ascii_lowercase[: len(kernel.shape)]
         inputs, batch = (
@@ -100,7 +101,7 @@ class DoRAAdapter(LowRankAdapter):
 
     def gain(self, kernel):
         """m / n for each output; 1 where there is no length, and in `disabled()`."""
-        norm = self.norm(kernel, ops.multiply(self.b, self._scaling.variable))
+        norm = self.norm(kernel, *self.factors(self.variable_dtype))
         norm = self.of_adapted(norm)
         there = norm > 0
         gain = ops.divide(self.magnitude, ops.where(there, norm, 1))
@@ -185,9 +186,7 @@ class DoRAAdapter(LowRankAdapter):
 
     def own_norm(self):
         """||W||."""
-        return to_numpy(
-            self.norm(self.read_kernel(), ops.zeros(self.b.shape, self.variable_dtype))
-        )
+        return to_numpy(self.norm(self.read_kernel(), self.a, ops.zeros_like(self.b)))
 
 
 def refuse_other_products(form, sizes):

@@ -88,6 +88,7 @@ class LoRALayer(HostChecks, LayerFiles, TorchLayout, FrozenKernel):
     ):
         refuse_foreign_keywords(type(self).__name__, kwargs)
         method = take_method(kwargs)
+        frozen_start = kwargs.pop("frozen_start", False)  # in configurations alone
         if kwargs.get("name") is None:
             kwargs["name"] = default_name(type(self))
         super().__init__(*args, **kwargs)
@@ -102,6 +103,7 @@ class LoRALayer(HostChecks, LayerFiles, TorchLayout, FrozenKernel):
                 "use_dora": use_dora,
                 "a_initializer": a_initializer,
                 "b_initializer": b_initializer,
+                "frozen_start": frozen_start,
             }
             adapter = make_adapter({**options, **method}, self.variable_dtype)
             if adapter.dropout > 0 and not self.takes_dropout:

@@ -2,7 +2,6 @@
 
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.dora import DoRAAdapter
-from keras_lora.layers.started import StartedAdapter
 
 METHODS: dict[str | None, type[LowRankAdapter]] = {None: LowRankAdapter}
 
@@ -14,17 +13,11 @@ def register_method(adapter_class):
 
 
 register_method(DoRAAdapter)
-register_method(StartedAdapter)
 
 
 def method_in(options) -> type[LowRankAdapter]:
     """The method whose keyword is in options; LoRA without one."""
     return METHODS[next(iter(options), None)]
-
-
-def methods_in_files() -> dict:
-    """The keyword in a file's settings -> method; None is LoRA."""
-    return {word: method for word, method in METHODS.items() if method.in_files}
 
 
 def more_suffixes() -> list:

@@ -17,6 +17,7 @@ class Scaled:
 
     settings: Settings
     variable_dtype: str
+    has_start: bool
     _scaling: HiddenVariable
     switched_off = 0  # by so many, each of which switches it on again
 
@@ -27,7 +28,7 @@ class Scaled:
     @property
     def product_rank(self) -> int:
         """Of the product that the update is: the columns that `factors` gives of A."""
-        return self.rank
+        return 2 * self.rank if self.has_start else self.rank
 
     @property
     def use_rslora(self) -> bool:

@@ -6,9 +6,7 @@ import keras
 import numpy as np
 
 from keras_lora.keras_internals.compiled import compile_again
-from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.settings import checked_rank
-from keras_lora.layers.started import StartedAdapter
 from keras_lora.layers.torch_layout import to_numpy
 from keras_lora.models.adapt import checked_lora_layers
 from keras_lora.models.adapt import make_plain
@@ -34,7 +32,8 @@ def initialize_lora(
     A and B start at A0 and B0, which stay beside them as weights that do not train,
     so that W does not move and the outputs do not change. A file holds the adapter as
     a LoRA of twice the rank, over the model as it was. Where A0 @ B0 = 0, as of
-    "eva", nothing is subtracted and the rank stays.
+    "eva", nothing is subtracted and the rank stays. Over DoRA the lengths m start as
+    those of W.
 
     Args:
         model: A Keras model whose adapters have not trained.
@@ -59,7 +58,7 @@ def initialize_lora(
         relative errors of the kernel before and after.
 
     Raises:
-        ValueError: If an adapter has trained, has a start or DoRA; if a method does
+        ValueError: If an adapter has trained or has a start; if a method does
             not reach a layer (convolutions, embeddings, several projections in one
             kernel), a rank is above its kernel's, or values are not finite. The model
             is then as before.
@@ -106,7 +105,9 @@ def initialize_lora(
     for path, layer in layers.items():
         if starts[path].plain is not None:
             take_over(layer, starts[path].plain)
-        if not starts[path].rank:
+        if starts[path].rank:
+            layer.lora.start_from_kernel()
+        else:
             make_plain(layer)
             layer.trainable = False
     errors = {path: start.errors for path, start in starts.items() if start.errors}
@@ -144,10 +145,15 @@ def checked_budget(method, budget):
 
 def refuse_used(path, layer):
     lora = layer.lora
-    if type(lora) is not LowRankAdapter:
+    if lora.has_start:
         raise ValueError(
-            f"The adapter of {path!r} is a {type(lora).__name__}: it has a start "
-            "already, or starts at W. Remove it with remove_lora(model) first."
+            f"The adapter of {path!r} has a start already. Remove it with "
+            "remove_lora(model) first."
+        )
+    if not vars(type(lora)).get("takes_start"):
+        raise ValueError(
+            f"The adapter of {path!r} is a {type(lora).__name__}, which does not say "
+            "that it takes a start (`takes_start`)."
         )
     if to_numpy(lora.a).any() and to_numpy(lora.b).any():
         raise ValueError(
@@ -174,9 +180,9 @@ def refuse_unusable(path, layer, start):
 def options_for(layer, start):
     """The new adapter's arguments: its rank, at the same scaling, and a start."""
     settings = layer.lora.settings.at(start.rank)
-    word = {StartedAdapter.keyword: True} if start.is_subtracted else {}
     options = {"rank": start.rank, "alpha": settings.alpha}
-    return {**layer.lora.options(), **options, **word}
+    options["frozen_start"] = start.is_subtracted
+    return {**layer.lora.options(), **options}
 
 
 def with_bar(layers, function):
