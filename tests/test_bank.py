@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import threading
 
 import keras
 import numpy as np
@@ -573,30 +572,6 @@ def test_what_does_not_fit_changes_nothing(small, tmp_path):
         with pytest.raises(ValueError, match=message):
             AdapterBank(model, **arguments)
         assert not any(isinstance(x, keras_lora.LoRALayer) for x in model.layers)
-
-
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="JAX's predict empties the model")
-def test_threads_get_the_old_adapter_or_the_new_one(small):
-    model, adapters, expected = small
-    bank = AdapterBank(model, adapters, capacity=4)
-    data = {"inputs": x(), "adapter": bank.ids(["a"] * 5)}
-    bank.predict(data, verbose=0)
-    found, stop = [], threading.Event()
-
-    def predict():
-        while not stop.is_set():
-            found.append(bank.predict_on_batch(data))
-
-    thread = threading.Thread(target=predict)
-    thread.start()
-    for _ in range(20):
-        for name in "bcab":
-            bank.add("a", adapters[name])
-    stop.set()
-    thread.join()
-    known = np.stack([expected[name] for name in "abc"])
-    for outputs in found:
-        assert np.abs(known - outputs).max(axis=(1, 2)).min() < 1e-5
 
 
 # The leading axis.

@@ -16,7 +16,39 @@ def was_called(layer):
 
 def in_a_call():
     """Whether this runs inside the call of some layer."""
-    return global_state.get_global_attribute("current_call_ctx") is not None
+    return outermost_layer() is not None
+
+
+def outermost_layer():
+    """The layer that was called first, of those that this runs inside of, or None."""
+    context = global_state.get_global_attribute("current_call_ctx")
+    return None if context is None else context.entry_layer
+
+
+def in_a_trace(values):
+    """Whether a function is being traced, compiled or built of symbolic tensors.
+
+    values: What it is called with, for JAX, which shows it in the values alone.
+    """
+    backend = keras.backend.backend()
+    if in_stateless_scope():
+        return True
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        if not tf.executing_eagerly():
+            return True
+    leaves = keras.tree.flatten(values)
+    if backend == "jax":
+        import jax
+
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            return True
+    return any(isinstance(leaf, keras.KerasTensor) for leaf in leaves)
+
+
+def in_stateless_scope():
+    return global_state.get_global_attribute("stateless_scope") is not None
 
 
 def traced_for_xla():
@@ -25,8 +57,7 @@ def traced_for_xla():
     A variable that is made there cannot start from another's value. (In a stateless
     scope, where Keras builds a model symbolically, it is made later.)
     """
-    stateless = global_state.get_global_attribute("stateless_scope") is not None
-    if keras.backend.backend() != "tensorflow" or stateless:
+    if keras.backend.backend() != "tensorflow" or in_stateless_scope():
         return False
     import tensorflow as tf
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -31,6 +32,8 @@ from keras_lora.serving.outside import CompiledFunctions
 from keras_lora.serving.outside import OutsideCalls
 from keras_lora.serving.reading import read
 from keras_lora.serving.rows import Choice
+from keras_lora.serving.running import Running
+from keras_lora.serving.slots import BASE
 from keras_lora.serving.trainees import source_of
 from keras_lora.serving.training import Training
 
@@ -103,6 +106,8 @@ class AdapterBank(Artefacts, Calls, OutsideCalls, Training, keras.Model):
         self.slots = []
         self._changes, self._active, self._row_names = threading.RLock(), None, None
         self._compiled = CompiledFunctions(model)
+        self.running, self._slots_outside = Running(self._point), [BASE]
+        self.__dict__["_counted_layers"] = weakref.WeakSet()
         with_gain = any(part.has_gain for _, part in every)
         chosen = [] if target is None else choose(model, paths, target, None, [])[0]
         with contextlib.ExitStack() as undo:
@@ -117,6 +122,7 @@ class AdapterBank(Artefacts, Calls, OutsideCalls, Training, keras.Model):
             for name, reading in found.items():
                 prepared = named(name, self.hosts.prepared, reading.parts)
                 self._put(name, prepared, sources[name])
+            self._count_outside_calls()
             undo.pop_all()
         renew_compiled_functions(holders(model))
         self.built = True
@@ -131,8 +137,10 @@ class AdapterBank(Artefacts, Calls, OutsideCalls, Training, keras.Model):
     def add(self, name: str, adapter):
         """Gives a name an adapter, in the place of an older one if there is one.
 
-        Nothing is traced anew. All is checked before anything is assigned, and a
-        thread that predicts meanwhile gets the old adapter or the new one.
+        Nothing is traced anew, and all is checked before anything is assigned. Calls
+        that run keep the adapters that they began with. A call of the bank that begins
+        later gets the new one. So does one of the model itself, which waits until
+        those that run have ended where they use this name.
 
         Args:
             name: A string.
@@ -140,29 +148,56 @@ class AdapterBank(Artefacts, Calls, OutsideCalls, Training, keras.Model):
 
         Raises:
             ValueError: If the bank is full, the adapter is damaged or does not fit,
-                or there is no room for it at a layer. The bank is then as before.
+                there is no room for it at a layer, or calls that run read all slots
+                and do not end within a minute. The bank is then as before.
             OSError: If a file cannot be read.
         """
         checked_adapters({name: adapter}, None)
-        with self._changes:
-            self.directory.refuse_if_full(name)
-            self._put(name, *self._prepared(name, adapter))
+        self._refuse_released()
+        self.running.refuse_inside("bank.add", lambda call: call.alone)
+        self.directory.refuse_if_full(name)
+        prepared, source = self._prepared(name, adapter)
+        with self.running.writing("bank.add"):
+            self._put(name, prepared, source)
 
     def _prepared(self, name, given):
+        with self.running.call(lambda: (None, ())), self._changes:
+            return self._read(name, given)
+
+    def _read(self, name, given):
         adapter, source = named(name, source_of, given)
         arguments = self.model, self.hosts.paths, adapter, self.names_given
         reading = named(name, read, *arguments, self.max_rank)
         return named(name, self.hosts.prepared, reading.parts), source
 
     def _put(self, name, prepared, source):
-        self.hosts.write(self.directory.free_slot(), prepared)
-        self.directory.publish(name)
-        self.sources[name] = source
-        self._point()
+        free = self.directory.free_slots
+        with self.running.changed:
+            self.running.wait("bank.add", lambda: self._next_slot() is not None)
+            slot = self._next_slot()
+            free.remove(slot)
+        try:
+            with self._changes:
+                self.hosts.write(slot, prepared)
+                with self.running.changed:
+                    self.directory.refuse_if_full(name)
+                    self.directory.publish(name, slot)
+                    self.sources[name] = source
+                    self.running.point_soon()
+        except BaseException:
+            with self.running.changed:
+                if slot not in self.directory.slot_of.values():
+                    free.append(slot)
+            raise
+
+    def _next_slot(self):
+        """The slot that has been free longest, of those that no call reads."""
+        free, reads = self.directory.free_slots, self.running.reads
+        return next((slot for slot in free if not reads[slot]), None)
 
     def remove(self, name: str):
         """Takes an adapter out. Rows with its id get NaN from now on."""
-        with self._changes:
+        with self.running.writing("bank.remove"), self.running.changed:
             if self.directory.checked(name) is None:
                 raise ValueError("None is the base model, which stays.")
             if name == self._active:
@@ -171,10 +206,19 @@ class AdapterBank(Artefacts, Calls, OutsideCalls, Training, keras.Model):
                 )
             self.directory.withdraw(name)
             del self.sources[name]
-            self._point()
+            self.running.point_soon()
 
     def release(self):
-        """The model's layers are plain Keras layers again. The bank is empty then."""
-        bring_weights_back(self.model)
-        self.hosts.release()
-        renew_compiled_functions(holders(self.model))
+        """The model's layers are plain Keras layers again. The bank is empty then.
+
+        Raises:
+            ValueError: From inside a call of the model, or if calls in other threads
+                do not end within a minute.
+        """
+        self.running.refuse_inside("bank.release", lambda call: True)
+        with self.running.changed:
+            self.running.wait("bank.release", lambda: not self.running.others())
+            self._stop_counting()
+            bring_weights_back(self.model)
+            self.hosts.release()
+            renew_compiled_functions(holders(self.model))

@@ -1,5 +1,6 @@
 """A layer that holds the adapters of a bank."""
 
+import contextlib
 import functools
 
 import keras
@@ -28,6 +29,7 @@ class BankAdapters:
     def __init__(self, choice, form, slots, name):
         self.choice, self.form, self.slots, self.name = choice, form, slots, name
         self.leading = None  # what the leading axis of the inputs is; not known yet
+        self.around_call = lambda *_: contextlib.nullcontext()  # counts the call
 
     @property
     def variables(self):
@@ -82,7 +84,8 @@ class Banked:
                 f"{self.name!r} gets a ragged tensor, whose values are not rows of the "
                 "batch: a bank cannot tell which adapter they use."
             )
-        return super().adapted_call(inputs, training, **options)
+        with self.lora.around_call(self, inputs):
+            return super().adapted_call(inputs, training, **options)
 
     @property
     def variables(self):

@@ -9,6 +9,8 @@ from keras import ops
 
 from keras_lora.serving.slots import BASE
 
+MOST_SPARE = 8  # slots for adapters that were replaced, and that calls still read
+
 
 class Directory(keras.layers.Layer):
     """Which ids there are, and which slot each means.
@@ -18,8 +20,9 @@ class Directory(keras.layers.Layer):
     An id is its entry plus a multiple of their number that grows: no id is handed out
     twice. So an id that nobody handed out, or of a name that was removed, finds
     another in its entry, and gets the last slot, which gives NaN. A name that is given
-    another adapter gets it in a slot that is free, one more than there are names, and
-    keeps its id: one assignment replaces it.
+    another adapter gets it in a slot that is free and that no call reads, and keeps its
+    id: one assignment replaces it. So there are more slots than names, for what calls
+    still read that began before.
 
     Args:
         capacity: How many names there can be.
@@ -28,14 +31,15 @@ class Directory(keras.layers.Layer):
     def __init__(self, capacity):
         super().__init__(dtype="float32", trainable=False)
         self.capacity = capacity
-        self.slot_count = capacity + 3
+        spare = min(capacity, MOST_SPARE) + 1
+        self.slot_count = capacity + spare + 2
         self.id_of, self.slot_of = {None: 0}, {None: BASE}
-        self._free_slots = collections.deque(range(1, capacity + 2))
+        self.free_slots = collections.deque(range(1, capacity + spare + 1))
         self._next_ids = collections.deque(range(1, capacity + 1))
         self.table = self.add_weight(
             name="table",
             shape=(capacity + 1, 2),
-            initializer=lambda shape, dtype: ops.convert_to_tensor(self._values()),
+            initializer=lambda shape, dtype: ops.convert_to_tensor(self.values()),
             dtype="int32",
             trainable=False,
             autocast=False,
@@ -51,10 +55,6 @@ class Directory(keras.layers.Layer):
     def names(self) -> list:
         return [name for name in self.id_of if name is not None]
 
-    def free_slot(self):
-        """The slot that has been free longest: a call may still read the last one."""
-        return self._free_slots[0]
-
     def refuse_if_full(self, name):
         if name not in self.id_of and len(self.names) == self.capacity:
             raise ValueError(
@@ -62,22 +62,22 @@ class Directory(keras.layers.Layer):
                 f"room for {name!r}. Remove one of {self.names[:9]} first."
             )
 
-    def publish(self, name):
-        """The adapter in `free_slot()` is from now on what a name means."""
-        slot = self._free_slots.popleft()
+    def publish(self, name, slot):
+        """The adapter in a slot is from now on what a name means."""
         if name in self.slot_of:
-            self._free_slots.append(self.slot_of[name])
+            self.free_slots.append(self.slot_of[name])
         else:
             self.id_of[name] = self._next_ids.popleft()
         self.slot_of[name] = slot
-        self.table.assign(self._values())
+        self.table.assign(self.values())
 
     def withdraw(self, name):
         self._next_ids.append(self.id_of.pop(name) + self.capacity + 1)
-        self._free_slots.append(self.slot_of.pop(name))
-        self.table.assign(self._values())
+        self.free_slots.append(self.slot_of.pop(name))
+        self.table.assign(self.values())
 
-    def _values(self):
+    def values(self):
+        """What is in the table."""
         values = np.full((self.capacity + 1, 2), -1, "int32")
         for name, each in self.id_of.items():
             values[each % len(values)] = each, self.slot_of[name]

@@ -1,26 +1,49 @@
 """Which adapters are used by calls of a banked model that do not go by the bank."""
 
 import contextlib
+import functools
 
+import keras
+
+from keras_lora.keras_internals.calls import in_a_trace
+from keras_lora.keras_internals.calls import outermost_layer
 from keras_lora.keras_internals.compiled import take_compiled_functions
+from keras_lora.keras_internals.layers import flatten_layers
 from keras_lora.keras_internals.models_around import holders
+from keras_lora.serving.banked import Banked
 from keras_lora.serving.directory import Directory
+from keras_lora.serving.hosts import Hosts
+from keras_lora.serving.rows import Choice
+from keras_lora.serving.running import LOOPS
+from keras_lora.serving.running import Running
+from keras_lora.serving.running import needs_all
+
+COUNTED = ("call", "generate", *LOOPS)
 
 
 class OutsideCalls:
     """Mixin of the bank: one adapter for all rows, or names for rows, from outside."""
 
+    model: keras.Model
     directory: Directory
-    _changes: contextlib.AbstractContextManager
+    choice: Choice
+    hosts: Hosts
+    running: Running
 
     def activate(self, name: str | None):
         """One adapter for all rows of what calls the model itself, until None.
 
-        It is the model's, not a thread's. The bank's own calls go by their ids.
+        It is the model's, not a thread's: calls that run keep what they began with,
+        and calls that begin later wait until those have ended. The bank's own calls go
+        by their ids.
+
+        Raises:
+            ValueError: If the name is not known, or from inside a call of the model.
         """
-        with self._changes:
+        self.running.refuse_inside("bank.activate", disturbed)
+        with self.running.changed:
             self._active = self.directory.checked(name)
-            self._point()
+            self.running.point_soon()
 
     @contextlib.contextmanager
     def rows(self, names):
@@ -31,33 +54,89 @@ class OutsideCalls:
         not know of, a user's own tf.function, must be traced inside.
 
         Raises:
-            ValueError: If a name is not known, or a batch has another size
-                (InvalidArgumentError inside a compiled call).
+            ValueError: If a name is not known, a batch has another size
+                (InvalidArgumentError inside a compiled call), or from inside a call of
+                the model.
         """
-        names = self.directory.known(names)
-        with self._changes:
+        self.running.refuse_inside("bank.rows", disturbed)
+        with self.running.changed:
+            names = self.directory.known(names)
             if self._row_names is not None:
                 raise ValueError("The bank is inside of `rows` already.")
             self._row_names = names
-            self.choice.set_rows(len(names))
-            self._point()
-            self._compiled.change_to(len(names))
+            self.running.point_soon()
         try:
             yield self
         finally:
-            with self._changes:
+            with self.running.changed:
                 self._row_names = None
-                self.choice.set_rows(None)
-                self._compiled.change_to(None)
+                self.running.point_soon()
 
     def _point(self):
         """What is active, and the rows, are at the slots that their names have now."""
-        slot_of = self.directory.slot_of
+        slot_of, names = self.directory.slot_of, self._row_names
+        count = None if names is None else len(names)
+        if count != self._compiled.count:
+            self.choice.set_rows(count)
+            self._compiled.change_to(count)
         self.choice.active.assign(slot_of[self._active])
-        if self._row_names is not None:
-            no_slot = self.directory.no_slot
-            slots = [slot_of.get(name, no_slot) for name in self._row_names]
+        slots = [slot_of[self._active]]
+        if names is not None:
+            slots = [slot_of.get(name, self.directory.no_slot) for name in names]
             self.choice.rows.assign(slots)
+        self._slots_outside = slots
+
+    def _count_outside_calls(self):
+        """Calls of the model, of models around it and of their parts are counted."""
+        for layer in holders(self.model):
+            inside = any(isinstance(part, Banked) for part in flatten_layers(layer))
+            if inside and layer is not self and not isinstance(layer, Banked):
+                self._count_calls_of(layer)
+        for layer in self.hosts.layers.values():
+            layer.lora.around_call = self._around_call
+
+    def _count_calls_of(self, layer):
+        if layer not in self._counted_layers:
+            self._counted_layers.add(layer)
+            for name in COUNTED:
+                if hasattr(layer, name):
+                    vars(layer)[name] = self._counted(getattr(layer, name), name)
+
+    def _around_call(self, layer, inputs):
+        """A context for the call of a banked layer, which may be the outermost one."""
+        if self.choice.is_inside or self.running.own:
+            return contextlib.nullcontext()
+        if (outermost := outermost_layer()) not in (layer, None):
+            self._count_calls_of(outermost)  # a model that was made since: from now on
+        if in_a_trace(inputs):
+            return contextlib.nullcontext()
+        return self._outside_call()
+
+    def _outside_call(self, alone=False):
+        choose = lambda: (None, self._slots_outside)  # noqa: E731
+        return self.running.call(choose, outside=True, alone=alone)
+
+    def _counted(self, method, name):
+        alone = needs_all(name)
+
+        @functools.wraps(method)
+        def counted(*args, **kwargs):
+            if self.choice.is_inside or in_a_trace((args, kwargs)):
+                return method(*args, **kwargs)
+            with self._outside_call(alone):
+                return method(*args, **kwargs)
+
+        return counted
+
+    def _stop_counting(self):
+        for layer in self._counted_layers:
+            for name in COUNTED:
+                vars(layer).pop(name, None)
+        self._counted_layers.clear()
+
+
+def disturbed(call):
+    return call.outside or call.alone
 
 
 class CompiledFunctions:

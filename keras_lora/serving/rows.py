@@ -111,8 +111,6 @@ class Choice(keras.layers.Layer):
     else the one of `active`, for all rows.
     """
 
-    probe = None  # what looks at the layers' inputs, while it does
-
     def __init__(self, count):
         super().__init__(dtype="float32", trainable=False)
         self.active = self.slots_variable((), "active")
@@ -148,6 +146,20 @@ class Choice(keras.layers.Layer):
         if slots is None:
             slots = self.rows
         return OneForAll(self.active) if slots is None else RowByRow(slots)
+
+    @property
+    def probe(self):
+        """What looks at the layers' inputs in this thread, while it does."""
+        return getattr(self._local, "probe", None)
+
+    @probe.setter
+    def probe(self, probe):
+        self._local.probe = probe
+
+    @property
+    def is_inside(self):
+        """Whether this thread is inside a call of the bank, or a run that looks."""
+        return getattr(self._local, "slots", None) is not None or self.probe is not None
 
     @property
     def trainees(self):

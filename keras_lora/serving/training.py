@@ -15,8 +15,11 @@ from keras_lora.models.trainable_flags import restore_trainable_state
 from keras_lora.models.trainable_flags import trainable_state
 from keras_lora.serving.arguments import refuse_names
 from keras_lora.serving.directory import Directory
+from keras_lora.serving.fixed_ids import SLOTS
 from keras_lora.serving.loss_of_each import LossOfEach
 from keras_lora.serving.optimizer_of_each import OptimizerOfEach
+from keras_lora.serving.running import Running
+from keras_lora.serving.running import needs_all
 from keras_lora.serving.trainees import Trainee
 
 
@@ -35,6 +38,7 @@ class Training:
     trainees = None
     directory: Directory
     sources: dict
+    running: Running
 
     def compile(self, optimizer="rmsprop", loss=None, **kwargs):
         """As `keras.Model.compile`, with an optimizer of its own for each adapter.
@@ -102,7 +106,7 @@ class Training:
             )
             callbacks = [writer, *callbacks]
         try:
-            with self._model_frozen():
+            with self._training("fit"), self._model_frozen():
                 history = super().fit(x, *args, callbacks=callbacks, **kwargs)
         except BaseException:
             if keras.backend.backend() != "jax":  # there the values are lost
@@ -114,7 +118,7 @@ class Training:
     def train_on_batch(self, x, *args, **kwargs):
         """As `keras.Model.train_on_batch`; x as in `fit`."""
         self._train(self._named_in(x), beside=True)
-        with self._model_frozen():
+        with self._training("train_on_batch"), self._model_frozen():
             found = super().train_on_batch(x, *args, **kwargs)
         self.write_back()
         return found
@@ -193,12 +197,16 @@ class Training:
     def write_back(self):
         """What was trained until now is in the bank's calls from now on."""
         synchronize(self)
-        with self._changes:
-            for trainee in self.trainees.each:
-                name = trainee.adapter_name
-                if self.sources.get(name) is trainee:  # and no other was added
-                    self._put(name, self.hosts.prepared(trainee.parts), trainee)
+        for trainee in self.trainees.each:
+            name = trainee.adapter_name
+            if self.sources.get(name) is trainee:  # and no other was added
+                self._put(name, self.hosts.prepared(trainee.parts), trainee)
+        with self.running.changed:
             self._show_trainees()
+
+    def _training(self, method):
+        """A call that reads the base alone of what the bank's slots hold."""
+        return self.running.call(lambda: (None, ()), alone=needs_all(method))
 
     @contextlib.contextmanager
     def _model_frozen(self):
@@ -225,7 +233,8 @@ class Training:
 
     def _ids_of(self, data):
         x, *_ = keras.utils.unpack_x_y_sample_weight(data)
-        return self.optimizer.rows_of(keras.ops.convert_to_tensor(x["adapter"]))
+        ids = x[SLOTS] if SLOTS in x else x["adapter"]
+        return self.optimizer.rows_of(keras.ops.convert_to_tensor(ids))
 
 
 class WriteBack(keras.callbacks.Callback):
