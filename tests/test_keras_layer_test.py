@@ -16,6 +16,8 @@ def test_run_layer_test(case):
         data["input_data"] = case.inputs()
     else:
         data["input_shape"] = (3, *case.input_shape)
+    # Before Keras 3.16 no walk of Keras's enters the adapter, nor that of its test.
+    seen = hasattr(keras.Model, "quantization_summary")
     has_bias = getattr(layer, "bias", None) is not None
     testing.TestCase().run_layer_test(
         case.layer_class,
@@ -23,7 +25,7 @@ def test_run_layer_test(case):
         expected_output_shape=layer.compute_output_shape((3, *case.input_shape)),
         expected_num_trainable_weights=2 + has_bias,
         expected_num_non_trainable_weights=1,
-        expected_num_seed_generators=int(case.lora.get("dropout", 0) > 0),
+        expected_num_seed_generators=int(seen and case.lora.get("dropout", 0) > 0),
         expected_num_losses=0,
         supports_masking=layer.supports_masking,
         **data,

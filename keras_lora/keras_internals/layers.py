@@ -1,5 +1,6 @@
 """The state of built layers: variables, sublayers, classes."""
 
+import collections
 import contextlib
 import functools
 from typing import NamedTuple
@@ -105,15 +106,16 @@ def checked_model(model):
 def flatten_layers(model):
     """Returns the model itself and every layer inside it, each once.
 
-    Keras's public `layers` is a model's alone, and goes one level deep.
+    Keras's public `layers` is a model's alone, and goes one level deep. The order is
+    that of Keras's own walk, by which KerasHub's files number layers.
     """
     checked_model(model)
-    found, waiting = {}, [model]
+    found, waiting = {id(model): model}, collections.deque(model._layers)
     while waiting:
-        layer = waiting.pop(0)
+        layer = waiting.popleft()
         if id(layer) not in found:
             found[id(layer)] = layer
-            waiting += layer._layers
+            waiting.extendleft(layer._layers)
     return list(found.values())
 
 
@@ -148,8 +150,10 @@ class Leaf:
     Before Keras 3.16, `Model.quantize` passes by every layer that holds another.
     """
 
-    def _flatten_layers(self, include_self=True, recursive=True):
-        return [self] if include_self else []
+    if not hasattr(keras.Model, "quantization_summary"):
+
+        def _flatten_layers(self, include_self=True, recursive=True):
+            return [self] if include_self else []
 
 
 def refresh_torch_parameters(layers):
