@@ -465,6 +465,41 @@ def test_biases_and_heads_are_each_adapters_own():
         narrow.add("a", adapter)
 
 
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"also_train": ["head"]}])
+@pytest.mark.parametrize("way", ["set", "file", "assign"])
+def test_other_weights_are_refused_where_adapters_depend_on_them(
+    settings, way, tmp_path
+):
+    model, other = sequential(), sequential()
+    train = {"head": ["kernel"]} if "also_train" in settings else {}
+    adapter, wanted = trained_beside(model, train, rank=3, **settings)
+    plain, _ = trained_beside(model, {}, rank=2)
+    other.save_weights(tmp_path / "other.weights.h5")
+
+    def load():
+        if way == "set":
+            model.set_weights(other.get_weights())
+        elif way == "file":
+            model.load_weights(tmp_path / "other.weights.h5")
+        else:
+            model.get_layer("first").kernel.assign(other.get_layer("first").kernel)
+
+    bank = AdapterBank(model, {"a": adapter, "b": plain})
+    before = model.get_weights()
+    with pytest.raises(ValueError, match=r"'a'.*bank\.release"):
+        load()
+    for old, now in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(now, old)
+    data = {"inputs": x(), "adapter": bank.ids(["a"] * 5)}
+    assert_close(bank.predict(data, verbose=0), wanted)
+    bank.remove("a")  # what is left goes with any weights
+    load()
+    found = in_bank(bank, x(), ["b"] * 5)
+    bank.release()
+    keras_lora.load_adapter(model, plain)
+    assert_close(found, to_numpy(model(x())))
+
+
 def normalized():
     inputs = keras.Input((6,))
     hidden = keras.layers.Dense(6, name="first")(inputs)

@@ -87,6 +87,16 @@ def synchronize(model):
             return
 
 
+def brings_weights_back():
+    """Whether Keras assigns to variables on JAX what it had taken out of them."""
+    if keras.backend.backend() != "jax":
+        return False
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_name != "jax_state_sync":
+        frame = frame.f_back
+    return frame is not None
+
+
 def legacy_format():
     """Whether a configuration is asked for by the writer of the old .h5 format."""
     return global_state.get_global_attribute("use_legacy_config", False)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import keras
 
+from keras_lora.keras_internals.calls import brings_weights_back
 from keras_lora.keras_internals.calls import in_a_call
 from keras_lora.keras_internals.private_names import MODELS
 from keras_lora.keras_internals.private_names import require
@@ -75,6 +76,26 @@ def assign_if_trainable(kernel, variable, value):
     if kernel.trainable or not in_a_call():
         return type(variable).assign(variable, value)
     return variable
+
+
+def guard_assign(variable, refuse):
+    """Calls refuse(path) before the variable is assigned to outside of calls."""
+    own = vars(variable).get("assign")
+    guarded = functools.partial(assign_guarded, variable, own, refuse)
+    variable.assign = guarded
+
+
+def assign_guarded(variable, own, refuse, value):
+    if not (in_a_call() or brings_weights_back()):
+        refuse(variable.path)
+    return type(variable).assign(variable, value) if own is None else own(value)
+
+
+def release_assign(variable):
+    """The inverse of `guard_assign`."""
+    guarded = vars(variable).pop("assign")
+    if guarded.args[1] is not None:
+        variable.assign = guarded.args[1]
 
 
 def unfreeze(layer, variable, place):

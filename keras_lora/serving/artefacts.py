@@ -8,12 +8,14 @@ from keras_lora.serving.arguments import checked_adapters
 from keras_lora.serving.export import export_by_id
 from keras_lora.serving.export import export_by_name
 from keras_lora.serving.export import swap_arrays
+from keras_lora.serving.hosts import Hosts
 
 
 class Artefacts:
     """Mixin of the bank before keras.Model."""
 
-    _prepared: Callable
+    _read: Callable
+    hosts: Hosts
 
     def export(self, path, format="tf_saved_model", **kwargs):
         """Writes one artefact that serves all adapters and needs no keras_lora.
@@ -52,7 +54,8 @@ class Artefacts:
         >>> swap(**bank.swap_inputs("french", "adapters/fr-2"))  # doctest: +SKIP
         """
         checked_adapters({name: adapter}, None)
-        arrays = swap_arrays(self, self._prepared(name, adapter)[0])
+        parts, _ = self._read(name, adapter)
+        arrays = swap_arrays(self, self.hosts.prepared(parts))
         return {name: ops.convert_to_tensor(x) for name, x in arrays.items()} | {
             "adapter": ops.convert_to_tensor(name)
         }

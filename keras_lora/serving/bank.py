@@ -1,6 +1,7 @@
 """AdapterBank: many adapters resident over one model, one for each row of a batch."""
 
 import contextlib
+import itertools
 import threading
 import weakref
 from collections.abc import Callable
@@ -12,6 +13,9 @@ import numpy as np
 
 from keras_lora.keras_internals.compiled import bring_weights_back
 from keras_lora.keras_internals.compiled import renew_compiled_functions
+from keras_lora.keras_internals.layers import guard_assign
+from keras_lora.keras_internals.layers import layer_state
+from keras_lora.keras_internals.layers import release_assign
 from keras_lora.keras_internals.models_around import holders
 from keras_lora.layers.settings import checked_rank
 from keras_lora.models.adapt import refuse_adapters
@@ -107,6 +111,7 @@ class AdapterBank(Artefacts, Calls, OutsideCalls, Training, keras.Model):
         self._changes, self._active, self._row_names = threading.RLock(), None, None
         self._compiled = CompiledFunctions(model)
         self.running, self._slots_outside = Running(self._point), [BASE]
+        self.__dict__["depends_on_base"] = {}  # name -> whether the adapter does
         self.__dict__["_counted_layers"] = weakref.WeakSet()
         with_gain = any(part.has_gain for _, part in every)
         chosen = [] if target is None else choose(model, paths, target, None, [])[0]
@@ -120,9 +125,10 @@ class AdapterBank(Artefacts, Calls, OutsideCalls, Training, keras.Model):
             find_leading_axes(self, made_inputs(model))
             self.hosts.input_specs = specs_of(specs_in(model))
             for name, reading in found.items():
-                prepared = named(name, self.hosts.prepared, reading.parts)
-                self._put(name, prepared, sources[name])
+                named(name, self.hosts.prepared, reading.parts)
+                self._put(name, reading.parts, sources[name])
             self._count_outside_calls()
+            self._guard_weights()
             undo.pop_all()
         renew_compiled_functions(holders(model))
         self.built = True
@@ -156,21 +162,20 @@ class AdapterBank(Artefacts, Calls, OutsideCalls, Training, keras.Model):
         self._refuse_released()
         self.running.refuse_inside("bank.add", lambda call: call.alone)
         self.directory.refuse_if_full(name)
-        prepared, source = self._prepared(name, adapter)
+        parts, source = self._read(name, adapter)
         with self.running.writing("bank.add"):
-            self._put(name, prepared, source)
-
-    def _prepared(self, name, given):
-        with self.running.call(lambda: (None, ())), self._changes:
-            return self._read(name, given)
+            self._put(name, parts, source)
 
     def _read(self, name, given):
-        adapter, source = named(name, source_of, given)
-        arguments = self.model, self.hosts.paths, adapter, self.names_given
-        reading = named(name, read, *arguments, self.max_rank)
-        return named(name, self.hosts.prepared, reading.parts), source
+        """The parts of an adapter, for which there is room, and its source."""
+        with self.running.call(lambda: (None, ())), self._changes:
+            adapter, source = named(name, source_of, given)
+            arguments = self.model, self.hosts.paths, adapter, self.names_given
+            reading = named(name, read, *arguments, self.max_rank)
+            named(name, self.hosts.prepared, reading.parts)
+            return reading.parts, source
 
-    def _put(self, name, prepared, source):
+    def _put(self, name, parts, source):
         free = self.directory.free_slots
         with self.running.changed:
             self.running.wait("bank.add", lambda: self._next_slot() is not None)
@@ -178,11 +183,13 @@ class AdapterBank(Artefacts, Calls, OutsideCalls, Training, keras.Model):
             free.remove(slot)
         try:
             with self._changes:
-                self.hosts.write(slot, prepared)
+                self.hosts.write(slot, self.hosts.prepared(parts))
                 with self.running.changed:
                     self.directory.refuse_if_full(name)
                     self.directory.publish(name, slot)
                     self.sources[name] = source
+                    needed = any(x.depends_on_base for x in parts.values())
+                    self.depends_on_base[name] = needed
                     self.running.point_soon()
         except BaseException:
             with self.running.changed:
@@ -205,8 +212,31 @@ class AdapterBank(Artefacts, Calls, OutsideCalls, Training, keras.Model):
                     f"{name!r} is active: bank.activate(None) first, or another name."
                 )
             self.directory.withdraw(name)
-            del self.sources[name]
+            del self.sources[name], self.depends_on_base[name]
             self.running.point_soon()
+
+    # The weights of the model below.
+
+    def _guard_weights(self):
+        """An error for who assigns to the model while an adapter depends on it."""
+        for layer in self.hosts.paths.values():
+            for variable in itertools.chain(*layer_state(layer)):
+                guard_assign(variable, self._refuse_other_weights)
+
+    def _release_weights(self):
+        for layer in self.hosts.paths.values():
+            for variable in itertools.chain(*layer_state(layer)):
+                release_assign(variable)
+
+    def _refuse_other_weights(self, what):
+        names = [name for name, needed in self.depends_on_base.items() if needed]
+        if names:
+            raise ValueError(
+                f"{what} is part of a model in an AdapterBank, and what the bank keeps "
+                f"of {names[:9]} (DoRA's lengths, or biases and layers that trained) "
+                "holds for its present weights alone. Nothing was changed. Call "
+                "bank.release(), load the weights, and make the bank anew."
+            )
 
     def release(self):
         """The model's layers are plain Keras layers again. The bank is empty then.
@@ -219,6 +249,7 @@ class AdapterBank(Artefacts, Calls, OutsideCalls, Training, keras.Model):
         with self.running.changed:
             self.running.wait("bank.release", lambda: not self.running.others())
             self._stop_counting()
+            self._release_weights()
             bring_weights_back(self.model)
             self.hosts.release()
             renew_compiled_functions(holders(self.model))

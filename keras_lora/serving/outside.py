@@ -121,7 +121,8 @@ class OutsideCalls:
 
         @functools.wraps(method)
         def counted(*args, **kwargs):
-            if self.choice.is_inside or in_a_trace((args, kwargs)):
+            inside = self.choice.is_inside or name == "call" and self.running.own
+            if inside or in_a_trace((args, kwargs)):
                 return method(*args, **kwargs)
             with self._outside_call(alone):
                 return method(*args, **kwargs)

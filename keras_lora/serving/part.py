@@ -50,6 +50,14 @@ class Part:
         """Whether A and B are a kernel that trained in full."""
         return self.lora is None and self.kernel is not None
 
+    @property
+    def depends_on_base(self) -> bool:
+        """Whether what a bank keeps of it holds for these weights of the model alone.
+
+        DoRA's gain does, and the difference of a bias or kernel that trained.
+        """
+        return self.has_gain or self.bias is not None or self.kernel is not None
+
     def factors(self):
         """A, scaling * B and gain, as in `LowRankAdapter.for_bank`; None: nothing."""
         if self.lora is not None:

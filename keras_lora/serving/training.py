@@ -200,7 +200,7 @@ class Training:
         for trainee in self.trainees.each:
             name = trainee.adapter_name
             if self.sources.get(name) is trainee:  # and no other was added
-                self._put(name, self.hosts.prepared(trainee.parts), trainee)
+                self._put(name, trainee.parts, trainee)
         with self.running.changed:
             self._show_trainees()
 
