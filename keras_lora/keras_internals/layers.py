@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import keras
 
-from keras_lora.keras_internals.calls import brings_weights_back
 from keras_lora.keras_internals.calls import in_a_call
+from keras_lora.keras_internals.calls import lies_outside
 from keras_lora.keras_internals.private_names import MODELS
 from keras_lora.keras_internals.private_names import require
 
@@ -86,7 +86,7 @@ def guard_assign(variable, refuse):
 
 
 def assign_guarded(variable, own, refuse, value):
-    if not (in_a_call() or brings_weights_back()):
+    if not (in_a_call() or lies_outside(variable)):
         refuse(variable.path)
     return type(variable).assign(variable, value) if own is None else own(value)
 

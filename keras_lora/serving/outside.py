@@ -121,7 +121,7 @@ class OutsideCalls:
 
         @functools.wraps(method)
         def counted(*args, **kwargs):
-            inside = self.choice.is_inside or name == "call" and self.running.own
+            inside = self.choice.is_inside or (name == "call" and self.running.own)
             if inside or in_a_trace((args, kwargs)):
                 return method(*args, **kwargs)
             with self._outside_call(alone):
