@@ -1,0 +1,1077 @@
+"""Small faults in keras_lora, and the tests that should see each of them.
+
+A tool for whoever changes tests: what was caught before a change is caught after it.
+One fault at a time is put into a copy of the tree, where its tests run.
+
+    python tests/mutations.py                     all of them
+    python tests/mutations.py layers/dora 17-20   by a part of the path, and by number
+    python tests/mutations.py --tree DIRECTORY    in a copy of another checkout
+"""
+
+import argparse
+import importlib
+import multiprocessing
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+OUTPUT = "output of pytest"
+RAN = 10  # plus what pytest returns: a process of which it did not says 1
+IGNORED = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache")
+LAWS = "test_laws.py test_dora.py -k"  # the laws hold for both methods
+
+
+class Mutation(NamedTuple):
+    """A fault: `text`, which stands once in a file, becomes `other`."""
+
+    number: int
+    file: str
+    text: str
+    other: str
+    tests: str  # arguments of pytest
+
+
+# File -> [(text, what stands in its place, the tests that should see it)]
+FAULTS = {
+    "layers/settings.py": [
+        (
+            "math.sqrt(rank) if use_rslora else rank",
+            "rank",
+            "test_laws.py -k 'delta_is_scaling and rslora'",
+        ),
+        (
+            "** (0.5 if use_rslora else 1)",
+            "** 1",
+            "test_starts.py -k twice_the_rank",
+        ),
+        ("or rank < lowest", "or False", "test_bad_input.py -k test_rank"),
+        ("or alpha <= 0", "or alpha < 0", "test_bad_input.py -k test_alpha"),
+        ("0 <= dropout < 1", "0 <= dropout <= 1", "test_bad_input.py -k test_dropout"),
+    ],
+    "layers/adapter.py": [
+        (
+            "ops.add(ops.cast(kernel, self.variable_dtype), self.delta())",
+            "ops.subtract(ops.cast(kernel, self.variable_dtype), self.delta())",
+            "test_laws.py -k training_and_merged_paths_agree",
+        ),
+        (
+            "ops.multiply(self.b, self._scaling.variable)",
+            "ops.convert_to_tensor(self.b)",
+            "test_laws.py -k delta_is_scaling",
+        ),
+        (
+            "self.dropped(inputs) if training else inputs",
+            "self.dropped(inputs)",
+            "test_laws.py -k 'unmerged and dropout'",
+        ),
+        (
+            "self.dropped(inputs) if training else inputs",
+            "inputs",
+            "test_laws.py -k 'dropout_acts and dense'",
+        ),
+        (
+            "or uniform(form.fan_in)",
+            "or uniform(5 * form.fan_in)",
+            "test_laws.py -k starting_values",
+        ),
+        (
+            "regularizer=regularizer,\n            autocast=False",
+            "autocast=False",
+            "test_laws.py -k regularizer",
+        ),
+        (
+            "regularizer=regularizer,\n            autocast=False",
+            "regularizer=regularizer",
+            "test_laws.py -k 'merging_rounds_once or stays_float32'",
+        ),
+        (
+            "self.b.lora_factor = ",
+            "self.lora_factor = ",
+            "test_lora_plus.py -k 'equals_two_plain and SGD'",
+        ),
+    ],
+    "layers/adapter_files.py": [
+        (
+            'store["alpha"] = self.alpha',
+            'store["alpha"] = self.rank',
+            "test_saving.py -k weights_file_brings",
+        ),
+        (
+            "self.seed_generator.state.assign(seed)",
+            "pass",
+            "test_saving.py -k 'losses_go_on and dropout and h5'",
+        ),
+        (
+            '"use_rslora": self.settings.use_rslora',
+            '"use_rslora": False',
+            "test_laws.py -k config_round_trip",
+        ),
+        (
+            '"dropout": self.dropout',
+            '"dropout": 0.0',
+            "test_laws.py -k config_round_trip",
+        ),
+    ],
+    "layers/lora_layer.py": [
+        (
+            "self._kernel_place = freeze(self, self.frozen_kernel)",
+            "pass",
+            "test_laws.py -k parameters_in_closed_form",
+        ),
+        (
+            "ops.add(outputs, self.over_outputs(bias))",
+            "ops.subtract(outputs, self.over_outputs(bias))",
+            "test_laws.py -k fresh_adapter",
+        ),
+        (
+            "variable.trainable = False",
+            "variable.trainable = True",
+            "test_carriers.py -k frozen_biases",
+        ),
+        (
+            "and not self.takes_dropout",
+            "and False",
+            "test_base_arguments.py -k refuses_dropout",
+        ),
+    ],
+    "layers/frozen_kernel.py": [
+        (
+            "kernel = ops.stop_gradient(self.base_kernel(self.compute_dtype))",
+            "kernel = self.base_kernel(self.compute_dtype)",
+            "test_gradient_sizes.py -k 'eager_gradient or no_kernel_sized'",
+        ),
+        (
+            "kernel = self.base_kernel(self.lora.variable_dtype)",
+            "kernel = self.base_kernel(dtype)",
+            "test_laws.py -k merging_rounds_once",
+        ),
+    ],
+    "layers/host_checks.py": [
+        (
+            "if constraint is not None:",
+            "if False:",
+            "test_bad_input.py -k kernel_constraint",
+        ),
+        (
+            'if getattr(layer, "lora_enabled", False):',
+            "if False:",
+            "test_hosts_that_move.py -k keras_own_adapter",
+        ),
+    ],
+    "layers/layer_files.py": [
+        (
+            'store["adapter"] = self.lora.rank',
+            "pass",
+            "test_carriers.py -k 'do_not_go_into_a_plain_model'",
+        ),
+    ],
+    "layers/dense.py": [
+        (
+            "fan_in=inputs",
+            "fan_in=units",
+            "test_laws.py -k 'starting_values and dense'",
+        ),
+    ],
+    "layers/embedding.py": [
+        (
+            'a_initializer="zeros"',
+            'a_initializer="ones"',
+            "test_laws.py -k 'fresh_adapter and embedding'",
+        ),
+        (
+            "return ops.cast(outputs, self.compute_dtype)",
+            "return outputs",
+            "test_laws.py -k 'stays_float32 and embedding'",
+        ),
+        (
+            "return dequantize(integers, scale, zero, groups, axis=1)",
+            "return dequantize(integers, scale, zero, groups)",
+            "test_quantized.py -k 'what_it_loses or gradients_are'",
+        ),
+        (
+            "return ops.stop_gradient(self.linear(inputs, self.frozen_kernel))",
+            "return self.linear(inputs, self.frozen_kernel)",
+            "test_gradient_sizes.py -k embedding",
+        ),
+    ],
+    "layers/conv.py": [
+        (
+            "(self.dilation_rate[0] * (self.kernel_size[0] - 1), 0)",
+            "(0, self.dilation_rate[0] * (self.kernel_size[0] - 1))",
+            "test_laws.py -k 'fresh_adapter and causal'",
+        ),
+        (
+            "strides=list(self.strides)",
+            "strides=1",
+            "test_laws.py -k 'fresh_adapter and conv'",
+        ),
+        (
+            "dilation_rate=self.dilation_rate",
+            "dilation_rate=1",
+            "test_laws.py -k 'fresh_adapter and conv'",
+        ),
+        (
+            "fan_in=math.prod(window)",
+            "fan_in=math.prod(window[:-1])",
+            "test_laws.py -k 'starting_values and conv'",
+        ),
+    ],
+    "layers/conv_bypass.py": [
+        (
+            "ops.tile(a, (1,) * (len(a.shape) - 1) + (layer.groups,))",
+            "ops.repeat(a, layer.groups, axis=-1)",
+            "test_laws.py -k 'training_and_merged and groups'",
+        ),
+        (
+            "set(layer.kernel_size + layer.strides) == {1}",
+            "set(layer.kernel_size) == {1}",
+            "test_against_torch.py test_dora.py -k 'forward and conv2d'",
+        ),
+    ],
+    "layers/einsum_dense.py": [
+        (
+            "fan_in=math.prod(contracted)",
+            "fan_in=math.prod(new)",
+            "test_laws.py -k 'starting_values and einsum'",
+        ),
+    ],
+    "layers/equation.py": [
+        (
+            "batch + contracted + rank, batch + rank + new",
+            "contracted + batch + rank, batch + rank + new",
+            "test_laws.py -k 'training_and_merged and batch'",
+        ),
+        (
+            "if row in self.kernel:",
+            "if False:",
+            "test_bank.py -k 'leading or refused'",
+        ),
+    ],
+    "layers/merged_dense.py": [
+        (
+            "[list(self.adapted_slices)]",
+            "[::-1][list(self.adapted_slices)]",
+            "test_base_arguments.py -k equals_layers_of_its_own",
+        ),
+        (
+            "file_rank=adapted * rank",
+            "file_rank=rank",
+            "test_peft_exchange.py test_adapter_files.py -k merged",
+        ),
+        (
+            "adapted_outputs=np.repeat(\n                self.adapted_slices, units // "
+            "len(self.adapted_slices)\n            ),",
+            "adapted_outputs=np.tile(\n                self.adapted_slices, units // "
+            "len(self.adapted_slices)\n            ),",
+            "test_dora.py -k 'merged-dense and outputs_are'",
+        ),
+    ],
+    "layers/blocks.py": [
+        (
+            "if any(len(own) > rank for own in rows):",
+            "if False:",
+            "test_adapter_files.py -k another_slice",
+        ),
+    ],
+    "layers/by_row.py": [
+        (
+            "ids + slots * vocabulary",
+            "ids + slots",
+            "test_bank.py -k 'each_row_is_the_layer and embedding'",
+        ),
+        ("    if transpose:", "    if False:", "test_bank.py -k tied_embedding"),
+    ],
+    "layers/form.py": [
+        (
+            "for axis in sorted(self.input_axes):",
+            "for axis in sorted(self.input_axes, reverse=True):",
+            "test_dora.py -k 'outputs_are and (einsum or conv)'",
+        ),
+        (
+            "b.T.reshape(self.b_shape)",
+            "b.reshape(self.b_shape)",
+            "test_adapter_files.py -k every_kind",
+        ),
+        (
+            "return min(inputs, math.prod(sizes) // (inputs * batch))",
+            "return inputs",
+            "test_apply.py -k rank_that_no_update",
+        ),
+        (
+            "parts = (self.file_rank or rank) // rank",
+            "parts = 1",
+            "test_bank.py -k 'each_row_is_the_layer and merged'",
+        ),
+    ],
+    "layers/dora.py": [
+        ("(2 * with_kernel + with_a)", "(with_kernel + with_a)", f"{LAWS} outputs_are"),
+        ("there = norm > 0", "there = norm >= 0", f"{LAWS} zero_columns"),
+        (
+            "(ops.stop_gradient(value) for value in (a, b, kernel))",
+            "(value for value in (a, b, kernel))",
+            f"{LAWS} gradients_are_those_of_lora",
+        ),
+        ("gain - 1)", "gain)", f"{LAWS} 'dropout_is_that and linear'"),
+        (
+            "acts = ops.logical_and(there, self.switched > 0)",
+            "acts = there",
+            f"{LAWS} contexts_and_merging",
+        ),
+        (
+            "ops.multiply(ops.cast(values, self.variable_dtype), gain)",
+            "ops.multiply(values, ops.cast(gain, values.dtype))",
+            f"{LAWS} half_precision_multiplies",
+        ),
+        (
+            'norm = np.linalg.norm(weight.astype("float64"), axis=1)',
+            'norm = np.linalg.norm(weight.astype("float64"), axis=0)',
+            "test_dora_files.py -k slices_without",
+        ),
+        (
+            "if not np.allclose(*others, rtol=1e-4, atol=0):",
+            "if False:",
+            "test_dora_files.py",
+        ),
+        (
+            "        self.magnitude.assign(self.starting_magnitude())",
+            "        pass",
+            f"{LAWS} start_is_that_of_peft",
+        ),
+    ],
+    "layers/started.py": [
+        ("[a - a_start, a_start]", "[a, a_start]", "test_starts.py -k nothing_changes"),
+        ("wide_b * scaling", "wide_b", "test_starts.py -k delta_is_the_difference"),
+        ('"b_start": b - b_change', '"b_start": b', "test_starts.py -k losses_go_on"),
+    ],
+    "layers/loralib.py": [
+        (
+            "(*range(2, len(shape)), 1, 0)",
+            "(*range(len(shape) - 1, 1, -1), 1, 0)",
+            "test_loralib_files.py test_against_torch.py -k convolution",
+        ),
+        (
+            "[b[start::copies] for start in range(copies)]",
+            "np.split(b, copies)",
+            "test_loralib_files.py -k standard_convolution",
+        ),
+        (
+            "slice(slot * size, (slot + 1) * size)",
+            "slice(group * size, (group + 1) * size)",
+            "test_loralib_files.py -k 'outputs_agree or plain_layers'",
+        ),
+    ],
+    "layers/kinds.py": [
+        (
+            "getattr(cls, m) is not getattr(base, m)",
+            "False",
+            "test_apply.py -k subclass_with_another_call",
+        ),
+    ],
+    "layers/methods.py": [
+        (
+            '"float64" if dtype == "float64" else "float32"',
+            '"float32"',
+            "test_laws.py -k float64",
+        ),
+    ],
+    "layers/small_kernel_training.py": [
+        (
+            "adapter.dropout == 0",
+            "True",
+            "test_gradient_sizes.py -k low_rank_path",
+        ),
+        (
+            "and host.compute_dtype == adapter.variable_dtype",
+            "",
+            "test_gradient_sizes.py -k 'no_kernel_sized and conv2d'",
+        ),
+        (
+            "math.prod(host.kernel_shape) <= math.prod(sizes)",
+            "True",
+            "test_gradient_sizes.py -k 'no_kernel_sized and deep'",
+        ),
+        (
+            "return of_inputs, *tape.gradient(outputs, [a, b], upstream)",
+            "return of_inputs, *tape.gradient(outputs, [a, b], 2 * upstream)",
+            "test_against_torch.py -k 'gradients and compiled and conv'",
+        ),
+    ],
+    "layers/scaled.py": [
+        (
+            "self.switched_off += -1 if on else 1",
+            "self.switched_off = 0 if on else 1",
+            "test_merging.py test_models_around.py test_trained_beside.py -k nest",
+        ),
+        (
+            "self.settings = Settings(self.rank, alpha, use_rslora)\n"
+            "        self._write_scaling()",
+            "self.settings = Settings(self.rank, alpha, use_rslora)",
+            "test_laws.py -k delta_is_scaling",
+        ),
+    ],
+    "layers/torch_layout.py": [
+        (
+            "return np.moveaxis(a, (0, 1), (-1, -2)), b",
+            "return np.moveaxis(a, (0, 1), (-2, -1)), b",
+            "test_adapter_files.py -k 'every_kind and conv'",
+        ),
+        (
+            "if kernel.ndim < 2 or (inputs_first and kernel.ndim == 2):",
+            "if kernel.ndim < 2:",
+            "test_peft_settings.py -k fan_in_fan_out",
+        ),
+    ],
+    "layers/trained_values.py": [
+        (
+            "    if not held.contexts:",
+            "    if True:",
+            "test_trained_beside.py -k do_not_nest",
+        ),
+    ],
+    "layers/quantized_host.py": [
+        (
+            "return self.merge_weights and not self.is_quantized",
+            "return self.merge_weights",
+            "test_quantized.py -k fresh_adapter",
+        ),
+        (
+            "        return ops.divide(values, scale)",
+            "        return ops.multiply(values, scale)",
+            "test_quantized.py -k 'gradients_are_those and dense'",
+        ),
+        (
+            "values = ops.reshape(matrix, values.shape)",
+            "pass",
+            "test_quantized.py -k 'gradients_are_those and awq'",
+        ),
+    ],
+    "layers/quantized_einsum.py": [
+        (
+            "if not first and not self.scales_outputs(scale, zero):",
+            "if False:",
+            "test_quantized.py -k named",
+        ),
+    ],
+    "layers/reverse_side.py": [
+        (
+            "ops.multiply(ops.tanh(ops.divide(logits, cap)), cap)",
+            "ops.tanh(ops.divide(logits, cap))",
+            "test_apply.py -k reversible",
+        ),
+    ],
+    "layers/arguments.py": [
+        (
+            '"lora_alpha": "alpha"',
+            '"lora_alpha": "rank"',
+            "test_bad_input.py -k keywords_of_other",
+        ),
+        (
+            'class_name.replace("LoRA", "Lora")',
+            "class_name",
+            "test_base_arguments.py -k default_names",
+        ),
+    ],
+    "files/slices.py": [
+        (
+            "[block * (s / scaling[0])",
+            "[block * 1",
+            "test_name_tables.py -k slices_of_other",
+        ),
+        ("        if rest.any():", "        if False:", "test_name_tables.py -k fit"),
+        (
+            "value.take(columns if inverse else np.argsort(columns), axis)",
+            "value.take(columns, axis)",
+            "test_derived_names.py test_name_tables.py",
+        ),
+    ],
+    "files/factors.py": [
+        (
+            "self.alphas[module] / divisor(rank, self.use_rslora)",
+            "self.alphas[module] / rank",
+            "test_analyze.py -k 'a_folder_says and sequential'",
+        ),
+        (
+            "if not np.isfinite(values).all():",
+            "if False:",
+            "test_adapter_files.py -k 'bad_tensors and nan'",
+        ),
+        (
+            "        if set(pair) not in expected:",
+            "        if False:",
+            "test_adapter_files.py test_dora_files.py -k 'bad_tensors or damaged'",
+        ),
+    ],
+    "files/fitting.py": [
+        (
+            "        if rank != own:",
+            "        if False:",
+            "test_adapter_files.py -k rank",
+        ),
+        ("if missing or more:", "if missing:", "test_adapter_files.py -k or_targets"),
+        (
+            "if np.max(np.abs(value), initial=0) > limit:",
+            "if False:",
+            "test_hostile_files.py -k infinite",
+        ),
+    ],
+    "files/combine.py": [
+        (
+            "pair[suffixes[1]] * (factor / scaling)",
+            "pair[suffixes[1]] * factor",
+            "test_combining.py -k exact",
+        ),
+        (
+            "not all(\n        is_number(weight) and math.isfinite(weight)",
+            "not all(\n        True",
+            "test_combining.py -k bad_input",
+        ),
+    ],
+    "files/spectrum.py": [
+        (
+            "np.linalg.norm(values[rank:])",
+            "np.linalg.norm(values[:rank])",
+            "test_combining.py -k nearest",
+        ),
+        (
+            "energy * sums[-1])) + 1",
+            "energy * sums[-1]))",
+            "test_analyze.py -k 'cut_to or every_kind'",
+        ),
+    ],
+    "files/difference.py": [
+        ("[b, -other_b]", "[b, other_b]", "test_command.py -k diff"),
+    ],
+    "files/extract.py": [
+        (
+            "root = np.sqrt(values[..., None, :rank])",
+            "root = values[..., None, :rank]",
+            "test_combining.py -k extracted_adapter",
+        ),
+    ],
+    "files/checked_config.py": [
+        (
+            'if file.get("peft_type") != "LORA":',
+            "if False:",
+            "test_adapter_files.py -k bad_settings",
+        ),
+        (
+            "if file.get(key) and key not in methods_in_files():",
+            "if False:",
+            "test_files_as_found.py -k change_the_mathematics",
+        ),
+        (
+            "if isinstance(start, str) and start.lower()",
+            "if isinstance(start, str) and str()",
+            "test_adapter_files.py test_files_as_found.py -k settings",
+        ),
+        (
+            "not 1e-37 < alpha < 3e38",
+            "not 0 < alpha",
+            "test_hostile_files.py -k 'infinite or numbers'",
+        ),
+    ],
+    "files/checked_tensors.py": [
+        (
+            'if metadata.get("sha256", found) != found:',
+            "if False:",
+            "test_adapter_files.py -k flipped",
+        ),
+        (
+            "if stored.get(key) != said.get(key):",
+            "if False:",
+            "test_adapter_files.py test_folders.py test_hostile_files.py"
+            " -k 'belong or between_the_files or bad_settings'",
+        ),
+    ],
+    "files/pair.py": [
+        (
+            'config.get("sha256") == metadata.get("sha256")',
+            'config.get("sha256") != metadata.get("sha256")',
+            "test_folders.py -k stopped_between",
+        ),
+        (
+            "if kind not in FLOATS:",
+            "if False:",
+            "test_adapter_files.py -k 'bad_tensors and int'",
+        ),
+        (
+            "        if read_config(directory) == config:",
+            "        if True:",
+            "test_folders.py -k 'read_while or between'",
+        ),
+    ],
+    "files/patterns.py": [
+        (
+            'if token["low"] and not token["upto"]:',
+            "if False:",
+            "test_hostile_files.py -k what_python_makes",
+        ),
+        (
+            'self.places(r"\\.") << 1 if part else 0',
+            "0",
+            "test_hostile_files.py test_peft_settings.py -k 'ends or names'",
+        ),
+    ],
+    "files/save.py": [
+        (
+            'bias = "all" if biases - ranks.keys() else "lora_only"',
+            'bias = "lora_only"',
+            "test_adapter_files.py -k which_biases",
+        ),
+    ],
+    "files/tensors.py": [
+        (
+            "return layer.lora.scaling * divisor(rank, use_rslora)",
+            "return layer.lora.alpha",
+            "test_adapter_files.py -k 'every_kind and merged'",
+        ),
+        (
+            '    if variable.name == "bias":\n        return value.reshape(-1)',
+            "",
+            "test_adapter_files.py test_name_tables.py -k 'biases or peft_loads_ours'",
+        ),
+    ],
+    "files/targeting.py": [
+        (
+            "            if other_place > place:\n                break\n",
+            "",
+            "test_hostile_files.py test_adapter_files.py test_peft_settings.py",
+        ),
+        ("    if not fits:", "    if False:", "test_hostile_files.py -k mean_nothing"),
+    ],
+    "files/names.py": [
+        (
+            "        if module in modules:\n            raise",
+            "        if False:\n            raise",
+            "test_bad_input.py test_adapter_files.py -k names",
+        ),
+        (
+            "if takes_ids and id(layer) in heads:",
+            "if False:",
+            "test_peft_settings.py -k tied",
+        ),
+    ],
+    "files/load.py": [
+        (
+            "layer.lora.set_alpha(alpha, file.use_rslora)",
+            "layer.lora.set_alpha(alpha)",
+            "test_adapter_files.py -k every_kind",
+        ),
+        (
+            "values += unread_base_values(layers, values)",
+            "pass",
+            "test_trained_beside.py -k brings_the_bases_own",
+        ),
+    ],
+    "files/for_model.py": [
+        (
+            "math.prod(form.a_shape) + math.prod(form.b_shape) > size",
+            "False",
+            "test_hostile_files.py -k without_its_values",
+        ),
+    ],
+    "files/from_keras.py": [
+        (
+            "layer.lora_alpha / layer.lora_rank",
+            "layer.lora_alpha",
+            "test_enable_lora_files.py -k layers_of_keras",
+        ),
+        (
+            "np.kron(np.eye(count, dtype=b.dtype), b)",
+            "np.kron(b, np.eye(count, dtype=b.dtype))",
+            "test_enable_lora_files.py -k layers_of_keras",
+        ),
+    ],
+    "files/from_loralib.py": [
+        ("alpha * ranks[module] / rank", "alpha", "test_loralib_files.py"),
+    ],
+    "files/checkpoint.py": [
+        (
+            "format(epoch=epoch + 1",
+            "format(epoch=epoch",
+            "test_adapter_checkpoint.py -k epoch",
+        ),
+        (
+            "math.isnan(logs[self.monitor]) or",
+            "",
+            "test_adapter_checkpoint.py -k no_number",
+        ),
+    ],
+    "files/engines.py": [
+        (
+            "abs(file.alphas[module]",
+            "0 * abs(file.alphas[module]",
+            "test_check_adapter.py",
+        ),
+    ],
+    "files/analyze.py": [
+        (
+            "values = scaling * singular_values(left, right)",
+            "values = singular_values(left, right)",
+            "test_analyze.py -k 'a_folder_says and sequential'",
+        ),
+    ],
+    "models/targets.py": [
+        (
+            "    keras.layers.Activation,\n",
+            "",
+            "test_apply.py -k leaves_the_head_out",
+        ),
+        (
+            "values.setdefault(path, pattern[key])",
+            "values[path] = pattern[key]",
+            "test_apply.py -k patterns",
+        ),
+    ],
+    "models/choose.py": [
+        (
+            "in_all_linear and id(layer) not in heads",
+            "in_all_linear",
+            "test_apply.py -k leaves_the_head_out",
+        ),
+        (
+            "if found and excluded.issuperset(found):",
+            "if False:",
+            "test_apply.py -k matches_nothing",
+        ),
+    ],
+    "models/apply.py": [
+        (
+            '"rank": ranks.get(path, rank)',
+            '"rank": rank',
+            "test_apply.py -k test_patterns",
+        ),
+        (
+            "    refuse_adapters(paths)\n",
+            "",
+            "test_apply.py -k applying_twice",
+        ),
+    ],
+    "models/freezing.py": [
+        (
+            "layer.trainable = any(id(v) in kept for v in variables)",
+            "layer.trainable = True",
+            "test_freezing.py -k batch_normalization",
+        ),
+        (
+            '    if variable.name == "beta":\n'
+            "        return not layer_state(layer)[1]\n",
+            "",
+            "test_trained_beside.py -k calls_so",
+        ),
+        (
+            "            variable.trainable = id(variable) in kept",
+            "            pass",
+            "test_freezing.py -k only_the_factors",
+        ),
+    ],
+    "models/merge.py": [
+        (
+            '    refuse_not_finite(layer, {"the merged kernel": kernel})\n',
+            "",
+            "test_merging.py -k 'finite or cannot_hold'",
+        ),
+        (
+            "layer.frozen_kernel.assign(layer.merged_kernel(layer.kernel_dtype))",
+            "layer.frozen_kernel.assign(layer.lora.delta())",
+            "test_merging.py -k 'leaves_plain_layers and sequential'",
+        ),
+        (
+            "        for variable, value in base_values(layer):\n"
+            "            variable.assign(value)\n",
+            "        pass\n",
+            "test_trained_beside.py -k the_base_model_is",
+        ),
+    ],
+    "models/contexts.py": [
+        (
+            'UNTRAINED.format("merged")):',
+            'UNTRAINED.format("merged")) if False else contextlib.nullcontext():',
+            "test_merging.py -k fitting_inside",
+        ),
+    ],
+    "models/decompositions.py": [
+        (
+            "np.sqrt(values / scaling)",
+            "np.sqrt(values)",
+            "test_starts.py -k 'trajectory or brings'",
+        ),
+        (
+            "(r[..., :rank, :], q[..., :rank])",
+            "(r[..., -rank:, :], q[..., -rank:])",
+            "test_starts.py -k trajectory",
+        ),
+        ("q[..., 1::2, :]", "q[..., 0::2, :]", "test_starts.py -k orthogonal"),
+    ],
+    "models/layer_inputs.py": [
+        (" - np.outer(mean, mean)", "", "test_starts.py -k eva_starts"),
+    ],
+    "models/start_values.py": [
+        ("-pair[0]", "pair[0]", "test_starts.py -k moves_ranks"),
+        ("return min(tried", "return max(tried", "test_starts.py -k loftq"),
+    ],
+    "models/initialize.py": [
+        (
+            "if to_numpy(lora.a).any() and to_numpy(lora.b).any():",
+            "if False:",
+            "test_starts.py -k refusals",
+        ),
+    ],
+    "models/lora_plus.py": [
+        (
+            "learning_rate * self.lora_plus_ratio",
+            "learning_rate",
+            "test_lora_plus.py -k 'equals_two_plain and SGD'",
+        ),
+        (
+            "if not any(map(self.is_faster, variables)):",
+            "if False:",
+            "test_lora_plus.py -k no_b_among",
+        ),
+    ],
+    "models/record.py": [
+        (
+            "{**base, **old.base}",
+            "{**old.base, **base}",
+            "test_trained_beside.py test_freezing.py test_carriers.py"
+            " -k 'base or marked'",
+        ),
+    ],
+    "models/trainable_flags.py": [
+        (
+            "        variable.trainable = flag",
+            "        variable.trainable = trainable",
+            "test_trained_beside.py test_apply.py -k 'undoing or frozen'",
+        ),
+    ],
+    "models/paths.py": [
+        (
+            "            if used[part] > 1:",
+            "            if False:",
+            "test_report.py test_apply.py -k 'path or report or target'",
+        ),
+    ],
+    "models/report.py": [
+        (
+            "8 * (self.total - self.added)",
+            "8 * self.total",
+            "test_report.py -k rows_and_table",
+        ),
+    ],
+    "models/merge_quantized.py": [
+        (
+            "twin(plain, type(layer), {}).base_kernel(layer.kernel_dtype), kernel",
+            "kernel, kernel",
+            "test_quantized.py -k 'what_it_loses and dense'",
+        ),
+    ],
+    "models/atomic.py": [
+        ("        os.fsync(file.fileno())", "        pass", "test_folders.py -k disk"),
+        (
+            "        elif path.is_dir():",
+            "        elif False:",
+            "test_export.py -k second",
+        ),
+    ],
+    "models/export.py": [
+        ("    if others:", "    if False:", "test_folders.py -k deletes_nothing"),
+    ],
+    "models/keras_files.py": [
+        (
+            "            refuse_quantizing(layer, mode)  # before any layer changes",
+            "            pass",
+            "test_quantized.py -k 'calibrating or before_any_layer'",
+        ),
+        (
+            '"merge_weights": {p: x.merge_weights for',
+            '"merge_weights": {p: True for',
+            "test_carriers.py -k how_a_layer_merges",
+        ),
+        (
+            '        restore_trainable_state(layers_now, config["trainable"])\n',
+            "",
+            "test_carriers.py -k 'frozen_biases or only_marked'",
+        ),
+    ],
+    "serving/slots.py": [
+        (
+            "        self.write(count - 1, b=np.nan)\n",
+            "",
+            "test_bank.py -k ids_that_name_nothing",
+        ),
+        (
+            'return 1.0 if name == "gain" else 0.0',
+            "return 0.0",
+            "test_bank.py -k 'dora or lengths'",
+        ),
+    ],
+    "serving/rows.py": [
+        (
+            "place = ops.floor_divide(place, times)",
+            "place = ops.mod(place, times)",
+            "test_bank.py -k another_leading_axis",
+        ),
+        ("kept / (1 - rates)", "kept", "test_bank_fit.py -k dropout"),
+    ],
+    "serving/directory.py": [
+        (
+            "ops.where(found[:, 0] == ids, found[:, 1], self.no_slot)",
+            "found[:, 1]",
+            "test_bank.py -k ids_that_name_nothing",
+        ),
+        (
+            "self.id_of.pop(name) + self.capacity + 1",
+            "self.id_of.pop(name)",
+            "test_bank.py -k ids_that_name_nothing",
+        ),
+    ],
+    "serving/loss_of_each.py": [
+        (
+            "ops.where(ids == 0, 0.0, values)",
+            "values",
+            "test_bank_fit.py",
+        ),
+        (
+            "counted = counted * over(ops.cast(mask, values.dtype), values)",
+            "pass",
+            "test_bank_fit.py -k masked",
+        ),
+    ],
+    "serving/optimizer_of_each.py": [
+        (
+            "variable.assign(ops.where(present, now, value))",
+            "variable.assign(now)",
+            "test_bank_fit.py -k takes_no_step",
+        ),
+    ],
+    "serving/part.py": [
+        (
+            "ops.subtract(self.bias, self.layer.bias)",
+            "ops.convert_to_tensor(self.bias)",
+            "test_bank.py -k biases_and_heads",
+        ),
+    ],
+    "serving/banked.py": [
+        (
+            "if gain is not None and not backwards:",
+            "if False:",
+            "test_bank.py -k lengths_of_its_dora",
+        ),
+    ],
+    "keras_internals/layers.py": [
+        (
+            "tracked.insert(place.position, tracked.pop())",
+            "pass",
+            "test_merging.py -k leaves_plain_layers",
+        ),
+    ],
+    "keras_internals/optimizers.py": [
+        (
+            "            learning_rate = self.faster(learning_rate)",
+            "            pass",
+            "test_lora_plus.py -k 'equals_two_plain and SGD'",
+        ),
+    ],
+}
+
+
+def rows() -> list:
+    faults = [(file, *fault) for file, found in FAULTS.items() for fault in found]
+    return [Mutation(number, *fault) for number, fault in enumerate(faults, start=1)]
+
+
+def chosen(words) -> list:
+    """Rows by number (17, 17-20) or by a part of their file's path."""
+
+    def means(word, row):
+        low, _, high = word.partition("-")
+        if low.isdecimal():
+            return int(low) <= row.number <= int(high or low)
+        return word in row.file
+
+    return [row for row in rows() if not words or any(means(w, row) for w in words)]
+
+
+def run(row, tree, limit) -> str:
+    """What became of a fault: "caught", or why it was not."""
+    path = tree / "keras_lora" / row.file
+    before = path.read_text(encoding="utf-8")
+    if (count := before.count(row.text)) != 1:
+        return f"NOT TRIED: the text stands {count} times in the file"
+    arguments = [
+        f"tests/{word}" if word.endswith(".py") else word
+        for word in shlex.split(row.tests)
+        if not word.endswith(".py") or (tree / "tests" / word).exists()
+    ]
+    path.write_text(before.replace(row.text, row.other), encoding="utf-8")
+    try:
+        # Forked, as importing Keras takes longer than most of these tests.
+        context = multiprocessing.get_context("fork")
+        process = context.Process(target=run_tests, args=(tree, arguments))
+        process.start()
+        process.join(limit)
+        process.kill()
+        process.join()
+    finally:
+        path.write_text(before, encoding="utf-8")
+    last = (tree / OUTPUT).read_text(encoding="utf-8").strip().splitlines()[-1:]
+    if process.exitcode < 0:
+        return f"NOT CAUGHT in {limit} s"
+    code = process.exitcode - RAN
+    if code == pytest.ExitCode.TESTS_FAILED:
+        return "caught"
+    found = {
+        pytest.ExitCode.OK: "NOT CAUGHT",
+        pytest.ExitCode.INTERRUPTED: "caught while collecting",
+    }
+    return f"{found.get(code, 'NOT TRIED')}: {' '.join(last)}"
+
+
+def run_tests(tree, arguments):
+    output = os.open(tree / OUTPUT, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.chdir(tree)
+    sys.path.insert(0, str(tree))
+    # No bytecode: two faults of a file may have one size, in one second.
+    sys.dont_write_bytecode = True
+    imported = "ignore::pytest.PytestAssertRewriteWarning"  # before pytest could see
+    code = pytest.main(["-xq", "-p", "no:cacheprovider", "-W", imported, *arguments])
+    sys.stdout.flush()
+    os._exit(RAN + int(code))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("rows", nargs="*", help="numbers, ranges, or parts of paths")
+    parser.add_argument("--tree", type=Path, default=ROOT, help="what is copied")
+    parser.add_argument("--limit", type=int, default=300, help="seconds for each")
+    arguments = parser.parse_args()
+    for name in ("keras", "torch", "peft", "keras_hub"):
+        importlib.import_module(name)
+    missed, found = [], chosen(arguments.rows)
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder, "tree")
+        shutil.copytree(arguments.tree, tree, ignore=IGNORED)
+        os.environ |= {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+        for row in found:
+            start = time.perf_counter()
+            outcome = run(row, tree, arguments.limit)
+            seconds = time.perf_counter() - start
+            where = f"{row.number:3} {row.file}: {row.text.strip().splitlines()[0]}"
+            print(f"{outcome:10} {seconds:4.0f} s  {where}", flush=True)
+            missed += [] if outcome.startswith("caught") else [row]
+    print(f"{len(found) - len(missed)} of {len(found)} faults were caught.")
+    sys.exit(bool(missed))
+
+
+if __name__ == "__main__":
+    main()
