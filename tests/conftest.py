@@ -1,19 +1,24 @@
 import gc
 import os
 
+import pytest
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("JAX_ENABLE_X64", "1")  # for the comparisons in float64
 
-import keras
-import pytest
-
-from keras_lora.keras_internals import models_around
+# Keras is imported in the functions: the process that hands out tests needs none.
 
 
 @pytest.fixture(autouse=True, scope="module")
-def only_new_garbage():
-    """What was imported, or is kept by Keras, is not looked through for each variable
-    that Keras deletes: it collects garbage then."""
+def fresh_module():
+    import keras
+
+    from keras_lora.keras_internals import models_around
+
+    keras.backend.clear_session(free_memory=False)
+    keras.utils.set_random_seed(7)
+    # What was imported, or is kept by Keras, is not looked through for each variable
+    # that Keras deletes: it collects garbage then.
     gc.collect()
     gc.freeze()
     models_around.WARNED_AT.count = gc.get_freeze_count()
@@ -22,9 +27,23 @@ def only_new_garbage():
 @pytest.fixture(autouse=True)
 def fresh_state():
     """The same seeds and names for every test; no floatx or policy leaks out."""
-    keras.backend.clear_session(free_memory=False)  # a collection takes seconds
-    keras.utils.set_random_seed(7)
+    import keras
+    from keras.src.utils import naming
+    from seeds import set_seed
+
+    set_seed(7)
+    naming.reset_uids()
     yield
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy("float32")
     keras.config.enable_traceback_filtering()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """The summary has one line for a failure: with what NumPy says in several."""
+    report = yield
+    crash = getattr(report.longrepr, "reprcrash", None)
+    if crash is not None:
+        crash.message = " ".join(crash.message.split())
+    return report

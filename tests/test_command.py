@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 from pretrained import sequential
+from seeds import set_seed
 from shared import adapted
 from shared import predict
 from shared import same_base
@@ -132,7 +133,7 @@ def test_diff_names_what_is_in_one_and_what_is_equal(here, capsys):
 
 def test_diff_of_heads_and_of_doras_lengths(here, capsys):
     for name, shift in (("one", 0), ("two", 1)):
-        keras.utils.set_random_seed(3)
+        set_seed(3)
         model = sequential()
         keras_lora.apply_lora(model, rank=2, use_dora=True, also_train=["head"])
         model.get_layer("head").bias.assign([1, 2, 2 + shift])

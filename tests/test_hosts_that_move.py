@@ -8,6 +8,7 @@ import pytest
 from keras import ops
 from layer_cases import fill
 from layer_cases import to_numpy
+from seeds import set_seed
 
 import keras_lora
 from keras_lora import apply_lora
@@ -41,7 +42,7 @@ def test_spectral_normalization_is_passed_over_or_refused():
 
 def normalized(trained=(), **settings):
     """A model with a normalized layer that nothing adapts, after training."""
-    keras.utils.set_random_seed(7)
+    set_seed(7)
     inside = keras.layers.Dense(6, name="inside")
     wrapped = keras.layers.SpectralNormalization(inside, name="wrapped")
     model = around(keras.layers.Dense(6, name="other"), wrapped)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from layer_cases import fill
 from layer_cases import to_numpy
+from seeds import set_seed
 
 import keras_lora
 from keras_lora.files.config import CONFIG
@@ -61,7 +62,7 @@ class Theirs(torch.nn.Module):
 
 def pair():
     """Both frameworks' models with the same weights."""
-    keras.utils.set_random_seed(1)
+    set_seed(1)
     model, module = ours(), Theirs()
 
     def put(parameter, value):

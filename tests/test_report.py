@@ -12,6 +12,7 @@ from models import functional
 from models import nested
 from models import sequential
 from models import subclassed
+from seeds import set_seed
 
 import keras_lora
 from keras_lora.models.paths import layer_paths
@@ -180,7 +181,7 @@ def test_html_has_the_cells_of_the_table_and_no_tag_of_a_names():
 
 
 def saved(folder, seed=1):
-    keras.utils.set_random_seed(seed)
+    set_seed(seed)
     model = keras.Sequential(
         [keras.Input((4,)), keras_lora.LoRADense(3, rank=2, alpha=6, name="one")]
     )

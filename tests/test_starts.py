@@ -10,6 +10,7 @@ from layer_cases import CASES
 from layer_cases import to_numpy
 from peft.tuners.lora import eva
 from peft.utils.incremental_pca import IncrementalPCA
+from seeds import set_seed
 from shared import assert_close
 
 import keras_lora
@@ -34,7 +35,7 @@ over_lora_and_dora = pytest.mark.parametrize(
 
 
 def mlp(dtype=None):
-    keras.utils.set_random_seed(3)
+    set_seed(3)
     return keras.Sequential(
         [
             keras.Input((SIZES[0],)),
@@ -191,7 +192,7 @@ def test_eva_moves_ranks_as_peft_does(exact):
 
 def test_a_layer_without_a_rank_is_a_plain_frozen_one():
     def build():
-        keras.utils.set_random_seed(3)
+        set_seed(3)
         inputs = keras.Input((6,))
         flat = keras.layers.Rescaling(0.0, offset=0.5)(inputs)  # nothing varies
         outputs = [keras.layers.Dense(4, name="one")(inputs)]
@@ -353,7 +354,7 @@ def test_the_largest_singular_values_are_numpy_s():
 
 
 def wide():
-    keras.utils.set_random_seed(3)
+    set_seed(3)
     return keras.Sequential(
         [keras.Input((96,)), keras.layers.Dense(64, name="one", use_bias=False)]
     )
