@@ -10,7 +10,7 @@ from keras_lora import LoRAMergedDense
 
 def factor_parameters(layer, inputs):
     """A + B of a layer that is built in a scope in which nothing is allocated."""
-    with keras.src.backend.StatelessScope():
+    with keras.src.backend.StatelessScope(initialize_variables=False):
         layer.build((None, None, inputs))
         factors = [layer.lora.a, layer.lora.b]
         assert all(factor._value is None for factor in factors)
