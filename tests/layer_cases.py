@@ -1,10 +1,12 @@
-"""One row per kind of layer and setting; the laws run over all rows."""
+"""One row per kind of layer, setting and method; the laws run over all rows."""
 
+import dataclasses
 from dataclasses import dataclass
 from dataclasses import field
 
 import keras
 import numpy as np
+import pytest
 
 import keras_lora
 
@@ -20,6 +22,7 @@ class Case:
     lora: dict = field(default_factory=dict)
     vocabulary: int = 0  # > 0: inputs are ids below it
     factor_parameters: int = 0  # closed form: r * (inputs + units) and its like
+    lengths: int = 0  # of DoRA's m, which has one for each adapted output
     fan_in: int = 0  # how many inputs an entry of A's rank axis sums over
 
     def layer(self, **overrides):
@@ -31,10 +34,13 @@ class Case:
         return layer
 
     def trained_layer(self, **overrides):
-        """The same with A and B as after training: neither is zero."""
+        """The same with factors as after training: none is as it was at first."""
         layer = self.layer(**overrides)
         for seed, factor in enumerate((layer.lora.a, layer.lora.b)):
             fill(factor, seed, scale=0.3)
+        if layer.lora.magnitude is not None:
+            random = np.random.default_rng(5)
+            layer.lora.magnitude.assign(random.random(layer.lora.magnitude.shape) + 0.5)
         return layer
 
     def plain_layer(self, layer, kernel, **overrides):
@@ -257,3 +263,61 @@ CASES = [
         arguments={"padding": "same"},
     ),
 ]
+
+# One row for each way to compute, for laws in which settings play no part.
+KINDS = [
+    case
+    for case in CASES
+    if case.name
+    in (
+        "dense-relu",
+        "embedding-rank-2",
+        "merged-dense-query-value",
+        "einsum-dense-query",
+        "einsum-dense-batch-axis",
+        "conv1d-causal",
+        "conv1d-loralib",
+        "conv2d-tall-dilated",
+        "conv3d-plain",
+    )
+]
+
+
+def with_dora(case, lengths):
+    return dataclasses.replace(
+        case,
+        name=f"{case.name}-dora",
+        lora={**case.lora, "use_dora": True},
+        factor_parameters=case.factor_parameters + lengths,
+        lengths=lengths,
+    )
+
+
+# Every kind but loralib's factors of a convolution, which are no product that could be
+# normed, and each way in which m lies over the outputs.
+LENGTHS = {
+    "dense-rank-1": 5,
+    "dense-dropout": 5,
+    "embedding-mask": 5,
+    "merged-dense-query-value": 8,
+    "einsum-dense-query": 3 * 4,
+    "einsum-dense-output": 5,
+    "einsum-dense-ellipsis": 5,
+    "einsum-dense-batch-axis": 3 * 5,
+    "einsum-dense-batch-axis-last": 5 * 3,
+    "conv1d-causal": 6,
+    "conv2d-groups": 6,
+    "conv3d-plain": 6,
+}
+BATCH_AXIS_LAST = einsum_dense(
+    "batch-axis-last", 3 * 2 * (6 + 5), "abc,dcb->abd", (3, 5), (3, 6), rank=2
+)
+DORA = [
+    with_dora(case, LENGTHS[case.name])
+    for case in (*CASES, BATCH_AXIS_LAST)
+    if case.name in LENGTHS
+]
+
+
+def over(cases):
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)

@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+from layer_cases import fill
 from layer_cases import to_numpy
 from models import x
 from models import y
@@ -16,19 +17,47 @@ TOLERANCE = 1e-5
 
 
 def assert_close(actual, expected, tolerance=TOLERANCE):
-    actual, expected = to_numpy(actual), to_numpy(expected)
-    scale = np.abs(expected).max()
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * scale)
+    expected = to_numpy(expected)
+    assert_within(actual, expected, tolerance * np.abs(expected).max())
 
 
 def assert_equal_bits(actual, expected, case=None):
     """To the bit; an embedding sums its rows in another order than the table."""
-    actual, expected = to_numpy(actual), to_numpy(expected)
+    expected = to_numpy(expected)
     last_place = np.spacing(np.abs(expected).max()) if case and case.vocabulary else 0
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=last_place)
+    assert_within(actual, expected, last_place)
+
+
+def assert_within(actual, expected, limit):
+    """An error of one line says what differs."""
+    actual = to_numpy(actual)
+    assert actual.shape == expected.shape
+    off = np.abs(actual.astype("float64") - expected)
+    wrong = ~(off <= limit)
+    if wrong.any():
+        place = np.unravel_index(np.where(wrong, off, -1).argmax(), off.shape)
+        raise AssertionError(
+            f"{wrong.sum()} of {wrong.size} values differ by more than {limit:.3g}, "
+            f"most at {tuple(map(int, place))}: {actual[place]}, not {expected[place]}"
+        )
+
+
+# How to compile where a trace would show no more than the steps themselves: on
+# TensorFlow a trace takes longer than many steps.
+EAGERLY = {"run_eagerly": True}
+if keras.backend.backend() != "tensorflow":
+    EAGERLY = {"jit_compile": False}
+
+
+def runs_eagerly(model):
+    """Of the constructions one is traced, the Sequential model."""
+    is_traced = isinstance(model, keras.Sequential)
+    return keras.backend.backend() == "tensorflow" and not is_traced
 
 
 def predict(model):
+    if runs_eagerly(model) and not getattr(model, "compiled", False):
+        return to_numpy(model(x(), training=False))
     return model.predict(x(), verbose=0)
 
 
@@ -70,14 +99,9 @@ def assert_same(actual, expected):
 
 
 def compile_(model):
-    # Tracing a step takes seconds where there are many layers; the others show it.
-    eagerly = keras.backend.backend() == "tensorflow" and len(model.weights) > LARGE
-    how = {"run_eagerly": True} if eagerly else {"jit_compile": False}
+    how = EAGERLY if runs_eagerly(model) else {"jit_compile": False}
     model.compile(keras.optimizers.Adam(0.02), "mse", **how)
     return model
-
-
-LARGE = 25
 
 
 def flags(model):
@@ -96,7 +120,9 @@ def same_base(model, build):
 
 
 def adapted(build=transformer, **kwargs):
+    """A compiled model, in which all that trains has other values than at first."""
     model, _ = adapt(build, **kwargs)
     compile_(model)
-    fit(model, 1)
+    for seed, variable in enumerate(model.trainable_variables):
+        fill(variable, seed, 0.3)
     return model

@@ -6,6 +6,7 @@ import pytest
 from models import x
 from models import y
 from pretrained import sequential
+from shared import EAGERLY
 from shared import adapt
 from shared import compile_
 from shared import predict
@@ -80,7 +81,7 @@ METRICS = [
 def test_auto_is_what_keras_takes_it_for(metric, values, tmp_path, monkeypatch):
     """Its EarlyStopping goes back to the epoch that it takes for the best."""
     model, _ = adapt(sequential)
-    model.compile("sgd", "mse", metrics=[metric])
+    model.compile("sgd", "mse", metrics=[metric], **EAGERLY)
     written = []
     monkeypatch.setattr(
         "keras_lora.files.checkpoint.save_adapter", lambda *a, **k: written.append(a)

@@ -1,7 +1,6 @@
 """DoRA: against PEFT on torch run live, against NumPy, and what it promises."""
 
 import inspect
-import re
 
 import keras
 import ml_dtypes
@@ -11,14 +10,17 @@ import pytest
 import torch
 from gradients import gradients
 from layer_cases import CASES
+from layer_cases import DORA
 from layer_cases import Case
 from layer_cases import fill
-from layer_cases import merged_kernel
+from layer_cases import over
 from layer_cases import to_numpy
 from test_against_torch import Pair
 from test_against_torch import Reference
 from test_against_torch import array
 from test_against_torch import kernel_to_last
+from test_against_torch import over_first_precision
+from test_against_torch import over_gradients
 from test_against_torch import over_precisions
 from test_gradient_sizes import DEEP
 from test_gradient_sizes import SIZES
@@ -26,24 +28,11 @@ from test_gradient_sizes import formed
 from test_gradient_sizes import training_step
 
 import keras_lora
-from keras_lora.layers.dora import DoRAAdapter
 
 on_tensorflow = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="reads TensorFlow's graphs"
 )
-# loralib's factors of a convolution are no product that could be normed.
-CASES = [case for case in CASES if case.lora.get("factorization") is None]
-CASES.append(
-    Case(
-        "einsum-dense-batch-axis-last",
-        keras_lora.LoRAEinsumDense,
-        {"equation": "abc,dcb->abd", "output_shape": (3, 5)},
-        input_shape=(3, 6),
-        lora={"rank": 2},
-        fan_in=6,
-    )
-)
-over_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+over_cases = over(DORA)
 
 
 # Against PEFT.
@@ -223,8 +212,7 @@ def test_start_is_that_of_peft(reference, dtype, tolerance):
 
 
 @over_references
-@over_precisions
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@over_gradients
 def test_gradients_are_those_of_peft(reference, dtype, tolerance, compiled):
     pair = DoRAPair(reference, dtype)
     ours, theirs = pair.our_gradients(True, compiled), pair.their_gradients()
@@ -233,7 +221,7 @@ def test_gradients_are_those_of_peft(reference, dtype, tolerance, compiled):
 
 
 @over_references
-@over_precisions
+@over_first_precision
 def test_ten_optimizer_steps_are_those_of_peft(reference, dtype, tolerance):
     pair = DoRAPair(reference, dtype)
     factors = list(pair.layer.lora.named_factors().values())
@@ -300,13 +288,6 @@ def test_dropout_is_that_of_peft(reference, dtype, tolerance):
 # Against NumPy, for every kind: W' in float64, and LoRA's own gradients.
 
 
-def trained(case, **overrides):
-    layer = case.trained_layer(use_dora=True, **overrides)
-    values = np.random.default_rng(5).random(layer.lora.magnitude.shape) + 0.5
-    layer.lora.magnitude.assign(values)
-    return layer
-
-
 def gain(layer):
     """m / n in float64 for all of the kernel's outputs, 1 where none is adapted."""
     kernel, delta, m = (
@@ -334,12 +315,12 @@ def exact_kernel(layer):
 
 
 @over_cases
-@pytest.mark.parametrize("training", [True, False])
-def test_outputs_are_those_of_the_plain_layer_with_numpys_kernel(case, training):
-    layer = trained(case, dropout=0.0)
+def test_outputs_are_those_of_the_plain_layer_with_numpys_kernel(case):
+    layer = case.trained_layer(dropout=0.0)
     plain = case.plain_layer(layer, exact_kernel(layer).astype("float32"))
     inputs = case.inputs()
-    assert_close(layer(inputs, training=training), plain(inputs))
+    for training in (True, False):
+        assert_close(layer(inputs, training=training), plain(inputs))
     base = case.plain_layer(layer, layer.frozen_kernel)
     assert np.abs(to_numpy(plain(inputs)) - to_numpy(base(inputs))).max() > 1e-2
 
@@ -350,8 +331,8 @@ def test_gradients_are_those_of_lora_times_the_gain(case):
     linear = {} if case.vocabulary else {"use_bias": False, "activation": None}
     if "equation" in case.arguments:
         linear = {"bias_axes": None, "activation": None}
-    layer = trained(case, dropout=0.0, **linear)
-    lora = case.layer(dropout=0.0, **linear)
+    layer = case.trained_layer(dropout=0.0, **linear)
+    lora = case.layer(dropout=0.0, use_dora=False, **linear)
     lora.frozen_kernel.assign(layer.frozen_kernel)
     lora.lora.a.assign(layer.lora.a)
     lora.lora.b.assign(layer.lora.b)
@@ -416,20 +397,9 @@ def test_tied_embedding_in_both_directions(training, options):
 
 
 @over_cases
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
-def test_fresh_adapter_changes_nothing(case, training, policy):
-    layer = case.layer(use_dora=True, dtype=policy)
-    plain = case.plain_layer(layer, layer.frozen_kernel, dtype=policy)
-    found = to_numpy(layer(case.inputs(), training=training))
-    np.testing.assert_array_equal(found, to_numpy(plain(case.inputs())))
-
-
-@over_cases
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "float16"])
 def test_merging_rounds_once(case, policy):
-    layer = trained(case, dtype=policy)
-    assert {v.dtype for v in layer.lora.named_factors().values()} == {"float32"}
+    layer = case.trained_layer(dtype=policy)
     dtype = keras.backend.standardize_dtype(layer.compute_dtype)
     exact = exact_kernel(layer).astype("float32")
     merged = to_numpy(layer.merged_kernel(dtype))
@@ -438,11 +408,6 @@ def test_merging_rounds_once(case, policy):
     low, high = (np.minimum(*near), np.maximum(*near))
     assert (low.astype("float32") <= merged).all()
     assert (merged <= high.astype("float32")).all()
-    plain = case.plain_layer(layer, merged_kernel(layer), dtype=policy)
-    found, expected = layer(case.inputs()), plain(case.inputs())
-    assert found.dtype == expected.dtype
-    if policy == "float32" and not case.vocabulary:
-        np.testing.assert_array_equal(to_numpy(found), to_numpy(expected))
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "bfloat16"])
@@ -470,24 +435,6 @@ def test_half_precision_multiplies_in_float32(policy):
     assert (found <= near[1].astype("float32")).all()
 
 
-@over_cases
-def test_fit_trains_a_b_and_m_and_never_the_kernel(case):
-    model = case.model(use_dora=True)
-    layer = model.layers[0]
-    fill(layer.lora.a, 1, 0.3)  # else the first gradient of B, or of A, is zero
-    before = [to_numpy(v) for v in (layer.frozen_kernel, *factors_of(layer))]
-    model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=False)
-    model.fit(case.inputs(8), case.targets(8), epochs=3, verbose=0)
-    after = [to_numpy(v) for v in (layer.frozen_kernel, *factors_of(layer))]
-    np.testing.assert_array_equal(before[0], after[0])
-    for old, new in zip(before[1:], after[1:], strict=True):
-        assert np.isfinite(new).all() and np.abs(new - old).max() > 0
-
-
-def factors_of(layer):
-    return layer.lora.named_factors().values()
-
-
 @pytest.mark.skipif(keras.backend.backend() == "torch", reason="has no XLA")
 @pytest.mark.parametrize("name", ["dense-dropout", "conv2d-plain", "embedding-mask"])
 def test_steps_under_xla_are_those_without(name):
@@ -501,66 +448,6 @@ def test_steps_under_xla_are_those_without(name):
         np.testing.assert_allclose(to_numpy(ours), to_numpy(expected), atol=1e-5)
 
 
-@over_cases
-def test_summary_counts_in_closed_form(case):
-    model, lora = case.model(use_dora=True), case.model()
-    counts = []
-    for found in (model, lora):
-        lines = []
-        found.summary(print_fn=lines.append)
-        text = "\n".join(lines)
-        counts.append(
-            {
-                what: int(count.replace(",", ""))
-                for what, count in re.findall(r"(\w+(?:-\w+)?) params: ([\d,]+)", text)
-            }
-        )
-    layer = model.layers[0]
-    kernel = np.array(layer.frozen_kernel.shape)
-    outputs = np.prod(np.delete(kernel, layer.form.input_axes))
-    mask = case.lora.get("enable_lora", (True,))
-    m = int(outputs * sum(mask) // len(mask))
-    assert np.prod(layer.lora.magnitude.shape) == m
-    expected = {**counts[1]}
-    expected["Total"] += m
-    expected["Trainable"] += m
-    assert counts[0] == expected
-
-
-@over_cases
-def test_keras_file(case, tmp_path):
-    model = case.model(use_dora=True)
-    for seed, variable in enumerate(factors_of(model.layers[0])):
-        fill(variable, seed)
-    model.save(tmp_path / "model.keras")
-    loaded = keras.models.load_model(tmp_path / "model.keras")
-    assert type(loaded.layers[0].lora) is DoRAAdapter
-    found = to_numpy(loaded(case.inputs()))
-    np.testing.assert_array_equal(found, to_numpy(model(case.inputs())))
-
-
-@over_cases
-def test_contexts_and_merging(case):
-    model = case.model(use_dora=True)
-    layer, inputs = model.layers[0], case.inputs()
-    base = to_numpy(model(inputs))
-    for seed, variable in enumerate(factors_of(layer)):
-        fill(variable, seed, 0.5)
-    expected = to_numpy(model(inputs))
-    assert np.abs(expected - base).max() > 1e-2
-    with keras_lora.disabled(model):
-        np.testing.assert_array_equal(to_numpy(model(inputs)), base)
-        layer.lora.dropout = 0.0
-        np.testing.assert_array_equal(to_numpy(model(inputs, training=True)), base)
-    with keras_lora.merged(model):
-        assert_close(model(inputs), expected, 1e-6)
-        with keras_lora.disabled(model):
-            np.testing.assert_array_equal(to_numpy(model(inputs)), base)
-    keras_lora.merge_lora(model)
-    assert not isinstance(layer, keras_lora.LoRALayer)
-    assert_close(model(inputs), expected, 1e-6)
-
-
 @on_tensorflow
 @pytest.mark.parametrize("name", ["dense-relu", "embedding-rank-2", "conv2d-groups"])
 def test_export(name, tmp_path):
@@ -568,7 +455,7 @@ def test_export(name, tmp_path):
 
     case = next(case for case in CASES if case.name == name)
     model = case.model(use_dora=True)
-    for seed, variable in enumerate(factors_of(model.layers[0])):
+    for seed, variable in enumerate(model.layers[0].lora.named_factors().values()):
         fill(variable, seed)
     keras_lora.export(model, tmp_path / "served")
     artefact = tf.saved_model.load(str(tmp_path / "served"))
@@ -578,7 +465,7 @@ def test_export(name, tmp_path):
 @over_cases
 def test_zero_columns_are_left_alone(case):
     """Where W and the update are zero there is nothing that m could scale."""
-    layer = case.layer(use_dora=True, dropout=0.0)
+    layer = case.layer(dropout=0.0)
     layer.frozen_kernel.assign(np.zeros(layer.frozen_kernel.shape))
     layer.lora.start_from_kernel()
     for training in (True, False):
@@ -658,7 +545,7 @@ def test_a_model_that_fit_builds(jit_compile):
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
 def test_step_forms_nothing_of_the_kernels_size(case: Case, policy):
     """But the squares of W, for ||W||, which depend on no inputs."""
-    layer = trained(case, dtype=policy)
+    layer = case.trained_layer(use_dora=True, dtype=policy)
     size = int(np.prod(layer.frozen_kernel.shape))
     found = formed(list(training_step(layer, case.inputs(batch=2))), size)
     assert [op for op in found if op.of_inputs] == []

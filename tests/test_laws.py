@@ -1,4 +1,4 @@
-"""What holds for every kind of layer in every setting."""
+"""What holds for every kind of layer in every setting, and for both methods."""
 
 import re
 
@@ -7,27 +7,38 @@ import numpy as np
 import pytest
 from gradients import gradients
 from layer_cases import CASES
+from layer_cases import DORA
+from layer_cases import KINDS
 from layer_cases import POLICIES
 from layer_cases import fill
 from layer_cases import merged_kernel
+from layer_cases import over
 from layer_cases import to_numpy
+from shared import EAGERLY
 from shared import assert_close
 from shared import assert_equal_bits
 
 import keras_lora
 from keras_lora.layers.adapter import LowRankAdapter
 
-over_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+over_cases = over(CASES + DORA)
+over_lora = over(CASES)
+over_kinds = over(KINDS)
 over_policies = pytest.mark.parametrize("policy", POLICIES)
 
 
 @over_cases
-@pytest.mark.parametrize("training", [True, False])
-def test_fresh_adapter_changes_nothing(case, training):
-    layer = case.layer()
-    plain = case.plain_layer(layer, layer.frozen_kernel)
+def test_fresh_adapter_changes_nothing(case, policy="float32"):
+    layer = case.layer(dtype=policy)
+    plain = case.plain_layer(layer, layer.frozen_kernel, dtype=policy)
     inputs = case.inputs()
-    assert_equal_bits(layer(inputs, training=training), plain(inputs))
+    for training in (True, False):
+        assert_equal_bits(layer(inputs, training=training), plain(inputs))
+
+
+@over(KINDS + DORA)
+def test_fresh_adapter_changes_nothing_in_half_precision(case):
+    test_fresh_adapter_changes_nothing(case, "mixed_bfloat16")
 
 
 @over_cases
@@ -56,7 +67,7 @@ def test_unmerged_inference_agrees_with_merged(case):
     assert_close(layer(case.inputs()), merged)
 
 
-@over_cases
+@over_lora
 def test_rank_0_is_the_plain_layer(case):
     layer = case.layer(rank=0, alpha=None, dropout=0.0)
     assert layer.lora is None
@@ -97,17 +108,24 @@ def test_summary_counts_in_closed_form(case):
     }
 
 
+# These are traced, and the others run eagerly.
+TRACED = [*KINDS[::2], *DORA[::4]]
+TRACED += [case for case in CASES if case.name == "conv2d-groups"]
+
+
 @over_cases
 def test_fit_trains_the_factors_and_never_the_kernel(case):
     model = case.model()
     layer = model.layers[0]
     before = to_numpy(layer.frozen_kernel).copy()
-    factors = [to_numpy(f).copy() for f in (layer.lora.a, layer.lora.b)]
-    model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=False)
+    factors = {name: to_numpy(f) for name, f in layer.lora.named_factors().items()}
+    how = {"jit_compile": False} if case in TRACED else EAGERLY
+    model.compile(keras.optimizers.SGD(0.1), "mse", **how)
     model.fit(case.inputs(8), case.targets(8), epochs=3, verbose=0)
     assert_equal_bits(layer.frozen_kernel, before)
-    for factor, old in zip((layer.lora.a, layer.lora.b), factors, strict=True):
-        assert np.abs(to_numpy(factor) - old).max() > 0
+    for name, factor in layer.lora.named_factors().items():
+        moved = np.abs(to_numpy(factor) - factors[name]).max()
+        assert 0 < moved < np.inf, name
 
 
 @over_cases
@@ -130,16 +148,17 @@ def test_config_round_trip(case):
     config = layer.get_config()
     twin = type(layer).from_config(config)
     assert twin.get_config() == config
+    assert type(twin.lora) is type(layer.lora)
+    assert (layer.lora.magnitude is None) == (not case.lengths)
     for name in ("rank", "alpha", "scaling", "dropout", "use_rslora"):
         assert getattr(twin.lora, name) == getattr(layer.lora, name)
     assert twin.lora.rank == case.lora.get("rank", 8)
     assert "lora_rank" not in config
 
 
-@over_cases
+# Ids cannot be dropped: refused, see test_base_arguments.py.
+@over([case for case in CASES if not case.vocabulary])
 def test_dropout_acts_on_the_adapter_alone(case):
-    if case.vocabulary:
-        pytest.skip("ids cannot be dropped: refused, see test_base_arguments.py")
     layer = case.trained_layer(dropout=0.5)
     inputs = case.inputs()
     first, second = (to_numpy(layer(inputs, training=True)) for _ in range(2))
@@ -149,11 +168,11 @@ def test_dropout_acts_on_the_adapter_alone(case):
     assert_equal_bits(layer(inputs, training=True), layer(inputs, training=True))
 
 
-@over_cases
+@over(KINDS + DORA)
 @over_policies
 def test_adapter_stays_float32_in_every_policy(case, policy):
     layer = case.trained_layer(dtype=policy)
-    assert layer.lora.a.dtype == layer.lora.b.dtype == "float32"
+    assert {f.dtype for f in layer.lora.named_factors().values()} == {"float32"}
     assert layer.frozen_kernel.dtype == ("float32" if "mixed" in policy else policy)
     plain = case.plain_layer(layer, merged_kernel(layer), dtype=policy)
     outputs = layer(case.inputs())
@@ -162,7 +181,7 @@ def test_adapter_stays_float32_in_every_policy(case, policy):
     assert_equal_bits(outputs, expected, case if policy == "float32" else None)
 
 
-@over_cases
+@over_kinds
 @over_policies
 def test_merging_rounds_once(case, policy):
     layer = case.trained_layer(dtype=policy)
@@ -173,17 +192,11 @@ def test_merging_rounds_once(case, policy):
     assert_equal_bits(merged, rounded)
 
 
-@over_cases
+# With ids there is no sum that a kernel of ones could make zero.
+@over([case for case in KINDS if not case.vocabulary])
 @over_policies
 def test_half_precision_training_keeps_small_updates(case, policy):
     """An update below the last bit of W still reaches the training outputs."""
-    if case.vocabulary:
-        pytest.skip("no sum that a kernel of ones could make zero")
-    if "..." in case.arguments.get("equation", "") and policy in (
-        "float16",
-        "mixed_float16",
-    ):
-        pytest.skip("tf.einsum with an ellipsis is wrong in float16, in Keras too")
     plain_activation = {"activation": None} if "activation" in case.arguments else {}
     layer = case.trained_layer(dtype=policy, dropout=0.0, **plain_activation)
     layer.frozen_kernel.assign(np.ones(layer.frozen_kernel.shape))
@@ -202,7 +215,7 @@ def test_half_precision_training_keeps_small_updates(case, policy):
 @over_cases
 def test_float64_policy_gives_a_float64_adapter(case):
     layer = case.layer(dtype="float64")
-    assert layer.lora.a.dtype == layer.lora.b.dtype == "float64"
+    assert {f.dtype for f in layer.lora.named_factors().values()} == {"float64"}
 
 
 @over_cases
@@ -242,6 +255,28 @@ def test_starting_values(case):
         limit = 1 / np.sqrt(case.fan_in)
         assert np.abs(started).max() <= limit
         assert np.abs(started).max() > 0.5 * limit
+
+
+@over_cases
+def test_contexts_and_merging(case):
+    model = case.model()
+    layer, inputs = model.layers[0], case.inputs()
+    base = to_numpy(model(inputs))
+    for seed, factor in enumerate(layer.lora.named_factors().values()):
+        fill(factor, seed, 0.5)
+    expected = to_numpy(model(inputs))
+    assert np.abs(expected - base).max() > 1e-2
+    with keras_lora.disabled(model):
+        assert_equal_bits(model(inputs), base)
+        layer.lora.dropout = 0.0
+        assert_equal_bits(model(inputs, training=True), base)
+    with keras_lora.merged(model):
+        assert_close(model(inputs), expected, 1e-6)
+        with keras_lora.disabled(model):
+            assert_equal_bits(model(inputs), base)
+    keras_lora.merge_lora(model)
+    assert not isinstance(layer, keras_lora.LoRALayer)
+    assert_close(model(inputs), expected, 1e-6)
 
 
 def test_adapter_config_round_trip():

@@ -4,14 +4,17 @@ import keras
 import numpy as np
 import pytest
 from layer_cases import CASES
+from layer_cases import KINDS
+from layer_cases import over
 
-CONVOLUTIONS = [case for case in CASES if case.name.startswith("conv")]
+CONVOLUTIONS = [case for case in KINDS if case.name.startswith("conv")]
+CONVOLUTIONS += [case for case in CASES if case.name == "conv2d-pointwise"]
 
 
 @pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="what TensorFlow compiles differs"
 )
-@pytest.mark.parametrize("case", CONVOLUTIONS, ids=lambda case: case.name)
+@over(CONVOLUTIONS)
 def test_compiled_second_order_gradients_are_the_eager_ones(case):
     import tensorflow as tf
 
