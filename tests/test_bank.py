@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from keras import ops
 from layer_cases import CASES
+from layer_cases import KINDS
 from layer_cases import fill
 from layer_cases import merged_kernel
+from layer_cases import over
 from layer_cases import to_numpy
 from pretrained import convolutional
 from pretrained import sequential
@@ -71,7 +73,7 @@ def layer_adapters(case, model, **more):
     return adapters, inputs, expected
 
 
-over_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+over_cases = over(CASES)
 
 
 @over_cases
@@ -88,7 +90,7 @@ def test_each_row_is_the_layer_with_its_adapter(case):
     assert_close(model(inputs), expected[None])
 
 
-@over_cases
+@over(KINDS)
 def test_each_kind_trains_with_rows_of_its_own(case):
     model = layer_model(case)
     adapters, inputs, expected = layer_adapters(case, model, dropout=0.0)

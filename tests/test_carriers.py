@@ -1,6 +1,7 @@
 """Adapters come back from every file, copy and new model that holds their layers."""
 
 import copy
+import json
 import pickle
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 from layer_cases import to_numpy
+from seeds import set_seed
 
 import keras_lora
 from keras_lora.models.adapt import lora_layers
@@ -54,7 +56,7 @@ class OwnDense(keras.layers.Dense):
 
 
 def network():
-    keras.utils.set_random_seed(3)
+    set_seed(3)
     inputs = keras.Input((5, 4))
     hidden = Block(4, name="block")(inputs)
     hidden = keras.layers.MultiHeadAttention(2, 3, name="mha")(hidden, hidden)
@@ -126,8 +128,16 @@ def test_copies_of_the_model(adapted, way, tmp_path):
     assert_same(way(adapted, tmp_path), adapted)
 
 
-@over_copies
-@pytest.mark.parametrize("part", ["block", "mha", "own", "dense", "hidden"])
+# A copy of a copy, where what is copied carries adapters of sublayers.
+@pytest.mark.parametrize(
+    ("part", "way"),
+    [
+        (part, way)
+        for part in ("block", "mha", "own", "dense", "hidden")
+        for way in ("file", "clone", "pickle")
+    ]
+    + [("block", way) for way in COPIES if way not in ("file", "clone", "pickle")],
+)
 def test_copies_of_new_models_over_parts_of_it(adapted, part, way, tmp_path):
     """Plain Functional models, which know nothing of what was applied to another."""
     inputs = keras.Input((5, 4))
@@ -140,7 +150,7 @@ def test_copies_of_new_models_over_parts_of_it(adapted, part, way, tmp_path):
             inputs, layer(inputs, inputs) if part == "mha" else layer(inputs)
         )
     assert lora_layers(model)
-    assert_same(way(model, tmp_path), model)
+    assert_same(COPIES[way](model, tmp_path), model)
 
 
 @pytest.mark.parametrize("part", ["block", "mha", "own"])
@@ -242,15 +252,18 @@ def test_the_plain_layer_in_a_configuration_is_not_compiled_nor_shared(
         assert not {"compile_config", "shared_object_id"} & plain.keys()
 
 
-@pytest.mark.parametrize("build", ["applied", "constructed"])
-@over_copies
+@pytest.mark.parametrize(
+    ("build", "way"),
+    [("applied", way) for way in ("file", "clone", "pickle", "deepcopy")]
+    + [("constructed", way) for way in ("file", "clone")],
+)
 def test_how_a_layer_merges_is_kept(build, way, adapted, tmp_path):
     if build == "constructed":
         layers = [keras_lora.LoRADense(4, rank=2), keras.layers.Dense(2)]
         adapted = keras.Sequential([keras.Input((4,)), *layers])
     for layer in lora_layers(adapted):
         layer.merge_weights = False
-    copied = way(adapted, tmp_path)
+    copied = COPIES[way](adapted, tmp_path)
     assert lora_layers(copied)
     assert not any(layer.merge_weights for layer in lora_layers(copied))
 
@@ -309,24 +322,37 @@ def test_weights_with_adapters_do_not_go_into_a_plain_model(part, tmp_path):
     assert_same(again, model)
 
 
-@pytest.mark.parametrize("form", ["applied", "constructed"])
-def test_a_process_without_this_package_is_told_of_it(form, tmp_path):
-    layer = keras.layers.Dense if form == "applied" else keras_lora.LoRADense
-    inputs = keras.Input((4,))
-    model = keras.Model(inputs, keras.layers.Dense(2)(layer(4)(inputs)))
-    if form == "applied":
-        keras_lora.apply_lora(model)
-    path = tmp_path / "model.keras"
-    model.save(path)
-    program = f"import keras; keras.models.load_model({str(path)!r})"
+WITHOUT = """
+import json, keras, sys
+words = {}
+for path in sys.argv[1:]:
+    try:
+        keras.models.load_model(path)
+    except Exception as error:
+        words[path] = str(error)
+assert "keras_lora" not in sys.modules
+print(json.dumps(words))
+"""
+
+
+def test_a_process_without_this_package_is_told_of_it(tmp_path):
+    paths = []
+    for layer in (keras.layers.Dense, keras_lora.LoRADense):
+        inputs = keras.Input((4,))
+        model = keras.Model(inputs, keras.layers.Dense(2)(layer(4)(inputs)))
+        if layer is keras.layers.Dense:
+            keras_lora.apply_lora(model)
+        paths.append(str(tmp_path / f"{layer.__name__}.keras"))
+        model.save(paths[-1])
     run = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+        [sys.executable, "-c", WITHOUT, *paths], capture_output=True, text=True
     )
-    assert run.returncode
-    assert "Could not locate class" in run.stderr
-    assert "keras_lora" in run.stderr
-    if form == "applied":
-        assert "import keras_lora" in run.stderr
+    assert run.returncode == 0, run.stderr[-2000:]
+    words = json.loads(run.stdout.splitlines()[-1])
+    for path in paths:
+        assert "Could not locate class" in words[path]
+        assert "keras_lora" in words[path]
+    assert "import keras_lora" in words[paths[0]]
 
 
 def test_files_of_the_first_version(adapted, tmp_path):
@@ -393,7 +419,7 @@ def test_checkpoints_of_tensorflow(adapted, tmp_path):
 
 def language_model():
     keras_hub = pytest.importorskip("keras_hub")
-    keras.utils.set_random_seed(0)
+    set_seed(0)
     backbone = keras_hub.models.GPT2Backbone(
         vocabulary_size=30,
         num_layers=2,

@@ -178,8 +178,9 @@ def test_expressions_that_are_none(key, expression, tmp_path):
     refused(lambda m: keras_lora.load_adapter(m, tmp_path), "not a regular expression")
 
 
-def test_expressions_by_the_thousand(tmp_path):
-    write(tmp_path, rank_pattern={f"x*{'[ab]*' * 300}{n}": 2 for n in range(9000)})
+def test_expressions_by_the_thousand(tmp_path, monkeypatch):
+    monkeypatch.setattr(patterns, "STEPS", patterns.STEPS // 9)
+    write(tmp_path, rank_pattern={f"x*{'[ab]*' * 300}{n}": 2 for n in range(1000)})
     refused(lambda m: keras_lora.load_adapter(m, tmp_path), "take too long")
 
 
@@ -609,7 +610,7 @@ def test_hdf5_with_other_bytes(tmp_path):
     with h5py.File(path, "w") as file:
         put(file, A.T)
     whole, before = path.read_bytes(), [to_numpy(weight) for weight in plain.weights]
-    for place in range(0, len(whole) - len(A.tobytes()) - len(B.tobytes()), 7):
+    for place in range(0, len(whole) - len(A.tobytes()) - len(B.tobytes()), 37):
         damaged = bytearray(whole)
         damaged[place] ^= 0xFF
         path.write_bytes(damaged)
