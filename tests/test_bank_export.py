@@ -172,10 +172,11 @@ def test_export_replaces_its_own_artefacts_alone(tmp_path):
     assert os.listdir(tmp_path) == ["mine"]
 
 
+@pytest.mark.slow  # and what CI alone installs
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_onnx_takes_ids(tmp_path):
-    import onnxruntime
-
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("tf2onnx")
     model, data = text_model(), inputs()
     adapters, expected = {}, {None: to_numpy(model(data))}
     for seed, (name, options) in enumerate(ADAPTERS.items()):

@@ -14,6 +14,7 @@ from layer_cases import fill
 import keras_lora
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["MobileNetV2"])
 def test_application(name):

@@ -1,4 +1,4 @@
-"""The same losses on several devices as on one; a process for each number of them."""
+"""The same losses on several devices as on one, in processes that have several."""
 
 import json
 import socket
@@ -6,26 +6,40 @@ import socket
 import keras
 import numpy as np
 import pytest
+from processes import MODEL
 from processes import finish
 from processes import run
 from processes import start
 
 EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
 TENSORFLOW = """
-import json, sys
+import json
 import tensorflow as tf
-devices = int(sys.argv[1])
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0],
-    [tf.config.LogicalDeviceConfiguration()] * devices,
+    [tf.config.LogicalDeviceConfiguration()] * 2,
 )
-names = [f"CPU:{i}" for i in range(devices)]
-if devices > 1:
-    with tf.distribute.MirroredStrategy(names).scope():
-        model = build()
-else:
+def compiled(wrap):
+    keras.utils.set_random_seed(0)
     model = build()
-print(json.dumps(losses(model)))
+    for layer in model.layers:
+        layer.lora.b.assign(np.ones(layer.lora.b.shape))
+    sgd = keras.optimizers.SGD(0.1, momentum=0.5, weight_decay=0.3)
+    model.compile(wrap(sgd), "mse", jit_compile=False)
+    return model
+def changes(model):
+    before = [v.numpy() for v in model.trainable_variables]
+    model.fit(x, y, batch_size=32, verbose=0)
+    after = [v.numpy() for v in model.trainable_variables]
+    names = [v.name for v in model.trainable_variables]
+    return [(n, (a - b).tolist()) for n, a, b in zip(names, after, before)]
+def plus(sgd):
+    return keras_lora.LoRAPlus(sgd, 4.0)
+one = [losses(build()), changes(compiled(lambda sgd: sgd)), losses(compiled(plus))]
+keras.utils.set_random_seed(0)
+with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+    several = [losses(build()), changes(compiled(plus)), losses(compiled(plus))]
+print(json.dumps([one, several]))
 """
 # The guide's section on several machines, here two processes. Keras's `fit` does not
 # take this strategy; its `train_step` does.
@@ -206,10 +220,17 @@ def free_ports(count):
     keras.backend.backend() != "tensorflow", reason="tf.distribute is TensorFlow's"
 )
 def test_mirrored_strategy():
-    one = run(TENSORFLOW, "1")
-    np.testing.assert_allclose(run(TENSORFLOW, "4"), one, rtol=1e-5)
+    (one, plain, plus), (several, changed, mirrored) = run(TENSORFLOW, "")
+    np.testing.assert_allclose(several, one, rtol=1e-5)
+    # LoRAPlus: one step of SGD from equal values changes in proportion to the rate.
+    np.testing.assert_allclose(mirrored, plus, rtol=1e-5)
+    assert {name for name, _ in plain} == {"a", "b", "bias"}
+    for (name, slow), (_, found) in zip(plain, changed, strict=True):
+        expected = np.array(slow) * (4 if name == "b" else 1)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="tf.distribute is TensorFlow's"
 )
@@ -220,7 +241,9 @@ def test_two_workers():
         task = {"type": "worker", "index": index}
         config = json.dumps({"cluster": {"worker": workers}, "task": task})
         processes.append(start(WORKER, "", TF_CONFIG=config))
-    one = run(TENSORFLOW, "1")
+    here = {}
+    exec(MODEL, here)
+    one = here["losses"](here["build"]())
     for process in processes:
         np.testing.assert_allclose(finish(process), one, rtol=1e-5)
 

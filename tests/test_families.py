@@ -7,9 +7,19 @@ from families import exchange
 from page_sections import PAGE
 from page_sections import sections
 
+# One for each way in which modules differ: a head, fused and transposed projections,
+# rotary halves, experts, two stacks, images.
+FIRST = ("bert", "gpt2", "llama", "mixtral", "bart", "dinov3")
+
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *FIRST,
+        *(pytest.param(x, marks=pytest.mark.slow) for x in FAMILIES if x not in FIRST),
+    ],
+)
 def test_adapters_of_a_family_go_both_ways(name, tmp_path):
     row = exchange(name, tmp_path)
     assert row.layers >= 6

@@ -12,7 +12,7 @@ import pytest
 import torch
 from layer_cases import to_numpy
 from peft.optimizers import create_loraplus_optimizer
-from processes import run
+from shared import EAGERLY
 
 import keras_lora
 
@@ -396,47 +396,6 @@ def test_against_peft(name):
             np.testing.assert_allclose(to_numpy(factor), value, rtol=1e-5, atol=1e-5)
 
 
-MIRRORED = """
-import json
-import tensorflow as tf
-tf.config.set_logical_device_configuration(
-    tf.config.list_physical_devices("CPU")[0],
-    [tf.config.LogicalDeviceConfiguration()] * 2,
-)
-def compiled(wrap):
-    keras.utils.set_random_seed(0)
-    model = build()
-    for layer in model.layers:
-        layer.lora.b.assign(np.ones(layer.lora.b.shape))
-    sgd = keras.optimizers.SGD(0.1, momentum=0.5, weight_decay=0.3)
-    model.compile(wrap(sgd), "mse", jit_compile=False)
-    return model
-def changes(model):
-    before = [v.numpy() for v in model.trainable_variables]
-    model.fit(x, y, batch_size=32, verbose=0)
-    after = [v.numpy() for v in model.trainable_variables]
-    names = [v.name for v in model.trainable_variables]
-    return [(n, (a - b).tolist()) for n, a, b in zip(names, after, before)]
-def plus(sgd):
-    return keras_lora.LoRAPlus(sgd, 4.0)
-found = [changes(compiled(lambda sgd: sgd)), losses(compiled(plus))]
-with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
-    found += [changes(compiled(plus)), losses(compiled(plus))]
-print(json.dumps(found))
-"""
-
-
-@only["tensorflow"]
-def test_mirrored_strategy():
-    plain, one, two, mirrored = run(MIRRORED, "")
-    np.testing.assert_allclose(mirrored, one, rtol=1e-5)
-    # One step of SGD from equal values: a change is in proportion to the rate.
-    assert {name for name, _ in plain} == {"a", "b", "bias"}
-    for (name, slow), (_, found) in zip(plain, two, strict=True):
-        expected = np.array(slow) * (RATIO if name == "b" else 1)
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
-
-
 def test_mixed_float16():
     keras.config.set_dtype_policy("mixed_float16")
     ours = model()
@@ -546,7 +505,7 @@ def test_without_an_adapter_left_the_optimizer_is_plain(undo, wrapped, tmp_path)
         optimizer = wrap(keras.optimizers.Adam(0.05))
         if wrapped:
             optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
-        model.compile(optimizer, "mse", jit_compile=False)
+        model.compile(optimizer, "mse", **EAGERLY)
 
     ours = plain_model()
     keras_lora.apply_lora(ours, rank=2)

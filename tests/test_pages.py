@@ -70,16 +70,21 @@ def small_generator():
     return keras_hub.models.GPT2CausalLM(backbone, preprocessor)
 
 
+@pytest.fixture(scope="module")
+def preset(tmp_path_factory):
+    path = tmp_path_factory.mktemp("small") / "preset"
+    small_classifier(["good", "bad", "fine", "poor"]).save_to_preset(str(path))
+    return str(path)
+
+
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch, preset):
     """An empty folder, and small random models in place of those to download."""
     monkeypatch.chdir(tmp_path)
-    preset = small_classifier(["good", "bad", "fine", "poor"])
-    preset.save_to_preset("preset")
     real = keras_hub.models.TextClassifier.from_preset
 
     def from_preset(name, **kwargs):
-        return real("./preset", **kwargs)
+        return real(preset, **kwargs)
 
     monkeypatch.setattr(keras_hub.models.TextClassifier, "from_preset", from_preset)
     monkeypatch.setattr(
@@ -88,7 +93,18 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
+# Of these one needs JAX, which CI installs, and the others train for long.
+SLOW = ("devices", "kerashub", "quantized", "serving_many_adapters", "train_together")
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.slow if Path(page).stem in SLOW else ())
+        for page in PAGES
+        if blocks(page)
+    ],
+)
 def test_page(page, folder):
     names = {"__name__": "__main__"}
     for block in blocks(page):
