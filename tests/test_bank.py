@@ -380,11 +380,8 @@ def test_rows_and_activate(small):
         assert_rows(in_bank(bank, x(), other), other, expected)
         with pytest.raises(ValueError, match="2 rows, 5 adapters"):
             model(x(2))
-        if BACKEND == "tensorflow":  # JAX loses a model's weights in such an error
-            import tensorflow as tf
-
-            with pytest.raises((tf.errors.InvalidArgumentError, ValueError)):
-                model.predict(x(4), verbose=0, batch_size=4)
+        with pytest.raises(Exception, match="another number of rows"):
+            model.predict(x(4), verbose=0, batch_size=4)
         with pytest.raises(ValueError, match="already"), bank.rows(["a"]):
             pass
     for name in "bacba":  # in slots that held layers which this one leaves out

@@ -372,6 +372,52 @@ def test_a_change_waits_for_calls_and_not_for_ever(served, monkeypatch):
     assert_close(to_numpy(bank(data)), outputs(["a"] * 5, "new"))
 
 
+class Fails(keras.callbacks.Callback):
+    def on_predict_batch_end(self, batch, logs=None):
+        raise KeyError("batch")
+
+    on_test_batch_end = on_train_batch_end = on_predict_batch_end
+
+
+def test_an_error_inside_a_loop_costs_no_weights(served):
+    """On JAX, Keras takes them out of the variables meanwhile."""
+    bank, outputs, _, _ = served
+    model = bank.model
+    model.compile("sgd", "mse", jit_compile=False)
+    bank.compile("sgd", "mse", jit_compile=False)
+    y, data = x()[:, :3], {"inputs": x(), "adapter": bank.ids(ROWS)}
+    fails = {"callbacks": [Fails()], "batch_size": 2, "verbose": 0}
+
+    def batches():
+        yield (data,)
+        yield ({**data, "adapter": np.zeros(5, "float32")},)
+
+    def in_rows(call, *args, **kwargs):
+        with bank.rows(["a", "b"]):
+            call(*args, **kwargs)
+
+    for call in (
+        lambda: bank.predict(data, **fails),
+        lambda: bank.evaluate(data, y, **fails),
+        lambda: bank.fit(data, y, **fails),
+        lambda: bank.predict(batches(), steps=2, verbose=0),
+        lambda: bank.predict(x(), verbose=0),
+        lambda: bank.predict({"inputs": x(), "adapter": x()}, verbose=0),
+        lambda: model.predict(x(), **fails),
+        lambda: model.fit(x(), y, verbose=0),
+        lambda: model.train_on_batch(x(), y),
+        lambda: in_rows(model.predict, x(), batch_size=2, verbose=0),
+        lambda: in_rows(model.predict, x(), verbose=0),
+        lambda: in_rows(model.predict_on_batch, x()),
+    ):
+        with pytest.raises(Exception):  # noqa: B017  # each backend its own
+            call()
+        found = model.predict(x(), verbose=0)
+        assert_close(found, outputs([None] * 5, "old"))
+        base = {"inputs": x(), "adapter": bank.ids([None] * 5)}
+        assert_close(bank.predict(base, verbose=0), outputs([None] * 5, "old"))
+
+
 def test_threads_get_the_old_adapters_or_the_new_ones(served):
     bank, outputs, refresh, _ = served
     data = {"inputs": x(), "adapter": bank.ids(ROWS)}

@@ -1,5 +1,6 @@
 """What runs now: inside of which call, loop, trace or saving."""
 
+import contextlib
 import inspect
 import warnings
 
@@ -93,6 +94,29 @@ def lies_outside(variable) -> bool:
         return variable.value is None
     except TypeError:  # there is no initializer any more to make another one
         return True
+
+
+@contextlib.contextmanager
+def keeping_weights(model):
+    """An error inside one of Keras's loops does not cost a model its weights.
+
+    On JAX they are taken out of the variables meanwhile, and Keras does not bring them
+    back after an error: they are the loop's last ones, or the first ones still.
+    """
+    if keras.backend.backend() != "jax":
+        yield
+        return
+    vars(model).pop("_jax_state", None)  # of a loop that has failed
+    values = [(v, v.value) for v in model.variables if not lies_outside(v)]
+    try:
+        yield
+    except BaseException:
+        synchronize(model)
+        for variable, value in values:
+            gone = lies_outside(variable) or variable.value.is_deleted()
+            if gone and not value.is_deleted():
+                type(variable).assign(variable, value)
+        raise
 
 
 def legacy_format():

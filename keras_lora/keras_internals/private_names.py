@@ -25,6 +25,7 @@ MODELS = "adapters of a model that exists"
 QUANTIZED = "adapters over quantized kernels"
 LORA_PLUS = "LoRAPlus"
 LAYOUTS = "adapters under keras.distribution"
+BANKS = "banks of adapters"
 MASKS = "ReversibleEmbedding and AdapterBank.fit"
 HUB = 'names="transformers"'
 
@@ -154,12 +155,14 @@ TABLE = [
         code_has(keras.Variable, "_autocast"),
     ),
     PrivateName(
-        "keras.src.backend.common.global_state: current_call_ctx, stateless_scope",
+        "keras.src.backend.common.global_state: current_call_ctx, entry_layer, "
+        "stateless_scope",
         LAYERS,
         "Nothing public tells a layer that is read or assigned to inside of a call.",
         lambda: (
             hasattr(global_state, "get_global_attribute")
             and mentions(keras.layers.Layer, "current_call_ctx")
+            and mentions(keras.layers.Layer, "entry_layer")
             and mentions(keras.StatelessScope, "stateless_scope")
         ),
     ),
@@ -234,6 +237,12 @@ TABLE = [
         LAYOUTS,
         "`add_weight` takes no layout.",
         lambda: not ON_JAX or mentions(keras.Variable, "_layout"),
+    ),
+    PrivateName(
+        "Model._jax_state",
+        BANKS,
+        "What a loop that failed has left there would become the weights.",
+        lambda: not ON_JAX or mentions(keras.Model, "_jax_state"),
     ),
     PrivateName(
         "keras.src.backend.common.masking: get_keras_mask, set_keras_mask",

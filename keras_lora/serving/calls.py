@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_lora.keras_internals.calls import in_a_trace
+from keras_lora.keras_internals.calls import keeping_weights
 from keras_lora.serving.arguments import refuse_names
 from keras_lora.serving.directory import Directory
 from keras_lora.serving.export import specs_of
@@ -105,7 +106,9 @@ class Calls:
                 return fixed.inputs(x), fixed.slots(ids).tolist()
             return (x if one else fixed.batches(x)), self.directory.slot_of.values()
 
-        with self.running.call(choose, alone=needs_all(method)) as fixed:
+        alone = needs_all(method)
+        keeping = keeping_weights(self) if alone else contextlib.nullcontext()
+        with self.running.call(choose, alone=alone) as fixed, keeping:
             yield fixed
 
     def evaluate(self, x=None, *args, **kwargs):

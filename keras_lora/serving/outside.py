@@ -6,6 +6,7 @@ import functools
 import keras
 
 from keras_lora.keras_internals.calls import in_a_trace
+from keras_lora.keras_internals.calls import keeping_weights
 from keras_lora.keras_internals.calls import outermost_layer
 from keras_lora.keras_internals.compiled import take_compiled_functions
 from keras_lora.keras_internals.layers import flatten_layers
@@ -18,6 +19,7 @@ from keras_lora.serving.running import LOOPS
 from keras_lora.serving.running import Running
 from keras_lora.serving.running import needs_all
 
+TRAINING = ("fit", "train_on_batch")
 COUNTED = ("call", "generate", *LOOPS)
 
 
@@ -100,7 +102,7 @@ class OutsideCalls:
             self._counted_layers.add(layer)
             for name in COUNTED:
                 if hasattr(layer, name):
-                    vars(layer)[name] = self._counted(getattr(layer, name), name)
+                    vars(layer)[name] = self._counted(layer, name)
 
     def _around_call(self, layer, inputs):
         """A context for the call of a banked layer, which may be the outermost one."""
@@ -116,15 +118,23 @@ class OutsideCalls:
         choose = lambda: (None, self._slots_outside)  # noqa: E731
         return self.running.call(choose, outside=True, alone=alone)
 
-    def _counted(self, method, name):
-        alone = needs_all(name)
+    def _counted(self, layer, name):
+        method, alone = getattr(layer, name), needs_all(name)
 
         @functools.wraps(method)
         def counted(*args, **kwargs):
             inside = self.choice.is_inside or (name == "call" and self.running.own)
             if inside or in_a_trace((args, kwargs)):
                 return method(*args, **kwargs)
-            with self._outside_call(alone):
+            if name in TRAINING:
+                raise ValueError(
+                    f"{layer.name!r} holds the adapters of an AdapterBank, which train "
+                    "in `bank.fit` alone."
+                )
+            with contextlib.ExitStack() as around:
+                around.enter_context(self._outside_call(alone))
+                if alone:
+                    around.enter_context(keeping_weights(layer))
                 return method(*args, **kwargs)
 
         return counted

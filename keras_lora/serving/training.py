@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import keras
 import numpy as np
 
+from keras_lora.keras_internals.calls import keeping_weights
 from keras_lora.keras_internals.calls import synchronize
 from keras_lora.keras_internals.layers import attach
 from keras_lora.keras_internals.layers import detach
@@ -109,8 +110,7 @@ class Training:
             with self._training("fit"), self._model_frozen():
                 history = super().fit(x, *args, callbacks=callbacks, **kwargs)
         except BaseException:
-            if keras.backend.backend() != "jax":  # there the values are lost
-                self.write_back()
+            self.write_back()
             raise
         self.write_back()
         return history
@@ -204,9 +204,12 @@ class Training:
         with self.running.changed:
             self._show_trainees()
 
+    @contextlib.contextmanager
     def _training(self, method):
         """A call that reads the base alone of what the bank's slots hold."""
-        return self.running.call(lambda: (None, ()), alone=needs_all(method))
+        call = self.running.call(lambda: (None, ()), alone=needs_all(method))
+        with call, keeping_weights(self):
+            yield
 
     @contextlib.contextmanager
     def _model_frozen(self):
