@@ -500,3 +500,22 @@ def test_another_rank_is_an_error_that_says_what_to_do(tmp_path):
     keras_lora.load_adapter(model, cut)
     keras_lora.remove_lora(model)
     keras_lora.load_adapter(model, tmp_path / "high")
+
+
+def test_names_may_give_one_word_to_layers_without_weights(tmp_path):
+    def build():
+        inner = [keras.Input((6,)), keras.layers.Dense(6, name="a")]
+        inputs = keras.Input((6,))
+        hidden = keras.Sequential(inner, name="inner")(inputs)
+        return keras.Model(inputs, keras.layers.Dense(3, name="head")(hidden))
+
+    names = lambda path: path.removeprefix("inner/")  # noqa: E731
+    model, other = build(), build()
+    other.set_weights(model.get_weights())
+    keras_lora.apply_lora(model, rank=2, target=["a"])
+    fill(model.get_layer("inner").get_layer("a").lora.b, seed=1)
+    keras_lora.save_adapter(model, tmp_path, names=names)
+    keras_lora.load_adapter(other, tmp_path, names=names)
+    np.testing.assert_array_equal(predict(other), predict(model))
+    with pytest.raises(ValueError, match="two layers the name 'same'"):
+        keras_lora.save_adapter(model, tmp_path, names=lambda path: "same")

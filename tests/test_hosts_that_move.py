@@ -297,17 +297,36 @@ def test_paths_inside_bidirectional_do_not_count_instances(more, tmp_path):
     assert paths[0] == paths[1]
 
 
-def test_names_that_the_model_shows_are_understood_or_refused():
+def test_names_that_the_model_shows_are_understood_or_refused(tmp_path):
     layers = [keras.layers.Dense(6) for _ in range(4)]  # dense, dense_1, dense_2, ...
     model = around(*layers[1:])  # paths dense, dense_1, dense_2
     paths = ["dense", "dense_1", "dense_2"]
     for path, layer in zip(paths, layers[1:], strict=True):
-        if path == "dense":
-            (row,) = apply_lora(model, target=[path], dry_run=True)
-        else:  # the path of one layer and the name of another
-            with pytest.warns(UserWarning, match=f"'{path}' is the path of"):
-                (row,) = apply_lora(model, target=[path], dry_run=True)
+        exact = lambda p, _, path=path: p == path  # noqa: E731
+        (row,) = apply_lora(model, target=exact, dry_run=True)
         assert (row.path, row.layer) == (path, layer)
+    (row,) = apply_lora(model, target=["dense"], dry_run=True)
+    assert row.layer is layers[1]
+    for path in paths[1:]:  # the path of one layer and the name of another
+        for rule in (
+            {"target": [path]},
+            {"target": path},
+            {"target": "dense.*", "exclude": [path]},
+            {"target": "dense.*", "exclude": path},
+            {"target": ["dense"], "also_train": [path]},
+            {"target": "dense.*", "rank_pattern": {path: 1}},
+            {"target": "dense.*", "alpha_pattern": {path: 1}},
+        ):
+            before = paths[paths.index(path) - 1]
+            words = f"path of the one at '{path}'.* latter say '{before}'.*path == "
+            with pytest.raises(ValueError, match=words):
+                apply_lora(model, rank=2, **rule)
+        with pytest.raises(ValueError, match="means two layers"):
+            keras_lora.AdapterBank(model, target=[path])
+    apply_lora(model, rank=2, target="dense.*")
+    with pytest.raises(ValueError, match="means two layers"):
+        keras_lora.save_adapter(model, tmp_path, names={"dense_1": "a"})
+    keras_lora.remove_lora(model)
     (row,) = apply_lora(model, target=["dense_3"], dry_run=True)  # a name alone
     assert row.layer is layers[3]
     with pytest.raises(ValueError, match="has the path 'dense_2'"):

@@ -10,8 +10,11 @@ import numpy as np
 from keras_lora.files.families import TRANSFORMERS_4
 from keras_lora.files.families import family
 from keras_lora.files.family_names import ROUTER
+from keras_lora.keras_internals.layers import layer_state
 from keras_lora.layers.kinds import kind_of
+from keras_lora.layers.lora_layer import is_adapted
 from keras_lora.models.targets import output_layers
+from keras_lora.models.targets import refuse_two_meanings
 
 
 class Modules(dict):
@@ -42,6 +45,8 @@ def name_function(names: Mapping | Callable | None, paths) -> Callable:
             "`names` must be a dict from paths here to modules there, a function of "
             f"the path, or a family's name. Received: {names!r}."
         )
+    for path in names:
+        refuse_two_meanings(path, {path} & paths.keys(), paths, "names")
     unknown = [path for path in names if path not in paths]
     if unknown:
         close = difflib.get_close_matches(str(unknown[0]), paths, n=3)
@@ -68,10 +73,17 @@ def module_names(paths, names, model=None, adapter=None) -> Modules:
             raise ValueError(
                 f"`names` gives {module!r} for {path!r}, which is no module's name."
             )
-        if module in modules:
+        other = modules.get(module)
+        if other is None or not holds_weights(other):
+            modules[module] = layer
+        elif holds_weights(layer):
             raise ValueError(f"`names` gives two layers the name {module!r}.")
-        modules[module] = layer
     return modules
+
+
+def holds_weights(layer):
+    """Whether a layer has weights itself: an InputLayer or a container has none."""
+    return is_adapted(layer) or any(layer_state(layer))
 
 
 def derived_names(paths, names, model, adapter) -> Modules:

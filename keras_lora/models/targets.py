@@ -6,7 +6,6 @@ import re
 
 import keras
 
-from keras_lora.keras_internals.calls import warn_caller
 from keras_lora.keras_internals.layers import made_by
 
 # Layers between the last kernel and the model's outputs that hold no kernel.
@@ -38,6 +37,7 @@ def matching(rule, paths, argument, suggested=None):
     suggested = paths if suggested is None else suggested
     if isinstance(rule, str):
         found = {p for p in paths if compiled(rule, argument).fullmatch(p)}
+        refuse_two_meanings(rule, found, paths, argument)
         return ordered(found, paths, rule, argument, suggested)
     if isinstance(rule, type):
         found = {p for p, layer in paths.items() if isinstance(layer, rule)}
@@ -59,27 +59,43 @@ def matching(rule, paths, argument, suggested=None):
     found = set()
     for entry in rule:
         if isinstance(entry, str):
-            hits = set(ordered(named(entry, paths), paths, entry, argument, suggested))
+            hits = named(entry, paths, argument)
+            hits = set(ordered(hits, paths, entry, argument, suggested))
         else:
             hits = set(matching(entry, paths, argument, suggested))
         found |= hits
     return [path for path in paths if path in found]
 
 
-def named(entry, paths):
+def named(entry, paths, argument):
     """Paths that are the entry or end with it, or whose layers are called so."""
     end = entry.replace(".", "/")
     hits = {p for p in paths if p == end or p.endswith(f"/{end}")}
-    called = {p for p, layer in paths.items() if layer.name == entry}
-    if hits and called - hits:
-        # Automatic names count instances in the process, paths those in the model.
-        words = (
-            f"{entry!r} is the path of {sorted(hits)}, which is meant, and the name of "
-            f"the layer at {sorted(called - hits)}, which is not."
+    refuse_two_meanings(entry, hits, paths, argument)
+    return hits | {p for p, layer in paths.items() if layer.name == entry}
+
+
+def refuse_two_meanings(word, found, paths, argument):
+    """A ValueError for a word that is the path of one layer and another one's name.
+
+    Automatic names count instances in the process, paths those in the model.
+
+    Args:
+        word: What the user has written.
+        found: The paths that it means as a path, or as an expression for paths.
+        paths: Path -> layer.
+        argument: The argument's name.
+    """
+    called = {path for path, layer in paths.items() if layer.name == word}
+    if found and called - found:
+        by_path, by_name = sorted(found)[0], sorted(called - found)[0]
+        raise ValueError(
+            f"`{argument}` {word!r} means two layers: it is the path of the one at "
+            f"{by_path!r}, called {paths[by_path].name!r}, and the name of the one at "
+            f"{by_name!r}. For the latter say {by_name!r}. For the former give a "
+            f"function, lambda path, layer: path == {by_path!r}, or name the layers "
+            "when you make them. `keras_lora.summary` shows paths."
         )
-        warn_caller(f"{words} `keras_lora.summary` shows paths.")
-        return hits
-    return hits | called
 
 
 def refuse_other_arguments(rule, argument):
@@ -136,6 +152,9 @@ def pattern_values(pattern, paths, argument) -> dict:
         key: compiled(rf"(.*/)?({key.replace(chr(92) + '.', '/')})", argument)
         for key in pattern
     }
+    for key, rule in rules.items():
+        means = {path for path in paths if rule.fullmatch(path)}
+        refuse_two_meanings(key, means, paths, argument)
     values, used = {}, set()
     for path in paths:
         for key, rule in rules.items():
