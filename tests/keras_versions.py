@@ -55,7 +55,7 @@ def counts(version, backend) -> list:
         exact = run(command, environment).splitlines()[-1]
         fewer = "(not float16 or mixed_bfloat16) and not transformer"
         files = [f"tests/test_{name}.py" for name in FILES]
-        command = [sys.executable, "-m", "pytest", "-q", "--tb=line", "-k", fewer]
+        command = [sys.executable, "-m", "pytest", "-q", "-n", "auto", "-k", fewer]
         printed = run([*command, *files], environment)
     print(printed[-2000:], flush=True)
     words = ("passed", "failed|error", "skipped")

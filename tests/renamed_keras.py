@@ -35,6 +35,7 @@ USES = {
         "model = network()",
         "keras_lora.apply_lora(model, rank=2)",
     ),
+    private_names.BANKS: ("", "keras_lora.AdapterBank(model, target=['a'])"),
     private_names.MASKS: (
         "model = keras.Sequential([keras.Input((3,), dtype='int32'),"
         "keras.layers.ReversibleEmbedding(5, 4, name='a')])",

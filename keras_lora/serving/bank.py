@@ -17,6 +17,8 @@ from keras_lora.keras_internals.layers import guard_assign
 from keras_lora.keras_internals.layers import layer_state
 from keras_lora.keras_internals.layers import release_assign
 from keras_lora.keras_internals.models_around import holders
+from keras_lora.keras_internals.private_names import BANKS
+from keras_lora.keras_internals.private_names import require
 from keras_lora.layers.settings import checked_rank
 from keras_lora.models.adapt import refuse_adapters
 from keras_lora.models.choose import choose
@@ -87,6 +89,7 @@ class AdapterBank(Artefacts, Calls, OutsideCalls, Training, keras.Model):
         target: str | Sequence | type | Callable | None = None,
         names: str | Mapping | Callable | None = None,
     ):
+        require(BANKS)
         paths = layer_paths(model)
         refuse_adapters(paths)
         bring_weights_back(model)
