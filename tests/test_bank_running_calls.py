@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from layer_cases import fill
 from layer_cases import to_numpy
+from seeds import set_seed
 from shared import assert_close
 
 import keras_lora
@@ -33,7 +34,7 @@ class Pauses(keras.layers.Layer):
 
 
 def network():
-    keras.utils.set_random_seed(1)
+    set_seed(1)
     inputs = keras.Input((6,))
     hidden = keras.layers.Dense(8, "tanh", name="first")(inputs)
     hidden = Pauses(name="middle")(hidden)

@@ -84,6 +84,16 @@ def test_sum_is_exact(build, tmp_path):
             np.testing.assert_allclose(delta, expected, rtol=0, atol=1e-6)
 
 
+def test_rslora_stays(tmp_path):
+    """Where all have it, with the alpha that the sum of the ranks needs."""
+    first = saved(sequential, tmp_path / "a", 1, use_rslora=True)
+    second = saved(sequential, tmp_path / "b", 50, rank=3, alpha=5, use_rslora=True)
+    combined = keras_lora.combine_adapters([tmp_path / "a", tmp_path / "b"])
+    assert combined.config["use_rslora"]
+    for path, delta in loaded(sequential, combined).items():
+        np.testing.assert_allclose(delta, first[path] + second[path], atol=1e-6)
+
+
 @pytest.mark.parametrize("build", [convolutional, transformer])
 def test_sum_of_a_lower_rank_is_the_nearest(build, tmp_path):
     first = saved(build, tmp_path / "a", 1)

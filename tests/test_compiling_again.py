@@ -272,7 +272,7 @@ def test_a_loop_goes_on_with_what_a_callback_has_made_of_its_layers(name, loop):
     """As when the loop is left, the change is made, and another loop begins."""
 
     def made():
-        keras.utils.set_random_seed(3)
+        set_seed(3)
         inner = network()
         inputs = keras.Input((6,))
         outer = keras.Model(inputs, inner(inputs))
@@ -284,7 +284,7 @@ def test_a_loop_goes_on_with_what_a_callback_has_made_of_its_layers(name, loop):
     class Change(keras.callbacks.Callback):
         def change(self, *args, logs=None):
             if args[0] == 0:
-                keras.utils.set_random_seed(5)
+                set_seed(5)
                 CHANGES[name](inner)
 
         on_epoch_end = on_test_batch_end = on_predict_batch_end = change

@@ -122,6 +122,7 @@ def assert_converted(model, family, adapter):
     assert found == {id(layer) for layer in layers.values()}
 
 
+@pytest.mark.slow
 def test_a_backbone_made_of_layers_has_the_same_names_over_integers():
     names = []
     for steps in ("", "qa", "aq"):
@@ -136,7 +137,17 @@ def test_a_backbone_made_of_layers_has_the_same_names_over_integers():
     assert names[0] == names[1] == names[2]
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+# Those that are built in a second, and the others.
+QUICK = ("DINOV3Backbone", "Gemma3Backbone", "GPT2Backbone", "MistralBackbone")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        for name in LAYOUTS
+    ],
+)
 def test_a_file_is_the_update_by_the_converters_own_function(name):
     model = adapted(name)
     before = [(v.path, to_numpy(v)) for v in model.variables]

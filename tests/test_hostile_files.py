@@ -214,6 +214,14 @@ def test_ends_of_names_cost_a_step_each(monkeypatch):
     assert targeting.value_of(config, "rank_pattern", "r", ranks) == ranks
 
 
+def test_the_first_key_that_fits_decides():
+    """A whole name too, which is looked up and not matched."""
+    config = {"rank_pattern": {"^one": 3, "o.*": 5, "^other": 7}, "r": 8}
+    with pytest.warns(UserWarning, match="'\\^other'"):
+        found = targeting.value_of(config, "rank_pattern", "r", ["one", "other"])
+    assert found == {"one": 3, "other": 5}
+
+
 def test_thousands_of_names_are_no_such_thing(tmp_path):
     """What is written here for every module costs nothing."""
     names = [f"layers.{n}.conv[{n}]" for n in range(3000)]
@@ -610,7 +618,7 @@ def test_hdf5_with_other_bytes(tmp_path):
     with h5py.File(path, "w") as file:
         put(file, A.T)
     whole, before = path.read_bytes(), [to_numpy(weight) for weight in plain.weights]
-    for place in range(0, len(whole) - len(A.tobytes()) - len(B.tobytes()), 37):
+    for place in range(0, len(whole) - len(A.tobytes()) - len(B.tobytes()), 61):
         damaged = bytearray(whole)
         damaged[place] ^= 0xFF
         path.write_bytes(damaged)

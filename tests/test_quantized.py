@@ -979,7 +979,8 @@ def test_quantizing_an_adapted_model_keeps_its_adapters(mode, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "mode, first", [*[(mode, "quantize") for mode in MODES], ("int8", "adapt")]
+    "mode, first",
+    [*[(mode, "quantize") for mode in list(MODES)[-2:]], ("int8", "adapt")],
 )
 def test_attention_comes_back_quantized(mode, first, tmp_path):
     """MultiHeadAttention's configuration does not say it of its projections."""

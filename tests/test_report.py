@@ -35,6 +35,9 @@ def test_rows_and_table(capsys):
     also = f"{8 + normalization + plain} parameters in dense, batch_normalization, "
     assert f"Also trained: {also}dense_1" in printed
     assert f"of {model.count_params()} " in printed
+    # Eight bytes for each parameter but A's and B's.
+    plain = (48 + 8) + 4 * 8 + (32 + 4) + 12
+    assert f"full fine-tuning {8 * plain / 1000:.2f} kB" in printed
 
 
 def test_paths_are_the_same_in_every_instance():
