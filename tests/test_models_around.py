@@ -9,6 +9,7 @@ from layer_cases import fill
 from layer_cases import to_numpy
 
 import keras_lora
+from keras_lora.keras_internals import models_around
 
 INNER, OUTER, SIBLING = "inner", "outer", "sibling"
 
@@ -141,8 +142,10 @@ def test_a_single_layer_is_adapted_for_all(which):
     assert np.abs(to_numpy(layer.lora.b)).max() > 0
 
 
-def test_a_warning_says_that_models_that_were_frozen_are_not_seen():
+def test_a_warning_says_that_models_that_were_frozen_are_not_seen(monkeypatch):
     found = models()
+    monkeypatch.setattr(models_around, "gc", gc)  # which conftest.py has replaced
+    monkeypatch.setattr(models_around.WARNED_AT, "count", gc.get_freeze_count())
     gc.freeze()  # as servers do before they fork
     with pytest.warns(UserWarning, match="hides models .*Compile them again"):
         keras_lora.apply_lora(found[INNER], rank=2, target=["shared"])
