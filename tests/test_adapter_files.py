@@ -519,3 +519,40 @@ def test_names_may_give_one_word_to_layers_without_weights(tmp_path):
     np.testing.assert_array_equal(predict(other), predict(model))
     with pytest.raises(ValueError, match="two layers the name 'same'"):
         keras_lora.save_adapter(model, tmp_path, names=lambda path: "same")
+
+
+LIKE_SUFFIXES = ["lora_A", "lora_B", "lora_embedding_A", "lora_magnitude_vector"]
+LIKE_SUFFIXES += ["original_module", "modules_to_save", "base_layer", "default"]
+
+
+@pytest.mark.parametrize("name", LIKE_SUFFIXES)
+@pytest.mark.parametrize("inside", [False, True])
+def test_layers_may_be_called_like_parts_of_keys(name, inside, tmp_path):
+    def build():
+        inputs = keras.Input((6,))
+        hidden = keras.layers.Dense(6, name=name)
+        if inside:
+            hidden = keras.Sequential([keras.Input((6,)), hidden], name="block")
+        return keras.Model(inputs, keras.layers.Dense(3, name="head")(hidden(inputs)))
+
+    target = f"block/{name}" if inside else name
+    for place, settings in enumerate(
+        (
+            {"target": [target]},
+            {"target": [target, "head"], "use_dora": True, "bias": "lora_only"},
+            {"target": ["head"], "also_train": [target]},
+        )
+    ):
+        model, other = build(), build()
+        other.set_weights(model.get_weights())
+        keras_lora.apply_lora(model, rank=2, **settings)
+        for seed, variable in enumerate(model.trainable_variables):
+            fill(variable, seed, 0.5)
+        names = None
+        if inside and name != "default" and (place == 2 or name == "modules_to_save"):
+            with pytest.raises(ValueError, match=f"'block.{name}' is called like"):
+                keras_lora.save_adapter(model, tmp_path / str(place))
+            names = {target: "block.other"}
+        keras_lora.save_adapter(model, tmp_path / str(place), names=names)
+        keras_lora.load_adapter(other, tmp_path / str(place), names=names)
+        np.testing.assert_array_equal(predict(other), predict(model))

@@ -18,10 +18,14 @@ PREFIX = "base_model.model."
 NAMED = re.compile(
     r"\.lora_(?:(?:embedding_)?[AB]|magnitude_vector)\.(?!weight$)([^.]+)(?=\.|$)"
 )
+# Layers may be called as these are: where there is one, no key has an adapter's name.
+UNNAMED = re.compile(r"\.lora_(?:[AB]\.weight|embedding_[AB])$")
 
 
 def adapter_name(tensors):
     """What an adapter is called in the keys; None where PEFT left it out."""
+    if any(map(UNNAMED.search, tensors)):
+        return None
     names = {match[1] for key in tensors if (match := NAMED.search(key))}
     if len(names) > 1:
         raise ValueError(
@@ -39,9 +43,11 @@ def checked_tensors(tensors):
             raise ValueError(
                 f"The tensor {key[:LONGEST]!r} has more than {LONGEST} characters."
             )
-        if ".original_module." in key:
-            continue  # what PEFT's bias="all" repeats of a head: it was not trained
-        name = NAMED.sub(lambda match: match[0][: -len(match[1]) - 1], key)
+        if repeats_untrained(key, adapter, tensors):
+            continue
+        name = key
+        if adapter is not None or magnitude_of_factors(key, tensors):
+            name = NAMED.sub(lambda match: match[0][: -len(match[1]) - 1], key)
         name = name.replace(f".modules_to_save.{adapter}.", ".")
         name = name.removeprefix(PREFIX).replace(".modules_to_save.", ".")
         if name.removesuffix(".weight").endswith(more):  # as parameters or as modules
@@ -50,6 +56,20 @@ def checked_tensors(tensors):
         if not np.array_equal(floats.setdefault(name, value), value, equal_nan=True):
             raise ValueError(f"There are two tensors for {name!r}, which differ.")
     return floats
+
+
+def magnitude_of_factors(key, tensors):
+    """Whether a magnitude has an adapter's name in its key where A and B have none."""
+    module = key.partition(".lora_magnitude_vector.")[0]
+    endings = (".lora_A.weight", ".lora_embedding_A")
+    return module != key and any(f"{module}{ending}" in tensors for ending in endings)
+
+
+def repeats_untrained(key, adapter, tensors):
+    """Whether it is what PEFT's bias="all" repeats of a head: it was not trained."""
+    parts = key.split(".original_module.", 1)
+    trained = (".modules_to_save.", f".modules_to_save.{adapter}.", ".")
+    return len(parts) == 2 and any(part.join(parts) in tensors for part in trained)
 
 
 def digest(tensors, metadata):

@@ -107,6 +107,7 @@ def adapter_from(modules, adapters, trained) -> Adapter:
         )
         for module, variable in trained
     }
+    refuse_unreadable(ranks, others)
     fuse_others(others, modules)
     for (module, name), value in others.items():
         infix = ".base_layer" if module in ranks else ""
@@ -131,6 +132,30 @@ def adapter_from(modules, adapters, trained) -> Adapter:
     )
     starts = sorted(m for m, layer in adapters.items() if layer.lora.has_start)
     return Adapter(tensors, config, layout, starts=starts)
+
+
+# What parts of PEFT's keys are called beside modules.
+PARTS = ["lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "base_layer"]
+PARTS += ["lora_magnitude_vector", "modules_to_save", "original_module"]
+
+
+def refuse_unreadable(adapted, others):
+    """A ValueError for modules whose keys would mean another module when read.
+
+    adapted: The modules that have factors. others: (module, name) of what trained
+    beside them.
+    """
+    whole = {module for module, _ in others} - adapted.keys()
+    for module in [*adapted, *whole]:
+        inner = module.split(".")[1:]
+        if "modules_to_save" in inner or (
+            inner and module in whole and inner[-1] in PARTS
+        ):
+            raise ValueError(
+                f"{module!r} is called like a part of PEFT's keys, and what is written "
+                "for it would be read as another module's. Give it another name with "
+                "`names`, when you save and when you load."
+            )
 
 
 def method_of(adapters) -> dict:
