@@ -6,6 +6,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
+from layer_cases import CASES
 from layer_cases import fill
 from layer_cases import to_numpy
 from models import x
@@ -16,6 +17,7 @@ from pretrained import sequential
 from pretrained import transformer
 from shared import HEADS
 from shared import adapt
+from shared import assert_close
 from shared import assert_same
 from shared import compile_
 from shared import fit
@@ -590,3 +592,46 @@ def test_a_warning_of_a_kernel_that_its_owner_reads_names_the_callers_line():
     with pytest.warns(UserWarning, match="Block reads its kernel") as caught:
         apply_lora(model, target=["gate"], rank=1)
     assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_one_layer_by_itself(case, named, tmp_path):
+    def build():
+        keras.utils.set_random_seed(1)
+        cls = case.layer_class.plain_class
+        layer = cls(**case.arguments, **({"name": "alone"} if named else {}))
+        layer(case.inputs(2))
+        return layer
+
+    if {"enable_lora", "factorization"} & case.lora.keys():
+        return  # what apply_lora does not give
+    layer, other, inputs = build(), build(), case.inputs(3)
+    plain = to_numpy(layer(inputs))
+    report = apply_lora(layer, rank=2, target=".*")
+    (row,) = report
+    assert row.layer is layer
+    assert row.path == (keras_lora.summary(layer)[0].path) != ""
+    assert report.trained == sum(v.size for v in map(to_numpy, layer.trainable_weights))
+    assert f"Trained: {report.trained:,} of {report.total:,}" in str(report)
+    fill(layer.lora.a, seed=1)
+    fill(layer.lora.b, seed=2)
+    tuned = to_numpy(layer(inputs))
+    keras_lora.save_adapter(layer, tmp_path / "adapter")
+    (loaded,) = keras_lora.load_adapter(other, tmp_path / "adapter")
+    assert loaded.path == row.path
+    np.testing.assert_array_equal(to_numpy(other(inputs)), tuned)
+    with keras_lora.merged(other), keras_lora.disabled(other):
+        assert_close(other(inputs), plain)
+    keras_lora.mark_only_lora_as_trainable(layer)
+    assert len(keras_lora.analyze(layer)) == 1
+    keras_lora.remove_lora(other)
+    bank = keras_lora.AdapterBank(other, {"it": tmp_path / "adapter"})
+    ids = bank.ids(["it", None, "it"])
+    found = to_numpy(bank({"inputs": inputs, "adapter": ids}))
+    assert_close(found[[0, 2]], tuned[[0, 2]])
+    assert_close(found[1], plain[1])
+    bank.release()
+    keras_lora.merge_lora(layer)
+    assert type(layer) is type(other)
+    assert_close(layer(inputs), tuned)

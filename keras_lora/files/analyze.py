@@ -141,7 +141,7 @@ def of_adapter(adapter, name):
 
 def of_model(model):
     checked_lora_layers(model)
-    paths = {model.name: model, **layer_paths(model)}
+    paths = layer_paths(model)
     adapters = {path: layer for path, layer in paths.items() if is_adapted(layer)}
     rows = []
     for path, layer in adapters.items():

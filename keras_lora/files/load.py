@@ -23,6 +23,7 @@ from keras_lora.models.freezing import freeze_adapters
 from keras_lora.models.freezing import freeze_all_but_lora
 from keras_lora.models.freezing import train_adapters
 from keras_lora.models.paths import layer_paths
+from keras_lora.models.paths import with_model
 from keras_lora.models.record import base_values
 from keras_lora.models.record import remember_base
 from keras_lora.models.record import state_of
@@ -78,7 +79,7 @@ def load_into(model, paths, adapter, names=None, trainable=True) -> Report:
     """
     file = contents(adapter, module_names(paths, names, model, adapter))
     refuse_tied_head(model, names, file.adapted | file.heads)
-    layers, notes = {"": model, **paths}, []
+    layers, notes = with_model(model, paths), []
     if any(map(is_adapted, layers.values())):
         checked_lora_layers(model)
         refuse_other_modules(file)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from keras_lora.keras_internals.calls import warn_caller
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.arguments import refusing_foreign_keywords
-from keras_lora.layers.kinds import lora_class_of
 from keras_lora.models.adapt import refuse_adapters
 from keras_lora.models.adapt import refuse_unbuilt
 from keras_lora.models.change import adapted
@@ -127,9 +126,6 @@ def applied(
     paths = layer_paths(model)
     refuse_unbuilt(model)
     refuse_adapters(paths)
-    # One layer is adapted under its own name.
-    if lora_class_of(type(model)) is not None:
-        paths = {model.name: model, **paths}
     trained = matching(also_train, paths, "also_train") if also_train else []
     chosen, skipped = choose(model, paths, target, exclude, trained)
     ranks = pattern_values(rank_pattern, chosen, "rank_pattern")

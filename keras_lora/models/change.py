@@ -16,6 +16,7 @@ from keras_lora.models.adapt import make_plain
 from keras_lora.models.adapt import new_adapter
 from keras_lora.models.keras_files import adapted_class
 from keras_lora.models.keras_files import carriers
+from keras_lora.models.paths import with_model
 from keras_lora.models.quantized import mend_plain
 from keras_lora.models.record import record_of
 from keras_lora.models.record import remember_flags
@@ -37,7 +38,7 @@ def adapted(model, paths, adapters):
         adapters: Path -> the arguments of its adapter.
     """
     bring_weights_back(model)
-    layers = {"": model, **paths}
+    layers = with_model(model, paths)
     made = {path: new_adapter(layers[path], a) for path, a in adapters.items()}
     with contextlib.ExitStack() as undo:
         undo.callback(refresh_torch_parameters, flatten_layers(model))

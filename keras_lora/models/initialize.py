@@ -13,6 +13,7 @@ from keras_lora.models.adapt import make_plain
 from keras_lora.models.decompositions import KERNEL_STARTS
 from keras_lora.models.merge_quantized import take_over
 from keras_lora.models.paths import layer_paths
+from keras_lora.models.paths import with_model
 from keras_lora.models.renew import renewed
 from keras_lora.models.report import Report
 from keras_lora.models.start_values import eva
@@ -75,7 +76,7 @@ def initialize_lora(
     """
     layers = checked_lora_layers(model)
     checked_arguments(method, data, budget)
-    paths = {"": model, **layer_paths(model)}
+    paths = with_model(model, layer_paths(model))
     path_of = {id(layer): path for path, layer in paths.items()}
     layers = {path_of[id(layer)]: layer for layer in layers}
     for path, layer in layers.items():

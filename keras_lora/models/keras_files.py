@@ -61,7 +61,7 @@ class Adapted:
                 f"{self.name!r} has adapters, which the .h5 format cannot hold. Save "
                 "it as .keras, or write the adapters alone with `save_adapter`."
             )
-        layers = {"": self, **layer_paths(self)}
+        layers = {"": self, **layer_paths(self, alone=False)}
         own = {p: x for p, x in layers.items() if not isinstance(x, LowRankAdapter)}
         with_adapter = {path: x for path, x in own.items() if is_adapted(x)}
         records = {path: record_of(layer) for path, layer in own.items()}
@@ -90,7 +90,7 @@ class Adapted:
         model = keras.saving.deserialize_keras_object(
             plain_part(config), custom_objects=custom_objects
         )
-        paths = layer_paths(model)
+        paths = layer_paths(model, alone=False)
         layers = {"": model, **paths}
         own = [p for p, x in paths.items() if not isinstance(x, LowRankAdapter)]
         # A model that has got a name may give its layers others than before.
@@ -114,7 +114,7 @@ class Adapted:
         mend_plain(layers.values())
         for path, merge_weights in config["merge_weights"].items():
             layers[places[path]].merge_weights = merge_weights
-        layers_now = {"": model, **layer_paths(model)}
+        layers_now = {"": model, **layer_paths(model, alone=False)}
         restore_trainable_state(layers_now, config["trainable"])
         beside = config.get("trained_beside", {})
         for path, place in places.items():

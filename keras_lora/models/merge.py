@@ -26,6 +26,7 @@ from keras_lora.models.merge_quantized import merged_plain
 from keras_lora.models.merge_quantized import relative_error
 from keras_lora.models.merge_quantized import take_over
 from keras_lora.models.paths import layer_paths
+from keras_lora.models.paths import with_model
 from keras_lora.models.quantized import renew_policy_maps
 from keras_lora.models.record import NOTHING
 from keras_lora.models.record import base_values
@@ -77,7 +78,7 @@ def merge_lora(model, quantized: str | None = None) -> list[MergedLayer]:
             take_over(layer, made[layer])
         else:
             layer.frozen_kernel.assign(layer.merged_kernel(layer.kernel_dtype))
-    _make_plain(model, [model, *paths.values()])
+    _make_plain(model, [*with_model(model, paths).values()])
     return report
 
 

@@ -10,10 +10,11 @@ from keras_lora.keras_internals.layers import attributes_of
 from keras_lora.keras_internals.layers import checked_model
 from keras_lora.keras_internals.layers import sublayers
 from keras_lora.layers.arguments import snake_case
+from keras_lora.layers.kinds import lora_class_of
 from keras_lora.layers.lora_layer import LoRALayer
 
 
-def layer_paths(model) -> dict:
+def layer_paths(model, alone=True) -> dict:
     """Path -> layer for every layer inside a model, each once, outermost first.
 
     A part of a path is the name that somebody gave to the layer, else the
@@ -21,6 +22,8 @@ def layer_paths(model) -> dict:
     instances in the process and say nothing. Where a model puts its own name before
     those of its layers, as many in KerasHub do once they have one, that is left out.
     Equal parts are numbered in order.
+
+    alone: Whether a layer by itself that can be adapted is among its own paths.
     """
     checked_model(model)
     paths, seen = {}, {id(model)}
@@ -45,8 +48,18 @@ def layer_paths(model) -> dict:
             paths[prefix + part] = layer
             walk(layer, f"{prefix}{part}/", owners)
 
-    walk(model, "", ())
+    prefix, kind = "", lora_class_of(type(model))  # type: ignore[arg-type]
+    if alone and (kind is not None or isinstance(model, LoRALayer)):
+        name = given_name(model, (), None) or kind_in_words(type(model))
+        paths[name], prefix = model, f"{name}/"
+    walk(model, prefix, ())
     return paths
+
+
+def with_model(model, paths) -> dict:
+    """The paths, and the model itself under "" where they have it not."""
+    alone = any(layer is model for layer in paths.values())
+    return dict(paths) if alone else {"": model, **paths}
 
 
 def given_name(layer, owners, parent):

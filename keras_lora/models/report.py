@@ -9,6 +9,7 @@ from keras_lora.keras_internals.layers import own_variables
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.lora_layer import is_adapted
 from keras_lora.models.paths import layer_paths
+from keras_lora.models.paths import with_model
 from keras_lora.models.record import beside
 from keras_lora.models.tables import Table
 from keras_lora.models.tables import counted
@@ -41,7 +42,7 @@ class Report(Table, Sequence):
     """
 
     def __init__(self, model, paths=None, skipped=(), notes=(), errors=()):
-        paths = {"": model, **(layer_paths(model) if paths is None else paths)}
+        paths = with_model(model, layer_paths(model) if paths is None else paths)
         self.model_name = model.name
         self.skipped = dict(skipped)
         self.notes = list(notes)

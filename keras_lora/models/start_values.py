@@ -15,6 +15,7 @@ from keras_lora.models.layer_inputs import layer_moments
 from keras_lora.models.merge_quantized import merged_plain
 from keras_lora.models.merge_quantized import refuse_calibrating
 from keras_lora.models.paths import layer_paths
+from keras_lora.models.paths import with_model
 
 LOFTQ_STEPS = 5
 
@@ -138,7 +139,7 @@ def loftq(layers, float_model) -> dict:
     pair of some steps is taken. The first Q is the one that the layer has.
     """
     refuse_calibrating("loftq", layers.values())
-    paths = {"": float_model, **layer_paths(float_model)}
+    paths = with_model(float_model, layer_paths(float_model))
     starts = {}
     for path, layer in layers.items():
         other = paths.get(path)
