@@ -1,6 +1,8 @@
 """Every wrong argument is a ValueError that names it, what is allowed, what to do."""
 
 import re
+import subprocess
+import sys
 
 import keras
 import pytest
@@ -220,3 +222,49 @@ def test_names_that_name_nothing(names, tmp_path):
     assert not (tmp_path / "adapter").exists()
     with pytest.raises(ValueError, match="`rank_pattern` has expressions for keys"):
         keras_lora.apply_lora(attention(), rank_pattern={1: 2})
+
+
+TWO_COPIES = """
+import importlib, os, sys
+import keras, numpy as np
+import keras_lora
+
+inputs = keras.Input((5, 8))
+attention = keras.layers.MultiHeadAttention(2, 4)
+outputs = keras.layers.Dense(3, name="last")(attention(inputs, inputs))
+attended = keras.Model(inputs, outputs)
+dense = keras.Sequential([keras.Input((8,)), keras_lora.LoRADense(4, rank=2)])
+keras_lora.apply_lora(attended, rank=2)
+first, folder = keras_lora, sys.argv[2]
+for name in [name for name in sys.modules if name.startswith("keras_lora")]:
+    if sys.argv[1] == "reload":
+        importlib.reload(sys.modules[name])
+    else:
+        del sys.modules[name]
+import keras_lora
+
+for model in (attended, dense):
+    for function in (
+        lambda: keras_lora.save_adapter(model, folder + "/adapter"),
+        lambda: first.save_adapter(model, folder + "/adapter"),
+        lambda: keras_lora.apply_lora(model, rank=2),
+        lambda: keras_lora.merge_lora(model),
+        lambda: keras_lora.summary(model),
+        lambda: keras_lora.AdapterBank(model, target=["last"]),
+        lambda: model.save(folder + "/model.keras"),
+    ):
+        try:
+            function()
+        except ValueError as error:
+            assert "by another copy of keras_lora" in str(error), error
+        else:
+            raise AssertionError("nothing was said")
+assert os.listdir(folder) in ([], ["model.keras"])  # Keras opens it before it asks
+"""
+
+
+@pytest.mark.parametrize("how", ["reload", "import"])
+def test_layers_of_another_copy_of_the_package_are_refused(how, tmp_path):
+    command = [sys.executable, "-c", TWO_COPIES, how, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import functools
+import sys
 from typing import NamedTuple
 
 import keras
@@ -11,6 +12,8 @@ from keras_lora.keras_internals.calls import in_a_call
 from keras_lora.keras_internals.calls import lies_outside
 from keras_lora.keras_internals.private_names import MODELS
 from keras_lora.keras_internals.private_names import require
+
+LORA_LAYER = "keras_lora.layers.lora_layer", "LoRALayer"
 
 
 class Place(NamedTuple):
@@ -124,6 +127,23 @@ def checked_model(model):
         )
 
 
+def refuse_other_copy(layer):
+    """An error for a layer that another copy of this package has adapted.
+
+    It was imported again, or Jupyter's autoreload has run: the classes of the layers,
+    and what files are read with, are then others than those that functions know.
+    """
+    present = getattr(sys.modules.get(LORA_LAYER[0]), LORA_LAYER[1], None)
+    for base in type(layer).__mro__:
+        if (base.__module__, base.__name__) == LORA_LAYER and base is not present:
+            raise ValueError(
+                f"The layer {layer.name!r} was adapted by another copy of keras_lora: "
+                "the package was imported or reloaded a second time since. Restart "
+                "Python, without autoreload for this package, build the model and load "
+                "its adapter. Nothing was changed or written."
+            )
+
+
 def flatten_layers(model):
     """Returns the model itself and every layer inside it, each once.
 
@@ -131,10 +151,12 @@ def flatten_layers(model):
     that of Keras's own walk, by which KerasHub's files number layers.
     """
     checked_model(model)
+    refuse_other_copy(model)
     found, waiting = {id(model): model}, collections.deque(model._layers)
     while waiting:
         layer = waiting.popleft()
         if id(layer) not in found:
+            refuse_other_copy(layer)
             found[id(layer)] = layer
             waiting.extendleft(layer._layers)
     return list(found.values())

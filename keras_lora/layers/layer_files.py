@@ -1,6 +1,7 @@
 """What a LoRA layer writes into configurations and Keras's weight files."""
 
 from keras_lora.keras_internals.layers import own_variables
+from keras_lora.keras_internals.layers import refuse_other_copy
 from keras_lora.layers.trained_values import TrainedValues
 
 
@@ -8,6 +9,7 @@ class LayerFiles:
     """Mixin before the Keras class: the adapter's settings, and what is frozen."""
 
     def get_config(self):
+        refuse_other_copy(self)
         options = {"rank": 0} if self.lora is None else self.lora.options()
         options["merge_weights"] = self.merge_weights
         if self.trainable and self.lora is not None:

@@ -8,6 +8,7 @@ import keras
 
 from keras_lora.keras_internals.layers import attributes_of
 from keras_lora.keras_internals.layers import checked_model
+from keras_lora.keras_internals.layers import refuse_other_copy
 from keras_lora.keras_internals.layers import sublayers
 from keras_lora.layers.arguments import snake_case
 from keras_lora.layers.kinds import lora_class_of
@@ -26,6 +27,7 @@ def layer_paths(model, alone=True) -> dict:
     alone: Whether a layer by itself that can be adapted is among its own paths.
     """
     checked_model(model)
+    refuse_other_copy(model)
     paths, seen = {}, {id(model)}
 
     def walk(parent, prefix, owners):
@@ -37,6 +39,7 @@ def layer_paths(model, alone=True) -> dict:
             if id(layer) in seen:
                 continue
             seen.add(id(layer))
+            refuse_other_copy(layer)
             part = (
                 given_name(layer, owners, parent)
                 or attributes.get(id(layer))
