@@ -635,3 +635,20 @@ def test_one_layer_by_itself(case, named, tmp_path):
     keras_lora.merge_lora(layer)
     assert type(layer) is type(other)
     assert_close(layer(inputs), tuned)
+
+
+def test_a_layer_of_no_kind_is_refused_as_what_it_is():
+    inputs = keras.Input((4, 6))
+    hidden = keras.layers.GRU(5, name="recurrent")(inputs)
+    model = keras.Model(inputs, keras.layers.Dense(3)(hidden))
+    for target in ("recurrent", ["recurrent"]):
+        with pytest.raises(ValueError, match="the layer 'recurrent', a GRU"):
+            apply_lora(model, target=target)
+
+
+def test_export_of_a_plain_model_names_the_function_for_it(tmp_path):
+    model = sequential()
+    apply_lora(model, rank=2)
+    keras_lora.merge_lora(model)
+    with pytest.raises(ValueError, match=r"merged\. A plain .* model\.export\(path\)"):
+        keras_lora.export(model, tmp_path / "served")

@@ -137,8 +137,9 @@ def refuse_ranks_without_values(factors, ranks, modules):
         if math.prod(form.a_shape) + math.prod(form.b_shape) > size:
             shapes = " and ".join(str(value.shape) for value in pair.values())
             raise ValueError(
-                f"The factors of {module!r} have shapes {shapes}; they do not make "
-                f"rank {ranks[module]} for a kernel of {host.kernel_shape}."
+                f"The file's factors of {module!r}, with shapes {shapes}, are smaller "
+                f"than rank {ranks[module]} needs for this model's kernel of shape "
+                f"{tuple(host.kernel_shape)}: the adapter is of another model."
             )
 
 

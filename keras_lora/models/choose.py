@@ -48,7 +48,8 @@ def choose(model, paths, target, exclude, trained):
         }
     else:
         # A list that names a layer of another kind gets that as its error.
-        layers = paths if by_name else supported
+        by_path = isinstance(target, str) and target in paths
+        layers = paths if by_name or by_path else supported
         found = matching(target, layers, "target", supported)
         for path in found:
             if path not in supported:

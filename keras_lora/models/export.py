@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from keras_lora.keras_internals.layers import checked_model
+from keras_lora.models.adapt import lora_layers
 from keras_lora.models.atomic import entries
 from keras_lora.models.atomic import refuse_file_name
 from keras_lora.models.atomic import replacing
@@ -38,6 +39,11 @@ def export(model, path, format="tf_saved_model", **kwargs):
         raise ValueError(
             f"The model {model.name!r} is not built, so its input shape is unknown. "
             "Call it once, or `model.build(input_shape)`, then export."
+        )
+    if not lora_layers(model):
+        raise ValueError(
+            f"{model.name!r} holds no adapter: none was applied, or they are merged. A "
+            "plain model is exported with model.export(path)."
         )
     assert_replaceable(path, format)
     kwargs.setdefault("verbose", False)
