@@ -104,6 +104,9 @@ def disabled(model):
     a training loop of your own changes of heads and biases is lost at the end, with a
     warning. Contexts nest, and are the model's, not a thread's.
 
+    Layers are switched one after the other: a call that runs in another thread while
+    the context is entered or left may see some with their adapters and some without.
+
     Args:
         model: Any Keras model or layer that holds LoRA layers.
 
