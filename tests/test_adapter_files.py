@@ -454,6 +454,7 @@ def test_failed_save_leaves_the_old_adapter(tmp_path, monkeypatch):
     assert (folder / TENSORS).read_bytes() == old
 
 
+@pytest.mark.slow  # test_folders.py stops between all steps, without processes
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
 def test_killed_while_saving(tmp_path):
     """At whatever moment: the old adapter or the new one, never a mixture."""

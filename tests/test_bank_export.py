@@ -105,6 +105,7 @@ print(json.dumps({"errors": errors, "modules": modules}))
 """
 
 
+@pytest.mark.slow
 def test_plain_tensorflow_serves_each_row_with_its_adapter(tmp_path):
     model, data = text_model(), inputs()
     expected, adapters = {None: to_numpy(model(data))}, {}
