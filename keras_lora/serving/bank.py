@@ -115,7 +115,7 @@ class AdapterBank(Artefacts, Calls, OutsideCalls, Training, keras.Model):
         self._compiled = CompiledFunctions(model)
         self.running, self._slots_outside = Running(self._point), [BASE]
         self.__dict__["depends_on_base"] = {}  # name -> whether the adapter does
-        self.__dict__["_counted_layers"] = weakref.WeakSet()
+        self.__dict__["counted_layers"] = weakref.WeakSet()
         with_gain = any(part.has_gain for _, part in every)
         chosen = [] if target is None else choose(model, paths, target, None, [])[0]
         with contextlib.ExitStack() as undo:

@@ -98,8 +98,8 @@ class OutsideCalls:
             layer.lora.around_call = self._around_call
 
     def _count_calls_of(self, layer):
-        if layer not in self._counted_layers:
-            self._counted_layers.add(layer)
+        if layer not in self.counted_layers:
+            self.counted_layers.add(layer)
             for name in COUNTED:
                 if hasattr(layer, name):
                     vars(layer)[name] = self._counted(layer, name)
@@ -140,10 +140,10 @@ class OutsideCalls:
         return counted
 
     def _stop_counting(self):
-        for layer in self._counted_layers:
+        for layer in self.counted_layers:
             for name in COUNTED:
                 vars(layer).pop(name, None)
-        self._counted_layers.clear()
+        self.counted_layers.clear()
 
 
 def disturbed(call):
