@@ -31,21 +31,24 @@ def in_a_trace(values):
 
     values: What it is called with, for JAX, which shows it in the values alone.
     """
-    backend = keras.backend.backend()
-    if in_stateless_scope():
+    if in_stateless_scope() or in_tensorflow_graph():
         return True
-    if backend == "tensorflow":
-        import tensorflow as tf
-
-        if not tf.executing_eagerly():
-            return True
     leaves = keras.tree.flatten(values)
-    if backend == "jax":
+    if keras.backend.backend() == "jax":
         import jax
 
         if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
             return True
     return any(isinstance(leaf, keras.KerasTensor) for leaf in leaves)
+
+
+def in_tensorflow_graph():
+    """Whether this call is being traced, so that what nothing needs is left out."""
+    if keras.backend.backend() != "tensorflow":
+        return False
+    import tensorflow as tf
+
+    return not tf.executing_eagerly()
 
 
 def in_stateless_scope():

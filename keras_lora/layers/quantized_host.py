@@ -3,12 +3,12 @@
 import keras
 from keras import ops
 
+from keras_lora.keras_internals.calls import in_tensorflow_graph
 from keras_lora.keras_internals.classes import twin
 from keras_lora.keras_internals.kernels import kernel_variables
 from keras_lora.keras_internals.layers import Leaf
 from keras_lora.keras_internals.private_names import QUANTIZED
 from keras_lora.keras_internals.private_names import require
-from keras_lora.layers.small_kernel_training import in_tensorflow_graph
 
 MODES = ("int8", "int4")
 # Their integers are for inputs that were seen.

@@ -6,8 +6,9 @@ W + delta is no more memory than one more copy of the inputs.
 
 import math
 
-import keras
 from keras import ops
+
+from keras_lora.keras_internals.calls import in_tensorflow_graph
 
 
 def merging_pays(host, adapter, inputs):
@@ -22,15 +23,6 @@ def merging_pays(host, adapter, inputs):
         and host.compute_dtype == adapter.variable_dtype
         and math.prod(host.kernel_shape) <= math.prod(sizes)
     )
-
-
-def in_tensorflow_graph():
-    """Whether this call is being traced, so that what nothing needs is left out."""
-    if keras.backend.backend() != "tensorflow":
-        return False
-    import tensorflow as tf
-
-    return not tf.executing_eagerly()
 
 
 def linear_with_update(host, inputs, a, b):
