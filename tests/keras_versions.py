@@ -16,6 +16,7 @@ import tempfile
 
 from page_sections import write_section
 
+from keras_lora.keras_internals.private_names import HUB_NIGHTLY
 from keras_lora.keras_internals.private_names import NIGHTLY
 from keras_lora.keras_internals.private_names import OLDEST
 
@@ -24,7 +25,7 @@ VERSIONS = {
     "3.15": ["keras==3.15.*"],
     "3.16 nightly": [
         f"keras-nightly=={NIGHTLY}",
-        "keras-hub-nightly==0.33.0.dev202610250352",
+        f"keras-hub-nightly=={HUB_NIGHTLY}",
     ],
 }
 BACKENDS = ("tensorflow", "jax", "torch")

@@ -6,8 +6,10 @@ import warnings
 
 import keras
 
-from keras_lora.keras_internals.private_names import global_state
-from keras_lora.keras_internals.private_names import masking
+from keras_lora.keras_internals.private_names import IN_FUNCTIONS
+from keras_lora.keras_internals.private_names import require
+from keras_lora.keras_internals.probes import global_state
+from keras_lora.keras_internals.probes import masking
 
 
 def was_called(layer):
@@ -65,7 +67,10 @@ def traced_for_xla():
         return False
     import tensorflow as tf
 
-    graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+    if tf.executing_eagerly():
+        return False
+    require(IN_FUNCTIONS)
+    graph = tf.compat.v1.get_default_graph()
     while graph is not None:
         context = graph._get_control_flow_context()
         if context is not None and context.IsXLAContext():

@@ -8,9 +8,7 @@ itself. They are asked with a loader that has no file, on a stand-in for the mod
 
 import contextlib
 import functools
-import importlib
 import io
-import pkgutil
 import sys
 import warnings
 
@@ -18,8 +16,12 @@ import keras
 import numpy as np
 
 from keras_lora.keras_internals.private_names import HUB
-from keras_lora.keras_internals.private_names import global_state
+from keras_lora.keras_internals.private_names import probe_package
 from keras_lora.keras_internals.private_names import require
+from keras_lora.keras_internals.probes import CONVERTERS
+from keras_lora.keras_internals.probes import converter_names
+from keras_lora.keras_internals.probes import global_state
+from keras_lora.keras_internals.probes import module
 
 UNINITIALIZED = "uninitialized_variables"
 # Attributes of backbones that transformers' configurations call otherwise.
@@ -36,18 +38,12 @@ def is_backbone(layer):
 def converters() -> dict:
     """Family, as the converter is called -> its module."""
     require(HUB)
-    try:
-        from keras_hub.src.utils import transformers as room
-    except ImportError:
+    if module("keras_hub") is None:
         return {}
-    names = [info.name for info in pkgutil.iter_modules(room.__path__)]
-    return {
-        name.removeprefix("convert_"): importlib.import_module(
-            f"{room.__name__}.{name}"
-        )
-        for name in sorted(names)
-        if name.startswith("convert_")
-    }
+    probe_package("KerasHub")
+    require(HUB)
+    names = converter_names(module(CONVERTERS))
+    return {name.rpartition("convert_")[2]: module(name) for name in names}
 
 
 def family_of(backbone_class):

@@ -256,8 +256,16 @@ def made_by(tensor):
     return history.operation, node.input_tensors
 
 
-# What Keras's own models keep their layers in says nothing about the layers.
-BOOKKEEPING = ("_layers", "_operations", "_functional")
+@functools.cache
+def bookkeeping() -> set:
+    """Attributes of Keras's own models: where they keep layers says nothing of them."""
+    identity = keras.layers.Identity(name="identity")
+    inputs = keras.Input((1,), name="inputs")
+    models = (
+        keras.Sequential([inputs, identity], name="sequential"),
+        keras.Model(inputs, identity(inputs), name="functional"),
+    )
+    return {name for model in models for name in vars(model)}
 
 
 def attributes_of(parent):
@@ -268,7 +276,7 @@ def attributes_of(parent):
     attributes = dict(vars(parent))
     attributes |= attributes.pop("_modules", {})  # where torch keeps submodules
     for name, value in attributes.items():
-        if name in BOOKKEEPING:
+        if name in bookkeeping():
             continue
         name = name.strip("_")
         if isinstance(value, dict):

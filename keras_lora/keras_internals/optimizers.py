@@ -50,8 +50,6 @@ def attributes_with(optimizer, ids) -> set:
     """Names of attributes that are, or hold, one of these variables."""
     found = set()
     for name, value in vars(optimizer).items():
-        if name.startswith("_self_"):
-            continue
         if isinstance(value, keras.optimizers.Optimizer):
             found |= attributes_with(value, ids)
         elif isinstance(value, (list, tuple, dict)):
@@ -69,7 +67,9 @@ def without_state(optimizer, names=frozenset()):
     constructor, and the registers that it makes; all else is shared.
     """
     copy = object.__new__(type(optimizer))
-    keras.optimizers.Optimizer.__init__(copy, learning_rate=0.0, name=optimizer.name)
+    plain = keras.optimizers.Optimizer
+    plain.__init__(copy, learning_rate=0.0, name=optimizer.name)
+    plain.exclude_from_weight_decay(copy)  # makes one more register, of what it found
     made = dict(vars(copy))
     registers = {name for name, value in made.items() if is_register(value)}
     names = {*names, *(n for n, v in made.items() if isinstance(v, keras.Variable))}
@@ -77,8 +77,7 @@ def without_state(optimizer, names=frozenset()):
         if isinstance(value, (list, dict)):
             value.clear()
     for name, value in vars(optimizer).items():
-        # What is cached is of other variables; TensorFlow's register begins so.
-        if not (name in registers or name.endswith("_cache") or name[:6] == "_self_"):
+        if name not in registers:
             vars(copy)[name] = value
     copy.built = False
     for name, value in vars(optimizer).items():
@@ -175,10 +174,10 @@ def as_plain_optimizer(optimizer, **changed):
 def optimizer_class(cls):
     """The class whose `update_step` makes the update.
 
-    On torch Keras puts subclasses of its own in the place of most optimizers. They
-    update all variables in one call, at one rate, and skip `update_step`.
+    On torch Keras puts subclasses of its own in the place of most optimizers, under
+    the same names. They update all variables in one call, at one rate, and skip
+    `update_step`.
     """
-    return next(c for c in cls.__mro__ if not c.__module__.startswith(BACKENDS))
-
-
-BACKENDS = "keras.src.backend."
+    if not cls.__module__.startswith("keras."):
+        return cls
+    return [c for c in cls.__mro__ if c.__name__ == cls.__name__][-1]

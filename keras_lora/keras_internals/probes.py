@@ -1,0 +1,119 @@
+"""What looks for a private name: in milliseconds, and without making an array."""
+
+import importlib
+import inspect
+import pkgutil
+import types
+
+import keras
+
+from keras_lora.keras_internals.classes import change_class
+
+CONVERTERS = "keras_hub.src.utils.transformers"
+ON_JAX = keras.backend.backend() == "jax"
+OPTIMIZER = keras.optimizers.Optimizer
+
+
+def module(name):
+    """A module by its name; None: there is none."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+global_state = module("keras.src.backend.common.global_state")
+masking = module("keras.src.backend.common.masking")
+
+
+def mentions(owner, word) -> bool:
+    """Whether code of a class, of those that it extends, or of a module has a word.
+
+    Attributes that a constructor sets are found so without making an object.
+    """
+    owners = getattr(owner, "__mro__", (owner,))
+    held = [x for each in owners for x in vars(each).values()]
+    functions = [x.fget if isinstance(x, property) else x for x in held]
+    # Nothing else is looked at: a lazy module of Keras's would be imported.
+    codes = [
+        inspect.unwrap(x).__code__
+        for x in functions
+        if isinstance(x, types.FunctionType)
+    ]
+    return any(word in (*code.co_names, *code.co_consts) for code in codes)
+
+
+def sample():
+    """A layer without weights."""
+    return keras.layers.Layer(name="sample")
+
+
+def has(*names):
+    """A probe: a layer, or its class, has these attributes."""
+    return lambda: all(hasattr(sample(), name) for name in names)
+
+
+def code_has(owner, word):
+    return lambda: mentions(owner, word)
+
+
+def class_changes() -> bool:
+    """Whether a layer of another class builds and is called as one of that class."""
+
+    class Before(keras.layers.Layer):
+        def call(self, inputs):
+            return inputs
+
+    class After(Before):
+        def build(self, input_shape=None):
+            self.was_built = True
+
+        def call(self, inputs, training=None):
+            return inputs
+
+    layer, made = Before(name="sample"), After(name="sample")
+    change_class(layer, After)
+    layer.build((1,))
+    parameters = [
+        [list(x.parameters) for x in vars(each).values() if hasattr(x, "parameters")]
+        for each in (layer, made)
+    ]
+    return hasattr(layer, "was_built") and parameters[0] == parameters[1] != []
+
+
+def tensors_know_their_operation() -> bool:
+    tensor = keras.Input((1,), name="sample")
+    history = getattr(tensor, "_keras_history", None)
+    return hasattr(getattr(history, "operation", None), "_inbound_nodes")
+
+
+def variables_learn_to_train() -> bool:
+    """Whether a variable of TensorFlow's that was made frozen can train later."""
+    tf = module("tensorflow")
+    with tf.Graph().as_default():
+        variable = tf.Variable(0.0, trainable=False)
+    variable._trainable = True
+    return variable.trainable
+
+
+def graphs_tell_of_xla() -> bool:
+    tf = module("tensorflow")
+    graph = tf.Graph()
+    traced = tf.__internal__.FuncGraph("sample")
+    return graph._get_control_flow_context() is None and hasattr(traced, "outer_graph")
+
+
+def converter_names(room) -> list:
+    """The modules of KerasHub's converters."""
+    names = sorted(info.name for info in pkgutil.iter_modules(room.__path__))
+    return [f"{room.__name__}.{x}" for x in names if x.startswith("convert_")]
+
+
+def converters_are_there() -> bool:
+    """Whether each converter can be asked with a loader that has no file."""
+    found = [module(name) for name in converter_names(module(CONVERTERS))]
+    return bool(found) and all(
+        hasattr(x, "backbone_cls")
+        and len(inspect.signature(x.convert_weights).parameters) == 3
+        for x in found
+    )
