@@ -141,6 +141,59 @@ def attention(width, length, rank, batch=8):
     return Work(x, x, variants(build, rank), methods=methods(build, rank))
 
 
+class Block(keras.layers.Layer):
+    """A transformer block; with `remat` its backward pass computes it once more."""
+
+    def __init__(self, width, remat):
+        super().__init__()
+        self.remat = remat
+        self.heads = keras.layers.MultiHeadAttention(width // 64, 64)
+        self.up = keras.layers.Dense(4 * width, activation="gelu")
+        self.down = keras.layers.Dense(width)
+        self.norms = [keras.layers.LayerNormalization() for _ in range(2)]
+
+    def block(self, inputs):
+        hidden = self.norms[0](inputs + self.heads(inputs, inputs))
+        return self.norms[1](hidden + self.down(self.up(hidden)))
+
+    def call(self, inputs):
+        return (keras.remat(self.block) if self.remat else self.block)(inputs)
+
+
+def blocks(width, length, rank, layers=4, batch=8):
+    """Transformer blocks with every projection adapted, under `keras.remat` or not."""
+
+    def build(remat=False):
+        inputs = keras.Input((length, width))
+        x = Scale()(inputs)
+        for _ in range(layers):
+            x = Block(width, remat)(x)
+        return adapt(keras.Model(inputs, x), rank)
+
+    return kept_or_not(normal(batch, length, width), build)
+
+
+def scope(width, rows, rank, layers=6):
+    """A stack of square layers with gelu, made in a RematScope or not."""
+
+    def build(remat=False):
+        inputs = keras.Input((width,))
+        x = Scale()(inputs)
+        with keras.RematScope(mode="full" if remat else None):
+            stack = [keras.layers.Dense(width, "gelu") for _ in range(layers)]
+        for layer in stack:
+            x = layer(x)
+        return adapt(keras.Model(inputs, x), rank)
+
+    return kept_or_not(normal(rows, width), build)
+
+
+def kept_or_not(x, build):
+    """Work for models that keep all for the backward pass, or compute it once more."""
+    models = {"kept": build, "control": build, "remat": partial(build, remat=True)}
+    return Work(x, x, models, "kept")
+
+
 def convolution(channels, size, rank, batch=8):
     """Three 3x3 convolutions."""
 

@@ -314,6 +314,18 @@ SECTIONS = [
         ),
     ),
     Section(
+        "Memory and time of a step that computes layers once more",
+        "Of a training process with an adapter on each layer, d=512, r=8, over the "
+        "same that keeps all for the backward pass: four transformer blocks under "
+        "`keras.remat`, and six Dense layers with gelu of a `keras.RematScope`.",
+        [
+            ("memory, blocks, 8 x 256 tokens", memory.step, "blocks", (512, 256, 8), 3),
+            ("time of the same", training.step, "blocks", (512, 256, 8), 8),
+            ("memory, Dense, 8192 rows", memory.step, "scope", (512, 8192, 8), 3),
+        ],
+        bars=(Bar("remat", 0.7, "memory"),),
+    ),
+    Section(
         "Files",
         "An adapter over the weights of the whole model, with its adapters in it.",
         [

@@ -123,7 +123,34 @@ FAULTS = {
             "test_laws.py -k config_round_trip",
         ),
     ],
+    "layers/rematerialized.py": [
+        (
+            "adapter.trains_in_call and is_recomputed()",
+            "False",
+            "test_rematerialization.py -k 'functions_under and plain'",
+        ),
+        (
+            'if kwargs.get("training") is True else {}',
+            "if False else {}",
+            "test_rematerialization.py -k 'scope_train and dropout'",
+        ),
+        (
+            "generator is None and inside_remat()",
+            "False",
+            "test_rematerialization.py -k is_refused",
+        ),
+        (
+            "if not has_gradient(x)",
+            "if False",
+            "test_rematerialization.py -k blocks_made",
+        ),
+    ],
     "layers/lora_layer.py": [
+        (
+            "if is_traced(training):",
+            "if False:",
+            "test_rematerialization.py -k 'flag_that_is_traced and relu'",
+        ),
         (
             "self._kernel_place = freeze(self, self.frozen_kernel)",
             "pass",

@@ -53,6 +53,47 @@ def in_tensorflow_graph():
     return not tf.executing_eagerly()
 
 
+def is_traced(flag):
+    """Whether a function is being traced for a flag that may be true or false."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return isinstance(flag, jax.core.Tracer)
+    return keras.ops.is_tensor(flag) and in_tensorflow_graph()
+
+
+# Where a function runs under `keras.remat`, and where it is computed once more.
+REMAT = {
+    "jax._src.ad_checkpoint": (),  # which traces it once
+    "tensorflow.python.ops.custom_gradient": ("inner_recompute_grad",),
+    "torch.utils.checkpoint": ("recompute_fn",),
+}
+
+
+def callers():
+    """The frames of the functions that called this one's caller."""
+    frame = inspect.currentframe().f_back
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def inside_remat() -> bool:
+    """Whether this runs inside of a function that will be computed once more."""
+    return any(frame.f_globals.get("__name__") in REMAT for frame in callers())
+
+
+def is_recomputed() -> bool:
+    """Whether a function under `keras.remat` is computed once more.
+
+    A backward pass does it, outside of the calls of layers in which it ran at first.
+    """
+    return any(
+        frame.f_code.co_name in REMAT.get(frame.f_globals.get("__name__"), ())
+        for frame in callers()
+    )
+
+
 def in_stateless_scope():
     return global_state.get_global_attribute("stateless_scope") is not None
 

@@ -3,6 +3,8 @@
 import json
 
 import keras
+import numpy as np
+from keras import ops
 
 
 class HiddenVariable:
@@ -28,6 +30,20 @@ class HiddenVariable:
         """JAX passes state by hand, and what is not passed becomes a constant."""
         on_jax = keras.backend.backend() == "jax"
         return [self.variable] if on_jax and self.variable is not None else []
+
+
+class DrawnSeeds(keras.random.SeedGenerator):
+    """Seeds that follow from one that was drawn before. There is no state to write."""
+
+    _initial_seed = 0  # torch's dropout asks whether there is one
+
+    def __init__(self, seed):
+        self.seed, self.count = seed, 0
+
+    def next(self, ordered=True):
+        steps = np.array([self.count, 0])
+        self.count += 1
+        return ops.add(self.seed, ops.convert_to_tensor(steps, self.seed.dtype))
 
 
 def hold_resource(layer, name, variable):

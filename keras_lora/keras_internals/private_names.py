@@ -35,6 +35,7 @@ QUANTIZED = "adapters over quantized kernels"
 LORA_PLUS = "LoRAPlus"
 LAYOUTS = "adapters under keras.distribution"
 BANKS = "banks of adapters"
+REMAT = "dropout of adapters in a keras.RematScope"
 MASKS = "ReversibleEmbedding and AdapterBank.fit"
 HUB = 'names="transformers"'
 IN_FUNCTIONS = "layers with `use_dora` that are built inside a compiled function"
@@ -180,6 +181,12 @@ TABLE = [
         BANKS,
         "What a loop that failed has left there would become the weights.",
         lambda: not probes.ON_JAX or probes.mentions(keras.Model, "_jax_state"),
+    ),
+    PrivateName(
+        "SeedGenerator._initial_seed",
+        REMAT,
+        "A seed that was drawn already cannot be given to `keras.random.dropout`.",
+        code_has(keras.random.SeedGenerator, "_initial_seed"),
     ),
     PrivateName(
         "keras.src.backend.common.masking: get_keras_mask, set_keras_mask",

@@ -4,6 +4,7 @@ import inspect
 
 from keras import ops
 
+from keras_lora.keras_internals.calls import is_traced
 from keras_lora.keras_internals.distribution import layout_of
 from keras_lora.keras_internals.layers import attach
 from keras_lora.keras_internals.layers import freeze
@@ -21,11 +22,13 @@ from keras_lora.layers.host_checks import watched
 from keras_lora.layers.layer_files import LayerFiles
 from keras_lora.layers.methods import make_adapter
 from keras_lora.layers.methods import take_method
+from keras_lora.layers.rematerialized import Rematerialized
+from keras_lora.layers.rematerialized import training_of
 from keras_lora.layers.settings import checked_rank
 from keras_lora.layers.torch_layout import TorchLayout
 
 
-class LoRALayer(HostChecks, LayerFiles, TorchLayout, FrozenKernel):
+class LoRALayer(Rematerialized, HostChecks, LayerFiles, TorchLayout, FrozenKernel):
     """Mixin that gives a Keras layer a frozen kernel W and an adapter A, B.
 
         training=True    y = finish( linear(x, W) + linear(drop(x), A) @ (scaling * B) )
@@ -186,6 +189,13 @@ class LoRALayer(HostChecks, LayerFiles, TorchLayout, FrozenKernel):
         host = None if self.lora is None else self.host(**options)
         if host is None:
             return self.plain_call(inputs, **options)
+        training = training_of(self.lora, training)
+        if is_traced(training):
+            return ops.cond(
+                training,
+                lambda: self.adapted_call(inputs, True, **options),
+                lambda: self.adapted_call(inputs, False, **options),
+            )
         strategy = self.stand_in or self.lora
         return host.finish(strategy.outputs(host, inputs, training))
 

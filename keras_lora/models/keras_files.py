@@ -21,6 +21,7 @@ from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.lora_layer import is_adapted
 from keras_lora.layers.quantized_host import refuse_quantizing
+from keras_lora.layers.rematerialized import Rematerialized
 from keras_lora.layers.trained_values import TrainedValues
 from keras_lora.models.adapt import adapt
 from keras_lora.models.adapt import lora_layers
@@ -50,7 +51,7 @@ register = keras.saving.register_keras_serializable("keras_lora", "Adapted")
 
 @keras.saving.register_keras_serializable("keras_lora", "AdaptedModel")  # old files
 @register
-class Adapted:
+class Adapted(Rematerialized):
     """Mixin before the class of what holds adapted layers."""
 
     plain_owner = None  # the class that this one extends

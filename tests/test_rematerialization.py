@@ -1,0 +1,179 @@
+"""Parts of a model that are computed once more for their gradients."""
+
+import keras
+import numpy as np
+import pytest
+import test_quantized
+from gradients import gradients
+from layer_cases import CASES
+from layer_cases import DORA
+from layer_cases import KINDS
+from layer_cases import fill
+from layer_cases import over
+from layer_cases import to_numpy
+from seeds import set_seed
+from shared import assert_close
+from test_quantized import HOSTS
+from test_quantized import over_kept
+
+import keras_lora
+from keras_lora.layers.adapter import LowRankAdapter
+from keras_lora.layers.dora import DoRAAdapter
+from keras_lora.models.adapt import lora_layers
+
+pytestmark = test_quantized.pytestmark
+BACKEND = keras.backend.backend()
+DROPOUT = [case for case in CASES if case.lora.get("dropout")]
+
+
+class Block(keras.layers.Layer):
+    """A layer that calls another, which knows from the outside whether it trains."""
+
+    def __init__(self, layer, remat):
+        super().__init__()
+        self.layer, self.remat = layer, remat
+
+    def call(self, inputs, training=None):
+        if not self.remat:
+            return self.layer(inputs)
+        # A new function each time: JAX keeps what it has traced one for, weights too.
+        return keras.remat(lambda inputs: self.layer(inputs))(inputs)
+
+
+class Around(keras.layers.Layer):
+    """A layer in a block, for `gradients`."""
+
+    def __init__(self, layer, remat=False):
+        super().__init__()
+        self.block = Block(layer, remat)
+        self.lora = layer.lora
+
+    def call(self, inputs, training=None):
+        return self.block(inputs, training=training)
+
+
+def in_scope(case, **overrides):
+    with keras.RematScope(mode="full"):
+        return case.trained_layer(**overrides)
+
+
+def refuse_merged_kernels(monkeypatch):
+    """From now on no kernel is formed of W and the adapter."""
+    for adapter in (LowRankAdapter, DoRAAdapter):
+        monkeypatch.setattr(adapter, "effective_kernel", None)
+
+
+def weights_of(layer, inputs):
+    outputs = to_numpy(layer(inputs))
+    return np.random.default_rng(3).standard_normal(outputs.shape).astype("float32")
+
+
+def found(layer, inputs, weights):
+    if layer.lora.seed_generator is not None:
+        layer.lora.seed_generator.state.assign([3, 5])
+    return gradients(layer, inputs, weights)
+
+
+def assert_same_gradients(rematerialized, plain, inputs, monkeypatch):
+    weights = weights_of(plain, inputs)
+    expected = found(plain, inputs, weights)
+    rematerialized(inputs)  # which builds what is around it
+    refuse_merged_kernels(monkeypatch)
+    for own, other in zip(
+        found(rematerialized, inputs, weights), expected, strict=True
+    ):
+        assert np.abs(other).max() > 0
+        assert_close(own, other)
+
+
+@over(CASES + DORA)
+def test_layers_made_in_a_scope_train(case, monkeypatch):
+    plain, rematerialized = case.trained_layer(), in_scope(case)
+    rematerialized.set_weights(plain.get_weights())
+    assert_same_gradients(
+        Around(rematerialized), Around(plain), case.inputs(), monkeypatch
+    )
+
+
+@over(KINDS + DORA)
+def test_functions_under_remat_train(case, monkeypatch):
+    layer = case.trained_layer(dropout=0.0)
+    assert_same_gradients(
+        Around(layer, remat=True), Around(layer), case.inputs(), monkeypatch
+    )
+
+
+@over_kept
+def test_quantized_layers_made_in_a_scope_train(name, mode, monkeypatch):
+    host = HOSTS[name]
+    plain = host.adapted(mode)
+    with keras.RematScope(mode="full"):
+        rematerialized = host.adapted(mode)
+    rematerialized.set_weights(plain.get_weights())
+    assert_same_gradients(
+        Around(rematerialized), Around(plain), host.inputs(), monkeypatch
+    )
+
+
+def block(remat):
+    """A model of a block that was made in a scope, with dropout of its adapters."""
+    set_seed(4)
+    inputs = keras.Input((4, 6))
+    with keras.RematScope(mode="full" if remat else None):
+        attention = keras.layers.MultiHeadAttention(2, 3, name="attention")
+    outputs = keras.layers.Dense(3, name="head")(attention(inputs, inputs))
+    model = keras.Model(inputs, outputs)
+    keras_lora.apply_lora(model, rank=2, dropout=0.3)
+    for seed, variable in enumerate(model.trainable_variables):
+        fill(variable, seed, 0.3)
+    # Of its own accord each layer draws a seed, and a block one for each of them.
+    for layer in lora_layers(model):
+        layer.lora.seed_generator.state.assign([3, 5])
+    return model
+
+
+def test_blocks_made_in_a_scope_train():
+    losses = []
+    random = np.random.default_rng(3)
+    x, y = (random.standard_normal((8, 4, n), "float32") for n in (6, 3))
+    for remat in (False, True):
+        model = block(remat)
+        model.compile("sgd", "mse", jit_compile=False)
+        history = model.fit(x, y, batch_size=4, epochs=3, shuffle=False, verbose=0)
+        losses.append(history.history["loss"])
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+@over(DROPOUT)
+def test_dropout_under_remat_of_a_function_is_refused(case):
+    around, inputs = Around(case.trained_layer(), remat=True), case.inputs()
+    weights = weights_of(around, inputs)  # without training nothing is dropped
+    with pytest.raises(ValueError, match="RematScope, or set dropout=0"):
+        gradients(around, inputs, weights)
+
+
+@over(KINDS + DORA)
+def test_a_flag_that_is_traced_chooses_between_both_paths(case):
+    layer = case.trained_layer(dropout=0.0)
+    inputs = case.inputs()
+    traced = traced_call(layer, inputs)
+    for training in (False, True):
+        assert_close(traced(training), layer(inputs, training=training))
+
+
+def traced_call(layer, inputs):
+    """training -> outputs, by one function for both."""
+
+    def call(training):
+        return layer(inputs, training=training)
+
+    if BACKEND == "jax":
+        import jax
+
+        return jax.jit(call)
+    if BACKEND == "torch":
+        return call
+    import tensorflow as tf
+
+    function = tf.function(call)
+    return lambda training: function(tf.constant(training))
