@@ -186,7 +186,7 @@ TABLE = [
         "SeedGenerator._initial_seed",
         REMAT,
         "A seed that was drawn already cannot be given to `keras.random.dropout`.",
-        code_has(keras.random.SeedGenerator, "_initial_seed"),
+        probes.code_has(keras.random.SeedGenerator, "_initial_seed"),
     ),
     PrivateName(
         "keras.src.backend.common.masking: get_keras_mask, set_keras_mask",
