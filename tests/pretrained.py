@@ -21,7 +21,7 @@ def convolutional():
     x = keras.layers.Reshape((6, 1))(inputs)
     x = keras.layers.Conv1D(4, 3, padding="causal", name="conv1d_a")(x)
     x = keras.layers.Reshape((3, 2, 4))(x)
-    x = keras.layers.Conv2D(4, 2, padding="same", groups=2, name="conv2d_a")(x)
+    x = keras.layers.Conv2D(4, 2, padding="same", name="conv2d_a")(x)
     x = keras.layers.Reshape((3, 2, 2, 2))(x)
     x = keras.layers.Conv3D(2, 2, padding="same", name="conv3d_a")(x)
     x = keras.layers.Flatten()(x)

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from seeds import set_seed
+from shared import EAGERLY
 from shared import assert_close
 
 import keras_lora
@@ -54,7 +55,7 @@ def alone(make, adapter, name, optimizer, loss, x, y, weights=None, epochs=1):
     """What an adapter is after its own rows of each batch."""
     model = make()
     keras_lora.load_adapter(model, adapter)
-    model.compile(optimizer, loss)
+    model.compile(optimizer, loss, **EAGERLY)
     for _ in range(epochs):
         for start in range(0, len(NAMES), 6):
             names = NAMES[start : start + 6]
