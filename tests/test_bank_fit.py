@@ -89,12 +89,17 @@ OPTIMIZERS = {
 }
 
 
+def how(name):
+    """One optimizer and one loss are traced, which takes as long as ten steps."""
+    return {} if name in ("adamw, clipped", "weighted") else EAGERLY
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_each_adapter_goes_its_own_way(name):
     x, y = data()
     adapters = adapters_for(network)
     bank = AdapterBank(network(), {**adapters, "idle": adapters["a"]})
-    bank.compile(OPTIMIZERS[name](), "mse")
+    bank.compile(OPTIMIZERS[name](), "mse", **how(name))
     inputs = {"inputs": x, "adapter": bank.ids(NAMES)}
     bank.fit(inputs, y, batch_size=6, epochs=2, shuffle=False, verbose=0)
     for each, adapter in adapters.items():
@@ -152,7 +157,7 @@ def test_dora_bias_and_head_are_each_adapters_own():
     }
     bank = AdapterBank(network(), adapters)
     optimizer = OPTIMIZERS["adamw, clipped"]
-    bank.compile(optimizer(), "mse")
+    bank.compile(optimizer(), "mse", **EAGERLY)
     inputs = {"inputs": x, "adapter": bank.ids(NAMES)}
     bank.fit(inputs, y, batch_size=6, epochs=2, shuffle=False, verbose=0)
     for each, adapter in adapters.items():
@@ -177,7 +182,7 @@ def test_a_loss_is_that_of_an_adapters_own_rows(name):
     weights = np.random.default_rng(3).uniform(0.1, 2, len(x)).astype("float32")
     adapters = adapters_for(network)
     bank = AdapterBank(network(), adapters)
-    bank.compile(keras.optimizers.SGD(0.05), LOSSES[name]())
+    bank.compile(keras.optimizers.SGD(0.05), LOSSES[name](), **how(name))
     inputs = {"inputs": x, "adapter": bank.ids(NAMES)}
     arguments = {"sample_weight": weights, "batch_size": 6, "shuffle": False}
     bank.fit(inputs, y, **arguments, verbose=0)
