@@ -85,7 +85,7 @@ def adapt(build, **kwargs):
     return model, apply_lora(model, **{"rank": 2, "alpha": 6, **kwargs})
 
 
-def fit(model, epochs=2):
+def fit(model, epochs=1):
     history = model.fit(x(), y(), epochs=epochs, batch_size=8, verbose=0, shuffle=False)
     return history.history["loss"]
 

@@ -15,6 +15,10 @@ from shared import same_base
 import keras_lora
 
 
+def compile_eagerly(model):
+    model.compile(keras.optimizers.Adam(0.02), "mse", **EAGERLY)
+
+
 class Remember(keras.callbacks.Callback):
     """The outputs at the end of every epoch."""
 
@@ -45,7 +49,7 @@ class Worse(keras.callbacks.Callback):
 )
 def test_writes_the_adapter_of_the_epoch(options, epoch, tmp_path):
     model, _ = adapt(sequential)
-    compile_(model)
+    compile_eagerly(model)
     remember = Remember()
     checkpoint = keras_lora.AdapterCheckpoint(tmp_path / "adapter", **options)
     model.fit(x(), y(), epochs=3, verbose=0, callbacks=[Worse(), remember, checkpoint])
@@ -100,7 +104,7 @@ def test_auto_is_what_keras_takes_it_for(metric, values, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name, best", [("my_accuracy", 0.9), ("my_cost", 0.2)])
 def test_the_name_tells_of_a_value_that_is_no_metric(name, best, tmp_path):
     model, _ = adapt(sequential)
-    model.compile("sgd", "mse")
+    compile_eagerly(model)
     checkpoint = keras_lora.AdapterCheckpoint(tmp_path / "adapter", True, name)
     callbacks = [Instead(name, [0.5, 0.9, 0.2]), checkpoint]
     model.fit(x(), y(), epochs=3, verbose=0, callbacks=callbacks)
@@ -110,7 +114,7 @@ def test_the_name_tells_of_a_value_that_is_no_metric(name, best, tmp_path):
 @pytest.mark.parametrize("mode", ["min", "max", "auto"])
 def test_what_is_no_number_is_never_best(mode, tmp_path):
     model, _ = adapt(sequential)
-    compile_(model)
+    compile_eagerly(model)
     values = [float("nan"), 0.5, float("nan")]
     remember = Remember()
     checkpoint = keras_lora.AdapterCheckpoint(
@@ -147,7 +151,7 @@ def test_bad_input(tmp_path):
     with pytest.raises(ValueError, match="mode='best'"):
         keras_lora.AdapterCheckpoint(tmp_path, mode="best")
     model, _ = adapt(sequential)
-    compile_(model)
+    compile_eagerly(model)
     checkpoint = keras_lora.AdapterCheckpoint(tmp_path / "x", save_best_only=True)
     with pytest.raises(ValueError, match="'val_loss' is not in the logs"):
         model.fit(x(), y(), verbose=0, callbacks=[checkpoint])
@@ -157,7 +161,7 @@ def test_bad_input(tmp_path):
 @pytest.mark.parametrize("best", [False, True])
 def test_epoch_and_metrics_in_the_path_are_those_of_keras(best, tmp_path, capsys):
     model, _ = adapt(sequential)
-    compile_(model)
+    compile_eagerly(model)
     place = "{epoch:02d}-{score:.1f}"
     options = {"monitor": "score", "mode": "max", "save_best_only": best, "verbose": 1}
     theirs = keras.callbacks.ModelCheckpoint(
@@ -189,7 +193,7 @@ def test_a_path_that_asks_for_no_log_writes_nothing(tmp_path, capsys):
     with pytest.raises(ValueError, match="`directory` is no format"):
         keras_lora.AdapterCheckpoint("{epoch")
     model, _ = adapt(sequential)
-    compile_(model)
+    compile_eagerly(model)
     for place in ("{los}", "{}", "{loss:d}", "{epoch.x}"):
         checkpoint = keras_lora.AdapterCheckpoint(tmp_path / "new" / place)
         with pytest.raises(ValueError, match=r"There are \['epoch', 'loss'\]"):

@@ -10,6 +10,7 @@ import pytest
 from layer_cases import fill
 from layer_cases import to_numpy
 from seeds import set_seed
+from shared import EAGERLY
 from shared import assert_close
 
 import keras_lora
@@ -256,11 +257,11 @@ def test_a_generation_keeps_its_adapters():
             return super().get_next_token(probabilities)
 
     sampler = Greedy()
-    backbone = keras_hub.models.GPT2Backbone(50, 1, 2, 16, 16, max_sequence_length=24)
+    backbone = keras_hub.models.GPT2Backbone(50, 1, 2, 16, 16, max_sequence_length=12)
     model = keras_hub.models.GPT2CausalLM(backbone, preprocessor=None)
     prompt = {
-        "token_ids": np.array([[3, 4, 5] + [0] * 21] * 2, "int32"),
-        "padding_mask": np.array([[1, 1, 1] + [0] * 21] * 2, "int32"),
+        "token_ids": np.array([[3, 4, 5] + [0] * 9] * 2, "int32"),
+        "padding_mask": np.array([[1, 1, 1] + [0] * 9] * 2, "int32"),
     }
     model.compile(sampler=sampler, run_eagerly=True)
 
@@ -384,8 +385,8 @@ def test_an_error_inside_a_loop_costs_no_weights(served):
     """On JAX, Keras takes them out of the variables meanwhile."""
     bank, outputs, _, _ = served
     model = bank.model
-    model.compile("sgd", "mse", jit_compile=False)
-    bank.compile("sgd", "mse", jit_compile=False)
+    model.compile("sgd", "mse", **EAGERLY)
+    bank.compile("sgd", "mse", **EAGERLY)
     y, data = x()[:, :3], {"inputs": x(), "adapter": bank.ids(ROWS)}
     fails = {"callbacks": [Fails()], "batch_size": 2, "verbose": 0}
 
@@ -441,7 +442,7 @@ def test_threads_get_the_old_adapters_or_the_new_ones(served):
     threads = [threading.Thread(target=work, args=(at,)) for at in range(len(calls))]
     for thread in threads:
         thread.start()
-    refresh(20)
+    refresh(8)
     stop.set()
     for thread in threads:
         thread.join(60)

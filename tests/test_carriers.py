@@ -335,6 +335,7 @@ print(json.dumps(words))
 """
 
 
+@pytest.mark.slow
 def test_a_process_without_this_package_is_told_of_it(tmp_path):
     paths = []
     for layer in (keras.layers.Dense, keras_lora.LoRADense):
@@ -396,9 +397,10 @@ def test_saved_models_of_tensorflow(adapted, context, tmp_path):
         tf.saved_model.save(adapted, str(tmp_path / "artefact"), signatures=signature)
         module = tf.Module()
         module.model, module.serve = adapted, function
-        tf.saved_model.save(module, str(tmp_path / "module"), signatures=signature)
-    for name in ("artefact", "module"):
-        artefact = tf.saved_model.load(str(tmp_path / name))
+        if context == "merged":  # of these one says what all would
+            tf.saved_model.save(module, str(tmp_path / "module"), signatures=signature)
+    for path in tmp_path.iterdir():
+        artefact = tf.saved_model.load(str(path))
         (found,) = artefact.signatures["serving_default"](x=tf.constant(x())).values()
         np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
 

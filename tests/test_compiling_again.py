@@ -66,7 +66,7 @@ def network():
 
 
 def fit(model, **kwargs):
-    model.fit(x(), y(), batch_size=4, shuffle=False, verbose=0, **kwargs)
+    model.fit(x(), y(), batch_size=8, shuffle=False, verbose=0, **kwargs)
 
 
 @over_optimizers
@@ -113,7 +113,7 @@ def test_an_optimizer_whose_variables_stay_keeps_its_state():
     layers = [keras.layers.Dense(5, name="a"), keras.layers.Dense(3, name="head")]
     model = keras.Sequential([keras.Input((6,)), shared, *layers])
     beside = keras.Sequential([keras.Input((6,)), shared, keras.layers.Dense(3)])
-    beside.compile(keras.optimizers.Adam(0.1), "mse")
+    beside.compile(keras.optimizers.Adam(0.1), "mse", **EAGERLY)
     fit(beside)
     optimizer = beside.optimizer
     keras_lora.apply_lora(model, rank=2, target=["a"])
@@ -124,7 +124,7 @@ def test_an_optimizer_whose_variables_stay_keeps_its_state():
 
 def test_what_is_saved_of_compiling_is_the_optimizer_that_there_is():
     model = network()
-    model.compile(keras.optimizers.SGD(0.5), "mse")
+    model.compile(keras.optimizers.SGD(0.5), "mse", **EAGERLY)
     fit(model)
     keras_lora.apply_lora(model, rank=2)
     model.optimizer.learning_rate = 0.25
@@ -135,7 +135,7 @@ def test_what_is_saved_of_compiling_is_the_optimizer_that_there_is():
 def test_exclusions_are_not_remembered_of_variables_that_are_no_more():
     """Keras keeps them by `id`, which Python gives to another variable then."""
     model = network()
-    model.compile(excluding(), "mse")
+    model.compile(excluding(), "mse", **EAGERLY)
     fit(model)
     old = model.optimizer
     keras_lora.apply_lora(model, rank=2)
@@ -162,7 +162,7 @@ def test_mixed_precision_is_not_scaled_twice():
     keras.config.set_dtype_policy("mixed_float16")
     for auto in (True, False):
         model, optimizer = network(), keras.optimizers.SGD(0.01, momentum=0.9)
-        model.compile(optimizer, "mse", auto_scale_loss=auto)
+        model.compile(optimizer, "mse", auto_scale_loss=auto, **EAGERLY)
         fit(model)
         keras_lora.apply_lora(model, rank=2)
         fit(model)
@@ -200,7 +200,7 @@ class Table(keras.optimizers.SGD):
 
 def test_an_optimizer_that_cannot_be_had_again_leaves_the_model_uncompiled():
     model = network()
-    model.compile(Table(), "mse")
+    model.compile(Table(), "mse", **EAGERLY)
     fit(model)
     report = keras_lora.apply_lora(model, rank=2)
     assert not model.compiled
@@ -210,7 +210,7 @@ def test_an_optimizer_that_cannot_be_had_again_leaves_the_model_uncompiled():
     kernel = to_numpy(model.layers[0].kernel)
     with pytest.raises(ValueError, match="compile"):
         fit(model)
-    model.compile(Table(), "mse")
+    model.compile(Table(), "mse", **EAGERLY)
     fit(model)
     np.testing.assert_array_equal(to_numpy(model.layers[0].kernel), kernel)
     with pytest.warns(UserWarning, match="its Table cannot be made anew"):
@@ -222,14 +222,14 @@ def test_loading_and_marking_say_so_too(tmp_path):
     keras_lora.apply_lora(first, rank=2)
     keras_lora.save_adapter(first, tmp_path)
     for trainable in (True, False):
-        model.compile(Table(), "mse")
+        model.compile(Table(), "mse", **EAGERLY)
         fit(model)
         report = keras_lora.load_adapter(model, tmp_path, trainable=trainable)
         assert not model.compiled
         assert ["its Table cannot be made anew" in note for note in report.notes] == [
             True
         ]
-    first.compile(Table(), "mse")
+    first.compile(Table(), "mse", **EAGERLY)
     fit(first)
     with pytest.warns(UserWarning, match="its Table cannot be made anew"):
         keras_lora.mark_only_lora_as_trainable(first, bias="all")
@@ -310,7 +310,7 @@ def test_a_loop_goes_on_with_what_a_callback_has_made_of_its_layers(name, loop):
 
 def test_another_model_may_change_while_one_is_fitted():
     model, other = network(), network()
-    other.compile("sgd", "mse")
+    other.compile("sgd", "mse", **EAGERLY)
     change = keras.callbacks.LambdaCallback(
         on_epoch_end=lambda epoch, logs: CHANGES["apply"](model)
     )
@@ -324,7 +324,7 @@ def test_a_loop_that_predicts_goes_on_with_what_is_loaded(tmp_path):
     others = [layer.name for layer in model.layers if layer.name != head]
     model.set_weights(trained.get_weights())
     keras_lora.apply_lora(trained, rank=2, target=others, also_train=[head])
-    trained.compile(keras.optimizers.SGD(0.5), "mse")
+    trained.compile(keras.optimizers.SGD(0.5), "mse", **EAGERLY)
     fit(trained)
     keras_lora.apply_lora(model, rank=2, target=others)
     keras_lora.save_adapter(trained, tmp_path)
