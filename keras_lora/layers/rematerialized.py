@@ -32,7 +32,7 @@ class Rematerialized:
         def bound(*args, **kwargs):
             token = _seeds.set({key: DrawnSeeds(seed) for key, seed in seeds.items()})
             try:
-                return call(*args, **kwargs, **fixed)
+                return call(*args, **{**kwargs, **fixed})
             finally:
                 _seeds.reset(token)
 
