@@ -458,6 +458,16 @@ FAULTS = {
     ],
     "layers/quantized_host.py": [
         (
+            "and says_calibrated(layer)",
+            "and True",
+            "test_quantized.py -k has_no_integers",
+        ),
+        (
+            "    if in_artefact():\n",
+            "    if False:\n",
+            "test_quantized.py -m slow -k 'formats and output and onnx'",
+        ),
+        (
             "return self.merge_weights and not self.is_quantized",
             "return self.merge_weights",
             "test_quantized.py -k fresh_adapter",
@@ -888,6 +898,11 @@ FAULTS = {
     ],
     "models/merge_quantized.py": [
         (
+            "dtype = layer.lora.variable_dtype",
+            "dtype = layer.kernel_dtype",
+            "test_quantized.py -k half_precision_is",
+        ),
+        (
             "twin(plain, type(layer), {}).base_kernel(layer.kernel_dtype), kernel",
             "kernel, kernel",
             "test_quantized.py -k 'what_it_loses and dense'",
@@ -902,6 +917,11 @@ FAULTS = {
         ),
     ],
     "models/export.py": [
+        (
+            "assert_runs(new, format)",
+            "pass",
+            "test_quantized.py -m slow -k 'cannot_be_run and litert'",
+        ),
         ("    if others:", "    if False:", "test_folders.py -k deletes_nothing"),
     ],
     "models/keras_files.py": [
@@ -953,6 +973,13 @@ FAULTS = {
             "self.id_of.pop(name) + self.capacity + 1",
             "self.id_of.pop(name)",
             "test_bank.py -k ids_that_name_nothing",
+        ),
+    ],
+    "models/quantized.py": [
+        (
+            "elif of_inputs and",
+            "elif False and",
+            "test_quantized.py -k quantizes_inputs_where",
         ),
     ],
     "serving/loss_of_each.py": [

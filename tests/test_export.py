@@ -106,6 +106,8 @@ def test_failed_export_changes_nothing(moment, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("no space left on device")
 
+    for check in ("assert_runs", "refuse_format_of_other_backends"):  # of text
+        monkeypatch.setattr(f"keras_lora.models.export.{check}", lambda *given: None)
     if moment == "writing":
         monkeypatch.setattr(keras.Model, "export", fail)
     else:
@@ -164,6 +166,22 @@ def test_unbuilt_model_is_refused(tmp_path):
     model = keras.Sequential([keras_lora.LoRADense(3)])
     with pytest.raises(ValueError, match="not built"):
         keras_lora.export(model, tmp_path / "artefact")
+
+
+@pytest.mark.parametrize("path", ["artefact", "folder"])
+def test_a_format_that_is_none_is_named(path, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine").write_text("kept")
+    with pytest.raises(ValueError, match=r"'litert'.*'tflite'.*mean 'litert'"):
+        keras_lora.export(trained(sequential), tmp_path / path, format="tflite")
+    assert (tmp_path / "folder" / "mine").read_text() == "kept"
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="others have a default")
+def test_the_default_format_is_refused_with_the_reason(tmp_path):
+    with pytest.raises(ValueError, match=r'torch_xla.*format="torch".*\.pt2'):
+        keras_lora.export(trained(sequential), tmp_path / "artefact")
+    assert not list(tmp_path.iterdir())
 
 
 @tensorflow_format

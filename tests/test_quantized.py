@@ -4,6 +4,7 @@ The measure is NumPy in float64: W unpacked and dequantized by hand from the lay
 variables. What Keras's own operation does with it is taken from the plain layer.
 """
 
+import contextlib
 import threading
 import warnings
 from dataclasses import dataclass
@@ -576,6 +577,97 @@ def test_the_exported_artefact_needs_no_package_and_gives_the_live_outputs(
     assert len(lora_layers(model)) == 1
 
 
+@over_modes
+@pytest.mark.parametrize("way", ["dequantize", "requantize"])
+def test_the_error_of_merging_in_half_precision_is_that_of_rounding(mode, way):
+    layer = HOSTS["dense"].adapted(mode, dtype="bfloat16")
+    wanted = dequantized(layer) + delta(layer)
+    (row,) = keras_lora.merge_lora(layer, quantized=way)
+    kernel = dequantized(layer) if way == "requantize" else to_numpy(layer.kernel)
+    found = np.linalg.norm(kernel - wanted) / np.linalg.norm(wanted)
+    assert found > 1e-4
+    # What Keras dequantizes is rounded itself, in half precision.
+    np.testing.assert_allclose(row.error, found, rtol=0.4)
+
+
+def run_onnx(path, inputs):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("tf2onnx")
+
+    session = onnxruntime.InferenceSession(path)
+    return session.run(None, {session.get_inputs()[0].name: inputs})[0]
+
+
+def run_litert(path, inputs):
+    import tensorflow as tf
+
+    interpreter = tf.lite.Interpreter(str(path))
+    run = interpreter.get_signature_runner()
+    (name,) = run.get_input_details()
+    return next(iter(run(**{name: inputs}).values()))
+
+
+RUNTIMES = {"onnx": run_onnx, "litert": run_litert}
+ENDINGS = {"onnx": "model.onnx", "litert": "model.tflite"}
+only_tensorflow = pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="others need packages of their own"
+)
+over_formats = pytest.mark.parametrize("format", RUNTIMES)
+# The old names that tf2onnx looks for in NumPy, and TensorFlow's own interpreter.
+old_packages = pytest.mark.filterwarnings(
+    "ignore::FutureWarning",
+    "ignore::DeprecationWarning",
+    "ignore:[\\s\\S]*tf.lite.Interpreter is deprecated",
+)
+
+
+@only_tensorflow
+@pytest.mark.slow  # and what CI alone installs
+@old_packages
+@over_formats
+@over_kept
+def test_formats_that_the_plain_model_has_the_adapted_one_has_too(
+    name, mode, format, tmp_path
+):
+    host, run = HOSTS[name], RUNTIMES[format]
+    path = tmp_path / ENDINGS[format]
+    plain, inputs, _ = model_of(host, mode, adapted=False)
+    plain(inputs)
+    try:
+        plain.export(path, format=format, verbose=False)
+        run(path, inputs)
+    except Exception:  # whatever a converter or a runtime raises
+        path = None
+    model, *_ = model_of(host, mode)
+    fill(model.get_layer("host").lora.b, 9, scale=0.3)
+    wanted = predict(model, inputs)
+    if path is None:
+        with pytest.raises(Exception, match=r"."):
+            keras_lora.export(model, tmp_path / ENDINGS[format], format=format)
+        return
+    keras_lora.export(model, path, format=format)
+    close(run(path, inputs), wanted)
+
+
+@only_tensorflow
+@pytest.mark.slow
+@old_packages
+@over_formats
+def test_an_artefact_that_cannot_be_run_is_not_kept(format, tmp_path, monkeypatch):
+    """Here of operations that keep the integers from being unpacked before."""
+    monkeypatch.setattr(
+        "keras_lora.models.merge.without_gradients", contextlib.nullcontext
+    )
+    model, inputs, _ = model_of(HOSTS["dense"], [*MODES][-1])
+    model(inputs)
+    path = tmp_path / ENDINGS[format]
+    path.write_text("old")
+    with pytest.raises(ValueError, match=f"'{format}' cannot be run"):
+        keras_lora.export(model, path, format=format)
+    assert path.read_text() == "old"
+    assert [x.name for x in tmp_path.iterdir()] == [path.name]
+
+
 @over_kept
 def test_an_adapter_goes_to_the_float_model_and_back(name, mode, tmp_path):
     host = HOSTS[name]
@@ -711,6 +803,17 @@ def test_what_is_not_calibrated_is_refused_with_the_reason():
     model = keras.Sequential([keras.Input((3,)), layer])
     layer.quantize("gptq", config=CALIBRATED["gptq"]())
     with pytest.raises(ValueError, match=r"'projection'.*'gptq'.*not calibrated"):
+        keras_lora.apply_lora(model, target=["projection"])
+    assert type(layer) is keras.layers.Dense
+
+
+@over_samples
+@pytest.mark.parametrize("mode", ["gptq/4/2", "awq/4/2"])
+def test_what_has_no_integers_yet_is_refused_too(mode):
+    """A layer that was made by its policy: Keras has no kernel for its call."""
+    layer = keras.layers.Dense(4, name="projection", dtype=f"{mode}_from_float32")
+    model = keras.Sequential([keras.Input((4,)), layer])
+    with pytest.raises(ValueError, match=r"'projection'.*not calibrated"):
         keras_lora.apply_lora(model, target=["projection"])
     assert type(layer) is keras.layers.Dense
 
@@ -1166,6 +1269,33 @@ def test_a_preset_that_is_quantized_is_adapted_and_merged(tmp_path):
         model.save(tmp_path / "model.keras")  # under the policies of its layers now
         again = keras.saving.load_model(tmp_path / "model.keras")
         np.testing.assert_array_equal(predict(again, batch), before)
+
+
+@pytest.mark.filterwarnings("ignore:`compile\\(\\)` was not called")  # KerasHub's
+@pytest.mark.skipif(EARLIER, reason="Keras 3.12 has no int8 of weights alone")
+def test_a_loaded_model_quantizes_inputs_where_the_saved_one_did(tmp_path):
+    """The policies of KerasHub's models do not say it."""
+    keras_hub = pytest.importorskip("keras_hub")
+    backbone = keras_hub.models.GPT2Backbone(
+        vocabulary_size=20,
+        num_layers=1,
+        num_heads=2,
+        hidden_dim=8,
+        intermediate_dim=8,
+        max_sequence_length=4,
+    )
+    model = keras_hub.models.GPT2CausalLM(backbone=backbone, preprocessor=None)
+    model.quantize("int8", config=MODES["int8 weights"]())
+    keras_lora.apply_lora(model, rank=2)
+    for seed, layer in enumerate(lora_layers(model)):
+        fill(layer.lora.b, seed, scale=0.3)
+    ids = np.random.default_rng(0).integers(0, 20, (2, 4)).astype("int32")
+    batch = {"token_ids": ids, "padding_mask": np.ones((2, 4), "int32")}
+    wanted = predict(model, batch)
+    for _ in range(2):
+        model.save(tmp_path / "model.keras")
+        model = keras.saving.load_model(tmp_path / "model.keras")
+        np.testing.assert_array_equal(predict(model, batch), wanted)
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="reads its graph")

@@ -1,5 +1,8 @@
 """How a LoRA layer reads a kernel that Keras has quantized."""
 
+import contextlib
+import contextvars
+
 import keras
 from keras import ops
 
@@ -16,6 +19,27 @@ CALIBRATED = ("gptq", "awq")
 
 # The attributes of a layer whose work comes after the adapter's.
 WITHOUT_FINISH = {"bias": None, "activation": None, "logit_soft_cap": None}
+
+
+_in_artefact = contextvars.ContextVar("in_artefact", default=False)
+
+
+@contextlib.contextmanager
+def without_gradients():
+    """Inside, quantized layers compute as Keras's own: what is traced is an artefact.
+
+    What orders the float kernels in a compiled step would keep them from being
+    computed when the artefact is written, by operations that its runtime may not have.
+    """
+    token = _in_artefact.set(True)
+    try:
+        yield
+    finally:
+        _in_artefact.reset(token)
+
+
+def in_artefact() -> bool:
+    return _in_artefact.get()
 
 
 class QuantizedHost(Leaf):
@@ -151,15 +175,24 @@ def is_calibrated(layer, name):
 
 
 def refuse_uncalibrated(layer, name):
-    """A ValueError where Keras still computes with the float kernel."""
+    """A ValueError where Keras still computes with the float kernel, or has none."""
     calibrates = layer.built and layer.quantization_mode in CALIBRATED
-    if calibrates and not is_calibrated(layer, name):
+    if calibrates and not (is_calibrated(layer, name) and says_calibrated(layer)):
         raise ValueError(
             f"The layer {layer.name!r} is in {layer.quantization_mode!r} and was not "
-            "calibrated: Keras computes with the float kernel that it keeps beside the "
-            "integers. Calibrate it with `Model.quantize`, in a block of the "
-            "`quantization_layer_structure`, or leave it out with `exclude`."
+            "calibrated: Keras computes with a float kernel, and has none or keeps it "
+            "beside the integers. Calibrate it with `Model.quantize`, in a block of "
+            "the `quantization_layer_structure`, load its weights from a .keras file, "
+            "or leave it out with `exclude`."
         )
+
+
+def says_calibrated(layer):
+    """What Keras knows of it: a layer that was made by its policy has no integers."""
+    pending = f"is_{layer.quantization_mode}_calibrated"  # before Keras 3.16
+    if hasattr(layer, pending):
+        return getattr(layer, pending)
+    return not getattr(layer, "calibration_pending", False)
 
 
 def own_kernel(layer, name):
@@ -219,6 +252,8 @@ def straight_through(layer, inputs, forward, backward):
     are values: the layer itself does not change, and nothing but these values is kept
     from one to the other.
     """
+    if in_artefact():
+        return forward(twin(layer, layer.plain_class, WITHOUT_FINISH), inputs)
     names, variables = zip(*kernel_variables(layer).items(), strict=True)
 
     def seen(cls, values, tensor):

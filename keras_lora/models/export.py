@@ -1,7 +1,11 @@
 """Merged artefacts: what is served needs no keras_lora."""
 
+import difflib
+import importlib.util
 import os
 from pathlib import Path
+
+import keras
 
 from keras_lora.keras_internals.layers import checked_model
 from keras_lora.models.adapt import lora_layers
@@ -9,8 +13,10 @@ from keras_lora.models.atomic import entries
 from keras_lora.models.atomic import refuse_file_name
 from keras_lora.models.atomic import replacing
 from keras_lora.models.merge import merged_meanwhile
+from keras_lora.models.runtimes import assert_runs
 
 SAVED_MODEL = {"saved_model.pb", "fingerprint.pb", "variables", "assets"}
+FORMATS = ("tf_saved_model", "onnx", "openvino", "litert", "torch")
 
 
 def export(model, path, format="tf_saved_model", **kwargs):
@@ -19,7 +25,9 @@ def export(model, path, format="tf_saved_model", **kwargs):
     The artefact holds plain layers with W + delta for kernels, no A and no B, and
     gives the live model's predictions. It is written beside `path` and renamed,
     so a failure leaves an earlier artefact whole; the live model stays as it is.
-    A folder that holds anything but an earlier artefact is not touched.
+    A folder that holds anything but an earlier artefact is not touched. The artefact
+    is run once, on zeros, where its runtime is installed: TensorFlow, onnxruntime or
+    torch; not where `target_spec` says what another runtime of LiteRT can do.
 
     Args:
         model: A Keras model that holds LoRA layers.
@@ -30,7 +38,7 @@ def export(model, path, format="tf_saved_model", **kwargs):
 
     Raises:
         ValueError: If the model is not built, holds no LoRA layer, or an adapter is
-            not finite.
+            not finite, or if the artefact cannot be run.
         OSError: If the artefact cannot be written: FileExistsError where `path` is a
             folder with other things in it.
     """
@@ -45,10 +53,34 @@ def export(model, path, format="tf_saved_model", **kwargs):
             f"{model.name!r} holds no adapter: none was applied, or they are merged. A "
             "plain model is exported with model.export(path)."
         )
+    refuse_unknown_format(format)
     assert_replaceable(path, format)
+    refuse_format_of_other_backends(format)
     kwargs.setdefault("verbose", False)
     with replacing(path) as new, merged_meanwhile(model):
         model.export(str(new), format=format, **kwargs)
+        if "target_spec" not in kwargs:
+            assert_runs(new, format)
+
+
+def refuse_unknown_format(format):
+    if format not in FORMATS:
+        close = difflib.get_close_matches(str(format), FORMATS, n=1, cutoff=0.3)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"`format` must be one of {', '.join(map(repr, FORMATS))}. Received: "
+            f"format={format!r}.{hint}"
+        )
+
+
+def refuse_format_of_other_backends(format):
+    on_torch = keras.backend.backend() == "torch"
+    if on_torch and format == FORMATS[0] and not importlib.util.find_spec("torch_xla"):
+        raise ValueError(
+            f"Keras writes no {format!r}, the default format, from the torch backend "
+            'without the package torch_xla. Give format="torch" and a path that ends '
+            'with .pt2, or format="onnx".'
+        )
 
 
 def assert_replaceable(path, format):

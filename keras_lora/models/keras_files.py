@@ -97,8 +97,8 @@ class Adapted(Rematerialized):
         # A model that has got a name may give its layers others than before.
         places = {p: own[n] for p, n in config["places"].items() if 0 <= n < len(own)}
         places |= {path: path for path in layers}
-        for path, (mode, how) in config.get("quantized", {}).items():
-            quantize_again(layers.get(places.get(path)), mode, how)
+        for path, how in config.get("quantized", {}).items():
+            quantize_again(layers.get(places.get(path)), *how)
         adapters = {}
         for path, options in config["adapters"].items():
             layer = layers.get(places.get(path))

@@ -16,6 +16,7 @@ from keras_lora.keras_internals.layers import refresh_torch_parameters
 from keras_lora.keras_internals.models_around import holders
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.lora_layer import is_adapted
+from keras_lora.layers.quantized_host import without_gradients
 from keras_lora.models.adapt import checked_lora_layers
 from keras_lora.models.adapt import lora_layers
 from keras_lora.models.adapt import make_plain
@@ -71,7 +72,7 @@ def merge_lora(model, quantized: str | None = None) -> list[MergedLayer]:
         kernel = checked_merged_kernel(layer)
         if layer.is_quantized:
             made[layer] = plain = merged_plain(layer, kernel, quantized)
-            error = relative_error(layer, plain, kernel)
+            error = relative_error(layer, plain)
             report.append(MergedLayer(path_of[id(layer)], layer, error))
     for layer in layers:
         if layer.is_quantized:
@@ -141,6 +142,7 @@ def merged_meanwhile(model):
             undo.callback(change_class, layer, type(layer))
             change_class(layer, layer.plain_class)
         refresh_torch_parameters(flatten_layers(model))
+        undo.enter_context(without_gradients())
         yield model
     refresh_torch_parameters(flatten_layers(model))
 

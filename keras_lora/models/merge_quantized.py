@@ -74,11 +74,15 @@ def merged_plain(layer, kernel, way):
     return plain
 
 
-def relative_error(layer, plain, kernel):
-    """Of the kernel of a plain layer, as its operation means it."""
+def relative_error(layer, plain):
+    """Of the kernel of a plain layer, as its operation means it.
+
+    In A's dtype: in half precision W + delta would be rounded as the kernel is.
+    """
+    dtype = layer.lora.variable_dtype
+    kernel = twin(plain, type(layer), {}).base_kernel(dtype)
     found, wanted = (
-        to_numpy(x).astype("float64")
-        for x in (twin(plain, type(layer), {}).base_kernel(layer.kernel_dtype), kernel)
+        to_numpy(x).astype("float64") for x in (kernel, layer.merged_kernel(dtype))
     )
     return float(np.linalg.norm(found - wanted) / (np.linalg.norm(wanted) or 1.0))
 

@@ -73,7 +73,11 @@ def quantizations(layers) -> dict:
         refuse_float_beside_integers(layer)
     serialize = keras.saving.serialize_keras_object
     return {
-        path: [layer.quantization_mode, serialize(quantization_config(layer))]
+        path: [
+            layer.quantization_mode,
+            serialize(quantization_config(layer)),
+            serialize(getattr(layer, "inputs_quantizer", None)),
+        ]
         for path, layer in layers.items()
         if layer.quantization_mode in (*MODES, *CALIBRATED)
     }
@@ -90,13 +94,24 @@ def refuse_float_beside_integers(layer):
         )
 
 
-def quantize_again(layer, mode, config):
-    """Quantizes a layer that was loaded in float, before its values come."""
-    if layer is not None and layer.built and layer.quantization_mode is None:
-        config = keras.saving.deserialize_keras_object(config)
+def quantize_again(layer, mode, config, *of_inputs):
+    """Quantizes a layer that was loaded in float, before its values come.
+
+    One that its policy has quantized was not told whether inputs are quantized too:
+    `of_inputs` is their quantizer, which older files do not have.
+    """
+    if layer is None or not layer.built:
+        return
+    config = keras.saving.deserialize_keras_object(config)
+    if layer.quantization_mode is None:
         layer.quantize(mode, type_check=False, config=config)
-        if mode in CALIBRATED:
-            drop_float_kernel(layer)
+    elif of_inputs and hasattr(layer, "inputs_quantizer"):
+        layer.quantization_config = config
+        (layer.inputs_quantizer,) = map(
+            keras.saving.deserialize_keras_object, of_inputs
+        )
+    if mode in CALIBRATED:
+        drop_float_kernel(layer)
 
 
 def quantization_config(layer):
