@@ -20,6 +20,16 @@ from keras_lora.layers.form import LowRankForm
 from keras_lora.layers.kinds import register_lora_layer
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.merged_dense import LoRAMergedDense
+from keras_lora.layers.recurrent import LoRAGRU
+from keras_lora.layers.recurrent import LoRALSTM
+from keras_lora.layers.recurrent import LoRASimpleRNN
+from keras_lora.layers.separable import LoRADepthwiseConv1D
+from keras_lora.layers.separable import LoRADepthwiseConv2D
+from keras_lora.layers.separable import LoRASeparableConv1D
+from keras_lora.layers.separable import LoRASeparableConv2D
+from keras_lora.layers.transposed import LoRAConv1DTranspose
+from keras_lora.layers.transposed import LoRAConv2DTranspose
+from keras_lora.layers.transposed import LoRAConv3DTranspose
 from keras_lora.models.apply import apply_lora
 from keras_lora.models.contexts import disabled
 from keras_lora.models.contexts import merged
@@ -40,14 +50,24 @@ __all__ = [
     "AdapterBank",
     "AdapterCheckpoint",
     "LoRAConv1D",
+    "LoRAConv1DTranspose",
     "LoRAConv2D",
+    "LoRAConv2DTranspose",
     "LoRAConv3D",
+    "LoRAConv3DTranspose",
     "LoRADense",
+    "LoRADepthwiseConv1D",
+    "LoRADepthwiseConv2D",
     "LoRAEinsumDense",
     "LoRAEmbedding",
+    "LoRAGRU",
+    "LoRALSTM",
     "LoRALayer",
     "LoRAMergedDense",
     "LoRAPlus",
+    "LoRASeparableConv1D",
+    "LoRASeparableConv2D",
+    "LoRASimpleRNN",
     "LowRankForm",
     "analyze",
     "apply_lora",

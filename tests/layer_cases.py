@@ -10,6 +10,7 @@ import pytest
 
 import keras_lora
 
+ON_TORCH = keras.backend.backend() == "torch"
 POLICIES = ("float32", "mixed_bfloat16", "mixed_float16", "bfloat16", "float16")
 
 
@@ -23,33 +24,56 @@ class Case:
     vocabulary: int = 0  # > 0: inputs are ids below it
     factor_parameters: int = 0  # closed form: r * (inputs + units) and its like
     lengths: int = 0  # of DoRA's m, which has one for each adapted output
-    fan_in: int = 0  # how many inputs an entry of A's rank axis sums over
+    fan_in: int | dict = 0  # how many inputs an entry of A's rank axis sums over
+    substituted: bool = False  # its call computes with W + delta, in training too
+
+    @property
+    def drops(self):
+        """Whether the adapter has inputs of its own that can be dropped."""
+        return not (self.vocabulary or self.substituted)
+
+    @property
+    def last_places(self):
+        """An embedding sums its rows in another order than the table.
+
+        torch's recurrent layers sum by where the kernel lies in memory.
+        """
+        by_memory = self.name.startswith("recurrent") and ON_TORCH
+        return 4 if by_memory else int(self.vocabulary > 0)
 
     def layer(self, **overrides):
         """A fresh LoRA layer, built, with a bias that is not zero."""
         layer = self.layer_class(**{**self.arguments, **self.lora, **overrides})
         layer.build((None, *self.input_shape))
-        if getattr(layer, "bias", None) is not None:
-            fill(layer.bias, seed=3)
+        if bias_of(layer) is not None:
+            fill(bias_of(layer), seed=3)
         return layer
 
     def trained_layer(self, **overrides):
         """The same with factors as after training: none is as it was at first."""
         layer = self.layer(**overrides)
-        for seed, factor in enumerate((layer.lora.a, layer.lora.b)):
-            fill(factor, seed, scale=0.3)
-        if layer.lora.magnitude is not None:
-            random = np.random.default_rng(5)
-            layer.lora.magnitude.assign(random.random(layer.lora.magnitude.shape) + 0.5)
+        for place, lora in enumerate(layer.loras.values()):
+            for seed, factor in enumerate((lora.a, lora.b)):
+                fill(factor, seed + 2 * place, scale=0.3)
+            if lora.magnitude is not None:
+                random = np.random.default_rng(5)
+                lora.magnitude.assign(random.random(lora.magnitude.shape) + 0.5)
         return layer
 
-    def plain_layer(self, layer, kernel, **overrides):
-        """The Keras layer with the given kernel and the LoRA layer's bias."""
+    def plain_layer(self, layer, kernels, **overrides):
+        """The Keras layer with the given kernels and the LoRA layer's bias.
+
+        kernels: name of a weight -> value; or that of the only one.
+        """
+        if not isinstance(kernels, dict):
+            kernels = {layer.kernel_name: kernels}
         plain = layer.plain_class(**{**self.arguments, **overrides})
         plain.build((None, *self.input_shape))
-        getattr(plain, layer.kernel_name).assign(kernel)
-        if getattr(layer, "bias", None) is not None:
-            plain.bias.assign(layer.bias)
+        holder = getattr(plain, "cell", plain)
+        for name, kernel in kernels.items():
+            getattr(holder, name).assign(kernel)
+        if bias_of(layer) is not None:
+            bias_of(plain).assign(bias_of(layer))
         return plain
 
     def inputs(self, batch=3, dtype="float32", seed=11):
@@ -89,9 +113,37 @@ def to_numpy(tensor):
     return np.array(keras.ops.convert_to_numpy(tensor))
 
 
-def merged_kernel(layer):
+def bias_of(layer):
+    return getattr(getattr(layer, "cell", layer), "bias", None)
+
+
+def sites(layer):
+    return list(layer.sites().values())
+
+
+def frozen_kernels(layer):
+    """Name of a weight -> W."""
+    holder = getattr(layer, "cell", layer)
+    names = getattr(layer, "adapted_weights", None) or (layer.kernel_name,)
+    return {name: getattr(holder, name) for name in names}
+
+
+def merged_kernels(layer):
     """W + delta as the layer forms it, in the kernel's own dtype."""
-    return layer.merged_kernel(layer.frozen_kernel.dtype)
+    return {s.weight_name: s.merged_kernel(s.frozen_kernel.dtype) for s in sites(layer)}
+
+
+def deltas(layer):
+    return {weight: lora.delta() for weight, lora in layer.loras.items()}
+
+
+def factors(layer):
+    """Name -> factor, of all adapters of a layer."""
+    return {
+        f"{weight}/{name}": factor
+        for weight, lora in layer.loras.items()
+        for name, factor in lora.named_factors().items()
+    }
 
 
 def dense(name, parameters, units=5, lora=None, **arguments):
@@ -164,6 +216,21 @@ def conv(name, ndim, parameters, kernel_size, channels=4, filters=6, **settings)
         lora=settings,
         factor_parameters=parameters,
         fan_in=fan_in,
+    )
+
+
+def recurrent(name, gates, rank=2, **settings):
+    units, inputs = 4, 3
+    parts = (inputs + gates * units, units + gates * units)
+    return Case(
+        f"recurrent-{name}",
+        getattr(keras_lora, settings.pop("layer")),
+        {"units": units, **settings.pop("arguments", {})},
+        input_shape=(5, inputs),
+        lora={"rank": rank, **settings},
+        factor_parameters=rank * sum(parts),
+        fan_in={"kernel": inputs, "recurrent_kernel": units},
+        substituted=True,
     )
 
 
@@ -281,6 +348,101 @@ KINDS = [
         "conv3d-plain",
     )
 ]
+
+
+def substituted(name, layer, parameters, fan_in, input_shape, rank=2, **settings):
+    arguments = settings.pop("arguments", {})
+    if "Depthwise" not in layer:
+        arguments = {"filters": 5, **arguments}
+    return Case(
+        f"substituted-{name}",
+        getattr(keras_lora, layer),
+        {"kernel_size": 3, **arguments},
+        input_shape=input_shape,
+        lora={"rank": rank, **settings},
+        factor_parameters=rank * parameters,
+        fan_in=fan_in,
+        substituted=True,
+    )
+
+
+# Layers whose own call computes with W + delta.
+SUBSTITUTED = [
+    recurrent("simple", 1, layer="LoRASimpleRNN"),
+    recurrent(
+        "lstm",
+        4,
+        layer="LoRALSTM",
+        alpha=3,
+        # Keras's own, orthogonal, has no values in bfloat16 on TensorFlow.
+        arguments={"recurrent_initializer": "glorot_uniform"},
+    ),
+    recurrent(
+        "gru",
+        3,
+        layer="LoRAGRU",
+        use_rslora=True,
+        arguments={"return_sequences": True, "go_backwards": True},
+    ),
+    substituted(
+        "conv1d-transpose",
+        "LoRAConv1DTranspose",
+        4 + 3 * 5,
+        fan_in=4,
+        input_shape=(5, 4),
+        alpha=3,
+        arguments={"strides": 2, "padding": "same", "activation": "tanh"},
+    ),
+    substituted(
+        "conv2d-transpose",
+        "LoRAConv2DTranspose",
+        4 + 2 * 3 * 5,
+        fan_in=4,
+        input_shape=(4, 3, 4),
+        arguments={"kernel_size": (2, 3), "strides": (2, 1), "output_padding": (1, 0)},
+    ),
+    substituted(
+        "conv3d-transpose",
+        "LoRAConv3DTranspose",
+        2 + 8 * 5,
+        fan_in=2,
+        input_shape=(2, 3, 2, 2),
+        arguments={"kernel_size": 2, "use_bias": False},
+    ),
+    substituted(
+        "separable1d",
+        "LoRASeparableConv1D",
+        3 + 4 * 2 + 8 + 5,
+        fan_in={"depthwise_kernel": 3, "pointwise_kernel": 8},
+        input_shape=(6, 4),
+        arguments={"depth_multiplier": 2},
+    ),
+    substituted(
+        "separable2d",
+        "LoRASeparableConv2D",
+        9 + 4 + 4 + 5,
+        fan_in={"depthwise_kernel": 9, "pointwise_kernel": 4},
+        input_shape=(5, 6, 4),
+        use_rslora=True,
+        arguments={"strides": 2, "padding": "same"},
+    ),
+    substituted(
+        "depthwise1d",
+        "LoRADepthwiseConv1D",
+        3 + 4,
+        fan_in=3,
+        input_shape=(6, 4),
+    ),
+    substituted(
+        "depthwise2d",
+        "LoRADepthwiseConv2D",
+        9 + 4 * 2,
+        fan_in=9,
+        input_shape=(5, 6, 4),
+        arguments={"depth_multiplier": 2, "activation": "relu"},
+    ),
+]
+EVERY = CASES + SUBSTITUTED
 
 
 def with_dora(case, lengths):

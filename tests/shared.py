@@ -22,10 +22,10 @@ def assert_close(actual, expected, tolerance=TOLERANCE):
 
 
 def assert_equal_bits(actual, expected, case=None):
-    """To the bit; an embedding sums its rows in another order than the table."""
+    """To the bit, or to as many last places as a case says."""
     expected = to_numpy(expected)
-    last_place = np.spacing(np.abs(expected).max()) if case and case.vocabulary else 0
-    assert_within(actual, expected, last_place)
+    places = case.last_places if case else 0
+    assert_within(actual, expected, places * np.spacing(np.abs(expected).max()))
 
 
 def assert_within(actual, expected, limit):

@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from layer_cases import CASES
+from layer_cases import EVERY
+from layer_cases import factors
 from layer_cases import fill
+from layer_cases import frozen_kernels
 from layer_cases import to_numpy
 from pretrained import PRETRAINED
 from pretrained import sequential
@@ -37,7 +40,7 @@ from keras_lora.models.adapt import lora_layers
 over_models = pytest.mark.parametrize(
     "build", PRETRAINED, ids=lambda build: build.__name__
 )
-over_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+over_cases = pytest.mark.parametrize("case", EVERY, ids=lambda case: case.name)
 
 
 @pytest.mark.parametrize(
@@ -67,17 +70,20 @@ def test_adapter_onto_a_plain_model(build, bias, tmp_path):
 def test_every_kind_comes_back(case, tmp_path):
     model = case.model()
     layer = model.layers[0]
-    for seed, factor in enumerate((layer.lora.a, layer.lora.b)):
+    for seed, factor in enumerate(factors(layer).values()):
         fill(factor, seed, 0.3)
     expected = to_numpy(model(case.inputs()))
     keras_lora.save_adapter(model, tmp_path / "adapter")
     other = case.model()
-    other.layers[0].frozen_kernel.assign(layer.frozen_kernel)
-    other.layers[0].lora.set_alpha(77)
+    for name, kernel in frozen_kernels(other.layers[0]).items():
+        kernel.assign(frozen_kernels(layer)[name])
+    for lora in other.layers[0].loras.values():
+        lora.set_alpha(77)
     keras_lora.load_adapter(other, tmp_path / "adapter")
     assert_same(to_numpy(other(case.inputs())), expected)
-    assert other.layers[0].lora.scaling == pytest.approx(layer.lora.scaling)
-    assert other.layers[0].lora.use_rslora == layer.lora.use_rslora
+    for weight, lora in other.layers[0].loras.items():
+        assert lora.scaling == pytest.approx(layer.loras[weight].scaling)
+        assert lora.use_rslora == layer.loras[weight].use_rslora
 
 
 def test_a_file_that_adapts_another_slice_is_refused():

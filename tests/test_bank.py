@@ -10,7 +10,7 @@ from keras import ops
 from layer_cases import CASES
 from layer_cases import KINDS
 from layer_cases import fill
-from layer_cases import merged_kernel
+from layer_cases import merged_kernels
 from layer_cases import over
 from layer_cases import to_numpy
 from pretrained import convolutional
@@ -68,7 +68,7 @@ def layer_adapters(case, model, **more):
             value = np.random.default_rng(9 * seed + place).normal(0, 0.3, factor.shape)
             factor.assign(factor + value)
         adapters[name] = adapter_of(tuned)
-        plain = case.plain_layer(layer, merged_kernel(layer))
+        plain = case.plain_layer(layer, merged_kernels(layer))
         expected[name] = to_numpy(plain(inputs))
     return adapters, inputs, expected
 

@@ -5,7 +5,7 @@ import inspect
 import keras
 import numpy as np
 import pytest
-from layer_cases import merged_kernel
+from layer_cases import merged_kernels
 from layer_cases import to_numpy
 from shared import assert_close
 from shared import assert_equal_bits
@@ -112,7 +112,7 @@ def test_channels_first(ndim, groups, factorization):
         variable.assign(random.standard_normal(variable.shape) * 0.3)
     plain = layer.plain_class(**options)
     plain.build(inputs.shape)
-    plain.kernel.assign(merged_kernel(layer))
+    plain.kernel.assign(merged_kernels(layer)["kernel"])
     plain.bias.assign(layer.bias)
     assert_equal_bits(layer(inputs), plain(inputs))
     assert_close(layer(inputs, training=True), layer(inputs))

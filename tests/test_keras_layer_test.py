@@ -7,11 +7,15 @@ from keras.src import testing
 from layer_cases import CASES
 from layer_cases import DORA
 from layer_cases import KINDS
+from layer_cases import SUBSTITUTED
+from layer_cases import bias_of
+from layer_cases import factors
+from layer_cases import frozen_kernels
 from layer_cases import over
 
 # A row for each way to compute, for masks, for a seed, and for lengths.
 ROWS = [case for case in CASES if case.name in ("embedding-mask", "dense-dropout")]
-ROWS += [*KINDS, *DORA[::4]]
+ROWS += [*KINDS, *SUBSTITUTED, *DORA[::4]]
 
 
 @over(ROWS)
@@ -25,26 +29,28 @@ def test_run_layer_test(case):
         data["input_shape"] = (3, *case.input_shape)
     # Before Keras 3.16 no walk of Keras's enters the adapter, nor that of its test.
     seen = hasattr(keras.Model, "quantization_summary")
-    has_bias = getattr(layer, "bias", None) is not None
+    has_bias = bias_of(layer) is not None
     testing.TestCase().run_layer_test(
         case.layer_class,
         init_kwargs={**case.arguments, **case.lora},
         expected_output_shape=layer.compute_output_shape((3, *case.input_shape)),
-        expected_num_trainable_weights=len(layer.lora.named_factors()) + has_bias,
-        expected_num_non_trainable_weights=1,
-        expected_num_seed_generators=int(seen and case.lora.get("dropout", 0) > 0),
+        expected_num_trainable_weights=len(factors(layer)) + has_bias,
+        expected_num_non_trainable_weights=len(layer.loras),
+        expected_num_seed_generators=int(
+            hasattr(layer, "cell") or (seen and case.lora.get("dropout", 0) > 0)
+        ),
         expected_num_losses=0,
         supports_masking=layer.supports_masking,
         **data,
     )
 
 
-@over(CASES)
+@over(CASES + SUBSTITUTED)
 def test_symbolic_call_has_the_shape_of_the_plain_layer(case):
     dtype = "int32" if case.vocabulary else "float32"
     inputs = keras.Input(case.input_shape, dtype=dtype)
     layer = case.layer()
-    plain = case.plain_layer(layer, layer.frozen_kernel)
+    plain = case.plain_layer(layer, frozen_kernels(layer))
     for training in (True, False, None):
         symbolic = layer(inputs, training=training)
         assert symbolic.shape == plain(inputs).shape

@@ -1,5 +1,6 @@
 """What holds for every kind of layer in every setting, and for both methods."""
 
+import inspect
 import re
 
 import keras
@@ -8,11 +9,18 @@ import pytest
 from gradients import gradients
 from layer_cases import CASES
 from layer_cases import DORA
+from layer_cases import EVERY
 from layer_cases import KINDS
 from layer_cases import POLICIES
+from layer_cases import SUBSTITUTED
+from layer_cases import bias_of
+from layer_cases import deltas
+from layer_cases import factors
 from layer_cases import fill
-from layer_cases import merged_kernel
+from layer_cases import frozen_kernels
+from layer_cases import merged_kernels
 from layer_cases import over
+from layer_cases import sites
 from layer_cases import to_numpy
 from shared import EAGERLY
 from shared import assert_close
@@ -21,22 +29,22 @@ from shared import assert_equal_bits
 import keras_lora
 from keras_lora.layers.adapter import LowRankAdapter
 
-over_cases = over(CASES + DORA)
-over_lora = over(CASES)
-over_kinds = over(KINDS)
+over_cases = over(EVERY + DORA)
+over_lora = over(EVERY)
+over_kinds = over(KINDS + SUBSTITUTED[1:2])
 over_policies = pytest.mark.parametrize("policy", POLICIES)
 
 
 @over_cases
 def test_fresh_adapter_changes_nothing(case, policy="float32"):
     layer = case.layer(dtype=policy)
-    plain = case.plain_layer(layer, layer.frozen_kernel, dtype=policy)
+    plain = case.plain_layer(layer, frozen_kernels(layer), dtype=policy)
     inputs = case.inputs()
     for training in (True, False):
         assert_equal_bits(layer(inputs, training=training), plain(inputs))
 
 
-@over(KINDS + DORA)
+@over(KINDS + SUBSTITUTED[1:2] + DORA)
 def test_fresh_adapter_changes_nothing_in_half_precision(case):
     test_fresh_adapter_changes_nothing(case, "mixed_bfloat16")
 
@@ -47,14 +55,14 @@ def test_training_and_merged_paths_agree(case):
     inputs = case.inputs()
     merged = layer(inputs, training=False)
     assert_close(layer(inputs, training=True), merged)
-    fresh = to_numpy(case.plain_layer(layer, layer.frozen_kernel)(inputs))
+    fresh = to_numpy(case.plain_layer(layer, frozen_kernels(layer))(inputs))
     assert np.abs(to_numpy(merged) - fresh).max() > 1e-2  # the adapter is seen
 
 
 @over_cases
 def test_plain_layer_with_merged_kernel_equals_inference(case):
     layer = case.trained_layer()
-    plain = case.plain_layer(layer, merged_kernel(layer))
+    plain = case.plain_layer(layer, merged_kernels(layer))
     inputs = case.inputs()
     assert_equal_bits(layer(inputs), plain(inputs), case)
 
@@ -71,7 +79,8 @@ def test_unmerged_inference_agrees_with_merged(case):
 def test_rank_0_is_the_plain_layer(case):
     layer = case.layer(rank=0, alpha=None, dropout=0.0)
     assert layer.lora is None
-    plain = case.plain_layer(layer, layer.frozen_kernel)
+    assert layer.loras == {}
+    plain = case.plain_layer(layer, frozen_kernels(layer))
     assert_equal_bits(layer(case.inputs(), training=True), plain(case.inputs()))
     assert len(layer.trainable_weights) == len(plain.trainable_weights)
     assert layer.count_params() == plain.count_params()
@@ -80,8 +89,8 @@ def test_rank_0_is_the_plain_layer(case):
 @over_cases
 def test_parameters_in_closed_form(case):
     layer = case.layer()
-    plain = case.plain_layer(layer, layer.frozen_kernel)
-    kernel = int(np.prod(layer.frozen_kernel.shape))
+    plain = case.plain_layer(layer, frozen_kernels(layer))
+    kernel = sum(int(np.prod(w.shape)) for w in frozen_kernels(layer).values())
     bias = plain.count_params() - kernel
     trained = sum(int(np.prod(w.shape)) for w in layer.trainable_weights)
     frozen = sum(int(np.prod(w.shape)) for w in layer.non_trainable_weights)
@@ -99,8 +108,8 @@ def test_summary_counts_in_closed_form(case):
     counts = {what: int(count.replace(",", "")) for what, count in found}
     head = model.layers[-1].count_params()
     layer = model.layers[0]
-    kernel = int(np.prod(layer.frozen_kernel.shape))
-    bias = 0 if getattr(layer, "bias", None) is None else np.prod(layer.bias.shape)
+    kernel = sum(int(np.prod(w.shape)) for w in frozen_kernels(layer).values())
+    bias = 0 if bias_of(layer) is None else np.prod(bias_of(layer).shape)
     assert counts == {
         "Total params": head + kernel + bias + case.factor_parameters,
         "Trainable params": head + bias + case.factor_parameters,
@@ -117,14 +126,15 @@ TRACED += [case for case in CASES if case.name == "conv2d-groups"]
 def test_fit_trains_the_factors_and_never_the_kernel(case):
     model = case.model()
     layer = model.layers[0]
-    before = to_numpy(layer.frozen_kernel).copy()
-    factors = {name: to_numpy(f) for name, f in layer.lora.named_factors().items()}
+    before = {name: to_numpy(w) for name, w in frozen_kernels(layer).items()}
+    started = {name: to_numpy(factor) for name, factor in factors(layer).items()}
     how = {"jit_compile": False} if case in TRACED else EAGERLY
     model.compile(keras.optimizers.SGD(0.1), "mse", **how)
     model.fit(case.inputs(8), case.targets(8), epochs=3, verbose=0)
-    assert_equal_bits(layer.frozen_kernel, before)
-    for name, factor in layer.lora.named_factors().items():
-        moved = np.abs(to_numpy(factor) - factors[name]).max()
+    for name, kernel in frozen_kernels(layer).items():
+        assert_equal_bits(kernel, before[name])
+    for name, factor in factors(layer).items():
+        moved = np.abs(to_numpy(factor) - started[name]).max()
         assert 0 < moved < np.inf, name
 
 
@@ -139,7 +149,7 @@ def test_toggling_trainable_never_frees_the_kernel(case):
     layer.trainable = False
     layer.trainable = True
     assert [id(w) for w in model.trainable_weights] == trained
-    assert id(layer.frozen_kernel) not in trained
+    assert not set(map(id, frozen_kernels(layer).values())) & set(trained)
 
 
 @over_cases
@@ -148,16 +158,18 @@ def test_config_round_trip(case):
     config = layer.get_config()
     twin = type(layer).from_config(config)
     assert twin.get_config() == config
-    assert type(twin.lora) is type(layer.lora)
-    assert (layer.lora.magnitude is None) == (not case.lengths)
-    for name in ("rank", "alpha", "scaling", "dropout", "use_rslora"):
-        assert getattr(twin.lora, name) == getattr(layer.lora, name)
-    assert twin.lora.rank == case.lora.get("rank", 8)
+    assert twin.loras.keys() == layer.loras.keys() == frozen_kernels(layer).keys()
+    for weight, lora in layer.loras.items():
+        assert type(twin.loras[weight]) is type(lora)
+        assert (lora.magnitude is None) == (not case.lengths)
+        for name in ("rank", "alpha", "scaling", "dropout", "use_rslora"):
+            assert getattr(twin.loras[weight], name) == getattr(lora, name)
+        assert lora.rank == case.lora.get("rank", 8)
     assert "lora_rank" not in config
 
 
 # Ids cannot be dropped: refused, see test_base_arguments.py.
-@over([case for case in CASES if not case.vocabulary])
+@over([case for case in CASES if case.drops])
 def test_dropout_acts_on_the_adapter_alone(case):
     layer = case.trained_layer(dropout=0.5)
     inputs = case.inputs()
@@ -168,13 +180,14 @@ def test_dropout_acts_on_the_adapter_alone(case):
     assert_equal_bits(layer(inputs, training=True), layer(inputs, training=True))
 
 
-@over(KINDS + DORA)
+@over(KINDS + SUBSTITUTED[1:2] + DORA)
 @over_policies
 def test_adapter_stays_float32_in_every_policy(case, policy):
     layer = case.trained_layer(dtype=policy)
-    assert {f.dtype for f in layer.lora.named_factors().values()} == {"float32"}
-    assert layer.frozen_kernel.dtype == ("float32" if "mixed" in policy else policy)
-    plain = case.plain_layer(layer, merged_kernel(layer), dtype=policy)
+    assert {f.dtype for f in factors(layer).values()} == {"float32"}
+    stored = "float32" if "mixed" in policy else policy
+    assert {w.dtype for w in frozen_kernels(layer).values()} == {stored}
+    plain = case.plain_layer(layer, merged_kernels(layer), dtype=policy)
     outputs = layer(case.inputs())
     expected = plain(case.inputs())
     assert outputs.dtype == expected.dtype
@@ -185,15 +198,15 @@ def test_adapter_stays_float32_in_every_policy(case, policy):
 @over_policies
 def test_merging_rounds_once(case, policy):
     layer = case.trained_layer(dtype=policy)
-    kernel = to_numpy(layer.frozen_kernel).astype("float64")
-    exact = kernel + to_numpy(layer.lora.delta()).astype("float64")
-    rounded = keras.ops.cast(exact.astype("float32"), layer.compute_dtype)
-    merged = layer.merged_kernel(layer.compute_dtype)
-    assert_equal_bits(merged, rounded)
+    for site in sites(layer):
+        kernel = to_numpy(site.frozen_kernel).astype("float64")
+        exact = kernel + to_numpy(site.lora.delta()).astype("float64")
+        rounded = keras.ops.cast(exact.astype("float32"), layer.compute_dtype)
+        assert_equal_bits(site.merged_kernel(layer.compute_dtype), rounded)
 
 
 # With ids there is no sum that a kernel of ones could make zero.
-@over([case for case in KINDS if not case.vocabulary])
+@over([case for case in KINDS if case.drops])
 @over_policies
 def test_half_precision_training_keeps_small_updates(case, policy):
     """An update below the last bit of W still reaches the training outputs."""
@@ -205,7 +218,7 @@ def test_half_precision_training_keeps_small_updates(case, policy):
         layer.bias.assign(np.zeros(layer.bias.shape))
     signs = np.sign(case.inputs(batch=8)) + 0.0
     outputs = to_numpy(layer(signs, training=True))
-    exact = case.plain_layer(layer, layer.lora.delta(), **plain_activation)(signs)
+    exact = case.plain_layer(layer, deltas(layer), **plain_activation)(signs)
     layer.lora.b.assign(np.zeros(layer.lora.b.shape))
     cancelled = to_numpy(layer(signs, training=True)) == 0  # there W adds nothing
     assert cancelled.any()
@@ -215,65 +228,75 @@ def test_half_precision_training_keeps_small_updates(case, policy):
 @over_cases
 def test_float64_policy_gives_a_float64_adapter(case):
     layer = case.layer(dtype="float64")
-    assert {f.dtype for f in layer.lora.named_factors().values()} == {"float64"}
+    assert {f.dtype for f in factors(layer).values()} == {"float64"}
 
 
 @over_cases
 def test_delta_is_scaling_times_the_product(case):
-    layer = case.trained_layer()
-    delta = to_numpy(layer.lora.delta())
-    assert delta.shape == tuple(layer.frozen_kernel.shape)
-    alpha = case.lora.get("alpha", layer.lora.rank)
-    rank = layer.lora.rank
-    power = 0.5 if case.lora.get("use_rslora") else 1.0
-    assert layer.lora.scaling == alpha / rank**power
-    layer.lora.set_alpha(2 * alpha, layer.lora.use_rslora)
-    assert_close(layer.lora.delta(), 2 * delta)
+    for site in sites(case.trained_layer()):
+        lora, delta = site.lora, to_numpy(site.lora.delta())
+        assert delta.shape == tuple(site.frozen_kernel.shape)
+        alpha = case.lora.get("alpha", lora.rank)
+        power = 0.5 if case.lora.get("use_rslora") else 1.0
+        assert lora.scaling == alpha / lora.rank**power
+        lora.set_alpha(2 * alpha, lora.use_rslora)
+        assert_close(lora.delta(), 2 * delta)
+
+
+BESIDE = ("bias", "activity", "reverse")  # what Keras regularizes beside kernels
 
 
 @over_cases
 def test_regularizer_acts_on_the_factors(case):
-    layer = case.trained_layer()
-    name = f"{layer.kernel_name}_regularizer"
-    penalized = case.trained_layer(**{name: keras.regularizers.L2(0.5)})
-    assert len(penalized.losses) == 2
-    factors = [to_numpy(f) for f in (penalized.lora.a, penalized.lora.b)]
-    expected = sum(0.5 * (f.astype("float64") ** 2).sum() for f in factors)
+    names = [
+        name
+        for name in inspect.signature(case.layer_class.plain_class).parameters
+        if name.endswith("_regularizer") and name.split("_")[0] not in BESIDE
+    ]
+    arguments = dict.fromkeys(names, keras.regularizers.L2(0.5))
+    penalized = case.trained_layer(**arguments)
+    pairs = [(lora.a, lora.b) for lora in penalized.loras.values()]
+    assert len(penalized.losses) == 2 * len(pairs)
+    values = [to_numpy(factor).astype("float64") for pair in pairs for factor in pair]
+    expected = sum(0.5 * (value**2).sum() for value in values)
     assert_close(sum(to_numpy(loss) for loss in penalized.losses), expected)
-    fill(penalized.frozen_kernel, seed=9, scale=100)
+    for kernel in frozen_kernels(penalized).values():
+        fill(kernel, seed=9, scale=100)
     assert_close(sum(to_numpy(loss) for loss in penalized.losses), expected)
 
 
 @over_cases
 def test_starting_values(case):
-    layer = case.layer()
-    a, b = to_numpy(layer.lora.a), to_numpy(layer.lora.b)
-    zero, started = (a, b) if case.vocabulary else (b, a)
-    assert (zero == 0).all()
-    assert np.unique(started).size > 1
-    if not case.vocabulary:
-        limit = 1 / np.sqrt(case.fan_in)
-        assert np.abs(started).max() <= limit
-        assert np.abs(started).max() > 0.5 * limit
+    for weight, lora in case.layer().loras.items():
+        a, b = to_numpy(lora.a), to_numpy(lora.b)
+        zero, started = (a, b) if case.vocabulary else (b, a)
+        assert (zero == 0).all()
+        assert np.unique(started).size > 1
+        if not case.vocabulary:
+            several = isinstance(case.fan_in, dict)
+            limit = 1 / np.sqrt(case.fan_in[weight] if several else case.fan_in)
+            assert np.abs(started).max() <= limit
+            assert np.abs(started).max() > 0.5 * limit
 
 
 @over_cases
 def test_contexts_and_merging(case):
-    model = case.model()
+    model, close = case.model(), case if case.substituted else None
     layer, inputs = model.layers[0], case.inputs()
     base = to_numpy(model(inputs))
-    for seed, factor in enumerate(layer.lora.named_factors().values()):
+    for seed, factor in enumerate(factors(layer).values()):
         fill(factor, seed, 0.5)
     expected = to_numpy(model(inputs))
     assert np.abs(expected - base).max() > 1e-2
     with keras_lora.disabled(model):
-        assert_equal_bits(model(inputs), base)
-        layer.lora.dropout = 0.0
-        assert_equal_bits(model(inputs, training=True), base)
+        assert_equal_bits(model(inputs), base, close)
+        for lora in layer.loras.values():
+            lora.dropout = 0.0
+        assert_equal_bits(model(inputs, training=True), base, close)
     with keras_lora.merged(model):
         assert_close(model(inputs), expected, 1e-6)
         with keras_lora.disabled(model):
-            assert_equal_bits(model(inputs), base)
+            assert_equal_bits(model(inputs), base, close)
     keras_lora.merge_lora(model)
     assert not isinstance(layer, keras_lora.LoRALayer)
     assert_close(model(inputs), expected, 1e-6)

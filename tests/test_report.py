@@ -108,11 +108,18 @@ def test_what_all_linear_passes_over_is_named():
     _, report = small()
     assert {path: why.split()[0] for path, why in report.skipped.items()} == {
         "depthwise": "DepthwiseConv2D",
-        "separable": "SeparableConv2D",
-        "transposed": "Conv2DTranspose",
-        "lstm/cell": "LSTMCell",
+        "separable/depthwise_kernel": "SeparableConv2D",
     }
-    assert "Skipped depthwise: DepthwiseConv2D is of no kind" in str(report)
+    assert "Skipped depthwise: DepthwiseConv2D is not in" in str(report)
+    assert "Output layers, frozen: head (use also_train)" in str(report)
+    found = {row.path for row in report}
+    assert found == {
+        "first",
+        "separable/pointwise_kernel",
+        "transposed",
+        "lstm/kernel",
+        "lstm/recurrent_kernel",
+    }
     _, report = small(exclude=["separable"], also_train=["lstm", "transposed"])
     assert list(report.skipped) == ["depthwise"]
     _, report = small(target=["first"])

@@ -21,6 +21,7 @@ from keras_lora.layers.methods import method_in
 from keras_lora.layers.torch_layout import to_numpy
 from keras_lora.models.adapt import checked_lora_layers
 from keras_lora.models.paths import layer_paths
+from keras_lora.models.sites import site_paths
 from keras_lora.models.tables import Table
 from keras_lora.models.tables import in_order
 
@@ -142,7 +143,8 @@ def of_adapter(adapter, name):
 def of_model(model):
     checked_lora_layers(model)
     paths = layer_paths(model)
-    adapters = {path: layer for path, layer in paths.items() if is_adapted(layer)}
+    sites = site_paths(paths)
+    adapters = {path: site for path, site in sites.items() if is_adapted(site)}
     rows = []
     for path, layer in adapters.items():
         kernel = np.linalg.norm(to_numpy(layer.base_kernel(layer.lora.variable_dtype)))

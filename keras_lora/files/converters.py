@@ -112,7 +112,7 @@ def place_of(layer, variable, hook, size):
 
     size: of the tensor there, of which several variables may be parts.
     """
-    kind, shape = kind_of(type(layer)), tuple(variable.shape)
+    kind, shape = kind_of(layer), tuple(variable.shape)
     if kind is LoRALayer or torch_name(layer, variable) != "weight":
         return vector_place(shape, hook, size)
     form = form_of(layer, 1)

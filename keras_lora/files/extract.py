@@ -63,7 +63,6 @@ def extract_adapter(
                     "integers have no difference of low rank. Give the float models."
                 )
     paths = layer_paths(base_model)
-    path_of = {id(layer): path for path, layer in paths.items()}
     base = module_names(paths, names, base_model)
     tuned = module_names(layer_paths(tuned_model), names, tuned_model)
     adapters, updates, beside, errors = {}, {}, [], {}
@@ -77,7 +76,7 @@ def extract_adapter(
         own, other = map(to_numpy, kernel)
         a, b, own_rank, errors[module] = nearest_factors(layer, other - own, rank)
         updates[module] = a, b
-        adapters[path_of[id(layer)]] = {"rank": own_rank}
+        adapters[layer] = {"rank": own_rank}
     if not adapters:
         raise ValueError("The two models differ in no kernel that could be adapted.")
     with adapted(base_model, paths, adapters):

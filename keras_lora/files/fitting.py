@@ -18,7 +18,7 @@ from keras_lora.layers.methods import method_in
 
 def refuse_other_modules(file):
     """An adapted model takes a file for the same layers only."""
-    own = {module for module, layer in file.modules.items() if is_adapted(layer)}
+    own = {module for module, site in file.modules.sites.items() if is_adapted(site)}
     missing, more = sorted(own - set(file.factors)), sorted(set(file.factors) - own)
     if missing or more:
         raise ValueError(
@@ -59,7 +59,7 @@ def checked_values(file):
     """[(variable, value)] for the whole file, of which every shape fits."""
     values = []
     for module, pair in file.factors.items():
-        layer = file.modules[module]
+        layer = file.adapted[module]
         rank, own = file.ranks[module], layer.lora.file_rank
         if rank != own:
             cut = (

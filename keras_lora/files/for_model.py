@@ -15,10 +15,9 @@ from keras_lora.files.slices import rows_of
 from keras_lora.files.slices import slices_of
 from keras_lora.files.slices import total_of
 from keras_lora.files.slices import without_slice
-from keras_lora.keras_internals.classes import seen_as
-from keras_lora.layers.kinds import lora_class_of
+from keras_lora.layers.kinds import form_of
 from keras_lora.layers.kinds import obstacle
-from keras_lora.layers.lora_layer import LoRALayer
+from keras_lora.layers.kinds import shape_of
 from keras_lora.layers.lora_layer import is_adapted
 
 
@@ -32,8 +31,8 @@ class Contents(FileFactors):
 
     @property
     def adapted(self):
-        """Module -> layer, for those that the file has factors for."""
-        return {module: self.modules[module] for module in self.factors}
+        """Module -> site, for those that the file has factors for."""
+        return {module: self.modules.sites[module] for module in self.factors}
 
     def method_of(self, module):
         """The keywords that the adapter of a layer has."""
@@ -109,11 +108,10 @@ def split_others(file):
 
 def refuse_unknown_modules(factors, modules):
     for module in factors:
-        layer = modules.get(module)
-        if layer is None or not can_hold(layer):
-            close = difflib.get_close_matches(
-                module, [m for m, x in modules.items() if can_hold(x)], n=3, cutoff=0.3
-            )
+        layer = modules.sites.get(module, modules.get(module))
+        if module not in modules.sites or not can_hold(layer):
+            able = [m for m, site in modules.sites.items() if can_hold(site)]
+            close = difflib.get_close_matches(module, able, n=3, cutoff=0.3)
             hint = f" Close are: {close}." if close else ""
             raise ValueError(
                 f"The file has an adapter for {module!r}, which the model has not"
@@ -128,22 +126,18 @@ def refuse_ranks_without_values(factors, ranks, modules):
     for module, pair in factors.items():
         if not low_rank_suffixes(pair):
             continue
-        layer = modules[module]
-        is_host = isinstance(layer, LoRALayer)
-        host = seen_as(layer, type(layer) if is_host else lora_class_of(type(layer)))
-        updates = host.low_rank_form(1).file_rank or 1  # side by side
-        form = host.low_rank_form(max(ranks[module] // updates, 1))
+        site = modules.sites[module]
+        updates = form_of(site, 1).file_rank or 1  # side by side
+        form = form_of(site, max(ranks[module] // updates, 1))
         size = sum(value.size for value in pair.values())
         if math.prod(form.a_shape) + math.prod(form.b_shape) > size:
             shapes = " and ".join(str(value.shape) for value in pair.values())
             raise ValueError(
                 f"The file's factors of {module!r}, with shapes {shapes}, are smaller "
                 f"than rank {ranks[module]} needs for this model's kernel of shape "
-                f"{tuple(host.kernel_shape)}: the adapter is of another model."
+                f"{shape_of(site)}: the adapter is of another model."
             )
 
 
-def can_hold(layer):
-    if is_adapted(layer):
-        return True
-    return lora_class_of(type(layer)) is not None and obstacle(layer) is None
+def can_hold(site):
+    return is_adapted(site) or obstacle(site) is None

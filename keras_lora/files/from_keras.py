@@ -58,7 +58,7 @@ def load_keras_lora(model, source) -> Report:
     tensors, ranks, alphas = {}, {}, {}
     for layer, a, b, scaling in found:
         module = path_of[id(layer)].replace("/", ".")
-        suffixes = kind_of(type(layer)).file_suffixes
+        suffixes = kind_of(layer).file_suffixes
         a, b = converted(layer, a, b, module)
         tensors[module + suffixes[0]], tensors[module + suffixes[1]] = a, b
         ranks[module], alphas[module] = len(a), scaling * len(a)
@@ -151,7 +151,7 @@ def factors_of_model(own, source):
             continue
         if path not in own:
             raise ValueError(f"The model has no layer {path!r}.")
-        name = kind_of(type(layer)).kernel_name
+        name = kind_of(layer).kernel_name
         a, b = (getattr(layer, f"lora_{name}_{factor}") for factor in "ab")
         scaling = layer.lora_alpha / layer.lora_rank
         found.append((own[path], to_numpy(a), to_numpy(b), scaling))
@@ -162,7 +162,7 @@ def factors_of_model(own, source):
 
 def converted(layer, a, b, module):
     """Keras's A (*kernel axes but the last, r) and B (r, last), as a file has them."""
-    kind = kind_of(type(layer))
+    kind = kind_of(layer)
     kernel = getattr(layer, kind.kernel_name, None)
     shape = () if kernel is None else tuple(kernel.shape)
     if a.shape[:-1] != shape[:-1] or b.shape != (a.shape[-1], *shape[-1:]):

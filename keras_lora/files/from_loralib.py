@@ -90,7 +90,7 @@ def load_loralib(
                 f"The factors of {module!r} have shapes {a.shape} and {b.shape}."
             )
         mask = enable_lora.get(module) if isinstance(enable_lora, dict) else enable_lora
-        kind = kind_of(type(layer))
+        kind = kind_of(layer)
         a, b = kind.read_loralib(layer, a, b, rank, mask, module)
         suffixes = kind.file_suffixes
         tensors[module + suffixes[0]], tensors[module + suffixes[1]] = a, b

@@ -14,7 +14,7 @@ from keras_lora.files.names import refuse_tied_head
 from keras_lora.files.tensors import own_alpha
 from keras_lora.keras_internals.compiled import compile_again
 from keras_lora.layers.adapter import LowRankAdapter
-from keras_lora.layers.lora_layer import is_adapted
+from keras_lora.layers.lora_layer import has_adapters
 from keras_lora.layers.settings import Settings
 from keras_lora.models.adapt import checked_lora_layers
 from keras_lora.models.adapt import refuse_unbuilt
@@ -80,15 +80,13 @@ def load_into(model, paths, adapter, names=None, trainable=True) -> Report:
     file = contents(adapter, module_names(paths, names, model, adapter))
     refuse_tied_head(model, names, file.adapted | file.heads)
     layers, notes = with_model(model, paths), []
-    if any(map(is_adapted, layers.values())):
+    if any(map(has_adapters, layers.values())):
         checked_lora_layers(model)
         refuse_other_modules(file)
         values = checked_values(file)
     else:
-        path_of = {id(layer): path for path, layer in layers.items()}
         adapters = {
-            path_of[id(layer)]: adapter_options(file, module)
-            for module, layer in file.adapted.items()
+            site: adapter_options(file, module) for module, site in file.adapted.items()
         }
         with adapted(model, paths, adapters) as change:
             values = checked_values(file)

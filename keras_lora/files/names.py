@@ -11,8 +11,10 @@ from keras_lora.files.families import TRANSFORMERS_4
 from keras_lora.files.families import family
 from keras_lora.files.family_names import ROUTER
 from keras_lora.keras_internals.layers import layer_state
-from keras_lora.layers.kinds import kind_of
-from keras_lora.layers.lora_layer import is_adapted
+from keras_lora.layers.kinds import layer_of
+from keras_lora.layers.kinds import looks_up
+from keras_lora.layers.lora_layer import has_adapters
+from keras_lora.models.sites import site_paths
 from keras_lora.models.targets import output_layers
 from keras_lora.models.targets import refuse_two_meanings
 
@@ -21,6 +23,8 @@ class Modules(dict):
     """Module -> layer.
 
     Attributes:
+        sites: Module -> site. One that is no layer by itself stands under the module
+            of its layer and the weight's name, "lstm.recurrent_kernel".
         places: {module: Place} for layers that are not a whole module in its order.
         inputs_first: The modules that keep their weights as (in, out).
         parameters: The modules whose weight PEFT adapts as a parameter.
@@ -30,7 +34,7 @@ class Modules(dict):
 
     def __init__(self):
         super().__init__()
-        self.places = {}
+        self.sites, self.places = {}, {}
         self.inputs_first, self.parameters, self.unnamed = set(), set(), set()
 
 
@@ -63,9 +67,13 @@ def module_names(paths, names, model=None, adapter=None) -> Modules:
     model: what `paths` are of. adapter: the file that is read, if one is, whose names
     may be those of an earlier transformers or have another prefix.
     """
+    sites = site_paths(paths)
     if isinstance(names, str):
-        return derived_names(paths, names, model, adapter)
-    get = name_function(names, paths)
+        modules = derived_names(paths, names, model, adapter)
+        modules.sites = named_sites(modules, sites)
+        modules.unnamed |= modules.sites.keys() - modules.keys()
+        return modules
+    get = name_function(names, {**sites, **paths})
     modules = Modules()
     for path, layer in paths.items():
         module = get(path) or path.replace("/", ".")
@@ -78,12 +86,35 @@ def module_names(paths, names, model=None, adapter=None) -> Modules:
             modules[module] = layer
         elif holds_weights(layer):
             raise ValueError(f"`names` gives two layers the name {module!r}.")
+    modules.sites = named_sites(modules, sites, get)
     return modules
+
+
+def named_sites(modules, sites, get=lambda path: None) -> dict:
+    """Module -> site, for the sites of layers that have names.
+
+    Args:
+        modules: Module -> layer.
+        sites: Path -> site.
+        get: The name that a user gives for a path, or None.
+    """
+    module_of = {id(layer): module for module, layer in modules.items()}
+    named = {}
+    for path, site in sites.items():
+        layer = layer_of(site)
+        module = module_of.get(id(layer))
+        if module is None:
+            continue
+        if site is not layer:
+            weight = site.weight_name.replace("/", ".")
+            module = get(path) or f"{module}.{weight}"
+        named[module] = site
+    return named
 
 
 def holds_weights(layer):
     """Whether a layer has weights itself: an InputLayer or a container has none."""
-    return is_adapted(layer) or any(layer_state(layer))
+    return has_adapters(layer) or any(layer_state(layer))
 
 
 def derived_names(paths, names, model, adapter) -> Modules:
@@ -142,8 +173,7 @@ def refuse_tied_head(model, names, layers):
     """
     heads = output_layers(model) if names is not None else ()
     for module, layer in layers.items():
-        takes_ids = not kind_of(type(layer)).takes_dropout
-        if takes_ids and id(layer) in heads:
+        if looks_up(layer) and id(layer_of(layer)) in heads:
             raise ValueError(
                 f"The embedding {module!r} makes the model's outputs too. PEFT changes "
                 "it where tokens are looked up and leaves the head as it was, so no "

@@ -76,10 +76,10 @@ def adapter_of(model, names=None, trained=None) -> Adapter:
     paths = layer_paths(model)
     modules = module_names(paths, names, model)
     built_lora_layers(model)
-    adapters = {module: layer for module, layer in modules.items() if is_adapted(layer)}
+    adapters = {m: site for m, site in modules.sites.items() if is_adapted(site)}
     if trained is None:
         trained = trained_beside(modules, adapters)
-    changed = {module: modules[module] for module in [*adapters, *dict(trained)]}
+    changed = {**{module: modules[module] for module, _ in trained}, **adapters}
     refuse_tied_head(model, names, changed)
     return adapter_from(modules, adapters, trained)
 

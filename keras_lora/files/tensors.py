@@ -22,7 +22,7 @@ from keras_lora.layers.trained_values import trained_value
 
 def suffixes(layer):
     """What A and B of a layer, plain or adapted, are called in a file."""
-    return kind_of(type(layer)).file_suffixes
+    return kind_of(layer).file_suffixes
 
 
 def file_alpha(layer, use_rslora):
@@ -79,7 +79,7 @@ TORCH_NAMES = {
 
 
 def torch_name(layer, variable):
-    if variable.name == kind_of(type(layer)).kernel_name:
+    if variable.name == kind_of(layer).kernel_name:
         return "weight"
     return TORCH_NAMES.get(variable.name, variable.name)
 
@@ -92,7 +92,7 @@ def weight_to_tensor(layer, variable, inputs_first=False):
     value = to_numpy(trained_value(variable))
     if variable.name == "bias":
         return value.reshape(-1)
-    kind = kind_of(type(layer))
+    kind = kind_of(layer)
     if variable.name == kind.kernel_name:
         value = kind.weight_to_file(layer, value, inputs_first)
     return np.ascontiguousarray(value)
@@ -100,7 +100,7 @@ def weight_to_tensor(layer, variable, inputs_first=False):
 
 def kernel_to_tensor(layer):
     """The kernel of a layer, plain or adapted, as (outputs, inputs)."""
-    return weight_to_tensor(layer, getattr(layer, kind_of(type(layer)).kernel_name))
+    return weight_to_tensor(layer, getattr(layer, kind_of(layer).kernel_name))
 
 
 def weight_from_tensor(layer, variable, value, where, inputs_first=False):
@@ -110,7 +110,7 @@ def weight_from_tensor(layer, variable, value, where, inputs_first=False):
         raise ValueError(
             f"The tensor {where!r} has shape {value.shape}; the model needs {expected}."
         )
-    kind = kind_of(type(layer))
+    kind = kind_of(layer)
     if variable.name == kind.kernel_name:
         value = kind.weight_from_file(layer, value, inputs_first)
     return value.reshape(variable.shape)

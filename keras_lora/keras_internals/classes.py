@@ -68,3 +68,65 @@ def twin(layer, cls, changed):
     view = object.__new__(cls)
     object.__setattr__(view, "__dict__", {**vars(layer), **changed})
     return view
+
+
+def call_with(layer, cls, values, args, kwargs):
+    """A layer's call under a class, in which other values stand at some places.
+
+    The call runs on a view of the layer, and on views of what leads to a place. What
+    it sets on them, as Keras's LSTM sets `supports_jit`, is set on the layers.
+
+    values: keys -> value, with the keys of `weight_places`.
+    """
+    seen = []
+    outputs = changed_view(layer, values, seen, cls).call(*args, **kwargs)
+    for held, view, before in seen:
+        for name, value in vars(view).items():
+            if value is not before.get(name, seen):
+                vars(held)[name] = value
+    return outputs
+
+
+def changed_view(held, values, seen, cls=None):
+    """A view of a layer, or a copy of a list or dict, with other values at places.
+
+    seen: gets the layers, with their views and what these held at first.
+    """
+    if () in values:
+        return values[()]
+    inside: dict = {}
+    for (key, *rest), value in values.items():
+        inside.setdefault(key, {})[tuple(rest)] = value
+    if isinstance(held, keras.layers.Layer):
+        changed = {
+            key: changed_view(getattr(held, key), own, seen)
+            for key, own in inside.items()
+        }
+        view = twin(held, cls or type(held), changed)
+        seen.append((held, view, dict(vars(view))))
+        return view
+    copied = dict(held) if isinstance(held, dict) else list(held)
+    for key, own in inside.items():
+        copied[key] = changed_view(held[key], own, seen)
+    return copied
+
+
+def value_at(layer, keys):
+    """What stands at a place of a layer, and the innermost layer that leads there."""
+    owner, value = layer, layer
+    for key in keys:
+        if isinstance(value, keras.layers.Layer):
+            owner, value = value, getattr(value, key)
+        else:
+            value = value[key]
+    return owner, value
+
+
+def like_method(method, plain):
+    """A method that Keras sees with the signature of another one."""
+
+    @functools.wraps(plain)
+    def call(self, *args, **kwargs):
+        return method(self, *args, **kwargs)
+
+    return call

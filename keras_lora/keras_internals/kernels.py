@@ -1,5 +1,7 @@
 """The variables of a layer's kernel, and others in their place."""
 
+import contextlib
+
 import keras
 
 from keras_lora.keras_internals.layers import unlocked
@@ -44,21 +46,29 @@ def drop_float_kernel(layer):
             setattr(layer, f"is_{layer.quantization_mode}_calibrated", True)
 
 
-def replace_kernel(layer, kernel_name, variable):
-    """Puts another variable in the place of the layer's kernel, list and all."""
-    old = getattr(layer, kernel_name)
-    # Keras's own layers hold it in `_kernel`, behind a property.
-    attribute = next(
-        name
-        for name in (kernel_name, f"_{kernel_name}")
-        if vars(layer).get(name) is old
-    )
-    for tracked in (layer._trainable_variables, layer._non_trainable_variables):
-        place = [index for index, v in enumerate(tracked) if v is old]
-        if place:
-            layer._untrack_variable(old)
-            with unlocked(layer):
-                setattr(layer, attribute, variable)
-            tracked.insert(place[0], tracked.pop())
-            return old
-    raise AssertionError("a kernel is tracked by its layer")
+@contextlib.contextmanager
+def listed_instead(layer, old, new):
+    """A layer lists another variable among its weights; its call goes on as it was."""
+    lists = (layer._trainable_variables, layer._non_trainable_variables)
+    tracked = next(x for x in lists if any(v is old for v in x))
+    replace(tracked, old, new)
+    try:
+        yield
+    finally:
+        replace(tracked, new, old)
+
+
+def replace(tracked, old, new):
+    place = next(index for index, v in enumerate(tracked) if v is old)
+    list.__setitem__(tracked, place, new)
+
+
+@contextlib.contextmanager
+def unlisted(layer, sublayer):
+    """A layer does not list one of the layers that it holds."""
+    place = next(n for n, inner in enumerate(layer._layers) if inner is sublayer)
+    list.pop(layer._layers, place)
+    try:
+        yield
+    finally:
+        list.insert(layer._layers, place, sublayer)

@@ -48,9 +48,19 @@ def freeze(layer, variable):
     variable.trainable = False
     variable._autocast = False
     variable.assign = functools.partial(assign_outside_calls, variable)
+    mark_frozen(variable)
     with unlocked(layer):
         layer._track_variable(variable)
     return place
+
+
+def mark_frozen(variable, frozen=True):
+    """Says of a variable that it is the frozen kernel of an adapter."""
+    variable.lora_frozen = frozen
+
+
+def is_frozen_kernel(variable) -> bool:
+    return getattr(variable, "lora_frozen", False)
 
 
 def assign_outside_calls(variable, value):
@@ -105,6 +115,7 @@ def unfreeze(layer, variable, place):
     """The inverse of `freeze`: same order of weights, same flags."""
     layer._untrack_variable(variable)
     vars(variable).pop("assign", None)
+    mark_frozen(variable, False)
     variable.trainable = True
     if getattr(variable.value, "_trainable", None) is False:
         # The TensorFlow variable was made after Keras's was frozen, as happens when
@@ -193,9 +204,13 @@ class Leaf:
     Before Keras 3.16, `Model.quantize` passes by every layer that holds another.
     """
 
+    is_leaf = True  # but for layers that hold others than their adapter
+
     if not hasattr(keras.Model, "quantization_summary"):
 
         def _flatten_layers(self, include_self=True, recursive=True):
+            if not self.is_leaf:
+                return super()._flatten_layers(include_self, recursive)
             return [self] if include_self else []
 
 
@@ -241,8 +256,7 @@ def name_scopes(path):
 
 def layer_state(layer):
     """Returns a layer's own variables: those that can train, those that never do."""
-    frozen = getattr(layer, "frozen_kernel", None) if hasattr(layer, "lora") else None
-    others = [v for v in layer._non_trainable_variables if v is not frozen]
+    others = [v for v in layer._non_trainable_variables if not is_frozen_kernel(v)]
     return list(layer._trainable_variables), others
 
 
@@ -254,6 +268,10 @@ def made_by(tensor):
     history = tensor._keras_history
     node = history.operation._inbound_nodes[history.node_index]
     return history.operation, node.input_tensors
+
+
+# Where Keras lists what a layer holds, under no names of its own.
+VARIABLE_LISTS = ("_trainable_variables", "_non_trainable_variables", "_layers")
 
 
 @functools.cache
@@ -288,3 +306,43 @@ def attributes_of(parent):
         for key, layer in held:
             if isinstance(layer, keras.layers.Layer):
                 yield (name if key is None else f"{name}/{key}"), layer
+
+
+def weight_places(layer) -> dict:
+    """Name -> the keys that lead to it, for a layer's own weights of two axes or more.
+
+    A key is an attribute's name, or the place in a list or dict that an attribute
+    holds. Weights that never train are none of these, nor those of sublayers.
+    """
+    train, seen = set(map(id, layer._trainable_variables)), set()
+    found: dict = {}
+    held: dict = {}
+
+    def is_weight(variable):
+        is_matrix = len(variable.shape) > 1 and "float" in variable.dtype
+        return is_matrix and (id(variable) in train or is_frozen_kernel(variable))
+
+    def look(value, keys):
+        if isinstance(value, keras.Variable):
+            if is_weight(value) and id(value) not in seen:
+                seen.add(id(value))
+                name, count = value.name, 1
+                while name in found:
+                    name, count = f"{value.name}_{count}", count + 1
+                found[name], held[name] = keys, value
+        elif isinstance(value, dict):
+            for key, each in value.items():
+                look(each, (*keys, key))
+        elif isinstance(value, (list, tuple)):
+            for place, each in enumerate(value):
+                look(each, (*keys, place))
+
+    for name, value in vars(layer).items():
+        if not (name in VARIABLE_LISTS or name.startswith("_self_")):  # TensorFlow's
+            look(value, (name,))
+    if not found:
+        return found
+    # A wrapper may hold the weights of its layer too.
+    parts = [part for part in flatten_layers(layer) if part is not layer]
+    theirs = {id(v) for part in parts for v in part.variables}
+    return {n: keys for n, keys in found.items() if id(held[n]) not in theirs}

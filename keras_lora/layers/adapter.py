@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_lora.keras_internals.distribution import lay_out
 from keras_lora.keras_internals.hidden_state import HiddenVariable
+from keras_lora.keras_internals.layers import Place
 from keras_lora.layers.adapter_files import AdapterFiles
 from keras_lora.layers.rematerialized import generator_of
 from keras_lora.layers.scaled import Scaled
@@ -69,6 +70,8 @@ class LowRankAdapter(Scaled, AdapterFiles, keras.layers.Layer):
     taken_off_by = "merge_lora(model) or remove_lora(model)"
     is_bank = False  # many adapters, which their bank alone may change
     trains_in_call = False  # whether the last call was one of training
+    stand_in = None  # what acts for it inside `merged()`
+    kernel_place: Place | None = None  # where W stood before it was frozen
 
     def __init__(
         self,
@@ -229,10 +232,13 @@ class LowRankAdapter(Scaled, AdapterFiles, keras.layers.Layer):
 
 
 class FixedKernel:
-    """A kernel in the place of W and adapter, which the adapter's own path is not."""
+    """Stands in for an adapter: one fixed, merged kernel."""
 
     def __init__(self, kernel):
         self.kernel = kernel
+
+    def effective_kernel(self, kernel):
+        return ops.stop_gradient(self.kernel)
 
     def outputs(self, host, inputs, training):
         return host.apply_kernel(inputs, ops.stop_gradient(self.kernel))

@@ -53,7 +53,8 @@ class LowRankForm:
         a_shape, b_shape: Shapes of A and B.
         fan_in: How many inputs each entry of A's rank axis sums over.
         compose: (A, B) -> A @ B in the kernel's own shape.
-        down: (inputs, A) -> hidden, with r channels where `linear` has its outputs.
+        down: (inputs, A) -> hidden, with r channels where `linear` has its outputs;
+            None where the layer's call computes with W + delta.
         up: (hidden, B) -> outputs.
         a_initializer, b_initializer: Starting values. One factor starts as zero, so
             that a fresh adapter changes nothing. None for A: U(±1/sqrt(fan_in)).
@@ -84,8 +85,8 @@ class LowRankForm:
     b_shape: tuple
     fan_in: int
     compose: Callable
-    down: Callable
-    up: Callable
+    down: Callable | None = None
+    up: Callable | None = None
     a_initializer: object = None
     b_initializer: object = "zeros"
     input_axes: tuple = (0,)

@@ -10,7 +10,7 @@ class FrozenKernel(QuantizedHost):
     """Mixin of a LoRA layer: only `base_kernel` and `frozen_linear` read W."""
 
     plain_class: type | None
-    kernel_name: str
+    kernel_name: str | None
 
     @property
     def frozen_kernel(self):
@@ -49,8 +49,3 @@ class FrozenKernel(QuantizedHost):
     def apply_kernel(self, inputs, kernel):
         """linear(inputs, kernel) for a kernel of another dtype, rounded once."""
         return self.linear(inputs, ops.cast(kernel, self.compute_dtype))
-
-    def merged_kernel(self, dtype):
-        """The kernel that stands for W and the adapter, rounded once."""
-        kernel = self.base_kernel(self.lora.variable_dtype)
-        return ops.cast(self.lora.effective_kernel(kernel), dtype)

@@ -15,21 +15,11 @@ class HostChecks:
     @classmethod
     def check_host(cls, layer):
         """A ValueError where an adapter cannot do justice to the Keras layer."""
-        constraint = getattr(layer, f"{cls.kernel_name}_constraint", None)
-        if constraint is not None:
-            raise ValueError(
-                f"`{cls.kernel_name}_constraint` of layer {layer.name!r} cannot be "
-                f"kept by a low-rank update. Received: {constraint!r}. Leave it out, "
-                "or use rank=0."
-            )
+        name = f"{cls.kernel_name}_constraint"
+        refuse_constraint(layer, name, getattr(layer, name, None))
         refuse_mode(layer, layer.quantization_mode)
         refuse_uncalibrated(layer, cls.kernel_name)
-        if getattr(layer, "lora_enabled", False):
-            raise ValueError(
-                f"The layer {layer.name!r} has Keras's own adapter (`enable_lora`). "
-                "Save the model and load it again, which merges that adapter, and "
-                "start there."
-            )
+        refuse_keras_adapter(layer)
         if layer.built and not isinstance(
             own_kernel(layer, cls.kernel_name), keras.Variable
         ):
@@ -38,6 +28,24 @@ class HostChecks:
                 f"{type(layer).__name__}, is computed and no variable: there is "
                 "nothing to freeze."
             )
+
+
+def refuse_constraint(layer, name, constraint):
+    """Raises if W has a constraint: A and B train, and not W."""
+    if constraint is not None:
+        raise ValueError(
+            f"`{name}` of layer {layer.name!r} cannot be kept by a low-rank update. "
+            f"Received: {constraint!r}. Leave it out, or use rank=0."
+        )
+
+
+def refuse_keras_adapter(layer):
+    if getattr(layer, "lora_enabled", False):
+        raise ValueError(
+            f"The layer {layer.name!r} has Keras's own adapter (`enable_lora`). "
+            "Save the model and load it again, which merges that adapter, and "
+            "start there."
+        )
 
 
 def watched(kernel):

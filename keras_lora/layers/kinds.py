@@ -1,17 +1,39 @@
 """The table of kinds: which LoRA class stands for which layer class."""
 
 import functools
+from collections.abc import Mapping
 
 import keras
+from keras.layers import Layer
 
 from keras_lora.keras_internals.classes import seen_as
+from keras_lora.keras_internals.layers import weight_places
+from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.conv import LoRAConv1D
 from keras_lora.layers.conv import LoRAConv2D
 from keras_lora.layers.conv import LoRAConv3D
 from keras_lora.layers.dense import LoRADense
 from keras_lora.layers.einsum_dense import LoRAEinsumDense
 from keras_lora.layers.embedding import LoRAEmbedding
+from keras_lora.layers.host_checks import refuse_constraint
+from keras_lora.layers.host_checks import refuse_keras_adapter
 from keras_lora.layers.lora_layer import LoRALayer
+from keras_lora.layers.recurrent import LoRAGRU
+from keras_lora.layers.recurrent import LoRALSTM
+from keras_lora.layers.recurrent import LoRARNN
+from keras_lora.layers.recurrent import LoRASimpleRNN
+from keras_lora.layers.separable import LoRADepthwiseConv1D
+from keras_lora.layers.separable import LoRADepthwiseConv2D
+from keras_lora.layers.separable import LoRASeparableConv1D
+from keras_lora.layers.separable import LoRASeparableConv2D
+from keras_lora.layers.site import Site
+from keras_lora.layers.substituted import Axes
+from keras_lora.layers.substituted import SeveralWeights
+from keras_lora.layers.substituted import SubstitutedLayer
+from keras_lora.layers.substituted import WeightSite
+from keras_lora.layers.transposed import LoRAConv1DTranspose
+from keras_lora.layers.transposed import LoRAConv2DTranspose
+from keras_lora.layers.transposed import LoRAConv3DTranspose
 
 LORA_CLASSES = {
     keras.layers.Dense: LoRADense,
@@ -20,6 +42,17 @@ LORA_CLASSES = {
     keras.layers.Conv1D: LoRAConv1D,
     keras.layers.Conv2D: LoRAConv2D,
     keras.layers.Conv3D: LoRAConv3D,
+    keras.layers.SimpleRNN: LoRASimpleRNN,
+    keras.layers.LSTM: LoRALSTM,
+    keras.layers.GRU: LoRAGRU,
+    keras.layers.RNN: LoRARNN,
+    keras.layers.Conv1DTranspose: LoRAConv1DTranspose,
+    keras.layers.Conv2DTranspose: LoRAConv2DTranspose,
+    keras.layers.Conv3DTranspose: LoRAConv3DTranspose,
+    keras.layers.SeparableConv1D: LoRASeparableConv1D,
+    keras.layers.SeparableConv2D: LoRASeparableConv2D,
+    keras.layers.DepthwiseConv1D: LoRADepthwiseConv1D,
+    keras.layers.DepthwiseConv2D: LoRADepthwiseConv2D,
 }
 if hasattr(keras.layers, "ReversibleEmbedding"):  # since Keras 3.13
     from keras_lora.layers.reversible_embedding import LoRAReversibleEmbedding
@@ -27,19 +60,45 @@ if hasattr(keras.layers, "ReversibleEmbedding"):  # since Keras 3.13
     LORA_CLASSES[keras.layers.ReversibleEmbedding] = LoRAReversibleEmbedding
 
 
-def register_lora_layer(lora_class: type) -> type:
+# Layer class -> {weight: Axes}, as `register_lora_layer` was told.
+AXES: dict[type, dict] = {}
+
+
+def register_lora_layer(lora_class: type, weights: Mapping | None = None) -> type:
     """Teaches `apply_lora` a kind of layer; can be used as a decorator.
 
     Args:
         lora_class: A subclass of `keras_lora.LoRALayer` whose `plain_class` is the
-            layer class that it adapts.
+            layer class that it adapts. Or, with `weights`, that layer class itself.
+        weights: Name of a weight -> the axes of its inputs, as a tuple, or a dict of
+            `input_axes` and `batch_axes`; a batch axis counts the matrices of a
+            stack. The other axes are outputs. The layer's own call runs with
+            W + delta in the place of each weight W that `apply_lora` adapts.
 
     Returns:
         The same class.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If it is none, or the axes of a weight are none.
+
+    Examples:
+        >>> class Filters(keras.layers.Layer):
+        ...     def build(self, input_shape):
+        ...         self.w = self.add_weight(shape=(8, input_shape[-1]), name="w")
+        ...
+        ...     def call(self, inputs):
+        ...         return keras.ops.matmul(inputs, keras.ops.transpose(self.w))
+        >>> kind = register_lora_layer(Filters, weights={"w": (1,)})
     """
+    if weights is not None:
+        if not (isinstance(lora_class, type) and issubclass(lora_class, Layer)):
+            raise ValueError(
+                "With `weights` register_lora_layer takes a layer class. Received: "
+                f"{lora_class!r}."
+            )
+        AXES[lora_class] = {w: checked_axes(w, axes) for w, axes in weights.items()}
+        substituted_class.cache_clear()
+        return lora_class
     plain_class = getattr(lora_class, "plain_class", None)
     if not (isinstance(plain_class, type) and issubclass(lora_class, LoRALayer)):
         raise ValueError(
@@ -51,19 +110,37 @@ def register_lora_layer(lora_class: type) -> type:
     return lora_class
 
 
-def kind_of(cls):
-    """The kind of a layer class, by which its weights look in files.
+def checked_axes(weight, axes) -> Axes:
+    """The axes that a user gives for a weight."""
+    named = dict(axes) if isinstance(axes, Mapping) else {"input_axes": axes}
+    found = [tuple(named.pop(name, ())) for name in ("input_axes", "batch_axes")]
+    every = [axis for own in found for axis in own]
+    whole = all(type(axis) is int and axis >= 0 for axis in every)
+    if named or not found[0] or not whole or len(set(every)) < len(every):
+        raise ValueError(
+            f"The axes of {weight!r} must be a tuple of the axes that its inputs have, "
+            "or a dict of `input_axes` and `batch_axes`: different whole numbers >= 0. "
+            f"Received: {axes!r}."
+        )
+    return Axes(*found)
+
+
+def kind_of(layer):
+    """The kind of a layer, by which its weights look in files.
 
     Also where its `call` is its own; LoRALayer itself where it is of no kind.
     """
-    if issubclass(cls, LoRALayer):
-        return cls
-    return next((LORA_CLASSES[x] for x in cls.__mro__ if x in LORA_CLASSES), LoRALayer)
+    if isinstance(layer, Site):
+        return layer.lora_class
+    mro = type(layer).__mro__
+    return next((LORA_CLASSES[cls] for cls in mro if cls in LORA_CLASSES), LoRALayer)
 
 
 @functools.cache
 def lora_class_of(cls):
     """The LoRA class for a layer class; None where its call is not understood."""
+    if issubclass(cls, LoRALayer):
+        return None
     for base in cls.__mro__:
         if base in LORA_CLASSES:
             lora_class = LORA_CLASSES[base]
@@ -78,19 +155,114 @@ def lora_class_of(cls):
     return None
 
 
-def obstacle(layer):
-    """Why a layer of a supported class cannot be adapted, or None."""
-    if not layer.built:
+@functools.cache
+def substituted_class(cls, weight):
+    """The LoRA class for a layer class of no kind, whose call reads its weights.
+
+    weight: Its only weight that can be adapted, or None: it has several.
+    """
+    mixin = SeveralWeights if weight is None else SubstitutedLayer
+    axes = [AXES[base] for base in reversed(cls.__mro__) if base in AXES]
+    attributes = {
+        "plain_class": cls,
+        "kernel_name": weight,
+        "adapted_weights": (),
+        "weight_axes": {name: own for each in axes for name, own in each.items()},
+        "constructs": False,
+    }
+    return type(f"LoRA{cls.__name__}", (mixin, cls), attributes)
+
+
+def adapting_class(layer):
+    """The LoRA class that a layer gets with an adapter; None where it has no weight."""
+    if isinstance(layer, LoRALayer):
+        return type(layer)
+    found = lora_class_of(type(layer))
+    if found is not None or isinstance(layer, (keras.Model, LowRankAdapter)):
+        return found
+    names = list(weight_places(layer))
+    if not names:
+        return None
+    return substituted_class(type(layer), names[0] if len(names) == 1 else None)
+
+
+def sites_of(layer) -> dict:
+    """Weight -> site, for all weights of a layer that can have an adapter.
+
+    A layer with one kernel is its own site, also while it is plain.
+    """
+    kind = adapting_class(layer)
+    if kind is None:
+        return {}
+    if kind.kernel_name is not None:
+        return {kind.kernel_name: layer}
+    places = kind.places_of(layer).items()
+    return {weight: WeightSite(layer, weight, keys, kind) for weight, keys in places}
+
+
+def layer_of(site):
+    """The layer in whose call the adapter of a site acts."""
+    return site.layer if isinstance(site, WeightSite) else site
+
+
+def wraps(layer) -> tuple:
+    """The layers that a wrapper of Keras's runs: a rule that means it means them."""
+    if isinstance(layer, keras.layers.Bidirectional):
+        return layer.forward_layer, layer.backward_layer
+    return (layer.layer,) if isinstance(layer, keras.layers.TimeDistributed) else ()
+
+
+def takes_dropout(site):
+    """Whether an adapter at a site has inputs of its own that can be dropped."""
+    lora_class = kind_of(site) if isinstance(site, Site) else adapting_class(site)
+    return lora_class.takes_dropout
+
+
+def looks_up(site):
+    """Whether a layer picks rows of its kernel by ids."""
+    return issubclass(kind_of(site), LoRAEmbedding)
+
+
+def in_all_linear(site):
+    """Whether the target "all-linear" means a site."""
+    if isinstance(site, Site):
+        return site.in_all_linear
+    lora_class = adapting_class(site)
+    if issubclass(lora_class, SubstitutedLayer):
+        return lora_class.kernel_name in lora_class.linear_weights
+    return lora_class.in_all_linear
+
+
+def obstacle(site):
+    """Why a site cannot be adapted, or None."""
+    if not site.built:
         return "it was never built."
     try:
-        lora_class_of(type(layer)).check_host(layer)
+        if isinstance(site, WeightSite):
+            refuse_keras_adapter(site.lora_layer())
+            constraint = site.frozen_kernel.constraint
+            refuse_constraint(
+                site.lora_layer(), f"{site.weight_name}_constraint", constraint
+            )
+        else:
+            adapting_class(site).check_host(site)
     except ValueError as error:
         return str(error)
     return None
 
 
-def form_of(layer, rank):
-    """The form that an adapter has, or would have, on a built layer."""
-    if not isinstance(layer, LoRALayer):
-        layer = seen_as(layer, kind_of(type(layer)))
-    return layer.low_rank_form(rank)
+def as_site(site):
+    """A plain layer as it is as a site; what is one already is returned unchanged."""
+    if isinstance(site, Site):
+        return site
+    return seen_as(site, adapting_class(site) or kind_of(site))
+
+
+def form_of(site, rank):
+    """The form that an adapter has, or would have, at a site of a built layer."""
+    return as_site(site).low_rank_form(rank)
+
+
+def shape_of(site) -> tuple:
+    """The shape of a site's kernel."""
+    return tuple(as_site(site).kernel_shape)

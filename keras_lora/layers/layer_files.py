@@ -10,12 +10,16 @@ class LayerFiles:
 
     def get_config(self):
         refuse_other_copy(self)
-        options = {"rank": 0} if self.lora is None else self.lora.options()
+        options = self.adapter_config()
         options["merge_weights"] = self.merge_weights
-        if self.trainable and self.lora is not None:
+        if self.trainable and self.loras:
             frozen = [v.name for v in own_variables(self) if not v.trainable]
             options |= {"frozen": frozen} if frozen else {}
         return {**super().get_config(), **options}
+
+    def adapter_config(self):
+        """The constructor's arguments that make these adapters."""
+        return {"rank": 0} if self.lora is None else self.lora.options()
 
     @classmethod
     def from_config(cls, config):
@@ -27,10 +31,10 @@ class LayerFiles:
 
     def save_own_variables(self, store):
         super().save_own_variables(TrainedValues(store))
-        if self.lora is not None:
+        if self.loras:
             # A plain layer refuses a file with one entry more than it has variables;
             # without it some read what they know and leave A and B out, silently.
-            store["adapter"] = self.lora.rank
+            store["adapter"] = max(lora.rank for lora in self.loras.values())
 
     def load_own_variables(self, store):
         names = [name for name in store.keys() if name != "adapter"]  # noqa: SIM118

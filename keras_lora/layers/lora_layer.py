@@ -5,9 +5,6 @@ import inspect
 from keras import ops
 
 from keras_lora.keras_internals.calls import is_traced
-from keras_lora.keras_internals.distribution import layout_of
-from keras_lora.keras_internals.layers import attach
-from keras_lora.keras_internals.layers import freeze
 from keras_lora.keras_internals.layers import name_scope_of
 from keras_lora.keras_internals.layers import own_variables
 from keras_lora.layers.adapter import LowRankAdapter
@@ -24,11 +21,12 @@ from keras_lora.layers.methods import make_adapter
 from keras_lora.layers.methods import take_method
 from keras_lora.layers.rematerialized import Rematerialized
 from keras_lora.layers.rematerialized import training_of
+from keras_lora.layers.settings import checked_dropout
 from keras_lora.layers.settings import checked_rank
-from keras_lora.layers.torch_layout import TorchLayout
+from keras_lora.layers.site import Site
 
 
-class LoRALayer(Rematerialized, HostChecks, LayerFiles, TorchLayout, FrozenKernel):
+class LoRALayer(Rematerialized, HostChecks, LayerFiles, FrozenKernel, Site):
     """Mixin that gives a Keras layer a frozen kernel W and an adapter A, B.
 
         training=True    y = finish( linear(x, W) + linear(drop(x), A) @ (scaling * B) )
@@ -44,19 +42,14 @@ class LoRALayer(Rematerialized, HostChecks, LayerFiles, TorchLayout, FrozenKerne
     Attributes of a kind:
         plain_class: The Keras class that it extends.
         kernel_name: The attribute of that class that holds W.
-        kernel_is_matrix: Whether W is a matrix, or a stack of them, that multiplies
-            the inputs' rows (`input_rows`): what `initialize_lora` can decompose.
-        in_all_linear: Whether the target "all-linear" means layers of this kind.
-        takes_dropout: Whether there is something to drop: not where inputs are ids.
+        keras_dropout: Whether the Keras layer has a `dropout` of its own.
         replaces: Methods of the Keras class whose work is done here. A subclass with
             one of its own computes something else, and is not adapted.
     """
 
     plain_class = None
-    kernel_name = "kernel"
-    kernel_is_matrix = False
-    in_all_linear = True
-    takes_dropout = True
+    kernel_name: str | None = "kernel"
+    keras_dropout = False
     replaces: tuple[str, ...] = ("call",)
 
     built: bool  # Keras's
@@ -64,7 +57,6 @@ class LoRALayer(Rematerialized, HostChecks, LayerFiles, TorchLayout, FrozenKerne
     # As a plain layer gets them when it is turned into this class.
     lora: LowRankAdapter | None = None
     merge_weights = True
-    stand_in = None  # what acts for the adapter inside `merged()`
     frozen_names = ()  # of variables, such as a bias, that its config says are frozen
 
     def __init_subclass__(cls, **kwargs):
@@ -72,7 +64,7 @@ class LoRALayer(Rematerialized, HostChecks, LayerFiles, TorchLayout, FrozenKerne
         if "plain_class" in cls.__dict__:
             cls.__doc__ = inspect.cleandoc(cls.__doc__ or "") + COMMON_ARGUMENTS
             cls.__signature__ = full_signature(cls, LoRALayer)
-            kernel = getattr(cls.plain_class, cls.kernel_name, None)
+            kernel = getattr(cls.plain_class, cls.kernel_name or "", None)
             if isinstance(kernel, property):
                 setattr(cls, cls.kernel_name, watched(kernel))
 
@@ -92,6 +84,9 @@ class LoRALayer(Rematerialized, HostChecks, LayerFiles, TorchLayout, FrozenKerne
         refuse_foreign_keywords(type(self).__name__, kwargs)
         method = take_method(kwargs)
         frozen_start = kwargs.pop("frozen_start", False)  # in configurations alone
+        adapters = kwargs.pop("adapters", {})  # likewise
+        if self.keras_dropout:
+            kwargs["dropout"], dropout = dropout, 0.0
         if kwargs.get("name") is None:
             kwargs["name"] = default_name(type(self))
         super().__init__(*args, **kwargs)
@@ -107,17 +102,12 @@ class LoRALayer(Rematerialized, HostChecks, LayerFiles, TorchLayout, FrozenKerne
                 "a_initializer": a_initializer,
                 "b_initializer": b_initializer,
                 "frozen_start": frozen_start,
+                "adapters": adapters,
             }
-            adapter = make_adapter({**options, **method}, self.variable_dtype)
-            if adapter.dropout > 0 and not self.takes_dropout:
-                raise ValueError(
-                    f"`dropout` must be 0 for {type(self).__name__}: the adapter's "
-                    f"inputs are ids. Received: dropout={dropout}."
-                )
-            attach(self, "lora", adapter)
+            self.attach_adapters({**options, **method})
             if self.built:  # by Keras's constructor, for an Embedding with `weights`
                 with name_scope_of(self):
-                    self.build_adapter()
+                    self.build_adapters()
 
     # What a kind answers.
 
@@ -149,34 +139,49 @@ class LoRALayer(Rematerialized, HostChecks, LayerFiles, TorchLayout, FrozenKerne
 
     # What all kinds do.
 
+    def sites(self) -> dict:
+        """Weight -> site, of those that have an adapter."""
+        return {} if self.lora is None else {self.weight_name: self}
+
     @property
-    def form(self):
-        return self.lora.form
+    def loras(self) -> dict:
+        """Weight -> adapter."""
+        return {weight: site.lora for weight, site in self.sites().items()}
+
+    @property
+    def weight_name(self):
+        return self.kernel_name
+
+    @property
+    def factor_regularizer(self):
+        return getattr(self, f"{self.kernel_name}_regularizer", None)
+
+    def attach_adapters(self, options):
+        """Gives the layer the adapters that its constructor's options mean."""
+        self.refuse_dropout(options)
+        del options["adapters"]
+        self.attach_adapter(make_adapter(options, self.variable_dtype))
+
+    def refuse_dropout(self, options):
+        if checked_dropout(options["dropout"]) > 0 and not self.takes_dropout:
+            raise ValueError(
+                f"`dropout` must be 0 for {type(self).__name__}: the adapter has no "
+                f"inputs that could be dropped. Received: dropout={options['dropout']}."
+            )
+
+    def build_adapters(self):
+        for site in self.sites().values():
+            site.build_adapter()
 
     def build(self, input_shape=None):
         super().build(input_shape)
-        if self.lora is not None:
-            self.build_adapter()
+        self.after_build()
+
+    def after_build(self):
+        self.build_adapters()
         for variable in own_variables(self):
             if variable.name in self.frozen_names:
                 variable.trainable = False
-
-    def build_factors(self):
-        """Makes A and B to fit W."""
-        regularizer = getattr(self, f"{self.kernel_name}_regularizer", None)
-        form = self.low_rank_form(self.lora.rank)
-        self.lora.build(form, regularizer, self.base_kernel)
-        layout = layout_of(self.frozen_kernel)
-        if layout is not None:
-            self.lora.lay_out_factors(layout)
-
-    def build_adapter(self):
-        """Makes A and B to fit W, and freezes W."""
-        self.build_factors()
-        if self.is_quantized:  # and born frozen
-            self.warn_of_quantization()
-        else:
-            self._kernel_place = freeze(self, self.frozen_kernel)
 
     def call(self, inputs, training=None):
         return self.adapted_call(inputs, training)
@@ -196,7 +201,7 @@ class LoRALayer(Rematerialized, HostChecks, LayerFiles, TorchLayout, FrozenKerne
                 lambda: self.adapted_call(inputs, True, **options),
                 lambda: self.adapted_call(inputs, False, **options),
             )
-        strategy = self.stand_in or self.lora
+        strategy = self.lora.stand_in or self.lora
         return host.finish(strategy.outputs(host, inputs, training))
 
     def host(self):
@@ -214,6 +219,12 @@ class LoRALayer(Rematerialized, HostChecks, LayerFiles, TorchLayout, FrozenKerne
     enable_dora = enable_lora  # of coming releases of Keras
 
 
-def is_adapted(layer):
-    """Whether a layer is a LoRA layer that holds an adapter."""
-    return isinstance(layer, LoRALayer) and layer.lora is not None
+def has_adapters(layer):
+    """Whether a layer has an adapter at one of its sites."""
+    return isinstance(layer, LoRALayer) and bool(layer.sites())
+
+
+def is_adapted(site):
+    """Whether this is a site that has an adapter; a layer with one kernel is one."""
+    is_site = isinstance(site, Site) and site.weight_name is not None
+    return is_site and site.lora is not None

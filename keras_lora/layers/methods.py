@@ -33,14 +33,14 @@ def take_method(keywords) -> dict:
     return dict.fromkeys(chosen, True)
 
 
-def make_adapter(options, dtype):
+def make_adapter(options, dtype, name="lora"):
     """The adapter that a host's options mean.
 
     dtype: that of the host's variables.
     """
     options = dict(options)
     method = method_in(take_method(options))
-    return method(**options, dtype=wide_dtype(dtype), name="lora")
+    return method(**options, dtype=wide_dtype(dtype), name=name)
 
 
 def wide_dtype(dtype):

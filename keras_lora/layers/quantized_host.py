@@ -10,6 +10,7 @@ from keras_lora.keras_internals.calls import in_tensorflow_graph
 from keras_lora.keras_internals.classes import twin
 from keras_lora.keras_internals.kernels import kernel_variables
 from keras_lora.keras_internals.layers import Leaf
+from keras_lora.keras_internals.layers import mark_frozen
 from keras_lora.keras_internals.private_names import QUANTIZED
 from keras_lora.keras_internals.private_names import require
 
@@ -79,7 +80,9 @@ class QuantizedHost(Leaf):
         if self.lora is not None:
             refuse_quantizing(self, mode)
         super().quantize(mode, type_check=False, config=config, **kwargs)
-        vars(self).pop("_kernel_place", None)  # the kernel that was frozen is no more
+        if self.lora is not None:  # the kernel that was frozen is no more
+            self.lora.kernel_place = None
+            mark_frozen(self.frozen_kernel)
         self.warn_of_quantization()
 
     @property

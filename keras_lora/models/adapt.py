@@ -5,17 +5,15 @@ import keras
 from keras_lora.keras_internals.calls import was_called
 from keras_lora.keras_internals.classes import change_class
 from keras_lora.keras_internals.compiled import bring_weights_back
-from keras_lora.keras_internals.layers import attach
-from keras_lora.keras_internals.layers import detach
 from keras_lora.keras_internals.layers import flatten_layers
 from keras_lora.keras_internals.layers import name_scope_of
 from keras_lora.keras_internals.layers import sublayers
-from keras_lora.keras_internals.layers import unfreeze
 from keras_lora.layers.adapter import LowRankAdapter
-from keras_lora.layers.kinds import kind_of
-from keras_lora.layers.kinds import lora_class_of
+from keras_lora.layers.kinds import adapting_class
+from keras_lora.layers.kinds import layer_of
+from keras_lora.layers.kinds import takes_dropout
 from keras_lora.layers.lora_layer import LoRALayer
-from keras_lora.layers.lora_layer import is_adapted
+from keras_lora.layers.lora_layer import has_adapters
 from keras_lora.layers.methods import make_adapter
 
 
@@ -39,28 +37,31 @@ def passed_by(owner, layer):
     )
 
 
-def new_adapter(layer, options) -> LowRankAdapter:
-    """The adapter that options mean for a layer: its dtype, and no dropout on ids."""
-    if not kind_of(type(layer)).takes_dropout:
+def new_adapter(site, options) -> LowRankAdapter:
+    """The adapter that options mean at a site: its dtype, and dropout if it has one."""
+    if not takes_dropout(site):
         options = {**options, "dropout": 0.0}
-    return make_adapter(options, layer.variable_dtype)
+    name = getattr(site, "adapter_attribute", "lora")
+    return make_adapter(options, site.variable_dtype, name)
 
 
-def adapt(layer, adapter):
-    change_class(layer, lora_class_of(type(layer)))
-    attach(layer, "lora", adapter)
+def adapt(site, adapter):
+    """Gives a site an adapter; the site's layer becomes a LoRA layer."""
+    layer = layer_of(site)
+    if not isinstance(layer, LoRALayer):
+        change_class(layer, adapting_class(layer))
+    site.attach_adapter(adapter)
     with name_scope_of(layer):
-        layer.build_adapter()
+        site.build_adapter()
 
 
 def make_plain(layer):
     """A LoRA layer becomes the Keras layer that it extends, with W for kernel."""
-    if layer.lora is not None:
-        layer.lora.switch(on=False)  # for functions that hold on to the adapter
-        detach(layer, "lora")
-    if hasattr(layer, "_kernel_place"):
-        unfreeze(layer, layer.frozen_kernel, layer._kernel_place)
-        del layer._kernel_place
+    for site in reversed(layer.sites().values()):
+        lora = site.lora
+        lora.switch(on=False)  # for functions that hold on to the adapter
+        site.detach_adapter()
+        site.release_kernel(lora.kernel_place)
     for name in own_attributes(type(layer)) & vars(layer).keys():
         delattr(layer, name)
     change_class(layer, layer.plain_class)
@@ -87,17 +88,18 @@ def refuse_unbuilt(model):
 
 
 def lora_layers(model) -> list:
-    """The LoRA layers of a model that hold an adapter, each once."""
-    return [layer for layer in flatten_layers(model) if is_adapted(layer)]
+    """The sites of a model that have an adapter, each once."""
+    layers = [x for x in flatten_layers(model) if isinstance(x, LoRALayer)]
+    return [site for layer in layers for site in layer.sites().values()]
 
 
 def refuse_adapters(paths):
-    """An error for a model of which a layer has an adapter, or a bank's."""
+    """Raises if a layer of a model has an adapter already, or those of a bank."""
     for path, layer in paths.items():
-        if is_adapted(layer):
+        if has_adapters(layer):
+            lora = next(iter(layer.loras.values()))
             raise ValueError(
-                f"The layer {path!r} has an adapter. Call {layer.lora.taken_off_by} "
-                "first."
+                f"The layer {path!r} has an adapter. Call {lora.taken_off_by} first."
             )
 
 
@@ -134,7 +136,7 @@ def checked_lora_layers(model):
     """The LoRA layers of a model, none of them inside `merged()` or `disabled()`."""
     layers = built_lora_layers(model)
     for layer in layers:
-        if layer.stand_in is not None or not layer.lora.is_on:
+        if layer.lora.stand_in is not None or not layer.lora.is_on:
             raise ValueError(
                 f"The adapter of {layer.name!r} is inside `merged()` or `disabled()`. "
                 "Leave that context first."

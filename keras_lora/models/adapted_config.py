@@ -5,6 +5,7 @@ FIELDS = {
     "layer",
     "model",  # the name of "layer" in files of the first version
     "adapters",
+    "weight_adapters",  # of layers with several weights
     "places",
     "quantized",
     "merge_weights",

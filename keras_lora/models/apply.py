@@ -127,24 +127,24 @@ def applied(
     refuse_unbuilt(model)
     refuse_adapters(paths)
     trained = matching(also_train, paths, "also_train") if also_train else []
-    chosen, skipped = choose(model, paths, target, exclude, trained)
+    chosen, skipped, notes = choose(model, paths, target, exclude, trained)
     ranks = pattern_values(rank_pattern, chosen, "rank_pattern")
     alphas = pattern_values(alpha_pattern, chosen, "alpha_pattern")
     adapters = {
-        path: {
+        site: {
             "rank": ranks.get(path, rank),
             "alpha": alphas.get(path, alpha),
             "dropout": dropout,
             "use_rslora": use_rslora,
             "use_dora": use_dora,
         }
-        for path in chosen
+        for path, site in chosen.items()
     }
     heads = [paths[path] for path in trained]
     with adapted(model, paths, adapters) as change:
         warn_of_high_ranks(chosen)
         freeze_all_but_lora(model, bias, heads)
-        yield Report(model, paths, skipped), change
+        yield Report(model, paths, skipped, notes), change
 
 
 def warn_of_high_ranks(layers):

@@ -11,6 +11,8 @@ from keras_lora.keras_internals.compiled import bring_weights_back
 from keras_lora.keras_internals.compiled import compile_again
 from keras_lora.keras_internals.layers import flatten_layers
 from keras_lora.keras_internals.layers import refresh_torch_parameters
+from keras_lora.layers.kinds import layer_of
+from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.models.adapt import adapt
 from keras_lora.models.adapt import make_plain
 from keras_lora.models.adapt import new_adapter
@@ -35,11 +37,11 @@ def adapted(model, paths, adapters):
     Args:
         model: A Keras model or layer.
         paths: Path -> layer, all that the model holds; nothing is walked again.
-        adapters: Path -> the arguments of its adapter.
+        adapters: Site -> the arguments of its adapter.
     """
     bring_weights_back(model)
     layers = with_model(model, paths)
-    made = {path: new_adapter(layers[path], a) for path, a in adapters.items()}
+    made = {site: new_adapter(site, options) for site, options in adapters.items()}
     with contextlib.ExitStack() as undo:
         undo.callback(refresh_torch_parameters, flatten_layers(model))
         undo.callback(restore_trainable_state, layers, trainable_state(layers))
@@ -47,13 +49,19 @@ def adapted(model, paths, adapters):
             undo.callback(set_record, layer, record_of(layer))
             if adapters:
                 remember_flags(layer)
-        for path, adapter in made.items():
-            undo.callback(make_plain, layers[path])
-            adapt(layers[path], adapter)
+        for layer in dict.fromkeys(map(layer_of, made)):
+            undo.callback(make_plain_again, layer)
+        for site, adapter in made.items():
+            adapt(site, adapter)
         for layer in mend_plain(layers.values()):
             undo.callback(make_plain, layer)
         refresh_torch_parameters(flatten_layers(model))
         yield Change(model, undo)
+
+
+def make_plain_again(layer):
+    if isinstance(layer, LoRALayer):
+        make_plain(layer)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,71 +1,59 @@
-"""Which layers of a model get an adapter, and why others do not."""
+"""Which weights of a model get an adapter, and why others do not."""
 
 import collections
 import re
 
+import keras
+
 from keras_lora.keras_internals.calls import warn_caller
-from keras_lora.keras_internals.layers import flatten_layers
-from keras_lora.keras_internals.layers import own_variables
+from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.kinds import LORA_CLASSES
-from keras_lora.layers.kinds import kind_of
+from keras_lora.layers.kinds import in_all_linear
+from keras_lora.layers.kinds import layer_of
 from keras_lora.layers.kinds import lora_class_of
 from keras_lora.layers.kinds import obstacle
+from keras_lora.layers.kinds import wraps
 from keras_lora.models.adapt import assigns_to
 from keras_lora.models.adapt import passed_by
+from keras_lora.models.sites import site_paths
 from keras_lora.models.tables import counted
 from keras_lora.models.tables import listed
 from keras_lora.models.targets import matching
 from keras_lora.models.targets import output_layers
 
+WHOLE_MODEL = ("all-linear", "all")
+
 
 def choose(model, paths, target, exclude, trained):
-    """Path -> layer to adapt, and path -> reason for those passed over."""
+    """Path -> site to adapt, path -> reason for those passed over, and notes."""
     inside_trained = tuple(f"{path}/" for path in trained)
-    supported = {
-        path: layer
-        for path, layer in paths.items()
-        if lora_class_of(type(layer)) is not None
-        and path not in trained
-        and not path.startswith(inside_trained)
+    every = site_paths(paths)
+    sites = {
+        path: site
+        for path, site in every.items()
+        if path not in trained and not path.startswith(inside_trained)
     }
-    everything = isinstance(target, str) and target == "all-linear"
-    by_name = isinstance(target, (list, tuple, set, frozenset))
-    skipped = {}
+    everything = isinstance(target, str) and target in WHOLE_MODEL
     if everything:
-        heads = output_layers(model)
-        found = [
-            path
-            for path, layer in supported.items()
-            if kind_of(type(layer)).in_all_linear and id(layer) not in heads
-        ]
-        skipped = {
-            path: f"{type(layer).__name__} is of no kind that is supported."
-            for path, layer in paths.items()
-            if has_other_kernel(layer)
-            and id(layer) not in heads
-            and path not in trained
-            and not path.startswith(inside_trained)
-        }
+        found, skipped = of_whole_model(model, sites, target)
     else:
-        # A list that names a layer of another kind gets that as its error.
-        by_path = isinstance(target, str) and target in paths
-        layers = paths if by_name or by_path else supported
-        found = matching(target, layers, "target", supported)
-        for path in found:
-            if path not in supported:
-                raise ValueError(unsupported(path, paths[path], trained, supported))
+        found, skipped = named(paths, every, sites, target, trained), {}
     if exclude is not None:
-        excluded = set(matching(exclude, paths, "exclude"))
+        things = {**every, **paths}
+        left_out = matching(exclude, things, "exclude")
+        excluded = {x for p in left_out for x in (p, *sites_at(p, paths, every))}
         if found and excluded.issuperset(found):
             raise ValueError(
                 f"`exclude` {exclude!r} leaves nothing of `target` {target!r}."
             )
         found = [path for path in found if path not in excluded]
         skipped = {p: why for p, why in skipped.items() if p not in excluded}
+    by_name = isinstance(target, (list, tuple, set, frozenset))
     chosen = {}
     for path in found:
-        layer, owner = paths[path], owner_of(model, paths, path)
-        reason = obstacle(layer) or assigns_to(owner)
+        site, layer = sites[path], layer_of(sites[path])
+        owner = owner_of(model, paths, path)
+        reason = obstacle(site) or assigns_to(owner)
         if reason and by_name and layer.built:
             raise ValueError(
                 f"The layer {path!r} cannot be adapted: {reason} Leave it out with "
@@ -75,19 +63,100 @@ def choose(model, paths, target, exclude, trained):
         if reason or (everything and no_effect):
             skipped[path] = reason or no_effect
         else:
-            chosen[path] = layer
+            chosen[path] = site
             if no_effect:
                 warn_caller(f"{path!r}: {no_effect}")
     if not chosen:
         raise ValueError(nothing(target, skipped))
-    return chosen, skipped
+    return chosen, skipped, notes_of(model, sites, chosen) if everything else []
+
+
+def of_whole_model(model, sites, target):
+    """The paths that "all-linear" or "all" means, and why it leaves out others."""
+    heads = output_layers(model)
+    found, skipped = [], {}
+    for path, site in sites.items():
+        layer = layer_of(site)
+        if id(layer) in heads or is_bias(site):
+            continue
+        if target == "all" or (is_known(site) and in_all_linear(site)):
+            found.append(path)
+        else:
+            skipped[path] = why_not_linear(site)
+    return found, skipped
+
+
+def notes_of(model, sites, chosen) -> list:
+    """What a report says of the layers that make the model's outputs."""
+    if not hasattr(model, "outputs"):
+        return [
+            f"{type(model).__name__} does not say which layers make its outputs: they "
+            "are adapted like the others. Leave them out with exclude=, or train them "
+            "in full with also_train."
+        ] * isinstance(model, keras.Model)
+    heads = output_layers(model)
+    found = dict.fromkeys(
+        path if site is layer_of(site) else path.removesuffix(f"/{site.weight_name}")
+        for path, site in sites.items()
+        if id(layer_of(site)) in heads and path not in chosen
+    )
+    if not found:
+        return []
+    return [f"Output layers, frozen: {listed(list(found))} (use also_train)"]
+
+
+def is_bias(site):
+    return getattr(site, "weight_name", "").endswith("bias")
+
+
+def is_known(site):
+    return lora_class_of(type(layer_of(site))) is not None
+
+
+def why_not_linear(site):
+    """Why "all-linear" leaves a weight out, and what to do."""
+    return (
+        f'{type(layer_of(site)).__name__} is not in "all-linear": use target="all", '
+        "name it in `target`, or train the layer in full with `also_train`."
+    )
+
+
+def named(paths, every, sites, target, trained):
+    """The paths of sites that a rule of the user's means, in the model's order."""
+    # A list that names a layer without weights gets that as its error.
+    by_name = isinstance(target, (list, tuple, set, frozenset))
+    by_name = by_name or (isinstance(target, str) and target in paths)
+    things = {p: x for p, x in paths.items() if by_name or sites_at(p, paths, sites)}
+    things |= {path: site for path, site in sites.items() if path not in things}
+    found = set()
+    for path in matching(target, things, "target", sites):
+        own = [path] if path in sites else sites_at(path, paths, sites)
+        if not own:
+            raise ValueError(unsupported(path, paths[path], trained, sites))
+        found |= {x for x in own if x == path or not is_bias(every[x])}
+    return [path for path in sites if path in found]
+
+
+def sites_at(path, paths, sites) -> list:
+    """The paths of the sites that a rule for a layer means: all of its own.
+
+    Layers that wrap another one, as Bidirectional does, mean what they wrap.
+    """
+    layer = paths.get(path)
+    if layer is None:
+        return []
+    inside = wraps(layer)
+    if inside:
+        owners = [p for p, x in paths.items() if any(x is part for part in inside)]
+        return [x for p in owners for x in sites_at(p, paths, sites)]
+    return [p for p, site in sites.items() if layer_of(site) is layer]
 
 
 def nothing(target, skipped):
     """Why a target means nothing that can be adapted, each reason once."""
     if not skipped:
         return (
-            "`target` 'all-linear' matches no layer: there is no Dense, EinsumDense or "
+            f"`target` {target!r} matches no layer: there is no Dense, EinsumDense or "
             "convolution but those that make the outputs."
         )
     paths = collections.defaultdict(list)
@@ -101,20 +170,6 @@ def nothing(target, skipped):
     )
 
 
-def has_other_kernel(layer):
-    """Whether a layer has a kernel of its own, and is of no kind that is supported."""
-    kernels = {
-        id(variable)
-        for variable in own_variables(layer)
-        if "kernel" in variable.name and len(variable.shape) > 1
-    }
-    if not kernels or lora_class_of(type(layer)) is not None:
-        return False
-    # A wrapper holds that of its layer too.
-    inside = [part for part in flatten_layers(layer) if part is not layer]
-    return bool(kernels - {id(v) for part in inside for v in own_variables(part)})
-
-
 def owner_of(model, paths, path):
     """The layer that holds the one at a path."""
     owner = path.rpartition("/")[0]
@@ -123,18 +178,21 @@ def owner_of(model, paths, path):
     return paths.get(owner, model)
 
 
-def unsupported(path, layer, trained, supported):
+def unsupported(path, layer, trained, sites):
     if path in trained:
         return f"The layer {path!r} is in `target` and in `also_train`."
-    inside = [other for other in supported if other.startswith(f"{path}/")]
+    inside = [other for other in sites if other.startswith(f"{path}/")]
     if inside:
         pattern = f"{re.escape(path)}/.*"
         return (
             f"`target` names {path!r}, a {type(layer).__name__}, which holds "
             f"{listed(inside)}: name those, or give the expression {pattern!r}."
         )
+    if isinstance(layer, LowRankAdapter):
+        return f"`target` names {path!r}, which is an adapter."
     return (
-        f"`target` names the layer {path!r}, a {type(layer).__name__}. Supported are "
-        f"{', '.join(cls.__name__ for cls in LORA_CLASSES)} and subclasses that do not "
-        "change their `call`; `register_lora_layer` adds a kind."
+        f"`target` names the layer {path!r}, a {type(layer).__name__}, which has no "
+        "weight of two axes or more. Kinds with an adapter of their own are "
+        f"{', '.join(cls.__name__ for cls in LORA_CLASSES)}; of other layers any such "
+        "weight can be named."
     )

@@ -9,17 +9,13 @@ from keras import ops
 from keras_lora.keras_internals.calls import warn_caller
 from keras_lora.keras_internals.compiled import refusing_to_train
 from keras_lora.keras_internals.compiled import take_compiled_functions
-from keras_lora.keras_internals.hidden_state import hold_resource
-from keras_lora.keras_internals.hidden_state import release_resource
 from keras_lora.keras_internals.layers import flatten_layers
-from keras_lora.layers.adapter import FixedKernel
 from keras_lora.layers.trained_values import is_held_once
 from keras_lora.layers.trained_values import other_values
 from keras_lora.models.adapt import built_lora_layers
 from keras_lora.models.adapt import checked_lora_layers
-from keras_lora.models.merge import checked_merged_kernel
-from keras_lora.models.merge import kernel_variable
 from keras_lora.models.merge import refuse_factors_not_finite
+from keras_lora.models.merge import standing_in
 from keras_lora.models.record import base_values
 from keras_lora.models.record import warn_of_unremembered
 
@@ -66,31 +62,16 @@ def merged(model):
 
 @contextlib.contextmanager
 def _standing_in(model):
-    layers = checked_lora_layers(model)  # as they are at entry
-    stand_ins = [
-        FixedKernel(kernel_variable(layer, checked_merged_kernel(layer)))
-        for layer in layers
-    ]
+    sites = checked_lora_layers(model)  # as they are at entry
     functions = take_compiled_functions(flatten_layers(model))
-    before = [layer.stand_in for layer in layers]
+    refusing = refusing_to_train(model, UNTRAINED.format("merged"))
     try:
-        set_stand_ins(layers, stand_ins)
-        with refusing_to_train(model, UNTRAINED.format("merged")):
+        with standing_in(sites), refusing:
             yield model
     finally:
-        set_stand_ins(layers, before)
         take_compiled_functions(flatten_layers(model))
         for owner, name, function in functions:
             setattr(owner, name, function)
-
-
-def set_stand_ins(layers, stand_ins):
-    for layer, stand_in in zip(layers, stand_ins, strict=True):
-        layer.stand_in = stand_in
-        if stand_in is None:
-            release_resource(layer, "stand_in")
-        else:
-            hold_resource(layer, "stand_in", stand_in.kernel)
 
 
 def disabled(model):
@@ -120,17 +101,17 @@ def disabled(model):
 
 @contextlib.contextmanager
 def _switched_off(model):
-    layers = built_lora_layers(model)
+    sites = built_lora_layers(model)
     beside = [layer for layer in flatten_layers(model) if base_values(layer)]
     values = [pair for layer in beside for pair in base_values(layer)]
     # The stand-ins' kernels are no larger than what `merged` has made already.
     kernels = [
-        (layer.stand_in.kernel, layer.frozen_kernel)
-        for layer in layers
-        if layer.stand_in is not None
+        (site.lora.stand_in.kernel, site.frozen_kernel)
+        for site in sites
+        if site.lora.stand_in is not None
     ]
     refusing = refusing_to_train(model, UNTRAINED.format("disabled"))
-    adapters = [layer.lora for layer in layers]
+    adapters = [site.lora for site in sites]
     with refusing, switched_off(adapters), other_values(values + kernels, CHANGING):
         yield
         warn_of_lost_training(values)

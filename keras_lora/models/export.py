@@ -12,7 +12,7 @@ from keras_lora.models.adapt import lora_layers
 from keras_lora.models.atomic import entries
 from keras_lora.models.atomic import refuse_file_name
 from keras_lora.models.atomic import replacing
-from keras_lora.models.merge import merged_meanwhile
+from keras_lora.models.merge import listing_merged_kernels
 from keras_lora.models.runtimes import assert_runs
 
 SAVED_MODEL = {"saved_model.pb", "fingerprint.pb", "variables", "assets"}
@@ -57,7 +57,7 @@ def export(model, path, format="tf_saved_model", **kwargs):
     assert_replaceable(path, format)
     refuse_format_of_other_backends(format)
     kwargs.setdefault("verbose", False)
-    with replacing(path) as new, merged_meanwhile(model):
+    with replacing(path) as new, listing_merged_kernels(model):
         model.export(str(new), format=format, **kwargs)
         if "target_spec" not in kwargs:
             assert_runs(new, format)

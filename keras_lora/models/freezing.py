@@ -8,7 +8,7 @@ from keras_lora.keras_internals.layers import keep_frozen
 from keras_lora.keras_internals.layers import layer_state
 from keras_lora.keras_internals.layers import own_variables
 from keras_lora.layers.adapter import LowRankAdapter
-from keras_lora.layers.lora_layer import is_adapted
+from keras_lora.layers.lora_layer import has_adapters
 from keras_lora.models.adapt import built_lora_layers
 from keras_lora.models.change import adapted
 from keras_lora.models.paths import layer_paths
@@ -52,8 +52,9 @@ def freeze_all_but_lora(model, bias="none", also_train=()):
     Nothing is compiled again.
     """
     refuse_quantized(also_train)
-    own = built_lora_layers(model)
-    kept = {id(v) for layer in own for v in own_variables(layer.lora)}
+    sites = built_lora_layers(model)
+    kept = {id(v) for site in sites for v in own_variables(site.lora)}
+    own = list(dict.fromkeys(site.kernel_owner() for site in sites))
     for layer in {"none": [], "lora_only": own, "all": flatten_layers(model)}[bias]:
         biases = [v for v in own_variables(layer) if is_bias(layer, v)]
         remember_base(layer, biases)
@@ -88,7 +89,7 @@ def refuse_quantized(also_train):
 def freeze_adapters(layers):
     """Nothing of what an adapter trains goes on training."""
     for layer in layers.values():
-        if is_adapted(layer) or record_of(layer).base:
+        if has_adapters(layer) or record_of(layer).base:
             layer.trainable = False
 
 
@@ -110,7 +111,7 @@ def trained_state(layers):
         base = record_of(layer).base
         kept = {id(v) for index, v in enumerate(state_of(layer)) if index in base}
         flags = [v.trainable or id(v) in kept for v in own_variables(layer)]
-        if is_adapted(layer) or kept:
+        if has_adapters(layer) or kept:
             state[path] = [True, flags]
             for owner in owners_of(path):
                 if owner in state:

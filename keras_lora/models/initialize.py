@@ -6,6 +6,8 @@ import keras
 import numpy as np
 
 from keras_lora.keras_internals.compiled import compile_again
+from keras_lora.layers.kinds import kind_of
+from keras_lora.layers.lora_layer import is_adapted
 from keras_lora.layers.settings import checked_rank
 from keras_lora.layers.torch_layout import to_numpy
 from keras_lora.models.adapt import checked_lora_layers
@@ -16,6 +18,7 @@ from keras_lora.models.paths import layer_paths
 from keras_lora.models.paths import with_model
 from keras_lora.models.renew import renewed
 from keras_lora.models.report import Report
+from keras_lora.models.sites import site_paths
 from keras_lora.models.start_values import eva
 from keras_lora.models.start_values import from_kernel
 from keras_lora.models.start_values import loftq
@@ -74,16 +77,16 @@ def initialize_lora(
         [EVA: Paischer et al., 2024](https://arxiv.org/abs/2410.07170);
         [LoftQ: Li et al., 2023](https://arxiv.org/abs/2310.08659)
     """
-    layers = checked_lora_layers(model)
+    checked_lora_layers(model)
     checked_arguments(method, data, budget)
-    paths = with_model(model, layer_paths(model))
-    path_of = {id(layer): path for path, layer in paths.items()}
-    layers = {path_of[id(layer)]: layer for layer in layers}
+    every = site_paths(with_model(model, layer_paths(model)))
+    layers = {path: site for path, site in every.items() if is_adapted(site)}
     for path, layer in layers.items():
         refuse_used(path, layer)
-        if isinstance(method, str) and not layer.kernel_is_matrix:
+        needs_inputs = method == "eva" and layer.form.down is None
+        if isinstance(method, str) and (needs_inputs or not layer.kernel_is_matrix):
             raise ValueError(
-                f"{method!r} does not reach {path!r}, a {type(layer).__name__}: it "
+                f"{method!r} does not reach {path!r}, a {kind_of(layer).__name__}: it "
                 "needs one kernel that is a matrix. Leave the layer out with exclude=, "
                 "or give a function of the layer."
             )

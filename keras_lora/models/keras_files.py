@@ -18,7 +18,9 @@ from keras_lora.keras_internals.layers import flatten_layers
 from keras_lora.keras_internals.layers import own_variables
 from keras_lora.keras_internals.layers import refresh_torch_parameters
 from keras_lora.layers.adapter import LowRankAdapter
+from keras_lora.layers.kinds import sites_of
 from keras_lora.layers.lora_layer import LoRALayer
+from keras_lora.layers.lora_layer import has_adapters
 from keras_lora.layers.lora_layer import is_adapted
 from keras_lora.layers.quantized_host import refuse_quantizing
 from keras_lora.layers.rematerialized import Rematerialized
@@ -64,7 +66,7 @@ class Adapted(Rematerialized):
             )
         layers = {"": self, **layer_paths(self, alone=False)}
         own = {p: x for p, x in layers.items() if not isinstance(x, LowRankAdapter)}
-        with_adapter = {path: x for path, x in own.items() if is_adapted(x)}
+        with_adapter = {path: x for path, x in own.items() if has_adapters(x)}
         records = {path: record_of(layer) for path, layer in own.items()}
         view = seen_as(self, plain_class_of(type(self)))
         plain = keras.saving.serialize_keras_object(view)
@@ -73,7 +75,14 @@ class Adapted(Rematerialized):
         return {
             "requires": "import keras_lora",
             "layer": plain,
-            "adapters": {p: layer.lora.options() for p, layer in with_adapter.items()},
+            "adapters": {
+                p: x.lora.options() for p, x in with_adapter.items() if is_adapted(x)
+            },
+            "weight_adapters": {
+                p: {weight: lora.options() for weight, lora in x.loras.items()}
+                for p, x in with_adapter.items()
+                if not is_adapted(x)
+            },
             "places": {path: place - 1 for place, path in enumerate(own)},
             "quantized": quantizations(own),
             "merge_weights": {p: x.merge_weights for p, x in with_adapter.items()},
@@ -99,8 +108,9 @@ class Adapted(Rematerialized):
         places |= {path: path for path in layers}
         for path, how in config.get("quantized", {}).items():
             quantize_again(layers.get(places.get(path)), *how)
-        adapters = {}
-        for path, options in config["adapters"].items():
+        adapters = []
+        one = {path: {None: own} for path, own in config["adapters"].items()}
+        for path, own in {**one, **config.get("weight_adapters", {})}.items():
             layer = layers.get(places.get(path))
             if layer is None or not layer.built:
                 raise ValueError(
@@ -108,10 +118,11 @@ class Adapted(Rematerialized):
                     f"{path!r}, so that its adapter cannot be put back. Build the "
                     "model as you did at first, then `apply_lora` and `load_weights`."
                 )
-            if not is_adapted(layer):  # else its own configuration has said it
-                adapters[places[path]] = options
-        for path, options in adapters.items():
-            adapt(layers[path], new_adapter(layers[path], options))
+            if not has_adapters(layer):  # else its own configuration has said it
+                sites = sites_of(layer)
+                adapters += [(sites.get(w, layer), own[w]) for w in own]
+        for site, options in adapters:
+            adapt(site, new_adapter(site, options))
         mend_plain(layers.values())
         for path, merge_weights in config["merge_weights"].items():
             layers[places[path]].merge_weights = merge_weights
@@ -193,14 +204,27 @@ def carriers(model):
         if isinstance(layer, Adapted):
             continue
         if isinstance(layer, LoRALayer):
-            if not is_registered(type(layer)):
+            inside = parts(layer)
+            flags = any(x.trainable != layer.trainable for x in inside)
+            if flags or not is_registered(type(layer)):
                 yield layer
         elif (
             record_of(layer).base
-            or any(map(is_adapted, flatten_layers(layer)))
-            or any(v.trainable != layer.trainable for v in own_variables(layer))
+            or any(map(has_adapters, flatten_layers(layer)))
+            or has_own_flags(layer)
         ):
             yield layer
+
+
+def has_own_flags(layer):
+    """Whether `trainable` of a layer does not say it of all its variables."""
+    return any(v.trainable != layer.trainable for v in own_variables(layer))
+
+
+def parts(layer):
+    """The layers inside a LoRA layer, such as a cell, but not its adapters."""
+    inside = [x for x in flatten_layers(layer) if x is not layer]
+    return [x for x in inside if not isinstance(x, LowRankAdapter)]
 
 
 def carry(model):

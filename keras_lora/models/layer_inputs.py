@@ -66,12 +66,12 @@ def layer_moments(model, layers, data) -> dict:
     recorders = {layer: Recorder(groups) for layer in layers}
     try:
         for layer, recorder in recorders.items():
-            layer.stand_in = recorder
+            layer.lora.stand_in = recorder
         for batch in batches_of(data):
             model(batch, training=False)
     finally:
         for layer in layers:
-            layer.stand_in = None
+            layer.lora.stand_in = None
     for layer, recorder in recorders.items():
         if recorder.moments is None:
             raise ValueError(f"{layer.name!r} was not called for any batch of `data`.")

@@ -8,14 +8,16 @@ from keras import ops
 from keras_lora.keras_internals.calls import warn_caller
 from keras_lora.keras_internals.classes import change_class
 from keras_lora.keras_internals.compiled import compile_all_again
-from keras_lora.keras_internals.kernels import replace_kernel
-from keras_lora.keras_internals.layers import attach
-from keras_lora.keras_internals.layers import detach
+from keras_lora.keras_internals.hidden_state import hold_resource
+from keras_lora.keras_internals.hidden_state import release_resource
+from keras_lora.keras_internals.kernels import listed_instead
+from keras_lora.keras_internals.kernels import unlisted
 from keras_lora.keras_internals.layers import flatten_layers
 from keras_lora.keras_internals.layers import refresh_torch_parameters
 from keras_lora.keras_internals.models_around import holders
+from keras_lora.layers.adapter import FixedKernel
 from keras_lora.layers.lora_layer import LoRALayer
-from keras_lora.layers.lora_layer import is_adapted
+from keras_lora.layers.lora_layer import has_adapters
 from keras_lora.layers.quantized_host import without_gradients
 from keras_lora.models.adapt import checked_lora_layers
 from keras_lora.models.adapt import lora_layers
@@ -62,23 +64,23 @@ def merge_lora(model, quantized: str | None = None) -> list[MergedLayer]:
             finite, a kernel is quantized and `quantized` does not say what to do, or
             inside `merged()` or `disabled()`. The model is then as before.
     """
-    layers = checked_lora_layers(model)
-    hosts = [layer for layer in layers if layer.is_quantized]
+    sites = checked_lora_layers(model)
+    hosts = [site for site in sites if site.is_quantized]
     checked_way(hosts, quantized)
     paths = layer_paths(model)
     path_of = {id(layer): path for path, layer in paths.items()}
     report, made = [], {}
-    for layer in layers:
-        kernel = checked_merged_kernel(layer)
-        if layer.is_quantized:
-            made[layer] = plain = merged_plain(layer, kernel, quantized)
-            error = relative_error(layer, plain)
-            report.append(MergedLayer(path_of[id(layer)], layer, error))
-    for layer in layers:
-        if layer.is_quantized:
-            take_over(layer, made[layer])
+    for site in sites:
+        kernel = checked_merged_kernel(site)
+        if site.is_quantized:
+            made[site] = plain = merged_plain(site, kernel, quantized)
+            error = relative_error(site, plain)
+            report.append(MergedLayer(path_of[id(site)], site, error))
+    for site in sites:
+        if site.is_quantized:
+            take_over(site, made[site])
         else:
-            layer.frozen_kernel.assign(layer.merged_kernel(layer.kernel_dtype))
+            site.frozen_kernel.assign(site.merged_kernel(site.kernel_dtype))
     _make_plain(model, [*with_model(model, paths).values()])
     return report
 
@@ -121,40 +123,57 @@ def _make_plain(model, layers):
 
 
 @contextlib.contextmanager
-def merged_meanwhile(model):
-    """The model with plain layers of merged kernels inside, and as it was outside.
+def standing_in(sites):
+    """Fixed kernels stand in for the adapters: W itself is not written."""
+    stand_ins = [
+        FixedKernel(kernel_variable(site, checked_merged_kernel(site)))
+        for site in sites
+    ]
+    try:
+        for site, stand_in in zip(sites, stand_ins, strict=True):
+            site.lora.stand_in = stand_in
+            hold_resource(site.lora, "stand_in", stand_in.kernel)
+        yield stand_ins
+    finally:
+        for site in sites:
+            if site.lora.stand_in is not None:
+                site.lora.stand_in = None
+                release_resource(site.lora, "stand_in")
 
-    W itself is not written: another variable stands in its place meanwhile.
+
+@contextlib.contextmanager
+def listing_merged_kernels(model):
+    """The model whose weights are those of plain layers with merged kernels.
+
+    Calls compute as before, in other threads too; what `export` looks for among the
+    weights is W + delta in the place of W, and no A and B.
     """
-    undo = contextlib.ExitStack()
-    with undo:
-        for layer in checked_lora_layers(model):
-            if layer.is_quantized:  # stays as it is, with A and B beside W
-                checked_merged_kernel(layer)
-                continue
-            kernel = kernel_variable(
-                layer, checked_merged_kernel(layer), layer._kernel_place.autocast
+    sites = checked_lora_layers(model)
+    for site in sites:
+        refuse_factors_not_finite(site)
+    floats = [site for site in sites if not site.is_quantized]  # others keep A and B
+    with contextlib.ExitStack() as undo:
+        for site, stand_in in zip(
+            floats, undo.enter_context(standing_in(floats)), strict=True
+        ):
+            undo.enter_context(
+                listed_instead(site.kernel_owner(), site.frozen_kernel, stand_in.kernel)
             )
-            old = replace_kernel(layer, layer.kernel_name, kernel)
-            undo.callback(replace_kernel, layer, layer.kernel_name, old)
-            undo.callback(attach, layer, "lora", layer.lora)
-            detach(layer, "lora")
-            undo.callback(change_class, layer, type(layer))
-            change_class(layer, layer.plain_class)
+            undo.enter_context(unlisted(site.lora_layer(), site.lora))
         refresh_torch_parameters(flatten_layers(model))
         undo.enter_context(without_gradients())
         yield model
     refresh_torch_parameters(flatten_layers(model))
 
 
-def kernel_variable(layer, values, autocast=False):
-    """A variable that can stand in for the layer's kernel."""
+def kernel_variable(site, values):
+    """A variable that can stand in for a site's kernel."""
     return keras.Variable(
         values,
-        dtype=layer.frozen_kernel.dtype,
+        dtype=site.frozen_kernel.dtype,
         trainable=False,
-        autocast=autocast,
-        name=layer.kernel_name,
+        autocast=False,
+        name=site.frozen_kernel.name,
     )
 
 
@@ -204,7 +223,7 @@ def restore_models(layers, held):
     """
     for layer in layers:
         if isinstance(layer, Adapted) and not any(
-            is_adapted(part) for part in flatten_layers(layer)
+            has_adapters(part) for part in flatten_layers(layer)
         ):
             change_class(layer, layer.plain_owner)
     kept = [layer for layer in layers if id(layer) in held]

@@ -10,7 +10,7 @@ from keras_lora.keras_internals.calls import warn_caller
 from keras_lora.keras_internals.classes import seen_as
 from keras_lora.keras_internals.layers import flatten_layers
 from keras_lora.layers.lora_layer import LoRALayer
-from keras_lora.layers.lora_layer import is_adapted
+from keras_lora.layers.lora_layer import has_adapters
 from keras_lora.models.paths import layer_paths
 from keras_lora.models.record import record_of
 from keras_lora.models.tables import listed
@@ -58,7 +58,7 @@ def save_to_preset(self, preset_dir, *args, **kwargs):
 
 def refuse_adapters_outside(layers):
     for path, layer in layers.items():
-        if is_adapted(layer):
+        if has_adapters(layer):
             raise ValueError(
                 f"A preset cannot hold the adapter of {path!r}, which lies outside the "
                 "backbone. Save the model as .keras, or its adapters with "

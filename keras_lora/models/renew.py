@@ -3,8 +3,6 @@
 import contextlib
 
 from keras_lora.keras_internals.compiled import bring_weights_back
-from keras_lora.keras_internals.layers import attach
-from keras_lora.keras_internals.layers import detach
 from keras_lora.keras_internals.layers import flatten_layers
 from keras_lora.keras_internals.layers import name_scope_of
 from keras_lora.keras_internals.layers import refresh_torch_parameters
@@ -17,21 +15,25 @@ def renewed(model, options):
 
     Args:
         model: A Keras model.
-        options: LoRA layer -> the arguments of its new adapter.
+        options: Site -> the arguments of its new adapter.
     """
     bring_weights_back(model)
-    made = {x: make_adapter(o, x.variable_dtype) for x, o in options.items()}
+    made = {
+        site: make_adapter(own, site.variable_dtype, site.adapter_attribute)
+        for site, own in options.items()
+    }
     with contextlib.ExitStack() as undo:
         undo.callback(refresh_torch_parameters, flatten_layers(model))
-        for layer, adapter in made.items():
-            undo.callback(put, layer, layer.lora)
-            put(layer, adapter)
-            with name_scope_of(layer):
-                layer.build_factors()
+        for site, adapter in made.items():
+            undo.callback(put, site, site.lora)
+            put(site, adapter)
+            with name_scope_of(site.lora_layer()):
+                site.build_factors()
         yield
         undo.pop_all()
 
 
-def put(layer, adapter):
-    detach(layer, "lora")
-    attach(layer, "lora", adapter)
+def put(site, adapter):
+    adapter.kernel_place = site.lora.kernel_place
+    site.detach_adapter()
+    site.attach_adapter(adapter)

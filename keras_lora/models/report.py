@@ -11,6 +11,7 @@ from keras_lora.layers.lora_layer import is_adapted
 from keras_lora.models.paths import layer_paths
 from keras_lora.models.paths import with_model
 from keras_lora.models.record import beside
+from keras_lora.models.sites import site_paths
 from keras_lora.models.tables import Table
 from keras_lora.models.tables import counted
 from keras_lora.models.tables import in_bytes
@@ -18,7 +19,10 @@ from keras_lora.models.tables import listed
 
 
 class Row(NamedTuple):
-    """One adapted layer; `parameters` counts A and B, `share` is theirs in it."""
+    """One adapted weight; `parameters` counts A and B, `share` is theirs in its layer.
+
+    A layer with one kernel has one row, under its own path.
+    """
 
     path: str
     layer: object
@@ -28,6 +32,11 @@ class Row(NamedTuple):
     kind: str
     parameters: int
     share: float
+    weight: str
+
+    @property
+    def adapter(self):
+        return self.layer.loras[self.weight]
 
 
 class Report(Table, Sequence):
@@ -47,17 +56,21 @@ class Report(Table, Sequence):
         self.skipped = dict(skipped)
         self.notes = list(notes)
         self.errors = dict(errors)
-        self.rows = [
-            adapted_row(path, layer)
-            for path, layer in paths.items()
-            if is_adapted(layer)
-        ]
+        sites = {p: s for p, s in site_paths(paths).items() if is_adapted(s)}
+        self.rows = [adapted_row(path, site) for path, site in sites.items()]
         others = {path: parameters_beside(layer) for path, layer in paths.items()}
         self.also_trained = [path for path, found in others.items() if found]
         self.beside = sum(map(count, others.values()))
-        self.added = sum(count(row.layer.lora.weights) for row in self.rows)
+        built = [site for site in sites.values() if site.lora.built]
+        self.adapted = sum(math.prod(site.kernel_shape) for site in built)
+        self.added = sum(count(row.adapter.weights) for row in self.rows)
         self.total = count(model.weights)
         self.trained = count(model.trainable_weights)
+
+    @property
+    def plain(self):
+        """Parameters of the model without its adapters."""
+        return self.total - self.added
 
     def __len__(self):
         return len(self.rows)
@@ -96,9 +109,11 @@ class Report(Table, Sequence):
             f"({percent(self.trained / max(self.total, 1))})",
             "Optimizer memory (two moments, float32): "
             f"{in_bytes(8 * self.trained)}, full fine-tuning "
-            f"{in_bytes(8 * (self.total - self.added))}",
+            f"{in_bytes(8 * self.plain)}",
             *(f"Skipped {listed(paths)}: {why}" for why, paths in reasons.items()),
             *self.notes,
+            f"Adapted: weights with {percent(self.adapted / max(self.plain, 1))} of "
+            f"the model's {counted(self.plain, 'parameter')}",
         ]
         return f"LoRA in {self.model_name}", head, rows, lines
 
@@ -120,8 +135,9 @@ def summary(model) -> Report:
     return report
 
 
-def adapted_row(path, layer):
-    lora, parameters = layer.lora, count(own_variables(layer.lora))
+def adapted_row(path, site):
+    lora, layer = site.lora, site.lora_layer()
+    parameters = count(own_variables(lora))
     return Row(
         path,
         layer,
@@ -131,6 +147,7 @@ def adapted_row(path, layer):
         type(layer).__name__,
         parameters,
         parameters / max(count(layer.weights), 1),
+        site.weight_name,
     )
 
 

@@ -150,7 +150,7 @@ def loftq(layers, float_model) -> dict:
                 f"{'not there, or quantized' if layer.is_quantized else 'in float'}"
                 f"{' in `data`' if layer.is_quantized else ''}."
             )
-        kernel = to_numpy(getattr(other, kind_of(type(other)).kernel_name))
+        kernel = to_numpy(getattr(other, kind_of(other).kernel_name))
         if kernel.shape != tuple(layer.kernel_shape):
             raise ValueError(
                 f"The kernel of {path!r} has shape {kernel.shape} in the float model, "

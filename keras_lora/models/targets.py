@@ -7,6 +7,7 @@ import re
 import keras
 
 from keras_lora.keras_internals.layers import made_by
+from keras_lora.layers.kinds import layer_of
 
 # Layers between the last kernel and the model's outputs that hold no kernel.
 PASS_THROUGH = (
@@ -27,7 +28,7 @@ def matching(rule, paths, argument, suggested=None):
         rule: A string is a regular expression for the whole path; a class means
             its instances; a function is called with (path, layer); a list or
             tuple holds paths, ends of paths, names of layers, or classes.
-        paths: Path -> layer, the layers that there are.
+        paths: Path -> layer, or a weight of one, all that there are.
         argument: The argument's name, for errors.
         suggested: The paths that errors name, if not all of these.
 
@@ -49,7 +50,7 @@ def matching(rule, paths, argument, suggested=None):
         )
     if callable(rule):
         refuse_other_arguments(rule, argument)
-        found = {p for p, layer in paths.items() if rule(p, layer)}
+        found = {path for path, x in paths.items() if rule(path, layer_of(x))}
         return ordered(found, paths, rule, argument, suggested)
     if not isinstance(rule, (list, tuple, set, frozenset)) or not rule:
         raise ValueError(
@@ -156,9 +157,10 @@ def pattern_values(pattern, paths, argument) -> dict:
         means = {path for path in paths if rule.fullmatch(path)}
         refuse_two_meanings(key, means, paths, argument)
     values, used = {}, set()
-    for path in paths:
+    for path, site in paths.items():
+        means = {path, path.removesuffix(f"/{getattr(site, 'weight_name', '')}")}
         for key, rule in rules.items():
-            if rule.fullmatch(path):
+            if any(map(rule.fullmatch, means)):
                 values.setdefault(path, pattern[key])
                 used.add(key)
     for key in pattern:

@@ -21,7 +21,6 @@ from keras_lora.keras_internals.private_names import BANKS
 from keras_lora.keras_internals.private_names import require
 from keras_lora.layers.settings import checked_rank
 from keras_lora.models.adapt import refuse_adapters
-from keras_lora.models.choose import choose
 from keras_lora.models.paths import layer_paths
 from keras_lora.serving.arguments import checked_adapters
 from keras_lora.serving.arguments import checked_capacity
@@ -37,6 +36,7 @@ from keras_lora.serving.leading_axis import specs_in
 from keras_lora.serving.outside import CompiledFunctions
 from keras_lora.serving.outside import OutsideCalls
 from keras_lora.serving.reading import read
+from keras_lora.serving.reading import with_rows
 from keras_lora.serving.rows import Choice
 from keras_lora.serving.running import Running
 from keras_lora.serving.slots import BASE
@@ -117,7 +117,7 @@ class AdapterBank(Artefacts, Calls, OutsideCalls, Training, keras.Model):
         self.__dict__["depends_on_base"] = {}  # name -> whether the adapter does
         self.__dict__["counted_layers"] = weakref.WeakSet()
         with_gain = any(part.has_gain for _, part in every)
-        chosen = [] if target is None else choose(model, paths, target, None, [])[0]
+        chosen = [] if target is None else with_rows(model, paths, target)
         with contextlib.ExitStack() as undo:
             undo.callback(self.hosts.release)
             for path, layer in paths.items():

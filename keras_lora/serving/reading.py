@@ -14,12 +14,16 @@ from keras_lora.files.names import refuse_tied_head
 from keras_lora.files.tensors import own_alpha
 from keras_lora.keras_internals.classes import twin
 from keras_lora.keras_internals.layers import layer_state
+from keras_lora.layers.kinds import form_of
+from keras_lora.layers.kinds import layer_of
 from keras_lora.layers.kinds import lora_class_of
 from keras_lora.layers.kinds import obstacle
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.methods import wide_dtype
 from keras_lora.layers.torch_layout import to_numpy
 from keras_lora.models.adapt import new_adapter
+from keras_lora.models.choose import WHOLE_MODEL
+from keras_lora.models.choose import choose
 from keras_lora.serving.part import UNREAD
 from keras_lora.serving.part import Part
 from keras_lora.serving.part import full_update
@@ -75,7 +79,10 @@ def read(model, paths, adapter, names, most) -> Reading:
     hosts.update((module, as_host(x) or x) for module, x in modules.items())
     for module, layer in modules.items():
         path_of[id(hosts[module])] = path_of[id(layer)]
+    hosts.sites = {m: hosts.get(m, site) for m, site in modules.sites.items()}
     file = contents(adapter, hosts)
+    for module, site in file.adapted.items():
+        refuse_substituted(site, module)
     changed = {module: modules[module] for module in [*file.factors, *file.heads]}
     refuse_tied_head(model, names, changed)
     for module, host in file.adapted.items():
@@ -108,6 +115,26 @@ def read(model, paths, adapter, names, most) -> Reading:
     reading = Reading(parts, file.adapted, hosts, [])
     add_others(reading, pairs, modules, path_of)
     return reading
+
+
+def with_rows(model, paths, target) -> dict:
+    """Path -> layer, for what a target means and a bank can hold adapters of."""
+    chosen, _, _ = choose(model, paths, target, None, [])
+    able = {p: x for p, x in chosen.items() if form_of(x, 1).down is not None}
+    if target not in WHOLE_MODEL or not able:
+        for path, site in chosen.items():
+            refuse_substituted(site, path)
+    return able
+
+
+def refuse_substituted(site, name):
+    """Raises for a weight whose layer forms W + delta, one for all rows of a batch."""
+    if form_of(site, 1).down is None:
+        raise ValueError(
+            f"A bank cannot hold adapters of {name!r}, a "
+            f"{type(layer_of(site)).__name__}: its call computes with one W + delta "
+            "for all rows of a batch. Load such an adapter into a model of its own."
+        )
 
 
 def own_rank(host, rank, module):

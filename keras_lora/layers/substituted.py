@@ -1,0 +1,316 @@
+"""Adapters in layers whose call is not one product: W + delta stands in for W."""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_lora.keras_internals.classes import call_with
+from keras_lora.keras_internals.classes import like_method
+from keras_lora.keras_internals.classes import value_at
+from keras_lora.keras_internals.layers import attach
+from keras_lora.keras_internals.layers import weight_places
+from keras_lora.layers.form import LowRankForm
+from keras_lora.layers.form import same
+from keras_lora.layers.form import unchanged
+from keras_lora.layers.host_checks import refuse_constraint
+from keras_lora.layers.host_checks import refuse_keras_adapter
+from keras_lora.layers.lora_layer import LoRALayer
+from keras_lora.layers.methods import make_adapter
+from keras_lora.layers.site import Site
+
+
+class Axes(NamedTuple):
+    """Which axes of a weight its inputs have, and which a stack of matrices."""
+
+    inputs: tuple
+    batch: tuple = ()
+
+
+def usual_axes(ndim) -> Axes:
+    """Those of a weight of which nothing is known: its last axis is its outputs.
+
+    Three axes are a stack of matrices, as in PEFT.
+    """
+    return Axes((1,), (0,)) if ndim == 3 else Axes(tuple(range(ndim - 1)))
+
+
+def weight_form(sizes, axes, rank) -> LowRankForm:
+    """A @ B as a matrix (inputs, outputs), or a stack of them, in the weight's shape.
+
+    Args:
+        sizes: The weight's shape.
+        axes: An `Axes`.
+        rank: Of each matrix.
+    """
+    inputs, batch = axes
+    outputs = [axis for axis in range(len(sizes)) if axis not in (*inputs, *batch)]
+    order = [*batch, *inputs, *outputs]
+    stack, rows, columns = (
+        tuple(sizes[axis] for axis in own) for own in (batch, inputs, outputs)
+    )
+
+    def compose(a, b):
+        a = ops.reshape(a, (*stack, math.prod(rows), a.shape[-1]))
+        b = ops.reshape(b, (*stack, a.shape[-1], math.prod(columns)))
+        product = ops.reshape(ops.matmul(a, b), (*stack, *rows, *columns))
+        if order == sorted(order):
+            return product
+        return ops.transpose(product, np.argsort(order).tolist())
+
+    in_file: dict = {"to_file": unchanged, "from_file": unchanged} if batch else {}
+    return LowRankForm(
+        a_shape=(*stack, *rows, rank),
+        b_shape=(*stack, rank, *columns),
+        fan_in=math.prod(rows),
+        compose=compose,
+        input_axes=tuple(inputs),
+        batch_axes=tuple(batch),
+        over_outputs=same,  # W + delta is formed in every call
+        **in_file,
+    )
+
+
+class SubstitutedSite(Site):
+    """A weight that the Keras layer's own call reads: W + delta takes its place.
+
+        y = call(x) of the Keras layer in which W is W + scaling * A @ B
+
+    in training and at inference alike. A and B get their gradients by way of one array
+    of the kernel's size, and in half precision W + delta is rounded in training too.
+    """
+
+    takes_dropout = False
+    kernel_is_matrix = True
+
+    def low_rank_form(self, rank):
+        axes = self.lora_class.axes_of(self.weight_name, len(self.kernel_shape))
+        return weight_form(self.kernel_shape, axes, rank)
+
+    def kernel_in_call(self):
+        """What the call computes with in the place of W."""
+        lora, place = self.lora, self.lora.kernel_place
+        kernel = ops.stop_gradient(self.base_kernel(lora.variable_dtype))
+        kernel = (lora.stand_in or lora).effective_kernel(kernel)
+        casts = place is None or place.autocast
+        return ops.cast(
+            kernel, self.kernel_owner().compute_dtype if casts else self.kernel_dtype
+        )
+
+
+class WeightSite(SubstitutedSite):
+    """One weight of a layer that has several, adapted or not.
+
+    Made anew for each look: all that changes stands on the layer and its adapters.
+
+    Attributes:
+        kernel_keys: What leads from the layer to W, as `weight_places` gives it.
+    """
+
+    # Attributes here, and not what a layer says of itself.
+    lora_class = weight_name = kernel_keys = None
+
+    def __init__(self, layer, weight, keys, lora_class):
+        self.layer, self.lora_class = layer, lora_class
+        self.weight_name, self.kernel_keys = weight, keys
+
+    def lora_layer(self):
+        return self.layer
+
+    @property
+    def name(self):
+        return f"{self.lora_layer().name}/{self.weight_name}"
+
+    def kernel_owner(self):
+        return value_at(self.lora_layer(), self.kernel_keys)[0]
+
+    @property
+    def frozen_kernel(self):
+        return value_at(self.lora_layer(), self.kernel_keys)[1]
+
+    @property
+    def kernel(self):
+        return self.frozen_kernel
+
+    @property
+    def lora(self):
+        return vars(self.layer).get(self.adapter_attribute)
+
+    @property
+    def built(self):
+        return self.lora_layer().built
+
+    @property
+    def kernel_shape(self):
+        return tuple(self.frozen_kernel.shape)
+
+    @property
+    def kernel_dtype(self):
+        return self.frozen_kernel.dtype
+
+    @property
+    def variable_dtype(self):
+        return self.kernel_owner().variable_dtype
+
+    @property
+    def compute_dtype(self):
+        return self.kernel_owner().compute_dtype
+
+    @property
+    def in_all_linear(self):
+        return self.weight_name.rpartition("/")[2] in self.lora_class.linear_weights
+
+    @property
+    def adapter_attribute(self):
+        return attribute(self.weight_name)
+
+    def __eq__(self, other):
+        return isinstance(other, WeightSite) and hash(self) == hash(other)
+
+    def __hash__(self):
+        return hash((id(self.lora_layer()), self.weight_name))
+
+
+def attribute(weight):
+    """Where a layer of several weights holds the adapter of one."""
+    return f"lora_{weight.replace('/', '_')}"
+
+
+class SubstitutedLayer(SubstitutedSite, LoRALayer):
+    """Mixin of a layer that runs its Keras class's call with W + delta for W.
+
+    Attributes:
+        adapted_weights: Those that have adapters once it is constructed.
+        weight_axes: Name of a weight -> its `Axes`, where they are not the usual ones.
+        linear_weights: Those that the target "all-linear" means.
+        constructs: Whether its constructor can be used, and not `apply_lora` alone.
+    """
+
+    replaces = ()
+    is_leaf = False
+    adapted_weights: tuple[str, ...] = ("kernel",)
+    weight_axes: Mapping[str, Axes] = {}
+    linear_weights: tuple[str, ...] = ()
+    constructs = True
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "plain_class" in cls.__dict__:  # Keras reads the signatures of both
+            cls.call = like_method(SubstitutedLayer.call, cls.plain_class.call)
+            if cls.constructs:
+                cls.build = like_method(SubstitutedLayer.build, cls.plain_class.build)
+
+    @classmethod
+    def places_of(cls, layer) -> dict:
+        """Name of a weight -> the keys that lead to it."""
+        return weight_places(layer)
+
+    @classmethod
+    def axes_of(cls, weight, ndim) -> Axes:
+        return cls.weight_axes.get(weight) or usual_axes(ndim)
+
+    @classmethod
+    def check_host(cls, layer):
+        refuse_keras_adapter(layer)
+        if not layer.built:  # in its constructor
+            words = {weight.removesuffix("_kernel") for weight in cls.adapted_weights}
+            names = {f"{word}_constraint" for word in words} | vars(layer).keys()
+            for name in sorted(names):
+                if name.endswith("_constraint") and name != "bias_constraint":
+                    refuse_constraint(layer, name, getattr(layer, name, None))
+        if layer.built and cls.kernel_name is not None:
+            _, kernel = value_at(layer, cls.places_of(layer)[cls.kernel_name])
+            refuse_constraint(layer, f"{kernel.name}_constraint", kernel.constraint)
+
+    @property
+    def lora_class(self):
+        return type(self)
+
+    @property
+    def in_all_linear(self):
+        return self.weight_name in self.linear_weights
+
+    @property
+    def kernel_keys(self):
+        return self.places_of(self)[self.kernel_name]
+
+    @property
+    def frozen_kernel(self):
+        return value_at(self, self.kernel_keys)[1]
+
+    @property
+    def factor_regularizer(self):
+        return self.frozen_kernel.regularizer
+
+    def build(self, *args, **kwargs):
+        super(LoRALayer, self).build(*args, **kwargs)
+        self.after_build()
+
+    def call(self, *args, **kwargs):
+        sites = self.sites().values()
+        if not sites:
+            return self.plain_class.call(self, *args, **kwargs)
+        kernels = {site.kernel_keys: site.kernel_in_call() for site in sites}
+        return call_with(self, self.plain_class, kernels, args, kwargs)
+
+    def quantize(self, *args, **kwargs):
+        if self.loras and self.plain_class.quantize is not keras.layers.Layer.quantize:
+            raise ValueError(
+                f"The layer {self.name!r} has an adapter that takes the place of its "
+                "float kernel. Merge or remove it before the layer is quantized."
+            )
+        return self.plain_class.quantize(self, *args, **kwargs)
+
+
+class SeveralWeights(SubstitutedLayer):
+    """Mixin of a layer with several weights, each of which can have an adapter."""
+
+    kernel_name = None
+
+    def sites(self) -> dict:
+        places = self.places_of(self) or dict.fromkeys(self.adapted_weights)
+        sites = {
+            name: WeightSite(self, name, keys, type(self))
+            for name, keys in places.items()
+        }
+        return {name: site for name, site in sites.items() if site.lora is not None}
+
+    @property
+    def lora(self):
+        loras = self.loras
+        if len(loras) > 1:
+            raise AttributeError
+        return next(iter(loras.values()), None)
+
+    def __getattr__(self, name):
+        if name == "lora":  # torch would give no reason
+            raise AttributeError(
+                f"{self.name!r} has an adapter for each of {', '.join(self.loras)}: "
+                "take them from `layer.loras`."
+            )
+        if hasattr(super(), "__getattr__"):  # torch's
+            return super().__getattr__(name)
+        raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}.")
+
+    def attach_adapters(self, options):
+        self.refuse_dropout(options)
+        own = options.pop("adapters")
+        for weight in self.adapted_weights:
+            chosen = own.get(weight, options)
+            if chosen is not None:
+                name = attribute(weight)
+                attach(self, name, make_adapter(chosen, self.variable_dtype, name))
+
+    def adapter_config(self):
+        adapters = {weight: lora.options() for weight, lora in self.loras.items()}
+        first = next(iter(adapters.values()), {"rank": 0})
+        others = {
+            w: adapters.get(w) for w in self.adapted_weights if adapters.get(w) != first
+        }
+        config = {**first, "adapters": others} if adapters and others else dict(first)
+        if self.keras_dropout:
+            config.pop("dropout", None)
+        return config

@@ -1,0 +1,417 @@
+"""Weights of layers whose call is not one product: W + delta takes their place."""
+
+import threading
+
+import keras
+import numpy as np
+import pytest
+from backbones import backbone
+from layer_cases import ON_TORCH
+from layer_cases import fill
+from layer_cases import to_numpy
+from shared import assert_close
+from shared import assert_equal_bits
+
+import keras_lora
+from keras_lora.layers import kinds
+from keras_lora.models.adapt import lora_layers
+
+L = keras.layers
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Own(L.Layer):
+    """A matrix, a stack, a list, a dict, a bias of two axes, and a counter."""
+
+    def build(self, input_shape):
+        width = input_shape[-1]
+        self.matrix = self.add_weight(shape=(width, 5), name="matrix")
+        self.stack = self.add_weight(shape=(2, 5, 4), name="stack")
+        self.row = self.add_weight(shape=(1, 4), name="row_bias")
+        self.listed = [self.add_weight(shape=(4, 4), name=f"listed{n}") for n in (0, 1)]
+        self.held = {"w": self.add_weight(shape=(4, 3), name="held")}
+        self.calls = 0
+        self.built = True
+
+    def call(self, inputs):
+        self.calls += 1
+        hidden = keras.ops.matmul(inputs, self.matrix)
+        hidden = keras.ops.einsum("bi,eio->bo", hidden, self.stack) + self.row
+        for weight in self.listed:
+            hidden = keras.ops.tanh(keras.ops.matmul(hidden, weight))
+        self.add_loss(keras.ops.sum(hidden))
+        return keras.ops.matmul(hidden, self.held["w"])
+
+    def numpy(self, inputs, values):
+        hidden = inputs.astype("float64") @ values["matrix"]
+        hidden = np.einsum("bi,eio->bo", hidden, values["stack"]) + values["row_bias"]
+        for name in ("listed0", "listed1"):
+            hidden = np.tanh(hidden @ values[name])
+        return hidden @ values["held"]
+
+
+NAMES = ["matrix", "stack", "listed0", "listed1", "held"]
+
+
+def own_model(name="own"):
+    keras.utils.set_random_seed(3)
+    return keras.Sequential(
+        [keras.Input((6,)), Own(name=name), L.Dense(2, name="head")]
+    )
+
+
+def rows(count=3):
+    return np.random.default_rng(4).standard_normal((count, 6)).astype("float32")
+
+
+def values_of(layer):
+    """In float64, by the names of the variables."""
+    return {v.name: to_numpy(v).astype("float64") for v in layer.weights}
+
+
+def delta(lora, shape):
+    """scaling * A @ B, for matrices and stacks of them."""
+    a, b = (to_numpy(x).astype("float64") for x in (lora.a, lora.b))
+    return (lora.scaling * a @ b).reshape(shape)
+
+
+def filled(model, scale=0.4):
+    for seed, site in enumerate(lora_layers(model)):
+        fill(site.lora.a, 2 * seed, scale)
+        fill(site.lora.b, 2 * seed + 1, scale)
+
+
+def test_every_weight_of_a_users_own_layer():
+    model, x = own_model(), rows()
+    before, outputs = values_of(model.layers[0]), to_numpy(model(x))
+    report = keras_lora.apply_lora(model, rank=2, alpha=3, target=["own"])
+    assert [(row.path, row.weight) for row in report] == [
+        (f"own/{name}", name) for name in NAMES
+    ]
+    layer = model.layers[0]
+    assert isinstance(layer, Own)
+    assert list(layer.loras) == NAMES
+    assert layer.loras["stack"].a.shape == (2, 5, 2)  # of each matrix of the stack
+    assert_equal_bits(model(x), outputs)
+    filled(model)
+    tuned = dict(before)
+    for name, lora in layer.loras.items():
+        tuned[name] = before[name] + delta(lora, before[name].shape)
+    expected = layer.numpy(x, tuned)
+    for training in (True, False):
+        assert_close(layer(x, training=training), expected)
+    with keras_lora.disabled(model):
+        assert_equal_bits(model(x), outputs)
+    merged = to_numpy(model(x))
+    with keras_lora.merged(model):
+        assert_close(model(x), merged, 1e-6)
+    keras_lora.merge_lora(model)
+    assert type(layer) is Own
+    assert_close(layer(x), expected)
+    assert [v.name for v in layer.trainable_weights] == list(before)
+
+
+def test_what_a_call_sets_and_adds_stays():
+    model, x = own_model(), rows()
+    keras_lora.apply_lora(model, rank=1, target=["own"])
+    layer = model.layers[0]
+    calls = layer.calls
+    for _ in range(3):
+        layer(x)
+    assert layer.calls == calls + 3
+    assert len(layer.losses) == 1
+
+
+def test_files_of_a_users_own_layer(tmp_path):
+    model, x = own_model(), rows()
+    keras_lora.apply_lora(model, rank=2, target=["own/stack", "own/listed1"])
+    filled(model)
+    expected = to_numpy(model(x))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert_equal_bits(loaded(x), expected)
+    assert list(loaded.layers[0].loras) == ["stack", "listed1"]
+    keras_lora.save_adapter(model, tmp_path / "adapter")
+    plain = own_model()
+    report = keras_lora.load_adapter(plain, tmp_path / "adapter")
+    assert [row.path for row in report] == ["own/stack", "own/listed1"]
+    assert_equal_bits(plain(x), expected)
+    keras_lora.remove_lora(plain)
+    assert_equal_bits(plain(x), own_model()(x))
+
+
+def test_one_adapted_weight_is_the_layers_adapter():
+    model = own_model()
+    keras_lora.apply_lora(model, target=["own/matrix"])
+    layer = model.layers[0]
+    assert layer.lora is layer.loras["matrix"]
+    model = own_model()
+    keras_lora.apply_lora(model, target=["own"])
+    with pytest.raises(AttributeError, match=r"matrix, stack, .*`layer\.loras`"):
+        _ = model.layers[0].lora
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = model.layers[0].nothing
+
+
+def test_registered_axes():
+    class Turned(L.Layer):
+        def build(self, input_shape):
+            self.w = self.add_weight(shape=(5, 3, input_shape[-1]), name="w")
+
+        def call(self, inputs):
+            return keras.ops.einsum("bi,oni->bon", inputs, self.w)
+
+    for axes, shapes in (
+        ((2,), ((6, 2), (2, 5, 3))),
+        ({"input_axes": (2,), "batch_axes": (1,)}, ((3, 6, 2), (3, 2, 5))),
+    ):
+        keras_lora.register_lora_layer(Turned, weights={"w": axes})
+        model = keras.Sequential(
+            [keras.Input((6,)), Turned(name="turned"), L.Flatten()]
+        )
+        keras_lora.apply_lora(model, rank=2, target=["turned"])
+        lora = model.layers[0].lora
+        assert (tuple(lora.a.shape), tuple(lora.b.shape)) == shapes
+        filled(model)
+        a, b = (to_numpy(x).astype("float64") for x in (lora.a, lora.b))
+        equation = "ir,ron->oni" if len(a.shape) == 2 else "nir,nro->oni"
+        kernel = to_numpy(model.layers[0].w) + np.einsum(equation, a, b)
+        x = rows()
+        expected = np.einsum("bi,oni->bon", x.astype("float64"), kernel)
+        assert_close(model.layers[0](x), expected)
+    for wrong in ((), (0, 0), (-1,), {"inputs": (0,)}, {"batch_axes": (0,)}, "ab"):
+        with pytest.raises(ValueError, match="axes of 'w' must be"):
+            keras_lora.register_lora_layer(Turned, weights={"w": wrong})
+    del kinds.AXES[Turned]
+
+
+def recurrent_model():
+    keras.utils.set_random_seed(5)
+    inputs = keras.Input((4, 6))
+    hidden = L.Bidirectional(L.LSTM(3, return_sequences=True), name="both")(inputs)
+    cells = [L.SimpleRNNCell(4), L.GRUCell(3)]
+    hidden = L.RNN(cells, return_sequences=True, name="stack")(hidden)
+    hidden = L.TimeDistributed(L.Dense(4), name="each")(hidden)
+    hidden = L.GRU(3, name="gru")(hidden)
+    return keras.Model(inputs, L.Dense(2, name="head")(hidden))
+
+
+def test_a_rule_for_a_layer_means_the_weights_of_what_it_runs():
+    def paths(target, **more):
+        model = recurrent_model()
+        return [row.path for row in keras_lora.apply_lora(model, target=target, **more)]
+
+    gates = ["kernel", "recurrent_kernel"]
+    both = [
+        f"both/{way}_layer/{gate}" for way in ("forward", "backward") for gate in gates
+    ]
+    cells = [f"stack/cells/{place}/{gate}" for place in (0, 1) for gate in gates]
+    assert paths(["both"]) == both
+    assert paths("stack") == cells
+    assert paths(["each"]) == ["each/layer"]
+    assert paths(L.GRU) == ["gru/kernel", "gru/recurrent_kernel"]
+    assert paths(["gru/recurrent_kernel"]) == ["gru/recurrent_kernel"]
+    assert paths(".*/recurrent_kernel")[-1] == "gru/recurrent_kernel"
+    assert paths(["gru", "both"], exclude=["both", "gru/kernel"]) == [
+        "gru/recurrent_kernel"
+    ]
+    assert (
+        paths("all")
+        == paths("all-linear")
+        == [*both, *cells, "each/layer", *(f"gru/{gate}" for gate in gates)]
+    )
+    report = keras_lora.apply_lora(
+        recurrent_model(),
+        rank=2,
+        target=["gru", "both"],
+        rank_pattern={"gru": 3, "both/.*/kernel": 1},
+    )
+    assert [row.rank for row in report] == [1, 2, 1, 2, 3, 3]
+
+
+def test_masks_states_and_sequences():
+    keras.utils.set_random_seed(6)
+    layer = L.LSTM(3, return_sequences=True, return_state=True)
+    masked = L.Masking()
+    x = np.random.default_rng(1).standard_normal((2, 5, 4)).astype("float32")
+    x[0, 3:] = 0
+    layer(x)
+    keras_lora.apply_lora(layer, rank=2)
+    for seed, lora in enumerate(layer.loras.values()):
+        fill(lora.b, seed)
+    found = layer(masked(x))
+    keras_lora.merge_lora(layer)
+    for one, other in zip(found, layer(masked(x)), strict=True):
+        assert_close(one, other, 1e-6)
+
+
+def test_a_stateful_layer_goes_on_where_it_was():
+    layer = L.GRU(3, stateful=True)
+    x = np.random.default_rng(1).standard_normal((2, 5, 4)).astype("float32")
+    layer(x)
+    keras_lora.apply_lora(layer, rank=2)
+    for seed, lora in enumerate(layer.loras.values()):
+        fill(lora.b, seed)
+    layer.reset_state()
+    found = [to_numpy(layer(x)) for _ in range(2)]
+    assert np.abs(found[0] - found[1]).max() > 1e-3
+    keras_lora.merge_lora(layer)
+    layer.reset_state()
+    for outputs in found:
+        assert_close(layer(x), outputs, 1e-6)
+
+
+def test_frozen_kernels_stay_frozen_and_biases_follow_their_flag(tmp_path):
+    model = recurrent_model()
+    keras_lora.apply_lora(model, bias="none")
+    assert not [v.path for v in model.trainable_weights if "bias" in v.name]
+    model.trainable = False
+    model.trainable = True
+    model.layers[-2].trainable = False
+    model.layers[-2].trainable = True
+    frozen = [to_numpy(site.frozen_kernel) for site in lora_layers(model)]
+    model.compile("adam", "mse", jit_compile=False)
+    x = np.random.default_rng(1).standard_normal((4, 4, 6)).astype("float32")
+    model.fit(x, np.ones((4, 2)), epochs=2, verbose=0)
+    for site, kernel in zip(lora_layers(model), frozen, strict=True):
+        assert_equal_bits(site.frozen_kernel, kernel)
+    model = recurrent_model()
+    keras_lora.apply_lora(model, bias="lora_only")
+    flags = {v.path: v.trainable for v in model.weights}
+    assert sum("bias" in path for path, flag in flags.items() if flag) == 6
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert [v.trainable for v in loaded.weights] == list(flags.values())
+
+
+EXPERTS = {
+    "MixtralBackbone": 3,
+    "QwenMoeBackbone": 2,
+    "Qwen3MoeBackbone": 2,
+    "Qwen3_5MoeBackbone": 2,
+    "GptOssBackbone": 2,
+    "Gemma4Backbone": 3,
+}
+
+
+@pytest.mark.parametrize("name", ["MixtralBackbone", "GptOssBackbone"])
+def test_banks_of_experts(name):
+    model = backbone(name)
+    x = {"token_ids": np.arange(1, 13).reshape(2, 6), "padding_mask": np.ones((2, 6))}
+    x = {key: value.astype("int32") for key, value in x.items()}
+    before = to_numpy(model(x))
+    report = keras_lora.apply_lora(model)  # "all-linear" means no experts
+    experts = [path for path in report.skipped if "/experts/" in path]
+    assert len(experts) == 2 * EXPERTS[name]
+    assert all('target="all"' in report.skipped[path] for path in experts)
+    keras_lora.remove_lora(model)
+    report = keras_lora.apply_lora(model, rank=2, target=["experts"])
+    assert [row.path for row in report] == experts
+    assert_equal_bits(model(x), before)
+    for seed, row in enumerate(report):
+        lora = row.layer.loras[row.weight]
+        assert (lora.a.shape[0], lora.a.shape[-1]) == (lora.b.shape[0], 2)
+        fill(lora.b, seed, 0.1)
+    tuned = to_numpy(model(x))
+    assert np.abs(tuned - before).max() > 1e-3
+    row = report[0]
+    kernel = {v.name: v for v in row.layer.weights}[row.weight]
+    merged = to_numpy(kernel) + delta(row.layer.loras[row.weight], kernel.shape)
+    keras_lora.merge_lora(model)
+    assert_close(kernel, merged, 1e-6)
+    assert_close(model(x), tuned, 1e-6)
+
+
+def test_what_cannot_be_says_why():
+    class Bound(L.Layer):
+        def build(self, input_shape):
+            self.w = self.add_weight(
+                shape=(input_shape[-1], 3), name="w", constraint="non_neg"
+            )
+
+        def call(self, inputs):
+            return keras.ops.matmul(inputs, self.w)
+
+    model = keras.Sequential([keras.Input((6,)), Bound(name="bound")])
+    with pytest.raises(ValueError, match=r"w_constraint.*cannot be kept"):
+        keras_lora.apply_lora(model, target=["bound"])
+    for kind, argument in (
+        (keras_lora.LoRALSTM, "recurrent_constraint"),
+        (keras_lora.LoRADepthwiseConv2D, "depthwise_constraint"),
+    ):
+        with pytest.raises(ValueError, match=f"`{argument}`"):
+            kind(3, **{argument: "non_neg"})
+    with pytest.raises(ValueError, match="no inputs that could be dropped"):
+        keras_lora.LoRAConv2DTranspose(3, 2, dropout=0.1)
+    assert keras_lora.LoRAGRU(3, dropout=0.25).dropout == 0.25
+    model = recurrent_model()
+    with pytest.raises(ValueError, match="bank cannot hold adapters of 'gru/kernel'"):
+        keras_lora.AdapterBank(model, target=["gru"])
+    keras_lora.apply_lora(model, target=["gru"], rank=2)
+    data = [np.zeros((2, 4, 6), "float32")]
+    with pytest.raises(ValueError, match="'eva' does not reach 'gru/kernel'"):
+        keras_lora.initialize_lora(model, "eva", data)
+    before = to_numpy(model(data[0] + 1))
+    keras_lora.initialize_lora(model, "pissa")
+    assert_close(model(data[0] + 1), before, 1e-6)
+
+
+def test_dora_over_substituted_kernels():
+    """V * m / n, in NumPy; no gradient goes through n."""
+    layer = keras_lora.LoRAConv2DTranspose(3, 2, rank=2, use_dora=True)
+    layer.build((None, 4, 4, 5))
+    fill(layer.lora.a, 1), fill(layer.lora.b, 2)
+    kernel = to_numpy(layer.kernel).astype("float64")
+    a, b = (to_numpy(x).astype("float64") for x in (layer.lora.a, layer.lora.b))
+    whole = kernel + np.einsum("ir,rhwf->hwfi", a, b)
+    lengths = to_numpy(layer.lora.magnitude).astype("float64")
+    assert_close(lengths, np.linalg.norm(kernel, axis=-1))
+    whole *= (lengths / np.linalg.norm(whole, axis=-1))[..., None]
+    assert_close(layer.merged_kernel("float32"), whole)
+
+
+@pytest.mark.skipif(ON_TORCH, reason="needs torch_xla")
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="converts by TensorFlow")
+def test_models_are_called_while_they_are_exported(tmp_path):
+    model = recurrent_model()
+    dense = keras.Sequential([keras.Input((6,)), L.Dense(8), L.Dense(2)])
+    failed, called, done = [], [], threading.Event()
+    x = np.random.default_rng(1).standard_normal((4, 4, 6)).astype("float32")
+    for each in (model, dense):
+        keras_lora.apply_lora(each, rank=2, target=".*")
+        filled(each)
+    expected = [to_numpy(model(x)), to_numpy(dense(x[:, 0]))]
+
+    def call():
+        while not done.is_set():
+            try:
+                found = [to_numpy(model(x)), to_numpy(dense(x[:, 0]))]
+                for one, other in zip(found, expected, strict=True):
+                    assert_close(one, other)
+                called.append(1)
+            except Exception as error:
+                failed.append(error)
+
+    threads = [threading.Thread(target=call) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(4):
+            keras_lora.export(dense, tmp_path / "dense")
+        keras_lora.export(model, tmp_path / "recurrent")
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+    assert called
+    assert not failed
+    for each, values, name in zip(
+        (dense, model), (x[:, 0], x), ("dense", "recurrent"), strict=True
+    ):
+        import tensorflow as tf
+
+        served = tf.saved_model.load(str(tmp_path / name))
+        assert_close(served.serve(values), each(values), 1e-6)
+        shapes = sorted(tuple(v.shape) for v in served.variables)
+        keras_lora.remove_lora(each)
+        assert shapes == sorted(tuple(v.shape) for v in each.variables)
