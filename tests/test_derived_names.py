@@ -313,13 +313,14 @@ def test_names_of_transformers_4_and_5():
     assert query in five.tensors
     assert "encoder.layer.0.attention.attention.query.lora_A.weight" in four.tensors
     expected = [to_numpy(layer.lora.delta()) for layer in lora_layers(model)]
+    again = backbones.backbone("ViTBackbone")
     for adapter, names in itertools.product(
         (four, five), ("transformers", "transformers4", "vit")
     ):
-        again = backbones.backbone("ViTBackbone")
         keras_lora.load_adapter(again, adapter, names=names)
         for layer, delta in zip(lora_layers(again), expected, strict=True):
             np.testing.assert_allclose(to_numpy(layer.lora.delta()), delta, atol=1e-6)
+        keras_lora.remove_lora(again)
 
 
 TOWER = {

@@ -222,15 +222,15 @@ def test_gradients_are_those_of_peft(reference, dtype, tolerance, compiled):
 
 @over_references
 @over_first_precision
-def test_ten_optimizer_steps_are_those_of_peft(reference, dtype, tolerance):
+def test_optimizer_steps_are_those_of_peft(reference, dtype, tolerance):
     pair = DoRAPair(reference, dtype)
     factors = list(pair.layer.lora.named_factors().values())
     # Rates that float32 holds exactly: Keras keeps them in floatx.
-    optimizer = keras.optimizers.SGD(2.0**-9, momentum=0.5)
+    optimizer = keras.optimizers.SGD(2.0**-8, momentum=0.5)
     theirs = [pair.a, pair.b, pair.m]
-    their_optimizer = torch.optim.SGD(theirs, 2.0**-9, momentum=0.5)
+    their_optimizer = torch.optim.SGD(theirs, 2.0**-8, momentum=0.5)
     before = array(pair.m)
-    for _ in range(10):
+    for _ in range(4):
         found = pair.our_gradients()[:3]
         optimizer.apply([keras.ops.convert_to_tensor(g) for g in found], factors)
         their_optimizer.zero_grad()

@@ -94,7 +94,8 @@ def folder(tmp_path, monkeypatch, preset):
 
 
 # Of these one needs JAX, which CI installs, and the others train for long.
-SLOW = ("devices", "kerashub", "quantized", "serving_many_adapters", "train_together")
+SLOW = ("README", "devices", "kerashub", "quantized")
+SLOW += ("serving_many_adapters", "train_together")
 
 
 @pytest.mark.parametrize(
