@@ -701,7 +701,35 @@ FAULTS = {
             "test_trained_beside.py -k brings_the_bases_own",
         ),
     ],
+    "files/other_formats.py": [
+        (
+            'found.get("alpha", len(found["A"]))',
+            'len(found["A"])',
+            "test_other_formats.py -k files_of_kohya",
+        ),
+        (
+            'scale * len(x["A"])',
+            "scale",
+            "test_other_formats.py -k folders_of_mlx_are",
+        ),
+        (
+            "if name in modules or not FLAT.match(name)",
+            "if True",
+            "test_other_formats.py -k files_of_kohya",
+        ),
+        (
+            "if found is not None and found not in PEFT",
+            "if False",
+            "test_other_formats.py -k beside_those",
+        ),
+        ("if found.next_step:", "if False:", "test_other_formats.py -k named_with"),
+    ],
     "files/for_model.py": [
+        (
+            "hint += prefix_between(factors, modules)",
+            "pass",
+            "test_other_formats.py -k prefix",
+        ),
         (
             "math.prod(form.a_shape) + math.prod(form.b_shape) > size",
             "False",

@@ -18,6 +18,8 @@ from keras_lora.files.checked_tensors import digest
 from keras_lora.files.config import CONFIG
 from keras_lora.files.config import stated
 from keras_lora.files.factors import assert_finite
+from keras_lora.files.other_formats import read_other_format
+from keras_lora.files.other_formats import refuse_other_format
 from keras_lora.files.pair import TENSORS
 from keras_lora.files.pair import has_tensors
 from keras_lora.files.pair import read_together
@@ -30,8 +32,9 @@ from keras_lora.models.tables import Table
 
 CONVERT = (
     'python -c "import torch, safetensors.torch as s; s.save_file(torch.load('
-    "'adapter_model.bin', weights_only=True), 'adapter_model.safetensors')\""
+    "'{}', weights_only=True), '{}.safetensors')\""
 )
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -85,8 +88,12 @@ class Adapter(Table):
     def read(cls, directory) -> "Adapter":
         """Reads a folder that `save_adapter` or PEFT has written, and checks it.
 
+        Files that say the same in other words are read too: a .safetensors file of
+        kohya (lora_down, lora_up, alpha), and a folder of mlx (lora_a, lora_b, scale).
+
         Raises:
-            ValueError: If a file is damaged, or the two do not belong together.
+            ValueError: If a file is damaged, the two do not belong together, or they
+                are of another format: which one, and what to do.
             OSError: If a file cannot be read.
         """
         if not isinstance(directory, (str, os.PathLike)):
@@ -94,13 +101,15 @@ class Adapter(Table):
                 "An adapter is read from the path of its folder. Received: "
                 f"{directory!r}."
             )
+        if other := read_other_format(directory):
+            config, tensors = other
+            checked_config(config)
+            return cls(checked_tensors(tensors), config)
         directory = adapter_folder(Path(directory))
-        if not has_tensors(directory) and (directory / "adapter_model.bin").exists():
-            raise ValueError(
-                f"{directory} holds adapter_model.bin, a pickle: loading one can run "
-                f"any program. With torch, in that folder: {CONVERT}"
-            )
+        if not has_tensors(directory):
+            refuse_pickles(directory, sorted(directory.iterdir()))
         config, tensors, metadata = read_together(directory)
+        refuse_other_format(tensors)
         checked_config(config)
         warn_of_unknown(config)
         slices, starts = checked_metadata(metadata, config, tensors)
@@ -152,14 +161,26 @@ class Adapter(Table):
             raise
 
 
+def refuse_pickles(folder, paths):
+    for path in paths:
+        if path.suffix in PICKLES:
+            raise ValueError(
+                f"{folder} holds {path.name}, a pickle: loading one can run any "
+                "program. With torch, in that folder: "
+                f"{CONVERT.format(path.name, path.stem)}"
+            )
+
+
 def adapter_folder(directory):
     """The folder itself, or the one adapter that it keeps in a folder of its name."""
     if (directory / CONFIG).exists():
         return directory
     if directory.is_file():
+        refuse_pickles(directory.parent, [directory])
         raise NotADirectoryError(
             f"{directory} is a file, and an adapter is a folder with {CONFIG} and "
-            f"{TENSORS}. A .keras file is for keras.models.load_model."
+            f"{TENSORS}. A .keras file is for keras.models.load_model, a .weights.h5 "
+            "file for model.load_weights once the model has the same adapters."
         )
     inside = sorted(path.parent for path in directory.glob(f"*/{CONFIG}"))
     if len(inside) > 1:

@@ -8,6 +8,7 @@ import math
 from keras_lora.files.factors import FileFactors
 from keras_lora.files.factors import factors_of
 from keras_lora.files.factors import low_rank_suffixes
+from keras_lora.files.other_formats import module_of
 from keras_lora.files.slices import fused_modules
 from keras_lora.files.slices import inputs_in_order
 from keras_lora.files.slices import outputs_axis
@@ -42,6 +43,9 @@ class Contents(FileFactors):
 
 def contents(adapter, modules) -> Contents:
     found = factors_of(adapter, modules)
+    for values in (found.factors, found.ranks, found.alphas):
+        for name in [*values]:
+            values[module_of(name, modules)] = values.pop(name)
     refuse_unknown_modules(found.factors, modules)
     refuse_ranks_without_values(found.factors, found.ranks, modules)
     file = Contents(
@@ -113,12 +117,35 @@ def refuse_unknown_modules(factors, modules):
             able = [m for m, site in modules.sites.items() if can_hold(site)]
             close = difflib.get_close_matches(module, able, n=3, cutoff=0.3)
             hint = f" Close are: {close}." if close else ""
+            hint += prefix_between(factors, modules)
             raise ValueError(
                 f"The file has an adapter for {module!r}, which the model has not"
                 f"{' in a form that can be adapted' if layer is not None else ''}."
                 f"{hint} `names` can map paths to modules; for a model of KerasHub and "
                 'a file of transformers it is "transformers".'
             )
+
+
+def prefix_between(factors, modules) -> str:
+    """A sentence where all modules of a file have a prefix more, or one less."""
+    hosts = {module for module, layer in modules.items() if can_hold(layer)}
+    first = min(factors)
+    for module in hosts:
+        longer, shorter = sorted((first, module), key=len, reverse=True)
+        prefix = longer.removesuffix(f".{shorter}")
+        if prefix == longer:
+            continue
+        if longer == first and {f"{prefix}.{x}" for x in hosts} >= set(factors):
+            return (
+                f" All of the file's modules are the model's behind {prefix!r}: "
+                f'names=lambda path: "{prefix}." + path.replace("/", ".").'
+            )
+        if longer == module and {f"{prefix}.{x}" for x in factors} <= hosts:
+            return (
+                f" All of the file's modules are the model's without {prefix!r}: "
+                f'names=lambda path: path.replace("/", ".").removeprefix("{prefix}.").'
+            )
+    return ""
 
 
 def refuse_ranks_without_values(factors, ranks, modules):

@@ -52,7 +52,7 @@ def load_adapter(
     Args:
         model: A Keras model that is built.
         directory: Folder with adapter_config.json and adapter_model.safetensors,
-            or an `Adapter`.
+            an `Adapter`, or what kohya or mlx have written, as `Adapter.read` says.
         names: As in `save_adapter`. For "transformers" the file says the prefix and
             whether its names are those before transformers 5.
         trainable: Boolean, whether the adapter goes on training.

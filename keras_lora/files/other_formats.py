@@ -1,0 +1,262 @@
+"""Adapters in other formats than PEFT's: read where they say the same, else named."""
+
+import collections
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from keras_lora.files.config import CONFIG
+from keras_lora.files.config import settings
+from keras_lora.files.pair import TENSORS
+from keras_lora.files.pair import read_config
+from keras_lora.files.pair import read_tensors
+from keras_lora.layers.settings import checked_alpha
+from keras_lora.layers.settings import checked_dropout
+from keras_lora.layers.settings import is_number
+
+
+class Format(NamedTuple):
+    """One format, what its keys look like, and what to do with such a file."""
+
+    name: str
+    key: str  # an expression for some key of it
+    next_step: str
+
+
+IN_DIFFUSERS = (
+    "diffusers reads it: pipe.load_lora_weights(file), then peft's "
+    "get_peft_model_state_dict(pipe.unet) or (pipe.transformer) has PEFT's tensors; "
+    "save them beside an adapter_config.json."
+)
+NO_PRODUCT = (
+    "Its update is no product of A and B, so no LoRA says the same. Merge it into the "
+    "base model with its own library, then extract_adapter(base, merged, rank) here is "
+    "the nearest of a rank."
+)
+# The first whose key is found is meant.
+FORMATS = [
+    Format("LoKr of LyCORIS", r"\.lokr_(w[12](_[ab])?|t[12])$", NO_PRODUCT),
+    Format("LoHa of LyCORIS", r"\.hada_(w[12]_[ab]|t[12])$", NO_PRODUCT),
+    Format("LoCon of LyCORIS with three factors", r"\.lora_mid\.weight$", NO_PRODUCT),
+    Format("OFT or BOFT", r"\.(oft_(blocks|diag|R|r)|boft_[RS])(\.|$)", NO_PRODUCT),
+    Format(
+        "DoRA of LyCORIS or ComfyUI",
+        r"\.dora_scale$",
+        "PEFT has DoRA's lengths under `lora_magnitude_vector`, in another shape, and "
+        "LyCORIS may norm the other axis of the kernel. Merge it with its own library, "
+        "or train it in PEFT.",
+    ),
+    Format(
+        "VeLoRA of PEFT",
+        r"\.lora_velora_embed(\.|$)",
+        "Its projections serve the training alone. Without them, and without "
+        "velora_config in adapter_config.json, the rest is a LoRA: in PEFT, delete "
+        "both from the saved files.",
+    ),
+    Format("XLabs's for Flux", r"(proj|qkv)_lora\d?\.(down|up)\.weight$", IN_DIFFUSERS),
+    Format(
+        "the one of diffusers before PEFT", r"_lora\.(down|up)\.weight$", IN_DIFFUSERS
+    ),
+    Format("kohya's (sd-scripts, ComfyUI)", r"\.lora_(down|up)\.weight$", ""),
+    Format(
+        "torchtune's",
+        r"\.lora_[ab]\.weight$",
+        "It has no alpha, and torchtune's names. A FullModelHFCheckpointer of "
+        "torchtune writes PEFT's files (save_adapter_weights_only).",
+    ),
+    Format("mlx's", r"\.lora_[ab]$", ""),
+    Format("PEFT's with alphas among the tensors", r"\.alpha$", ""),
+    Format(
+        "diffusers'",
+        r"^(unet|transformer|text_encoder(_2)?)\..*\.lora_[AB]\.weight$",
+        "It has no alpha beside the tensors. Save it with PEFT, "
+        "pipe.unet.save_lora_adapter and its adapter_config.json, or write that file: "
+        "r, lora_alpha, target_modules.",
+    ),
+    Format(
+        "PEFT's, without its settings",
+        r"\.lora_(embedding_)?[AB](\.|$)",
+        f"Give the folder that PEFT has written: {CONFIG} has the alpha, without which "
+        "the factors mean nothing.",
+    ),
+]
+PEFT = FORMATS[-2:]
+
+
+def format_of(keys):
+    """The format that keys look like, and one of them; None for both."""
+    for found in FORMATS:
+        for key in keys:
+            if re.search(found.key, key):
+                return found, key
+    return None, None
+
+
+def refuse_other_format(keys, where=TENSORS):
+    """Raises ValueError where keys are those of another format than PEFT's."""
+    found, key = format_of(keys)
+    if found is not None and found not in PEFT:
+        step = found.next_step or (
+            "Such a file is read by itself, where no adapter_config.json with a "
+            "peft_type stands beside it."
+        )
+        raise ValueError(
+            f"{where} has the tensor {key[:200]!r}, which looks like {found.name} "
+            f"format, and not like PEFT's. {step}"
+        )
+
+
+def read_other_format(path):
+    """(config, tensors) in PEFT's words of a file that says the same in others.
+
+    None where there is nothing but what PEFT or `save_adapter` writes.
+
+    Raises:
+        ValueError: If the file is of a format that says something else, or too little.
+    """
+    path = Path(path)
+    file = path if path.is_file() else tensors_in(path)
+    if file is None or file.suffix != ".safetensors":
+        return None
+    config = read_config(path) if (path / CONFIG).exists() else {}
+    if not isinstance(config, dict) or "peft_type" in config:
+        return None
+    tensors, _ = read_tensors(file)
+    found, key = format_of(tensors)
+    if found is None:
+        raise ValueError(
+            f"{file} holds no adapter: its tensors are called {sorted(tensors)[:3]}. "
+            "PEFT's end with .lora_A.weight and .lora_B.weight."
+        )
+    if found.next_step:
+        raise ValueError(
+            f"{file} has the tensor {key[:200]!r}, which looks like {found.name} "
+            f"format. {found.next_step}"
+        )
+    if found.name == "mlx's":
+        return from_mlx(file, tensors, config)
+    return from_kohya(file, tensors)
+
+
+def tensors_in(folder):
+    """The one .safetensors of a folder that is no pair of PEFT's files."""
+    found = sorted(folder.glob("*.safetensors"))
+    others = [x for x in found if x.name == "adapters.safetensors"] or found  # mlx's
+    if len(others) == 1 and others[0].name != TENSORS:
+        return others[0]
+    return None
+
+
+def modules_of(file, tensors, parts) -> dict:
+    """Module -> {part: array}; parts: the ending of a key -> what it holds."""
+    modules, others = collections.defaultdict(dict), []
+    for key, value in tensors.items():
+        ending = next((x for x in parts if key.endswith(x)), None)
+        if ending is None:
+            others.append(key)
+        else:
+            modules[key.removesuffix(ending)][parts[ending]] = value
+    if others:
+        raise ValueError(
+            f"{file} has {sorted(others)[:3]} beside its factors, which no LoRA has "
+            "room for. Leave them out, or merge the adapter with its own library."
+        )
+    for module, found in modules.items():
+        if not {"A", "B"} <= found.keys():
+            raise ValueError(
+                f"{file} has of {module!r} only {sorted(found)}: A and B are needed."
+            )
+    return modules
+
+
+KOHYA = {
+    ".lora_down.weight": "A",
+    ".lora_up.weight": "B",
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".alpha": "alpha",
+}
+
+
+def from_kohya(file, tensors):
+    """down (r, in) and up (out, r) are PEFT's A and B; each module has its alpha.
+
+    Without one, alpha is the rank, as in sd-scripts.
+    """
+    modules = modules_of(file, tensors, KOHYA)
+    alphas = {}
+    for module, found in modules.items():
+        alpha = np.ravel(found.get("alpha", len(found["A"])))
+        if alpha.size != 1:
+            raise ValueError(f"{file}: the alpha of {module!r} must be one number.")
+        alphas[module] = float(alpha[0])
+    return in_words_of_peft(modules, alphas)
+
+
+MLX = {".lora_a": "A", ".lora_b": "B", ".m": "m"}
+
+
+def from_mlx(file, tensors, config):
+    """y = x W + scale * (x @ lora_a) @ lora_b: PEFT's A and B are their transposes."""
+    said = config.get("lora_parameters")
+    scale = said.get("scale") if isinstance(said, dict) else None
+    kind = config.get("fine_tune_type", "lora")
+    modules = modules_of(file, tensors, MLX)
+    if kind != "lora" or any("m" in found for found in modules.values()):
+        raise ValueError(
+            f"{file} is a {kind!r} of mlx, with other tensors than A and B. Fuse it "
+            "with mlx_lm.fuse, or train it with fine_tune_type lora."
+        )
+    if not is_number(scale) or "alpha" in said:
+        raise ValueError(
+            f"{CONFIG} of mlx must have lora_parameters with a number for `scale`, and "
+            "without `alpha`, which mlx_lm of early 2024 multiplied it with. Received: "
+            f"{said!r}. Set `scale` to the factor in front of A @ B."
+        )
+    for module, found in modules.items():
+        if found["A"].ndim != 2 or found["B"].ndim != 2:
+            raise ValueError(
+                f"{file} adapts {module!r}, a stack of kernels (experts), which is not "
+                "read from mlx's files."
+            )
+    pairs = {m: {"A": x["A"].T, "B": x["B"].T} for m, x in modules.items()}
+    alphas = {m: scale * len(x["A"]) for m, x in pairs.items()}
+    dropout = checked_dropout(said.get("dropout", 0.0))
+    return in_words_of_peft(pairs, alphas, lora_dropout=dropout)
+
+
+def in_words_of_peft(modules, alphas, **more):
+    tensors = {
+        f"{module}.lora_{part}.weight": np.ascontiguousarray(found[part])
+        for module, found in modules.items()
+        for part in "AB"
+    }
+    ranks = {module: len(found["A"]) for module, found in modules.items()}
+    for module, found in modules.items():
+        if found["B"].ndim < 2 or found["B"].shape[1] != ranks[module]:
+            shapes = found["A"].shape, found["B"].shape
+            raise ValueError(
+                f"A and B of {module!r} have shapes {shapes}: no one rank."
+            )
+        checked_alpha(alphas[module])
+    return settings(ranks, alphas, False, **more), tensors
+
+
+# lora_unet_down_blocks_0_attn_to_q: the module, with underscores for dots.
+FLAT = re.compile(r"^lora_[a-z0-9]+_")
+
+
+def module_of(name, modules):
+    """What a file's module is called in a model, where the file has kohya's names."""
+    if name in modules or not FLAT.match(name):
+        return name
+    flat = FLAT.sub("", name)
+    meant = [module for module in modules if module.replace(".", "_") == flat]
+    if len(meant) > 1:
+        raise ValueError(
+            f"The file's {name!r} may mean {' or '.join(map(repr, meant))}. Give "
+            "`names` that differ by more than dots and underscores."
+        )
+    return meant[0] if meant else name
