@@ -211,9 +211,10 @@ def main(picture="finetune_digits.png"):
 
     served = serve_elsewhere(adapted, unseen)
     difference = np.abs(served - outputs).max()
+    found = f"differs by at most {difference:.1e}" if difference else "is identical"
     print(
-        "\nThe merged SavedModel, served without Keras and keras_lora, differs by at "
-        f"most {difference:.1e} in {outputs.size:,} outputs."
+        "\nThe merged SavedModel, served without Keras and keras_lora, "
+        f"{found} in {outputs.size:,} outputs."
     )
     if difference > 1e-5 * np.abs(outputs).max():
         sys.exit("The served predictions are not those of the model.")

@@ -1,8 +1,10 @@
 """python -m keras_lora, by what it prints and by the files it leaves."""
 
 import json
+import os
 import runpy
 import sys
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -171,6 +173,16 @@ def test_combine(here, capsys):
             assert row[1] == str(kept)
             if rank:
                 assert row[5] == f"{error:.2g}"
+
+
+def test_combine_does_not_write_over_what_it_reads(here, capsys):
+    write("one", 1), write("two", 2)
+    before = Path("one/adapter_model.safetensors").read_bytes()
+    os.symlink("one", "link")
+    for output in ("one", "./two/../one", "link"):
+        status, _, errors = run(capsys, "combine", "one", "two", "-o", output)
+        assert status == 1 and "OUT is one, one of the adapters" in errors
+    assert Path("one/adapter_model.safetensors").read_bytes() == before
 
 
 def test_combine_takes_one_of_the_heads(here, capsys):

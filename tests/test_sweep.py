@@ -92,6 +92,17 @@ def test_what_is_wrong_is_refused_and_the_model_left_alone():
     for settings in ([], "rank=3", [3], [{"rank": 2, "dry_run": True}]):
         with pytest.raises(ValueError, match=r"settings|A setting"):
             keras_lora.sweep(model, (x, y), settings, loss="mse")
+    with pytest.raises(ValueError, match=r"no `lr`; the keyword here is `learning_r"):
+        keras_lora.sweep(model, (x, y), [{"lr": 0.1}], loss="mse")
+    for call in (
+        lambda: keras_lora.sweep(model, (x, y), SETTINGS, loss="mse", lr=0.1),
+        lambda: keras_lora.apply_lora(model, learning_rate=0.1),
+    ):
+        with pytest.raises(ValueError, match="`learning_rate` of the optimizer, or"):
+            call()
+    for rate in ("1e-3", None, [0.1], True, -0.1, np.nan):
+        with pytest.raises(ValueError, match=r"`learning_rate` must be a finite"):
+            keras_lora.sweep(model, (x, y), [{"learning_rate": rate}], loss="mse")
     with pytest.raises(ValueError, match="not compiled"):
         keras_lora.sweep(model, (x, y), SETTINGS)
     for wrong in (x, (x,), (x, y[:3])):

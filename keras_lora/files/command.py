@@ -1,6 +1,7 @@
 """python -m keras_lora: adapter folders from a terminal."""
 
 import importlib
+import os
 import warnings
 
 import keras
@@ -67,6 +68,12 @@ def diff(options):
 
 
 def combine(options):
+    for folder in options.folders:
+        if os.path.realpath(folder) == os.path.realpath(options.output):
+            raise ValueError(
+                f"OUT is {folder}, one of the adapters that are combined, which would "
+                "be lost. Give another folder."
+            )
     combined = combine_adapters(
         options.folders,
         options.weights,

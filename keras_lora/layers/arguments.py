@@ -37,6 +37,8 @@ MODEL_KEYWORDS = FOREIGN_KEYWORDS | {
     "exclude_modules": "exclude",
     "modules_to_save": "also_train",
     "task_type": "task_type` of `save_adapter",
+    "lr": "learning_rate` of the optimizer, or of a setting in `sweep",
+    "learning_rate": "learning_rate` of the optimizer, or of a setting in `sweep",
 }
 
 COMMON_ARGUMENTS = """

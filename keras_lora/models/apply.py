@@ -100,6 +100,7 @@ def apply_lora(
         bias,
         also_train,
     ) as (report, change):
+        report.is_dry_run = bool(dry_run)
         if not dry_run:
             report.notes += change.keep()
     return report

@@ -60,10 +60,7 @@ class Adapted(Rematerialized):
 
     def get_config(self):
         if legacy_format():
-            raise ValueError(
-                f"{self.name!r} has adapters, which the .h5 format cannot hold. Save "
-                "it as .keras, or write the adapters alone with `save_adapter`."
-            )
+            refuse_legacy_format(self)
         layers = {"": self, **layer_paths(self, alone=False)}
         own = {p: x for p, x in layers.items() if not isinstance(x, LowRankAdapter)}
         with_adapter = {path: x for path, x in own.items() if has_adapters(x)}
@@ -175,7 +172,7 @@ def adapted_class(cls):
     class.
     """
     own = {"__module__": __name__, "plain_owner": cls}
-    for method in (save_to_preset, make_train_function):
+    for method in (save, save_to_preset, make_train_function):
         if hasattr(cls, method.__name__):
             own[method.__name__] = method
     adapted = type(cls.__name__, (Adapted, cls), own)
@@ -186,6 +183,13 @@ def adapted_class(cls):
     return adapted
 
 
+def save(self, filepath, *args, **kwargs):
+    """Refuses the old format before Keras opens the file, which it would empty."""
+    if str(filepath).endswith((".h5", ".hdf5")):
+        refuse_legacy_format(self)
+    self.plain_owner.save(self, filepath, *args, **kwargs)
+
+
 def make_train_function(self, force=False):
     """Keras asks for it when training begins, with the flags that hold then."""
     begins = force or self.train_function is None
@@ -193,6 +197,13 @@ def make_train_function(self, force=False):
     if begins:
         remember_what_trains(flatten_layers(self))
         carry(self)
+
+
+def refuse_legacy_format(model):
+    raise ValueError(
+        f"{model.name!r} has adapters, which the .h5 format cannot hold. Save it as "
+        ".keras, or write the adapters alone with `save_adapter`."
+    )
 
 
 def carriers(model):

@@ -50,6 +50,8 @@ class Report(Table, Sequence):
         errors: Path -> relative errors of the kernel, before and after a "loftq".
     """
 
+    is_dry_run = False  # whether the model is without these adapters
+
     def __init__(self, model, paths=None, skipped=(), notes=(), errors=()):
         paths = with_model(model, layer_paths(model) if paths is None else paths)
         self.model_name = model.name
@@ -79,9 +81,8 @@ class Report(Table, Sequence):
         return self.rows[index]
 
     def __repr__(self):
-        return (
-            f"<LoRA report of {self.model_name}: {counted(len(self), 'adapted layer')}>"
-        )
+        what = "dry run" if self.is_dry_run else "LoRA report"
+        return f"<{what} of {self.model_name}: {counted(len(self), 'adapted layer')}>"
 
     def parts(self):
         adapters = sum(row.parameters for row in self)
@@ -115,7 +116,10 @@ class Report(Table, Sequence):
             f"Adapted: weights with {percent(self.adapted / max(self.plain, 1))} of "
             f"the model's {counted(self.plain, 'parameter')}",
         ]
-        return f"LoRA in {self.model_name}", head, rows, lines
+        title = f"LoRA in {self.model_name}"
+        if self.is_dry_run:
+            title += " as it would be: a dry run, which has changed nothing"
+        return title, head, rows, lines
 
 
 def summary(model) -> Report:

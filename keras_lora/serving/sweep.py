@@ -12,7 +12,11 @@ from keras_lora.files.folder import Adapter
 from keras_lora.files.plot import draw_sweep
 from keras_lora.files.save import adapter_of
 from keras_lora.keras_internals.optimizers import unbuilt_copy
+from keras_lora.layers.arguments import MODEL_KEYWORDS
+from keras_lora.layers.arguments import refuse_foreign_keywords
+from keras_lora.layers.arguments import refusing_foreign_keywords
 from keras_lora.layers.arguments import with_defaults
+from keras_lora.layers.settings import is_number
 from keras_lora.models.adapt import refuse_adapters
 from keras_lora.models.apply import applied
 from keras_lora.models.apply import apply_lora
@@ -22,6 +26,10 @@ from keras_lora.serving.bank import AdapterBank
 from keras_lora.serving.sweep_data import Batches
 from keras_lora.serving.sweep_data import Validator
 from keras_lora.serving.sweep_data import split
+
+# What a setting may hold beside the words of `apply_lora`, and what it may not.
+SETTING_KEYWORDS = {**MODEL_KEYWORDS, "lr": "learning_rate"}
+del SETTING_KEYWORDS["learning_rate"]
 
 
 class Setting(NamedTuple):
@@ -95,6 +103,7 @@ class Sweep(Table, Sequence):
         draw_sweep(self, path)
 
 
+@refusing_foreign_keywords
 def sweep(
     model,
     data: tuple,
@@ -182,9 +191,24 @@ def named_settings(settings) -> dict:
                 "A setting is a dict of `learning_rate` and arguments of apply_lora. "
                 f"Received: {own!r}."
             )
+        refuse_foreign_keywords("A setting", own, SETTING_KEYWORDS)
+        refuse_no_rate(own.get("learning_rate", 0.0))
     if isinstance(settings, Mapping):
         return dict(settings)
     return {f"{place}": own for place, own in enumerate(settings, start=1)}
+
+
+def refuse_no_rate(rate):
+    """Raises ValueError if an optimizer of Keras would fail with this rate, or later.
+
+    A schedule is one, and any function.
+    """
+    if callable(rate) or (is_number(rate) and math.isfinite(rate) and rate >= 0):
+        return
+    raise ValueError(
+        "`learning_rate` must be a finite number >= 0 or a schedule. Received: "
+        f"learning_rate={rate!r}."
+    )
 
 
 def fresh_adapter(model, settings) -> Adapter:
