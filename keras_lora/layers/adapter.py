@@ -66,6 +66,7 @@ class LowRankAdapter(Scaled, AdapterFiles, keras.layers.Layer):
     magnitude = None  # DoRA's m
     has_gain = False  # whether outputs are multiplied too, as `for_bank` says
     beside_update = ""  # what it trains that A @ B does not show, in words
+    takes_value = False  # whether its keyword says more than that it is chosen
     takes_start = True  # a subclass with other factors says it for itself
     taken_off_by = "merge_lora(model) or remove_lora(model)"
     is_bank = False  # many adapters, which their bank alone may change

@@ -34,7 +34,7 @@ class LayerFiles:
         if self.loras:
             # A plain layer refuses a file with one entry more than it has variables;
             # without it some read what they know and leave A and B out, silently.
-            store["adapter"] = max(lora.rank for lora in self.loras.values())
+            store["adapter"] = max(x.settings.rank for x in self.loras.values())
 
     def load_own_variables(self, store):
         names = [name for name in store.keys() if name != "adapter"]  # noqa: SIM118

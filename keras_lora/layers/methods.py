@@ -2,6 +2,7 @@
 
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.dora import DoRAAdapter
+from keras_lora.layers.token_rows import TokenRows
 
 METHODS: dict[str | None, type[LowRankAdapter]] = {None: LowRankAdapter}
 
@@ -13,6 +14,7 @@ def register_method(adapter_class):
 
 
 register_method(DoRAAdapter)
+register_method(TokenRows)
 
 
 def method_in(options) -> type[LowRankAdapter]:
@@ -26,11 +28,12 @@ def more_suffixes() -> list:
 
 
 def take_method(keywords) -> dict:
-    """Takes the keyword that chooses a method out of a constructor's keywords."""
-    chosen = [word for word in METHODS if word and keywords.pop(word, False)]
+    """Takes the keyword of a method, with its value, out of a constructor's."""
+    given = {word: keywords.pop(word, False) for word in METHODS if word}
+    chosen = {word: value for word, value in given.items() if value}
     if len(chosen) > 1:
         raise ValueError(f"{' and '.join(chosen)} exclude each other.")
-    return dict.fromkeys(chosen, True)
+    return chosen
 
 
 def make_adapter(options, dtype, name="lora"):
@@ -39,7 +42,9 @@ def make_adapter(options, dtype, name="lora"):
     dtype: that of the host's variables.
     """
     options = dict(options)
-    method = method_in(take_method(options))
+    chosen = take_method(options)
+    method = method_in(chosen)
+    options |= chosen if method.takes_value else {}
     return method(**options, dtype=wide_dtype(dtype), name=name)
 
 

@@ -1,13 +1,16 @@
 """LoRA for a model that exists: its layers become LoRA layers, in place."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
+from typing import Any
 
 from keras_lora.keras_internals.calls import warn_caller
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.arguments import refusing_foreign_keywords
+from keras_lora.layers.token_rows import KEYWORD
 from keras_lora.models.adapt import refuse_adapters
 from keras_lora.models.adapt import refuse_unbuilt
 from keras_lora.models.change import adapted
@@ -19,6 +22,8 @@ from keras_lora.models.report import Report
 from keras_lora.models.tables import listed
 from keras_lora.models.targets import matching
 from keras_lora.models.targets import pattern_values
+from keras_lora.models.tokens import refuse_both
+from keras_lora.models.tokens import token_sites
 
 
 @refusing_foreign_keywords
@@ -27,7 +32,7 @@ def apply_lora(
     rank: int = 8,
     alpha: float | None = None,
     dropout: float = 0.0,
-    target: str | Sequence | type | Callable = "all-linear",
+    target: str | Sequence | type | Callable | None = "all-linear",
     exclude: str | Sequence | type | Callable | None = None,
     rank_pattern: Mapping | None = None,
     alpha_pattern: Mapping | None = None,
@@ -36,6 +41,7 @@ def apply_lora(
     bias: str = "none",
     also_train: str | Sequence | type | Callable | None = None,
     dry_run: bool = False,
+    trainable_token_indices: Sequence | Mapping | None = None,
 ) -> Report:
     """Gives layers of a model an adapter, in place, and freezes the rest.
 
@@ -54,11 +60,15 @@ def apply_lora(
             alpha / rank.
         dropout: Number in [0, 1) on the adapters' inputs while training; an
             embedding has none.
-        target: Which layers. "all-linear": Dense, EinsumDense, Conv1D/2D/3D but
-            those that make the model's outputs. Another string is a regular
-            expression for the whole path (encoder/query). A list holds paths,
-            their ends, names of layers or classes. Or a layer class, or a function
-            of (path, layer).
+        target: Which weights. "all-linear": those of Dense, EinsumDense, of
+            convolutions, transposed and pointwise ones too, and the kernels of
+            recurrent layers, but not what makes the model's outputs. "all": every
+            weight that can have an adapter, with embeddings, depthwise kernels and
+            experts. Another string is a regular expression for the whole path
+            (encoder/query). A list holds paths, their ends, names of layers or
+            classes. Or a layer class, or a function of (path, layer). A rule that
+            means a layer means all its weights; one weight of a layer that has
+            several is named by both, "lstm/recurrent_kernel".
         exclude: The same kinds of rule, for layers to leave out.
         rank_pattern: Dict from an expression for the end of a path to a rank.
         alpha_pattern: Dict from an expression for the end of a path to an alpha.
@@ -70,11 +80,15 @@ def apply_lora(
         also_train: Layers that train in full, such as a new head; a rule as
             `target`.
         dry_run: Boolean, only report: the model is left as it was.
+        trainable_token_indices: Ids of tokens whose rows in the model's token
+            embedding train, float32, and no other row of it; or a dict from the paths
+            of tables, or of Dense heads, to ids. A tied head uses the rows too. With
+            target=None nothing else gets an adapter.
 
     Returns:
-        A sequence of rows with .path .layer .rank .alpha, which prints as a table;
-        `.skipped` maps the paths of layers that were passed over to the reason, with
-        "all-linear" those too that have a kernel and are of no kind that is supported;
+        A sequence of rows with .path .layer .weight .rank .alpha, which prints as a
+        table; `.skipped` maps the paths of weights that were passed over to the
+        reason and what to do, for "all-linear" and "all" of all that could train;
         `.notes` says what could not be done, such as compiling again.
 
     Raises:
@@ -86,65 +100,85 @@ def apply_lora(
         [LoRA: Hu et al., 2021](https://arxiv.org/abs/2106.09685);
         [DoRA: Liu et al., 2024](https://arxiv.org/abs/2402.09353)
     """
-    with applied(
-        model,
-        rank,
-        alpha,
-        dropout,
-        target,
-        exclude,
-        rank_pattern,
-        alpha_pattern,
-        use_rslora,
-        use_dora,
-        bias,
-        also_train,
-    ) as (report, change):
+    request = Request(
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        target=target,
+        exclude=exclude,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+        use_rslora=use_rslora,
+        use_dora=use_dora,
+        bias=bias,
+        also_train=also_train,
+        trainable_token_indices=trainable_token_indices,
+    )
+    with applied(model, request) as (report, change):
         report.is_dry_run = bool(dry_run)
         if not dry_run:
             report.notes += change.keep()
     return report
 
 
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What apply_lora is asked for: its arguments but the model and `dry_run`."""
+
+    rank: int
+    alpha: float | None
+    dropout: float
+    target: Any
+    exclude: Any
+    rank_pattern: Mapping | None
+    alpha_pattern: Mapping | None
+    use_rslora: bool
+    use_dora: bool
+    bias: str
+    also_train: Any
+    trainable_token_indices: Any
+
+    def options(self, ranks, alphas, path) -> dict:
+        """The arguments of the adapter at a path."""
+        return {
+            "rank": ranks.get(path, self.rank),
+            "alpha": alphas.get(path, self.alpha),
+            "dropout": self.dropout,
+            "use_rslora": self.use_rslora,
+            "use_dora": self.use_dora,
+        }
+
+
 @contextlib.contextmanager
-def applied(
-    model,
-    rank,
-    alpha,
-    dropout,
-    target,
-    exclude,
-    rank_pattern,
-    alpha_pattern,
-    use_rslora,
-    use_dora,
-    bias,
-    also_train,
-):
+def applied(model, request: Request):
     """The model as apply_lora makes it, with its report, until the change is kept."""
-    checked_bias(bias)
-    LowRankAdapter(rank, alpha, dropout, use_rslora)  # errors without a path
+    checked_bias(request.bias)
+    LowRankAdapter(  # errors without a path
+        request.rank, request.alpha, request.dropout, request.use_rslora
+    )
     paths = layer_paths(model)
     refuse_unbuilt(model)
     refuse_adapters(paths)
+    also_train = request.also_train
     trained = matching(also_train, paths, "also_train") if also_train else []
-    chosen, skipped, notes = choose(model, paths, target, exclude, trained)
-    ranks = pattern_values(rank_pattern, chosen, "rank_pattern")
-    alphas = pattern_values(alpha_pattern, chosen, "alpha_pattern")
+    tokens = token_sites(paths, request.trainable_token_indices, trained)
+    chosen, skipped, notes = {}, {}, []
+    if request.target is not None or not tokens:
+        chosen, skipped, notes = choose(
+            model, paths, request.target, request.exclude, trained
+        )
+    refuse_both(tokens, chosen)
+    ranks = pattern_values(request.rank_pattern, chosen, "rank_pattern")
+    alphas = pattern_values(request.alpha_pattern, chosen, "alpha_pattern")
     adapters = {
-        site: {
-            "rank": ranks.get(path, rank),
-            "alpha": alphas.get(path, alpha),
-            "dropout": dropout,
-            "use_rslora": use_rslora,
-            "use_dora": use_dora,
-        }
-        for path, site in chosen.items()
+        site: request.options(ranks, alphas, path) for path, site in chosen.items()
     }
+    adapters |= {site: {KEYWORD: indices} for site, indices in tokens.values()}
     heads = [paths[path] for path in trained]
     with adapted(model, paths, adapters) as change:
         warn_of_high_ranks(chosen)
-        freeze_all_but_lora(model, bias, heads)
+        freeze_all_but_lora(model, request.bias, heads)
+        skipped = {p: why for p, why in skipped.items() if p not in tokens}
         yield Report(model, paths, skipped, notes), change
 
 

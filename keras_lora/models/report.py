@@ -26,8 +26,8 @@ class Row(NamedTuple):
 
     path: str
     layer: object
-    rank: int
-    alpha: float
+    rank: int | None
+    alpha: float | None
     scaling: float
     kind: str
     parameters: int
@@ -64,7 +64,10 @@ class Report(Table, Sequence):
         self.also_trained = [path for path, found in others.items() if found]
         self.beside = sum(map(count, others.values()))
         built = [site for site in sites.values() if site.lora.built]
-        self.adapted = sum(math.prod(site.kernel_shape) for site in built)
+        self.adapted = sum(
+            count(s.lora.weights) if s.lora.rank is None else math.prod(s.kernel_shape)
+            for s in built
+        )
         self.added = sum(count(row.adapter.weights) for row in self.rows)
         self.total = count(model.weights)
         self.trained = count(model.trainable_weights)
@@ -91,8 +94,8 @@ class Report(Table, Sequence):
             [
                 row.path,
                 row.kind,
-                str(row.rank),
-                f"{row.alpha:g}",
+                "" if row.rank is None else str(row.rank),
+                "" if row.alpha is None else f"{row.alpha:g}",
                 f"{row.scaling:g}",
                 f"{row.parameters:,}",
                 percent(row.share),

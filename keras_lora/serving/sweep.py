@@ -18,6 +18,7 @@ from keras_lora.layers.arguments import refusing_foreign_keywords
 from keras_lora.layers.arguments import with_defaults
 from keras_lora.layers.settings import is_number
 from keras_lora.models.adapt import refuse_adapters
+from keras_lora.models.apply import Request
 from keras_lora.models.apply import applied
 from keras_lora.models.apply import apply_lora
 from keras_lora.models.paths import layer_paths
@@ -215,5 +216,5 @@ def fresh_adapter(model, settings) -> Adapter:
     """What apply_lora would give a model, which stays as it is."""
     arguments = with_defaults(apply_lora, model, **settings)
     del arguments["dry_run"]
-    with applied(**arguments):
+    with applied(arguments.pop("model"), Request(**arguments)):
         return adapter_of(model)

@@ -1,0 +1,158 @@
+"""Rows of a frozen table that train by themselves: trainable_token_indices."""
+
+import numbers
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_lora.layers.adapter import LowRankAdapter
+
+KEYWORD = "trainable_token_indices"
+
+
+@keras.saving.register_keras_serializable(package="keras_lora")
+class TokenRows(LowRankAdapter):
+    """Trainable rows in the place of some of a frozen table's.
+
+        y = rows[i] where inputs[..] = indices[i], else W[inputs]
+
+        W     (vocabulary, dim)   frozen
+        rows  (n, dim)            start as W[indices]
+
+    A head that is tied to the table uses the rows too. For a Dense head they are
+    columns of its kernel, one for each token. Rows are float32 over every table, also
+    a quantized one. There is no rank: merging writes the rows into W.
+
+    Args:
+        trainable_token_indices: Whole numbers >= 0, each once: the rows that train.
+
+    Raises:
+        ValueError: If an index is none, or given twice.
+
+    Reference:
+        PEFT's `trainable_token_indices`.
+    """
+
+    keyword = KEYWORD
+    takes_value = True
+    factor_names = ("rows",)
+    beside_update = "rows of the table"
+    takes_start = False
+    rank = alpha = None  # type: ignore[assignment]
+
+    def __init__(self, trainable_token_indices, dtype=None, name=None, **others):
+        super().__init__(1, dtype=dtype, name=name)
+        self.indices = checked_indices(trainable_token_indices)
+
+    def build_factors(self, form, regularizer, read_kernel):
+        self.axis = 0 if form.looks_up else 1
+        kernel = read_kernel(self.variable_dtype)
+        refuse_outside(self.indices, kernel.shape[self.axis])
+        self.rows = self.add_factor(
+            "rows",
+            (len(self.indices), kernel.shape[1 - self.axis]),
+            lambda shape, dtype: self.own_rows(read_kernel(self.variable_dtype)),
+        )
+
+    def own_rows(self, kernel):
+        """Those of the table itself."""
+        kernel = ops.transpose(kernel) if self.axis else kernel
+        return ops.take(kernel, np.array(self.indices), axis=0)
+
+    def effective_kernel(self, kernel):
+        """W with the rows that train in the place of its own."""
+        kernel = ops.cast(kernel, self.variable_dtype)
+        kernel = ops.transpose(kernel) if self.axis else kernel
+        places = np.array(self.indices)[:, None]
+        own = ops.take(kernel, places[:, 0], axis=0)
+        rows = ops.where(self.switched > 0, ops.convert_to_tensor(self.rows), own)
+        kernel = ops.scatter_update(kernel, places, rows)
+        return ops.transpose(kernel) if self.axis else kernel
+
+    def delta(self):
+        kernel = self.read_table()
+        return ops.subtract(self.effective_kernel(kernel), kernel)
+
+    def build(self, form, regularizer=None, read_kernel=None):
+        self.read_table = lambda: read_kernel(self.variable_dtype)
+        super().build(form, regularizer, read_kernel)
+
+    def outputs(self, host, inputs, training):
+        if host.form.looks_up:
+            return self.looked_up(host, inputs)
+        if host.merges_in_call:
+            kernel = ops.stop_gradient(host.base_kernel(self.variable_dtype))
+            return host.apply_kernel(inputs, self.effective_kernel(kernel))
+        return self.with_columns(host, inputs)
+
+    def looked_up(self, host, inputs):
+        outputs = ops.cast(host.frozen_linear(inputs), self.variable_dtype)
+        ids = ops.cast(inputs, "int32")
+        order = np.argsort(self.indices)
+        known = np.array(self.indices, "int32")[order]
+        place = ops.searchsorted(known, ops.reshape(ids, (-1,)))
+        place = ops.minimum(ops.reshape(place, ops.shape(ids)), len(known) - 1)
+        is_own = ops.equal(ops.take(known, place), ids)
+        is_own = ops.logical_and(is_own, self.switched > 0)
+        own = ops.convert_to_tensor(self.rows)
+        rows = ops.take(own, ops.take(order.astype("int32"), place), axis=0)
+        return ops.where(ops.expand_dims(is_own, -1), rows, outputs)
+
+    def with_columns(self, host, inputs):
+        """The outputs of a quantized head, some columns of them by the rows."""
+        outputs = host.frozen_linear(inputs)
+        own = host.apply_kernel(
+            inputs,
+            self.rows if host.form.input_axes == (1,) else ops.transpose(self.rows),
+        )
+        size = outputs.shape[-1]
+        source = np.arange(size)
+        source[list(self.indices)] = size + np.arange(len(self.indices))
+        both = ops.concatenate([outputs, ops.cast(own, outputs.dtype)], axis=-1)
+        return ops.where(self.switched > 0, ops.take(both, source, axis=-1), outputs)
+
+    # What is kept.
+
+    def options(self):
+        return {KEYWORD: list(self.indices)}
+
+    def save_own_variables(self, store):
+        keras.layers.Layer.save_own_variables(self, store)
+
+    def load_own_variables(self, store):
+        keras.layers.Layer.load_own_variables(self, store)
+
+    def for_bank(self):
+        raise ValueError("A bank keeps no rows of a table for each adapter.")
+
+
+def checked_indices(indices) -> tuple:
+    """The ids that a user gives, as whole numbers; a ValueError where they are none."""
+    try:
+        found = list(indices)
+    except TypeError:
+        found = [None]
+    whole = all(
+        isinstance(i, (numbers.Integral, np.integer)) and not isinstance(i, bool)
+        for i in found
+    )
+    if not found or not whole or min(found) < 0:
+        raise ValueError(
+            f"`{KEYWORD}` must be ids of tokens, whole numbers >= 0. Received: "
+            f"{indices!r}."
+        )
+    twice = sorted({int(i) for i in found if found.count(i) > 1})
+    if twice:
+        raise ValueError(f"`{KEYWORD}` has {twice[:5]} more than once: each id once.")
+    return tuple(int(i) for i in found)
+
+
+def refuse_outside(indices, size):
+    """Raises if a table of a size has no row for an id."""
+    outside = [i for i in indices if i >= size]
+    if outside:
+        raise ValueError(
+            f"`{KEYWORD}` has {outside[:5]}, and the table has {size} rows: ids from "
+            f"0 to {size - 1}. Make the table larger first."
+        )

@@ -1,0 +1,193 @@
+"""trainable_token_indices: rows of a frozen table that train by themselves."""
+
+import keras
+import numpy as np
+import pytest
+from layer_cases import fill
+from layer_cases import to_numpy
+from shared import assert_close
+from shared import assert_equal_bits
+
+import keras_lora
+
+L = keras.layers
+IDS = [7, 3, 11]
+X = np.array([[1, 2, 3, 7, 5], [7, 7, 9, 0, 11]], "int32")
+
+
+def tied(vocabulary=12, dtype="float32"):
+    keras.utils.set_random_seed(3)
+    inputs = keras.Input((5,), dtype="int32")
+    table = L.ReversibleEmbedding(vocabulary, 6, name="token_embedding", dtype=dtype)
+    hidden = L.Dense(6, name="middle", dtype=dtype)(table(inputs))
+    return keras.Model(inputs, table(hidden, reverse=True))
+
+
+def untied(dtype="float32"):
+    keras.utils.set_random_seed(4)
+    inputs = keras.Input((5,), dtype="int32")
+    hidden = L.Embedding(12, 6, name="table", dtype=dtype)(inputs)
+    return keras.Model(inputs, L.Dense(12, name="head", dtype=dtype)(hidden))
+
+
+def with_rows(model, name, rows, ids=IDS):
+    """A plain model of which some rows of a table are others."""
+    table = model.get_layer(name).embeddings
+    values = to_numpy(table)
+    values[ids] = rows
+    table.assign(values)
+    return model
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("build, name", [(tied, "token_embedding"), (untied, "table")])
+def test_rows_take_the_place_of_the_tables_own(build, name, dtype):
+    model, before = build(dtype=dtype), to_numpy(build(dtype=dtype)(X))
+    report = keras_lora.apply_lora(model, target=None, trainable_token_indices=IDS)
+    (row,) = report
+    assert (row.path, row.rank, row.parameters) == (name, None, 3 * 6)
+    lora = model.get_layer(name).lora
+    assert lora.indices == tuple(IDS)
+    assert lora.rows.dtype == "float32"
+    assert report.trained == 3 * 6
+    for training in (True, False):
+        assert_equal_bits(model(X, training=training), before)
+    rows = np.random.default_rng(1).standard_normal((3, 6)).astype("float32")
+    lora.rows.assign(rows)
+    expected = to_numpy(with_rows(build(dtype=dtype), name, rows)(X))
+    assert np.abs(expected - before).max() > 0.1
+    for training in (True, False):
+        assert_equal_bits(model(X, training=training), expected)
+    with keras_lora.disabled(model):
+        assert_equal_bits(model(X), before)
+    with keras_lora.merged(model):
+        assert_equal_bits(model(X), expected)
+    keras_lora.merge_lora(model)
+    assert type(model.get_layer(name)) in (L.ReversibleEmbedding, L.Embedding)
+    assert_equal_bits(model(X), expected)
+
+
+def test_only_these_rows_move():
+    model = tied()
+    keras_lora.apply_lora(model, target=None, trainable_token_indices=IDS)
+    layer = model.get_layer("token_embedding")
+    table, rows = to_numpy(layer.embeddings), to_numpy(layer.lora.rows)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(1.0), loss, jit_compile=False)
+    model.fit(X, X, epochs=2, verbose=0)
+    assert_equal_bits(layer.embeddings, table)
+    assert (np.abs(to_numpy(layer.lora.rows) - rows).max(axis=1) > 1e-3).all()
+    trained = [v.path for v in model.trainable_weights]
+    assert trained == [layer.lora.rows.path]
+
+
+def test_gradients_are_those_of_the_whole_tables_rows():
+    """A step of SGD over rows alone, and over the whole table of a plain model."""
+    model, plain = tied(), tied()
+    keras_lora.apply_lora(model, target=None, trainable_token_indices=IDS)
+    plain.get_layer("middle").trainable = False
+    for each in (model, plain):
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        each.compile(keras.optimizers.SGD(0.5), loss, jit_compile=False)
+        each.fit(X, X, verbose=0)
+    rows = to_numpy(model.get_layer("token_embedding").lora.rows)
+    assert_close(rows, to_numpy(plain.get_layer("token_embedding").embeddings)[IDS])
+
+
+def test_beside_lora_and_in_keras_files(tmp_path):
+    model = tied()
+    report = keras_lora.apply_lora(
+        model,
+        rank=2,
+        target=["middle"],
+        trainable_token_indices={"token_embedding": IDS},
+    )
+    assert [row.rank for row in report] == [None, 2]
+    assert "token_embedding" in str(report)
+    fill(model.get_layer("token_embedding").lora.rows, 1)
+    fill(model.get_layer("middle").lora.b, 2)
+    expected = to_numpy(model(X))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert_equal_bits(loaded(X), expected)
+    assert loaded.get_layer("token_embedding").lora.indices == tuple(IDS)
+    keras_lora.remove_lora(model)
+    assert_equal_bits(model(X), tied()(X))
+
+
+def test_columns_of_a_head():
+    model, before = untied(), to_numpy(untied()(X))
+    ids = {"head": [2, 0]}
+    keras_lora.apply_lora(model, target=None, trainable_token_indices=ids)
+    head = model.get_layer("head")
+    assert_equal_bits(model(X), before)
+    fill(head.lora.rows, 5)
+    kernel = to_numpy(head.kernel)
+    kernel[:, [2, 0]] = to_numpy(head.lora.rows).T
+    plain = untied()
+    plain.get_layer("head").kernel.assign(kernel)
+    for training in (True, False):
+        assert_equal_bits(model(X, training=training), plain(X))
+
+
+@pytest.mark.filterwarnings("ignore:.*x.T")  # Keras's own, on torch
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_rows_beside_a_quantized_table(mode):
+    model = tied()
+    for name in ("token_embedding", "middle"):
+        model.get_layer(name).quantize(mode)
+    before = to_numpy(model(X))
+    keras_lora.apply_lora(model, target=None, trainable_token_indices=IDS)
+    lora = model.get_layer("token_embedding").lora
+    fill(lora.rows, 3)
+    for training in (True, False):
+        found = to_numpy(model(X, training=training))
+        assert found.shape == before.shape
+        hidden = keras.Model(model.input, model.get_layer("middle").output)
+        columns = to_numpy(hidden(X)) @ to_numpy(lora.rows).T
+        assert_close(found[..., IDS], columns)
+    with keras_lora.disabled(model):
+        assert_close(model(X), before, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ([3, 3], r"\[3\] more than once"),
+        ([12], "12 rows"),
+        ([-1], "whole numbers >= 0"),
+        ([], "whole numbers >= 0"),
+        ([1.5], "whole numbers >= 0"),
+        ([True], "whole numbers >= 0"),
+        (7, "whole numbers >= 0"),
+        ({"middle2": [1]}, "matches no layer"),
+        ({"flat": [1]}, "no embedding and no Dense head"),
+    ],
+)
+def test_ids_that_are_none(given, message):
+    model = tied()
+    model = keras.Model(model.input, L.Flatten(name="flat")(model.output))
+    before = to_numpy(model(X))
+    with pytest.raises(ValueError, match=message):
+        keras_lora.apply_lora(model, target=None, trainable_token_indices=given)
+    assert_equal_bits(model(X), before)
+    assert not [v for v in model.weights if "lora" in v.path]
+
+
+def test_a_table_is_a_target_or_has_rows():
+    with pytest.raises(ValueError, match="W cannot have an update and other rows"):
+        keras_lora.apply_lora(
+            tied(), target=["token_embedding"], trainable_token_indices=IDS
+        )
+    with pytest.raises(ValueError, match="in `also_train`"):
+        keras_lora.apply_lora(
+            untied(), also_train=["head"], trainable_token_indices={"head": [1]}
+        )
+    inputs = keras.Input((5,), dtype="int32")
+    outputs = L.Add()([L.Embedding(9, 3)(inputs), L.Embedding(9, 3)(inputs)])
+    two = keras.Model(inputs, outputs)
+    with pytest.raises(ValueError, match=r"2 embeddings, .*as a dict"):
+        keras_lora.apply_lora(two, target=None, trainable_token_indices=[1])
+    plain = keras.Sequential([keras.Input((5,)), L.Dense(3)])
+    with pytest.raises(ValueError, match="0 embeddings"):
+        keras_lora.apply_lora(plain, target=None, trainable_token_indices=[1])
