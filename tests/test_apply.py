@@ -15,6 +15,7 @@ from pretrained import Pretrained
 from pretrained import convolutional
 from pretrained import sequential
 from pretrained import transformer
+from seeds import set_seed
 from shared import HEADS
 from shared import adapt
 from shared import assert_close
@@ -617,7 +618,7 @@ def test_a_warning_of_a_kernel_that_its_owner_reads_names_the_callers_line():
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_one_layer_by_itself(case, named, tmp_path):
     def build():
-        keras.utils.set_random_seed(1)
+        set_seed(1)
         cls = case.layer_class.plain_class
         layer = cls(**case.arguments, **({"name": "alone"} if named else {}))
         layer(case.inputs(2))

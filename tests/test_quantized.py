@@ -400,7 +400,7 @@ def model_of(host, mode, adapted=True, eager=True, seed=3):
     return model, inputs, targets
 
 
-def losses(model, inputs, targets, epochs=3, **more):
+def losses(model, inputs, targets, epochs=2, **more):
     options = {"batch_size": 8, "shuffle": False, "verbose": 0, **more}
     fitted = model.fit(inputs, targets, epochs=epochs, **options)
     return fitted.history["loss"]
@@ -418,7 +418,7 @@ def test_training_moves_the_adapter_alone_and_goes_on_after_reloading(
     model, inputs, targets = model_of(HOSTS[name], mode, eager=eager)
     host = model.get_layer("host")
     before = integers(host)
-    first = losses(model, inputs, targets, epochs=8)
+    first = losses(model, inputs, targets, epochs=5)
     assert first[-1] < first[0]
     assert_unmoved(host, before)
     model.save(tmp_path / "model.keras")
