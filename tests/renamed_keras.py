@@ -37,7 +37,13 @@ USES = {
         "model = network()",
         "keras_lora.apply_lora(model, rank=2)",
     ),
-    private_names.BANKS: ("", "keras_lora.AdapterBank(model, target=['a'])"),
+    private_names.REMAT: (
+        "scope = keras.RematScope(mode='full');"
+        "scope.__enter__();"
+        "layer = keras_lora.LoRADense(4, dropout=0.5);"
+        "scope.__exit__()",
+        "layer(keras.ops.ones((2, 3)), training=True)",
+    ),
     private_names.MASKS: (
         "model = keras.Sequential([keras.Input((3,), dtype='int32'),"
         "keras.layers.ReversibleEmbedding(5, 4, name='a')])",

@@ -34,7 +34,6 @@ MODELS = "adapters of a model that exists"
 QUANTIZED = "adapters over quantized kernels"
 LORA_PLUS = "LoRAPlus"
 LAYOUTS = "adapters under keras.distribution"
-BANKS = "banks of adapters"
 REMAT = "dropout of adapters in a keras.RematScope"
 MASKS = "ReversibleEmbedding and AdapterBank.fit"
 HUB = 'names="transformers"'
@@ -178,7 +177,7 @@ TABLE = [
     ),
     PrivateName(
         "Model._jax_state",
-        BANKS,
+        MODELS,
         "What a loop that failed has left there would become the weights.",
         lambda: not probes.ON_JAX or probes.mentions(keras.Model, "_jax_state"),
     ),

@@ -11,6 +11,7 @@ import functools
 
 import keras
 
+from keras_lora.keras_internals.calls import keeping_weights
 from keras_lora.keras_internals.calls import legacy_format
 from keras_lora.keras_internals.classes import change_class
 from keras_lora.keras_internals.classes import seen_as
@@ -175,12 +176,33 @@ def adapted_class(cls):
     for method in (save, save_to_preset, make_train_function):
         if hasattr(cls, method.__name__):
             own[method.__name__] = method
+    own |= {name: kept(getattr(cls, name)) for name in LOOPS if hasattr(cls, name)}
     adapted = type(cls.__name__, (Adapted, cls), own)
     register(adapted)
     # Behind the name stands the mixin: a class that is listed there is taken for one
     # of KerasHub's own when it looks for the task of a preset.
     register(Adapted)
     return adapted
+
+
+LOOPS = (
+    *("fit", "evaluate", "predict"),
+    *("train_on_batch", "test_on_batch", "predict_on_batch"),
+)
+
+
+def kept(loop):
+    """A method that runs a model, where no error costs the model its weights.
+
+    What a layer refuses in its call is raised when Keras on JAX has taken them.
+    """
+
+    @functools.wraps(loop)
+    def run(self, *args, **kwargs):
+        with keeping_weights(self):
+            return loop(self, *args, **kwargs)
+
+    return run
 
 
 def save(self, filepath, *args, **kwargs):

@@ -17,8 +17,6 @@ from keras_lora.keras_internals.layers import guard_assign
 from keras_lora.keras_internals.layers import layer_state
 from keras_lora.keras_internals.layers import release_assign
 from keras_lora.keras_internals.models_around import holders
-from keras_lora.keras_internals.private_names import BANKS
-from keras_lora.keras_internals.private_names import require
 from keras_lora.layers.settings import checked_rank
 from keras_lora.models.adapt import refuse_adapters
 from keras_lora.models.paths import layer_paths
@@ -89,7 +87,6 @@ class AdapterBank(Artefacts, Calls, OutsideCalls, Training, keras.Model):
         target: str | Sequence | type | Callable | None = None,
         names: str | Mapping | Callable | None = None,
     ):
-        require(BANKS)
         paths = layer_paths(model)
         refuse_adapters(paths)
         bring_weights_back(model)
