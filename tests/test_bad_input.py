@@ -244,7 +244,10 @@ def test(how, folder):
             del sys.modules[name]
     import keras_lora
 
-    for model in (attended, dense):
+    files = folder + "/attended.keras", folder + "/dense.keras"
+    for path in files:
+        open(path, "w").write("an earlier model")
+    for model, path in zip((attended, dense), files):
         for function in (
             lambda: keras_lora.save_adapter(model, folder + "/adapter"),
             lambda: first.save_adapter(model, folder + "/adapter"),
@@ -252,7 +255,7 @@ def test(how, folder):
             lambda: keras_lora.merge_lora(model),
             lambda: keras_lora.summary(model),
             lambda: keras_lora.AdapterBank(model, target=["last"]),
-            lambda: model.save(folder + "/model.keras"),
+            lambda: model.save(path),
         ):
             try:
                 function()
@@ -260,8 +263,9 @@ def test(how, folder):
                 assert "by another copy of keras_lora" in str(error), error
             else:
                 raise AssertionError(f"nothing was said after a second {how}")
-    # Keras opens it before it asks.
-    assert os.listdir(folder) in ([], ["model.keras"])
+    assert sorted(os.listdir(folder)) == ["attended.keras", "dense.keras"]
+    # Of a model that was never adapted as a whole, Keras opens the file and asks then.
+    assert open(files[0]).read() == "an earlier model"
 
 for how in ("import", "reload"):  # a reload leaves classes of two copies behind
     folder = os.path.join(sys.argv[1], how)

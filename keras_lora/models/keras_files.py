@@ -206,7 +206,8 @@ def kept(loop):
 
 
 def save(self, filepath, *args, **kwargs):
-    """Refuses the old format before Keras opens the file, which it would empty."""
+    """Refuses what cannot be read before Keras opens the file, which it would empty."""
+    flatten_layers(self)  # which has none that another copy of this package adapted
     if str(filepath).endswith((".h5", ".hdf5")):
         refuse_legacy_format(self)
     self.plain_owner.save(self, filepath, *args, **kwargs)
