@@ -193,3 +193,25 @@ def test_onnx_takes_ids(tmp_path):
     wrong = np.array([-1, 3, 99, 0, 1], "int32")
     (found,) = session.run(None, {**data, "adapter": wrong})
     assert np.isnan(found).all(axis=1).tolist() == [True, True, True, False, False]
+
+
+@pytest.mark.slow  # and what CI alone installs
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize`")
+def test_onnx_of_a_bank_over_integers(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("tf2onnx")
+    inputs = keras.Input((6,))
+    model = keras.Model(inputs, keras.layers.Dense(5, name="host")(inputs))
+    model.quantize("int4")
+    x = np.random.default_rng(0).standard_normal((4, 6)).astype("float32")
+    base = to_numpy(model(x))
+    bank = AdapterBank(model, capacity=2, max_rank=2, target=["host"])
+    bank.export(tmp_path / "bank.onnx", format="onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "bank.onnx")
+    ids = np.asarray(bank.ids([None] * 4))
+    data = {
+        spec.name: ids if spec.name == "adapter" else x for spec in session.get_inputs()
+    }
+    (found,) = session.run(None, data)
+    np.testing.assert_allclose(found, base, rtol=0, atol=1e-5 * np.abs(base).max())

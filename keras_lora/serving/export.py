@@ -5,8 +5,10 @@ import re
 
 import keras
 
+from keras_lora.layers.quantized_host import without_gradients
 from keras_lora.models.atomic import replacing
 from keras_lora.models.export import assert_replaceable
+from keras_lora.models.runtimes import assert_runs
 from keras_lora.serving.slots import Stacks
 from keras_lora.serving.slots import write_slot
 
@@ -85,8 +87,9 @@ def export_by_id(bank, export, path, **kwargs):
     ids = keras.InputSpec(shape=(None,), dtype="int32", name="adapter")
     data = {"inputs": bank.hosts.input_specs, "adapter": ids}
     kwargs = {"verbose": False, "input_signature": [data], **kwargs}
-    with replacing(path) as new:
+    with replacing(path) as new, without_gradients():
         export(str(new), **kwargs)
+        assert_runs(new, kwargs["format"])
 
 
 def swap_names(bank) -> dict:
