@@ -128,7 +128,7 @@ def refuse_unknown_modules(factors, modules):
 
 def prefix_between(factors, modules) -> str:
     """A sentence where all modules of a file have a prefix more, or one less."""
-    hosts = {module for module, layer in modules.items() if can_hold(layer)}
+    hosts = {module for module, site in modules.sites.items() if can_hold(site)}
     first = min(factors)
     for module in hosts:
         longer, shorter = sorted((first, module), key=len, reverse=True)
