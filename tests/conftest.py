@@ -1,4 +1,5 @@
 import gc
+import itertools
 import os
 import types
 
@@ -6,6 +7,8 @@ import pytest
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("JAX_ENABLE_X64", "1")  # for the comparisons in float64
+
+TESTS = itertools.count(1)
 
 # Keras is imported in the functions: the process that hands out tests needs none.
 
@@ -40,6 +43,11 @@ def fresh_state():
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy("float32")
     keras.config.enable_traceback_filtering()
+    # Each change of a model looks through all objects: those that TensorFlow keeps of
+    # earlier tests are as many as make it take longer than the rest of a test.
+    if next(TESTS) % 5 == 0:
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
