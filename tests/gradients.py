@@ -12,7 +12,12 @@ def gradients(layer, inputs, weights, training=True, compiled=False):
 
 
 def factors(layer):
-    return [variable.value for variable in layer.lora.named_factors().values()]
+    return [variable.value for variable in factor_variables(layer)]
+
+
+def factor_variables(layer):
+    adapters = layer.loras.values()
+    return [x for adapter in adapters for x in adapter.named_factors().values()]
 
 
 def _tensorflow(layer, inputs, weights, training, compiled):
@@ -55,7 +60,7 @@ def _jax(layer, inputs, weights, training, compiled):
     found = jax.jit(found) if compiled else found
     of_trained, *of_inputs = found(trained, inputs)
     ids = [id(v) for v in layer.trainable_variables]
-    own = [of_trained[ids.index(id(v))] for v in layer.lora.named_factors().values()]
+    own = [of_trained[ids.index(id(v))] for v in factor_variables(layer)]
     return [np.asarray(g) for g in (*own, *of_inputs)]
 
 

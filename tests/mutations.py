@@ -740,7 +740,7 @@ FAULTS = {
     ],
     "files/for_model.py": [
         (
-            "hint += prefix_between(factors, modules)",
+            "hint += prefix_between(factors, able)",
             "pass",
             "test_other_formats.py -k prefix",
         ),

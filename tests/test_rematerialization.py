@@ -7,7 +7,9 @@ import test_quantized
 from gradients import gradients
 from layer_cases import CASES
 from layer_cases import DORA
+from layer_cases import EVERY
 from layer_cases import KINDS
+from layer_cases import SUBSTITUTED
 from layer_cases import fill
 from layer_cases import over
 from layer_cases import to_numpy
@@ -46,7 +48,10 @@ class Around(keras.layers.Layer):
     def __init__(self, layer, remat=False):
         super().__init__()
         self.block = Block(layer, remat)
-        self.lora = layer.lora
+
+    @property
+    def loras(self):
+        return self.block.layer.loras
 
     def call(self, inputs, training=None):
         return self.block(inputs, training=training)
@@ -69,16 +74,18 @@ def weights_of(layer, inputs):
 
 
 def found(layer, inputs, weights):
-    if layer.lora.seed_generator is not None:
-        layer.lora.seed_generator.state.assign([3, 5])
+    for adapter in layer.loras.values():
+        if adapter.seed_generator is not None:
+            adapter.seed_generator.state.assign([3, 5])
     return gradients(layer, inputs, weights)
 
 
-def assert_same_gradients(rematerialized, plain, inputs, monkeypatch):
+def assert_same_gradients(rematerialized, plain, inputs, monkeypatch, merges=False):
     weights = weights_of(plain, inputs)
     expected = found(plain, inputs, weights)
     rematerialized(inputs)  # which builds what is around it
-    refuse_merged_kernels(monkeypatch)
+    if not merges:
+        refuse_merged_kernels(monkeypatch)
     for own, other in zip(
         found(rematerialized, inputs, weights), expected, strict=True
     ):
@@ -86,20 +93,28 @@ def assert_same_gradients(rematerialized, plain, inputs, monkeypatch):
         assert_close(own, other)
 
 
-@over(CASES + DORA)
+@over(EVERY + DORA)
 def test_layers_made_in_a_scope_train(case, monkeypatch):
     plain, rematerialized = case.trained_layer(), in_scope(case)
     rematerialized.set_weights(plain.get_weights())
     assert_same_gradients(
-        Around(rematerialized), Around(plain), case.inputs(), monkeypatch
+        Around(rematerialized),
+        Around(plain),
+        case.inputs(),
+        monkeypatch,
+        merges=case.substituted,
     )
 
 
-@over(KINDS + DORA)
+@over(KINDS + SUBSTITUTED + DORA)
 def test_functions_under_remat_train(case, monkeypatch):
-    layer = case.trained_layer(dropout=0.0)
+    layer = case.trained_layer(**({} if case.substituted else {"dropout": 0.0}))
     assert_same_gradients(
-        Around(layer, remat=True), Around(layer), case.inputs(), monkeypatch
+        Around(layer, remat=True),
+        Around(layer),
+        case.inputs(),
+        monkeypatch,
+        merges=case.substituted,
     )
 
 

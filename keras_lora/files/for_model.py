@@ -117,7 +117,7 @@ def refuse_unknown_modules(factors, modules):
             able = [m for m, site in modules.sites.items() if can_hold(site)]
             close = difflib.get_close_matches(module, able, n=3, cutoff=0.3)
             hint = f" Close are: {close}." if close else ""
-            hint += prefix_between(factors, modules)
+            hint += prefix_between(factors, able)
             raise ValueError(
                 f"The file has an adapter for {module!r}, which the model has not"
                 f"{' in a form that can be adapted' if layer is not None else ''}."
@@ -126,11 +126,13 @@ def refuse_unknown_modules(factors, modules):
             )
 
 
-def prefix_between(factors, modules) -> str:
-    """A sentence where all modules of a file have a prefix more, or one less."""
-    hosts = {module for module, site in modules.sites.items() if can_hold(site)}
-    first = min(factors)
-    for module in hosts:
+def prefix_between(factors, able) -> str:
+    """A sentence where all modules of a file have a prefix more, or one less.
+
+    able: the model's modules that can have an adapter.
+    """
+    first, hosts = min(factors), set(able)
+    for module in able:
         longer, shorter = sorted((first, module), key=len, reverse=True)
         prefix = longer.removesuffix(f".{shorter}")
         if prefix == longer:

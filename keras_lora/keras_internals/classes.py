@@ -102,7 +102,9 @@ def changed_view(held, values, seen, cls=None):
             key: changed_view(getattr(held, key), own, seen)
             for key, own in inside.items()
         }
-        view = twin(held, cls or type(held), changed)
+        # A cell that TensorFlow computes once more by itself, inside of a layer that it
+        # does so with, would have no gradient for what is no variable.
+        view = twin(held, cls or type(held), {**changed, "_remat_mode": None})
         seen.append((held, view, dict(vars(view))))
         return view
     copied = dict(held) if isinstance(held, dict) else list(held)

@@ -34,7 +34,7 @@ MODELS = "adapters of a model that exists"
 QUANTIZED = "adapters over quantized kernels"
 LORA_PLUS = "LoRAPlus"
 LAYOUTS = "adapters under keras.distribution"
-REMAT = "dropout of adapters in a keras.RematScope"
+REMAT = "adapters in a keras.RematScope"
 MASKS = "ReversibleEmbedding and AdapterBank.fit"
 HUB = 'names="transformers"'
 IN_FUNCTIONS = "layers with `use_dora` that are built inside a compiled function"
@@ -180,6 +180,12 @@ TABLE = [
         MODELS,
         "What a loop that failed has left there would become the weights.",
         lambda: not probes.ON_JAX or probes.mentions(keras.Model, "_jax_state"),
+    ),
+    PrivateName(
+        "Operation._remat_mode",
+        REMAT,
+        "A cell that computes with W + delta is computed once more with its layer.",
+        probes.has("_remat_mode"),
     ),
     PrivateName(
         "SeedGenerator._initial_seed",

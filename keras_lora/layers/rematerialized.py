@@ -26,6 +26,7 @@ class Rematerialized:
     """
 
     def rematerialized_call(self, call, *args, **kwargs):
+        require(REMAT)
         fixed = {name: x for name, x in kwargs.items() if not has_gradient(x)}
         seeds = drawn_seeds(self) if kwargs.get("training") is True else {}
 
@@ -56,8 +57,6 @@ def drawn_seeds(layer) -> dict:
     """{id of an adapter that has dropout: a seed for one call of the layer}."""
     adapters = [getattr(part, "lora", None) for part in flatten_layers(layer)]
     dropping = [x for x in adapters if getattr(x, "seed_generator", None) is not None]
-    if dropping:
-        require(REMAT)
     return {id(adapter): generator_of(adapter).next() for adapter in dropping}
 
 
