@@ -159,6 +159,38 @@ def test_blocks_made_in_a_scope_train():
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
+class Bound(keras.layers.Layer):
+    """As the documentation of `keras.remat` has it."""
+
+    def __init__(self, weights, **kwargs):
+        super().__init__(**kwargs)
+        self.count = weights
+        self.function = keras.remat(self.inner)
+
+    def build(self, input_shape):
+        shape = (input_shape[-1], input_shape[-1])
+        names = [f"w{n}" for n in range(self.count)]
+        self.listed = [self.add_weight(shape=shape, name=name) for name in names]
+
+    def inner(self, inputs):
+        for weight in self.listed:
+            inputs = keras.ops.matmul(inputs, weight)
+        return inputs
+
+    def call(self, inputs):
+        return self.function(inputs)
+
+
+@pytest.mark.parametrize("weights", [1, 2])
+def test_functions_that_are_bound_to_a_layer_are_refused(weights):
+    """They compute with the weights of the layer, and not with those of a call."""
+    layer = Bound(weights, name="bound")
+    model = keras.Sequential([keras.Input((4,)), layer])
+    with pytest.raises(ValueError, match=r"'bound' keeps 'function'.*in `call`"):
+        keras_lora.apply_lora(model, target=["bound"])
+    assert type(layer) is Bound
+
+
 @over(DROPOUT)
 def test_dropout_under_remat_of_a_function_is_refused(case):
     around, inputs = Around(case.trained_layer(), remat=True), case.inputs()

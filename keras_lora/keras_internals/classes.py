@@ -1,7 +1,9 @@
 """A built layer under another class: for good, or as a second view of its state."""
 
+import contextlib
 import functools
 import inspect
+import types
 
 import keras
 
@@ -68,6 +70,23 @@ def twin(layer, cls, changed):
     view = object.__new__(cls)
     object.__setattr__(view, "__dict__", {**vars(layer), **changed})
     return view
+
+
+def bound_functions(layer) -> list:
+    """Names of what a layer holds that runs a method of it, `keras.remat(self.f)` say.
+
+    Not those that Keras puts in front of methods, under their own names.
+    """
+    found = []
+    for name, value in vars(layer).items():
+        cells = getattr(value, "__closure__", None) or ()
+        inside = [value, getattr(value, "__wrapped__", None)]
+        with contextlib.suppress(ValueError):  # a cell that is empty still
+            inside += [cell.cell_contents for cell in cells]
+        methods = [x for x in inside if isinstance(x, types.MethodType)]
+        if any(x.__self__ is layer and x.__name__ != name for x in methods):
+            found.append(name)
+    return found
 
 
 def call_with(layer, cls, values, args, kwargs):

@@ -4,6 +4,7 @@ import keras
 
 from keras_lora.keras_internals.calls import in_a_call
 from keras_lora.keras_internals.calls import warn_caller
+from keras_lora.keras_internals.classes import bound_functions
 from keras_lora.layers.quantized_host import own_kernel
 from keras_lora.layers.quantized_host import refuse_mode
 from keras_lora.layers.quantized_host import refuse_uncalibrated
@@ -45,6 +46,21 @@ def refuse_keras_adapter(layer):
             f"The layer {layer.name!r} has Keras's own adapter (`enable_lora`). "
             "Save the model and load it again, which merges that adapter, and "
             "start there."
+        )
+
+
+def refuse_bound_functions(layer):
+    """Raises if a layer holds functions that would compute with W alone.
+
+    Its call runs on a view, in which W + delta is W; they know the layer itself.
+    """
+    names = bound_functions(layer)
+    if names:
+        raise ValueError(
+            f"The layer {layer.name!r} keeps {' and '.join(map(repr, names))}, made of "
+            "a method of it: there an adapter would have no effect. Make it in `call`, "
+            "as keras.remat(lambda x: self.method(x))(x), or leave the layer out with "
+            "`exclude`."
         )
 
 

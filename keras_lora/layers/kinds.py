@@ -15,6 +15,7 @@ from keras_lora.layers.conv import LoRAConv3D
 from keras_lora.layers.dense import LoRADense
 from keras_lora.layers.einsum_dense import LoRAEinsumDense
 from keras_lora.layers.embedding import LoRAEmbedding
+from keras_lora.layers.host_checks import refuse_bound_functions
 from keras_lora.layers.host_checks import refuse_constraint
 from keras_lora.layers.host_checks import refuse_keras_adapter
 from keras_lora.layers.lora_layer import LoRALayer
@@ -240,6 +241,7 @@ def obstacle(site):
     try:
         if isinstance(site, WeightSite):
             refuse_keras_adapter(site.lora_layer())
+            refuse_bound_functions(site.lora_layer())
             constraint = site.frozen_kernel.constraint
             refuse_constraint(
                 site.lora_layer(), f"{site.weight_name}_constraint", constraint

@@ -16,6 +16,7 @@ from keras_lora.keras_internals.layers import weight_places
 from keras_lora.layers.form import LowRankForm
 from keras_lora.layers.form import same
 from keras_lora.layers.form import unchanged
+from keras_lora.layers.host_checks import refuse_bound_functions
 from keras_lora.layers.host_checks import refuse_constraint
 from keras_lora.layers.host_checks import refuse_keras_adapter
 from keras_lora.layers.lora_layer import LoRALayer
@@ -215,6 +216,7 @@ class SubstitutedLayer(SubstitutedSite, LoRALayer):
     @classmethod
     def check_host(cls, layer):
         refuse_keras_adapter(layer)
+        refuse_bound_functions(layer)
         if not layer.built:  # in its constructor
             words = {weight.removesuffix("_kernel") for weight in cls.adapted_weights}
             names = {f"{word}_constraint" for word in words} | vars(layer).keys()
