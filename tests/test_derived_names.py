@@ -117,7 +117,7 @@ def assert_converted(model, family, adapter):
         np.testing.assert_allclose(delta, expected, rtol=0, atol=tolerance)
 
     if family == "gemma3n":  # whose converter takes images for granted
-        internals.fill_in(model)
+        internals.add_absent_parts(model)
     internals.ask(family, model, port)
     assert found == {id(layer) for layer in layers.values()}
 

@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy as np
 
 from keras_lora.files.tensors import torch_name
+from keras_lora.keras_internals.keras_hub import add_absent_parts
 from keras_lora.keras_internals.keras_hub import ask
-from keras_lora.keras_internals.keras_hub import fill_in
 from keras_lora.keras_internals.keras_hub import stand_in
 from keras_lora.keras_internals.layers import own_variables
 from keras_lora.layers.kinds import form_of
@@ -82,7 +82,7 @@ def placed_layers(backbone, family) -> dict:
     try:
         ask(family, copy, count)
     except Exception:  # of a converter that takes images for granted, say
-        if not fill_in(copy):
+        if not add_absent_parts(copy):
             raise
         sizes.clear()
         ask(family, copy, count)
@@ -108,7 +108,7 @@ def agree(places):
 
 
 def place_of(layer, variable, hook, size):
-    """The Place of a variable, or None where it is no cut and reordered tensor.
+    """The Place of a variable, or None if a converter does more than cut and permute.
 
     size: of the tensor there, of which several variables may be parts.
     """
@@ -169,7 +169,7 @@ def vector_place(shape, hook, size):
 
 
 def is_choice(rows, size):
-    """Whether each is another of `size` indices: nothing was computed with them."""
+    """Whether rows are distinct indices below `size`: they were only permuted."""
     ordered = np.unique(rows)
     return len(ordered) == rows.size and ordered[0] >= 0 and ordered[-1] < size
 

@@ -151,7 +151,7 @@ def prefix_between(factors, able) -> str:
 
 
 def refuse_ranks_without_values(factors, ranks, modules):
-    """So that what is made for a file is no larger than the file."""
+    """Refuses ranks without values, so that a small file makes no large factors."""
     for module, pair in factors.items():
         if not low_rank_suffixes(pair):
             continue

@@ -140,7 +140,7 @@ PARTS += ["lora_magnitude_vector", "modules_to_save", "original_module"]
 
 
 def refuse_unreadable(adapted, others):
-    """A ValueError for modules whose keys would mean another module when read.
+    """Raises ValueError for modules whose keys would mean another module when read.
 
     adapted: The modules that have factors. others: (module, name) of what trained
     beside them.

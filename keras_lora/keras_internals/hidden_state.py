@@ -26,7 +26,7 @@ class HiddenVariable:
             name=name,
         )
 
-    def seen_by_jax(self):
+    def passed_by_jax(self):
         """JAX passes state by hand, and what is not passed becomes a constant."""
         on_jax = keras.backend.backend() == "jax"
         return [self.variable] if on_jax and self.variable is not None else []

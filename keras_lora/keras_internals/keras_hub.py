@@ -73,7 +73,7 @@ def stand_in(backbone_class, config):
     return copy
 
 
-def fill_in(copy):
+def add_absent_parts(copy):
     """Gives a stand-in what it may be without and some converters do not ask for.
 
     Returns:
@@ -99,7 +99,7 @@ def ask(family, backbone, port):
 
 
 class Absent:
-    """In the place of a part that is not there: all that is asked of it is absent."""
+    """Null object: every attribute, call and item of it is absent again."""
 
     def __getattr__(self, name):
         if name.startswith("__"):

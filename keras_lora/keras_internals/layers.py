@@ -139,7 +139,7 @@ def checked_model(model):
 
 
 def refuse_other_copy(layer):
-    """An error for a layer that another copy of this package has adapted.
+    """Raises ValueError for a layer that another copy of this package has adapted.
 
     It was imported again, or Jupyter's autoreload has run: the classes of the layers,
     and what files are read with, are then others than those that functions know.

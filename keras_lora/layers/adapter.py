@@ -154,7 +154,7 @@ class LowRankAdapter(Scaled, AdapterFiles, keras.layers.Layer):
 
     @property
     def variables(self):
-        return [*super().variables, *self._scaling.seen_by_jax()]
+        return [*super().variables, *self._scaling.passed_by_jax()]
 
     def named_factors(self) -> dict:
         """Name -> variable: what files, reports and checks go through."""

@@ -190,7 +190,7 @@ class DoRAAdapter(LowRankAdapter):
 
 
 def refuse_other_products(form, sizes):
-    """A ValueError where the norm, or the outputs, cannot be had from the factors."""
+    """Raises if the factors alone do not give the norm or the outputs."""
     if not form.is_product(sizes):
         raise ValueError(
             f"`use_dora` needs a kernel that is the product of A and B. The factors "

@@ -15,7 +15,7 @@ class HostChecks:
 
     @classmethod
     def check_host(cls, layer):
-        """A ValueError where an adapter cannot do justice to the Keras layer."""
+        """Raises ValueError where an adapter cannot do justice to the Keras layer."""
         name = f"{cls.kernel_name}_constraint"
         refuse_constraint(layer, name, getattr(layer, name, None))
         refuse_mode(layer, layer.quantization_mode)

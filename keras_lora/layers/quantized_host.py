@@ -44,7 +44,7 @@ def in_artefact() -> bool:
 
 
 class QuantizedHost(Leaf):
-    """What of a LoRA layer is another once its kernel is quantized.
+    """How a LoRA layer behaves once Keras has quantized its kernel.
 
         y = finish( quantized(x, W) + linear(drop(x), A) @ (scaling * B) )
 
@@ -146,7 +146,7 @@ class QuantizedHost(Leaf):
 
 
 def refuse_mode(layer, mode):
-    """A ValueError for a mode in which a kernel has no adapter beside it."""
+    """Raises ValueError for a mode in which a kernel has no adapter beside it."""
     if mode is None:
         return
     require(QUANTIZED)
@@ -161,7 +161,7 @@ def refuse_mode(layer, mode):
 
 
 def refuse_quantizing(layer, mode):
-    """A ValueError for a mode into which Keras brings no adapted layer."""
+    """Raises ValueError for a mode into which Keras brings no adapted layer."""
     refuse_mode(layer, mode)
     if mode in CALIBRATED:
         raise ValueError(
@@ -178,7 +178,7 @@ def is_calibrated(layer, name):
 
 
 def refuse_uncalibrated(layer, name):
-    """A ValueError where Keras still computes with the float kernel, or has none."""
+    """Raises if Keras still computes with the float kernel, or has none."""
     calibrates = layer.built and layer.quantization_mode in CALIBRATED
     if calibrates and not (is_calibrated(layer, name) and says_calibrated(layer)):
         raise ValueError(
@@ -281,7 +281,7 @@ def straight_through(layer, inputs, forward, backward):
 
 
 def not_before(tensor, value):
-    """A value that a compiled function has no sooner than a tensor.
+    """Makes a value depend on a tensor, so that no compiler computes it earlier.
 
     Else it forms the float kernels of all layers as it starts, or keeps them from
     forward to backward: the memory that quantization saved.

@@ -36,7 +36,7 @@ def other_values(pairs, lock):
     finally:
         with lock:
             for variable in held:
-                let_go(variable)
+                release(variable)
 
 
 def hold(variable, value):
@@ -47,7 +47,7 @@ def hold(variable, value):
         variable.assign(value)
 
 
-def let_go(variable):
+def release(variable):
     held = vars(variable)[HELD]
     held.contexts -= 1
     if not held.contexts:
@@ -60,7 +60,7 @@ def is_held_once(variable) -> bool:
 
 
 def trained_value(variable):
-    """A variable's value for a file; what is no variable is its own."""
+    """The value to save: the trained one, while a context holds another."""
     held = getattr(variable, HELD, None)
     return variable if held is None else held.trained
 

@@ -24,7 +24,7 @@ def assigns_to(owner):
     return None
 
 
-def passed_by(owner, layer):
+def no_effect_in(owner, layer):
     """Why an adapter of this layer would not act inside its owner, or None."""
     others = [other for other in sublayers(owner) if was_called(other)]
     if not others or was_called(layer):
@@ -79,7 +79,7 @@ def own_attributes(lora_class) -> set:
 
 
 def refuse_unbuilt(model):
-    """An error for a model that has nothing yet to adapt."""
+    """Raises ValueError for a model that has nothing yet to adapt."""
     if not model.built and not model.weights:
         raise ValueError(
             f"The model {model.name!r} is not built yet: its layers have no kernels. "
@@ -104,7 +104,7 @@ def refuse_adapters(paths):
 
 
 def refuse_banked(layer, path):
-    """A ValueError for a layer whose adapters are a bank's."""
+    """Raises ValueError for a layer whose adapters are a bank's."""
     if layer.lora.is_bank:
         raise ValueError(
             f"The layer {path!r} holds the adapters of an AdapterBank, which alone may "

@@ -55,7 +55,7 @@ FILES = (".keras", ".h5", ".json", ".safetensors", ".bin", ".onnx", ".zip")
 
 
 def refuse_file_name(path, what):
-    """An error for a path that is a file's, or called so, where a folder is written."""
+    """Raises if a folder is to be written where a file is, or a file's name."""
     if not isinstance(path, (str, os.PathLike)):
         raise ValueError(f"The path must be a string or a Path. Received: {path!r}.")
     if os.path.isdir(path):
@@ -75,7 +75,7 @@ def entries(folder):
 
 
 def move(source, folder, last):
-    """What is in one folder into another; what makes it readable comes last."""
+    """Moves all files into another folder; `last` goes last: readers look for it."""
     for name in sorted(os.listdir(source), key=lambda name: name == last):
         os.replace(source / name, folder / name)
 

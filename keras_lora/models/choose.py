@@ -14,7 +14,7 @@ from keras_lora.layers.kinds import lora_class_of
 from keras_lora.layers.kinds import obstacle
 from keras_lora.layers.kinds import wraps
 from keras_lora.models.adapt import assigns_to
-from keras_lora.models.adapt import passed_by
+from keras_lora.models.adapt import no_effect_in
 from keras_lora.models.sites import site_paths
 from keras_lora.models.tables import counted
 from keras_lora.models.tables import listed
@@ -59,7 +59,7 @@ def choose(model, paths, target, exclude, trained):
                 f"The layer {path!r} cannot be adapted: {reason} Leave it out with "
                 "exclude=."
             )
-        no_effect = passed_by(owner, layer)
+        no_effect = no_effect_in(owner, layer)
         if reason or (everything and no_effect):
             skipped[path] = reason or no_effect
         else:

@@ -75,7 +75,7 @@ def freeze_all_but_lora(model, bias="none", also_train=()):
 
 
 def refuse_quantized(also_train):
-    """An error for layers that are to train in full and whose kernel is integers."""
+    """Raises if a layer that is to train in full has a quantized kernel."""
     for part in itertools.chain(*map(flatten_layers, also_train)):
         if any("int" in v.dtype for v in state_of(part)) and part.quantization_mode:
             raise ValueError(
@@ -87,7 +87,7 @@ def refuse_quantized(also_train):
 
 
 def freeze_adapters(layers):
-    """Nothing of what an adapter trains goes on training."""
+    """Freezes A, B and what trained beside them."""
     for layer in layers.values():
         if has_adapters(layer) or record_of(layer).base:
             layer.trainable = False

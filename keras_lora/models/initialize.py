@@ -13,7 +13,7 @@ from keras_lora.layers.torch_layout import to_numpy
 from keras_lora.models.adapt import checked_lora_layers
 from keras_lora.models.adapt import make_plain
 from keras_lora.models.decompositions import KERNEL_STARTS
-from keras_lora.models.merge_quantized import take_over
+from keras_lora.models.merge_quantized import copy_kernel
 from keras_lora.models.paths import layer_paths
 from keras_lora.models.paths import with_model
 from keras_lora.models.renew import renewed
@@ -108,7 +108,7 @@ def initialize_lora(
             starts[path].assign_to(layer)
     for path, layer in layers.items():
         if starts[path].plain is not None:
-            take_over(layer, starts[path].plain)
+            copy_kernel(layer, starts[path].plain)
         if starts[path].rank:
             layer.lora.start_from_kernel()
         else:

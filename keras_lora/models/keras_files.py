@@ -179,8 +179,8 @@ def adapted_class(cls):
     own |= {name: kept(getattr(cls, name)) for name in LOOPS if hasattr(cls, name)}
     adapted = type(cls.__name__, (Adapted, cls), own)
     register(adapted)
-    # Behind the name stands the mixin: a class that is listed there is taken for one
-    # of KerasHub's own when it looks for the task of a preset.
+    # The mixin again: KerasHub would take a subclass that is registered for a task of
+    # its own when it looks for that of a preset.
     register(Adapted)
     return adapted
 

@@ -25,9 +25,9 @@ from keras_lora.models.adapt import make_plain
 from keras_lora.models.keras_files import Adapted
 from keras_lora.models.merge_quantized import MergedLayer
 from keras_lora.models.merge_quantized import checked_way
+from keras_lora.models.merge_quantized import copy_kernel
 from keras_lora.models.merge_quantized import merged_plain
 from keras_lora.models.merge_quantized import relative_error
-from keras_lora.models.merge_quantized import take_over
 from keras_lora.models.paths import layer_paths
 from keras_lora.models.paths import with_model
 from keras_lora.models.quantized import renew_policy_maps
@@ -78,7 +78,7 @@ def merge_lora(model, quantized: str | None = None) -> list[MergedLayer]:
             report.append(MergedLayer(path_of[id(site)], site, error))
     for site in sites:
         if site.is_quantized:
-            take_over(site, made[site])
+            copy_kernel(site, made[site])
         else:
             site.frozen_kernel.assign(site.merged_kernel(site.kernel_dtype))
     _make_plain(model, [*with_model(model, paths).values()])

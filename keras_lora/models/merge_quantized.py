@@ -45,7 +45,7 @@ def checked_way(layers, way):
 
 
 def refuse_calibrating(word, layers):
-    """A ValueError where quantizing a kernel anew would need calibration data."""
+    """Raises ValueError where quantizing a kernel anew would need calibration data."""
     for layer in layers:
         if layer.quantization_mode in CALIBRATED:
             raise ValueError(
@@ -58,7 +58,7 @@ def refuse_calibrating(word, layers):
 
 
 def merged_plain(layer, kernel, way):
-    """A plain layer like this one, that has a kernel, float or quantized anew."""
+    """Makes a plain layer with this kernel, in float or quantized again."""
     config = seen_as(layer, layer.plain_class).get_config()
     config["dtype"] = float_policy(layer).name
     config.pop("quantization_config", None)
@@ -87,7 +87,7 @@ def relative_error(layer, plain):
     return float(np.linalg.norm(found - wanted) / (np.linalg.norm(wanted) or 1.0))
 
 
-def take_over(layer, plain):
+def copy_kernel(layer, plain):
     """Gives a layer the kernel, scales and policy of a plain one like it."""
     if plain.quantization_mode is not None:
         own = kernel_variables(layer)

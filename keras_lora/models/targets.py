@@ -77,7 +77,7 @@ def named(entry, paths, argument):
 
 
 def refuse_two_meanings(word, found, paths, argument):
-    """A ValueError for a word that is the path of one layer and another one's name.
+    """Raises if a word is the path of one layer and the name of another.
 
     Automatic names count instances in the process, paths those in the model.
 

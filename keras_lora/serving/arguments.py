@@ -41,7 +41,7 @@ def checked_capacity(capacity, adapters):
 
 
 def refuse_names(x):
-    """An error for names in the place of ids, of which Keras makes strange ones."""
+    """Raises if names were given instead of ids; Keras's own error is obscure."""
     given = x.get("adapter") if isinstance(x, Mapping) else None
     if isinstance(given, np.ndarray) and given.dtype.kind not in "OUS":
         return

@@ -218,7 +218,7 @@ class AdapterBank(Artefacts, Calls, OutsideCalls, Training, keras.Model):
     # The weights of the model below.
 
     def _guard_weights(self):
-        """An error for who assigns to the model while an adapter depends on it."""
+        """Refuses assigning to the model while an adapter depends on its values."""
         for layer in self.hosts.paths.values():
             for variable in itertools.chain(*layer_state(layer)):
                 guard_assign(variable, self._refuse_other_weights)

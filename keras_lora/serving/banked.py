@@ -46,9 +46,9 @@ class BankAdapters:
             )
         inputs = ops.convert_to_tensor(inputs, sparse=False)
         if self.choice.probe is not None:
-            self.choice.probe.saw(self, inputs)
+            self.choice.probe.record(self, inputs)
             return host.frozen_linear(inputs)
-        chosen = self.choice.now().seen_by(self, ops.shape(inputs)[0])
+        chosen = self.choice.now().for_layer(self, ops.shape(inputs)[0])
         slots = self.slots
         if training:
             slots = WithTrainees(host, self, trainees)

@@ -96,7 +96,7 @@ def checked_ids(ids):
 
 
 def refuse_other_ids(ids):
-    """An error for what cannot be ids, an array or a tensor."""
+    """Raises ValueError for what cannot be ids, an array or a tensor."""
     if "int" not in str(ids.dtype) or len(ids.shape) != 1:
         raise ValueError(
             '"adapter" must be a vector of whole numbers, as `bank.ids(names)` '

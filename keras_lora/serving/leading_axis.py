@@ -23,7 +23,7 @@ class Probe:
     def __init__(self):
         self.seen = {}  # adapters of a layer -> its inputs, call by call
 
-    def saw(self, adapters, inputs):
+    def record(self, adapters, inputs):
         self.seen.setdefault(adapters, []).append(to_numpy(inputs))
 
 
@@ -119,7 +119,7 @@ def order_of(values, others):
 
 
 def with_other_row(array, row):
-    """One row is another: its own values, turned around, or other numbers."""
+    """Returns a copy with one row changed."""
     array = np.array(array)
     turned = np.flip(array[row])
     if array.dtype.kind == "f":

@@ -20,7 +20,7 @@ class OneForAll:
     def __init__(self, slot):
         self.slot = slot
 
-    def seen_by(self, adapters, size):
+    def for_layer(self, adapters, size):
         return self
 
     def bypass(self, form, inputs, a, b, training):
@@ -41,7 +41,7 @@ class RowByRow:
     def __init__(self, slots):
         self.slots = slots
 
-    def seen_by(self, adapters, size):
+    def for_layer(self, adapters, size):
         """These rows as a layer meets them, whose leading axis may be a longer one.
 
         Args:

@@ -47,7 +47,7 @@ class Trainee(keras.layers.Layer):
         self.built = True
 
     def refuse_shared(self, reading):
-        """An error for what the adapter trains and rows of one batch share."""
+        """Raises ValueError for what the adapter trains and rows of one batch share."""
         for module, layer, variable, own in reading.beside:
             if own is None:
                 raise ValueError(
