@@ -75,9 +75,8 @@ def checked_config(file):
             f"{parameters!r}."
         )
     targets = file.get("target_modules") or []
-    if is_list_of(targets, str):  # a module's weight is as good as the module
-        ends = [p.removesuffix(".weight") for p in parameters if p.endswith(".weight")]
-        targets = targets + ends
+    if is_list_of(targets, str):  # a parameter is as good as a module
+        targets = targets + [name.removesuffix(".weight") for name in parameters]
     if not (isinstance(targets, str) or is_list_of(targets, str)) or not targets:
         raise ValueError(
             f"{CONFIG}: target_modules must be a list of names or an expression. "
@@ -115,6 +114,7 @@ def checked_config(file):
         "use_rslora": rslora,
         "fan_in_fan_out": fan_in_fan_out,
         "target_modules": targets,
+        "target_parameters": parameters,
         "bias": bias,
         "modules_to_save": heads,
         "method": {word: True for word in METHODS if word and file.get(word)},

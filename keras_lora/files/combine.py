@@ -10,6 +10,7 @@ from keras_lora.files.combine_heads import checked_heads
 from keras_lora.files.combine_heads import in_full
 from keras_lora.files.config import KEPT
 from keras_lora.files.config import settings
+from keras_lora.files.experts import parameters_in
 from keras_lora.files.factors import factors_of
 from keras_lora.files.factors import low_rank_suffixes
 from keras_lora.files.factors import slots_of
@@ -104,11 +105,15 @@ def combine_adapters(
             [pair[suffixes[1]] * (factor / scaling) for pair, factor in terms], axis=1
         )
         if limit is not None:
+            stack = b.shape[2] if module in first.parameters and b.ndim == 3 else 1
             left, right, error = cut(
-                b.reshape(*b.shape[:2]), a.reshape(len(a), -1), limit
+                b.reshape(len(b), -1, stack).transpose(2, 0, 1),
+                a.reshape(len(a), stack, -1).transpose(1, 0, 2),
+                limit,
             )
-            if len(right) < len(a):
+            if right.shape[1] < len(a):
                 errors[module] = error
+                right, left = right.transpose(1, 0, 2), left.transpose(1, 2, 0)
                 a = right.astype(a.dtype).reshape(-1, *a.shape[1:])
                 b = left.astype(b.dtype).reshape(len(b), -1, *b.shape[2:])
         tensors |= zip((module + suffix for suffix in suffixes), (a, b), strict=True)
@@ -129,6 +134,9 @@ def combine_adapters(
         bias=None if bias == "none" else bias,
         modules_to_save=sorted({m for f in files for m in f.config["modules_to_save"]}),
         fan_in_fan_out=any(x.config.get("fan_in_fan_out") for x in opened),
+        parameters=parameters_in(
+            ranks, {x for f in files for x in f.config["target_parameters"]}
+        ),
         **{key: found.pop() for key, found in said.items() if len(found) == 1},
     )
     return Adapter(tensors, config, slices, errors)

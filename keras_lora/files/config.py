@@ -36,24 +36,26 @@ def said_of(model, given):
     return {key: given[key] or loaded[key] for key in KEPT}
 
 
-def settings(ranks, alphas, use_rslora, parameters=(), **others):
+def settings(ranks, alphas, use_rslora, parameters=None, **others):
     """The configuration of an adapter with these ranks and alphas per module.
 
-    parameters: the modules whose weight PEFT adapts as a parameter.
+    parameters: module -> what PEFT adapts as a parameter, which it calls so.
     """
+    parameters = parameters or {}
     alphas = {module: checked_alpha(alpha) for module, alpha in alphas.items()}
     config = {
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": None,
         "inference_mode": True,
-        "target_modules": sorted(ranks.keys() - parameters) or None,
+        # An empty list: for None PEFT has modules of its own choice.
+        "target_modules": sorted(ranks.keys() - parameters.keys()),
         # PEFT warns of a pattern that means a parameter, though it obeys it.
         "r": most_common([ranks[m] for m in parameters] or ranks.values()),
         "lora_alpha": most_common([alphas[m] for m in parameters] or alphas.values()),
     }
     optional = {
-        "target_parameters": sorted(f"{module}.weight" for module in parameters),
+        "target_parameters": sorted(parameters.values()),
         "rank_pattern": pattern(ranks, config["r"], parameters),
         "alpha_pattern": pattern(alphas, config["lora_alpha"], parameters),
         "use_rslora": use_rslora,

@@ -59,10 +59,10 @@ def updates_apart(files, module):
     ):
         return None
     (b, a), (other_b, other_a) = (file.product(module) for file in files)
-    if len(b) != len(other_b) or a.shape[1] != other_a.shape[1]:
+    if b.shape[:-1] != other_b.shape[:-1] or a.shape[-1] != other_a.shape[-1]:
         return "other shapes"
     b, other_b = b * one.scaling(module), other_b * two.scaling(module)
-    both = np.concatenate([b, -other_b], axis=1), np.concatenate([a, other_a])
+    both = np.concatenate([b, -other_b], -1), np.concatenate([a, other_a], -2)
     norms = [
         np.linalg.norm(singular_values(*pair))
         for pair in (both, (b, a), (other_b, other_a))

@@ -6,6 +6,7 @@ import numpy as np
 
 from keras_lora.files.checked_config import checked_config
 from keras_lora.files.config import CONFIG
+from keras_lora.files.experts import parameters_in
 from keras_lora.files.pair import TENSORS
 from keras_lora.files.slices import slices_of
 from keras_lora.files.slices import split
@@ -28,6 +29,7 @@ class FileFactors:
     ranks: dict
     alphas: dict
     unadapted: dict  # slice of an adapted module -> {suffix: array}, without A and B
+    parameters: dict  # module -> parameter, for those that PEFT adapts as one
     config: dict  # checked
 
     @property
@@ -49,11 +51,13 @@ class FileFactors:
         return self.alphas[module] / divisor(rank, self.use_rslora)
 
     def product(self, module):
-        """B and A as matrices, (out, r) and (r, in)."""
+        """B and A as matrices, (out, r) and (r, in), or as stacks of them."""
         pair, rank = self.factors[module], self.ranks[module]
         if not low_rank_suffixes(pair):
             raise ValueError(f"{module!r} has no A and B, but {sorted(pair)}.")
         a, b = (pair[suffix] for suffix in low_rank_suffixes(pair))
+        if module in self.parameters and a.ndim == b.ndim == 3:
+            return b.transpose(2, 0, 1), a.transpose(1, 0, 2)
         if len(a) != rank or b.shape[1] != rank or b.size != len(b) * rank:
             raise ValueError(
                 f"The factors of {module!r} have shapes {a.shape} and {b.shape}, and "
@@ -91,14 +95,6 @@ def factors_of(adapter, modules) -> FileFactors:
             others[name] = value
         else:
             factors.setdefault(name.removesuffix(suffix), {})[suffix] = value
-    experts = [m for m in factors if m.removesuffix(".base_layer").endswith(".experts")]
-    if experts:
-        raise ValueError(
-            f"{TENSORS} adapts the experts {experts[:3]} by target_parameters="
-            f"{adapter.config.get('target_parameters')}: experts are not adapted here "
-            "yet, the attention and the router are. Train without target_parameters "
-            "of experts in PEFT."
-        )
     if not factors:
         raise ValueError(f"{TENSORS} holds no factors of an adapter.")
     fused = {without_slice(name) for name in shares}
@@ -133,7 +129,8 @@ def factors_of(adapter, modules) -> FileFactors:
             )
         ranks[module] = rank
         alphas[module] = alpha_at(rank, alphas[module], total, config["use_rslora"])
-    return FileFactors(factors, others, ranks, alphas, unadapted, config)
+    parameters = parameters_in(factors, config["target_parameters"])
+    return FileFactors(factors, others, ranks, alphas, unadapted, parameters, config)
 
 
 def low_rank_suffixes(pair) -> tuple:

@@ -8,16 +8,26 @@ import collections
 import re
 from typing import NamedTuple
 
+import numpy as np
+
+from keras_lora.files.converters import Place
 from keras_lora.files.converters import placed_layers
+from keras_lora.files.experts import as_parameter
+from keras_lora.files.family_names import EXPERT_WEIGHTS
+from keras_lora.files.family_names import EXPERTS
 from keras_lora.files.family_names import HEADS
 from keras_lora.files.family_names import ROOTS
 from keras_lora.files.family_names import SINCE_5
 from keras_lora.keras_internals.keras_hub import converters
 from keras_lora.keras_internals.keras_hub import family_of
 from keras_lora.keras_internals.keras_hub import is_backbone
+from keras_lora.layers.substituted import WeightSite
 from keras_lora.models.paths import layer_paths
+from keras_lora.models.sites import site_paths
 
 TRANSFORMERS, TRANSFORMERS_4 = "transformers", "transformers4"
+BLOCK = re.compile(r"(?:.+/)?(?:transformer_layer|decoder_block)_\d+/")
+NUMBERED = re.compile(r"(?:.+\.)?layers\.\d+\.")
 ALIASES = {"llama": "llama3"}
 
 
@@ -27,7 +37,7 @@ class Family(NamedTuple):
     Attributes:
         root: Where transformers' task models keep the backbone.
         is_bare: Whether the model is the backbone itself.
-        places: Path -> Place, for layers of the backbone.
+        places: Path -> Place, for layers of the backbone, and for experts' weights.
         heads: Path -> module, for layers beside it.
         renamed: What transformers 5 calls otherwise: expression -> replacement.
     """
@@ -52,6 +62,7 @@ class Family(NamedTuple):
     def read(self, keys) -> dict:
         """Path -> module, under the names and the prefix that most of a file has."""
         votes, styles = collections.Counter(), [self.modules(x) for x in (True, False)]
+        keys = [as_parameter(key) for key in keys]
         for style, known in enumerate(set(style.values()) for style in styles):
             prefixes = (prefix_of(key, known) for key in keys)
             votes.update((style, x) for x in prefixes if x is not None)
@@ -103,9 +114,36 @@ def family(model, paths, names) -> Family:
         places = {  # a language model alone is a class of its own there
             path: p.without_prefix("language_model.") for path, p in places.items()
         }
+    places |= expert_places(site_paths(paths), places, EXPERTS.get(name))
     heads = {} if backbone is model else HEADS.get(name, {})
     heads = {path: head for path, head in heads.items() if path in paths}
     return Family(root, backbone is model, places, heads, SINCE_5.get(name, {}))
+
+
+def expert_places(sites, places, experts) -> dict:
+    """Path -> Place, for the weights of banks of experts.
+
+    Args:
+        sites: Path -> site.
+        places: Path -> Place, for layers beside a bank, which say its number there.
+        experts: What the checkpoints call the experts of a layer, or None.
+    """
+    blocks, weights = {}, collections.defaultdict(list)
+    for path, place in places.items():
+        block, number = BLOCK.match(path), NUMBERED.match(place.module)
+        if block and number:
+            blocks[block[0]] = number[0]
+    for path, site in sites.items():
+        block, weight = BLOCK.match(path), EXPERT_WEIGHTS.get(path.split("/")[-1])
+        if experts and isinstance(site, WeightSite) and block and weight:
+            weights[f"{blocks[block[0]]}{experts}.{weight}"].append((path, site))
+    found = {}
+    for module, parts in weights.items():
+        size = parts[0][1].kernel_shape[-1]
+        for index, (path, _) in enumerate(parts):
+            rows = np.arange(size) + index * size
+            found[path] = Place(module, rows, total=size * len(parts))
+    return found
 
 
 def rename(module, rules):

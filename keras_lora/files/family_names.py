@@ -47,6 +47,26 @@ SINCE_5 = {
     },
     "vit": VIT,
 }
+# The experts of a layer, as the checkpoints have them.
+EXPERTS = {
+    "gemma4": "experts",
+    "gpt_oss": "mlp.experts",
+    "mixtral": "block_sparse_moe.experts",
+    "qwen_moe": "mlp.experts",
+    "qwen3_moe": "mlp.experts",
+    "qwen3_5_moe": "mlp.experts",
+}
+# Weight of a bank of experts in KerasHub -> parameter there, the gate before the up
+# projection, where they are two weights here.
+EXPERT_WEIGHTS = {
+    "gate_up_proj": "gate_up_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+    "down_proj": "down_proj",
+    "expert_feedforward_gate_dense": "gate_up_proj",
+    "expert_feedforward_intermediate_dense": "gate_up_proj",
+    "expert_feedforward_output_dense": "down_proj",
+}
 # The router of a mixture of experts: since 5 no linear module, but one with a weight.
 ROUTER = re.compile(r".*\.mlp\.(gate|router)")
 ROBERTA = {

@@ -17,6 +17,8 @@ from keras_lora.files.checked_tensors import checked_tensors
 from keras_lora.files.checked_tensors import digest
 from keras_lora.files.config import CONFIG
 from keras_lora.files.config import stated
+from keras_lora.files.experts import from_wrapped
+from keras_lora.files.experts import to_wrapped
 from keras_lora.files.factors import assert_finite
 from keras_lora.files.other_formats import read_other_format
 from keras_lora.files.other_formats import refuse_other_format
@@ -47,7 +49,8 @@ class Adapter(Table):
     Attributes:
         tensors: Name -> array: `<module>.lora_A.weight` (r, in) and
             `<module>.lora_B.weight` (out, r), and what trained in full, in the
-            layout of PEFT.
+            layout of PEFT. Of a parameter that is a stack of experts' matrices
+            (r, experts, in) and (out, r, experts), under the parameter's name.
         config: The settings in PEFT's words: r, lora_alpha, rank_pattern, ...
         slices: Module -> ranks of its slices, where layers here are one module
             there.
@@ -110,10 +113,11 @@ class Adapter(Table):
             refuse_pickles(directory, sorted(directory.iterdir()))
         config, tensors, metadata = read_together(directory)
         refuse_other_format(tensors)
-        checked_config(config)
+        checked = checked_config(config)
         warn_of_unknown(config)
         slices, starts = checked_metadata(metadata, config, tensors)
-        return cls(checked_tensors(tensors), config, slices, starts=starts)
+        tensors = from_wrapped(checked_tensors(tensors), checked)
+        return cls(tensors, config, slices, starts=starts)
 
     def save(self, directory):
         """Writes the two files: the old adapter or the new one is there, whole.
@@ -133,9 +137,9 @@ class Adapter(Table):
         refuse_file_name(directory, "an adapter")
         for key, value in self.tensors.items():
             assert_finite(key, value)
+        wrapped = to_wrapped(self.tensors, self.config.get("target_parameters") or ())
         tensors = {
-            PREFIX + key: np.ascontiguousarray(value)
-            for key, value in self.tensors.items()
+            PREFIX + key: np.ascontiguousarray(value) for key, value in wrapped.items()
         }
         metadata = {
             "format": "pt",

@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import math
 
+from keras_lora.files.experts import with_stacks
 from keras_lora.files.factors import FileFactors
 from keras_lora.files.factors import factors_of
 from keras_lora.files.factors import low_rank_suffixes
@@ -32,8 +33,9 @@ class Contents(FileFactors):
 
     @property
     def adapted(self):
-        """Module -> site, for those that the file has factors for."""
-        return {module: self.modules.sites[module] for module in self.factors}
+        """Module -> site, for those that the file has factors for, in their order."""
+        sites = self.modules.sites.items()
+        return {module: site for module, site in sites if module in self.factors}
 
     def method_of(self, module):
         """The keywords that the adapter of a layer has."""
@@ -42,6 +44,7 @@ class Contents(FileFactors):
 
 
 def contents(adapter, modules) -> Contents:
+    adapter = with_stacks(adapter, modules.parameters)
     found = factors_of(adapter, modules)
     for values in (found.factors, found.ranks, found.alphas):
         for name in [*values]:

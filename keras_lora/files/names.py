@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from keras_lora.files.experts import parameter_of
 from keras_lora.files.families import TRANSFORMERS_4
 from keras_lora.files.families import family
 from keras_lora.files.family_names import ROUTER
@@ -27,7 +28,9 @@ class Modules(dict):
             of its layer and the weight's name, "lstm.recurrent_kernel".
         places: {module: Place} for layers that are not a whole module in its order.
         inputs_first: The modules that keep their weights as (in, out).
-        parameters: The modules whose weight PEFT adapts as a parameter.
+        parameters: Module -> what PEFT calls it, for those that it adapts as a
+            parameter: a router, a bank of experts.
+        weights: Path -> module, for sites that are no layers and have a module.
         unnamed: The modules that have no counterpart, if another framework's are
             derived: they are called by their path.
     """
@@ -35,7 +38,8 @@ class Modules(dict):
     def __init__(self):
         super().__init__()
         self.sites, self.places = {}, {}
-        self.inputs_first, self.parameters, self.unnamed = set(), set(), set()
+        self.parameters, self.weights = {}, {}
+        self.inputs_first, self.unnamed = set(), set()
 
 
 def name_function(names: Mapping | Callable | None, paths) -> Callable:
@@ -70,8 +74,9 @@ def module_names(paths, names, model=None, adapter=None) -> Modules:
     sites = site_paths(paths)
     if isinstance(names, str):
         modules = derived_names(paths, names, model, adapter)
-        modules.sites = named_sites(modules, sites)
-        modules.unnamed |= modules.sites.keys() - modules.keys()
+        modules.sites = named_sites(modules, sites, modules.weights.get)
+        named = {*modules, *modules.weights.values()}
+        modules.unnamed |= modules.sites.keys() - named
         return modules
     get = name_function(names, {**sites, **paths})
     modules = Modules()
@@ -137,13 +142,17 @@ def derived_names(paths, names, model, adapter) -> Modules:
         is_whole = all(place.is_whole for place in places.values())
         for index, path in enumerate(parts):
             name = module if is_whole else f"{module}[{index}/{len(parts)}]"
-            modules[name] = paths[path]
+            if path in paths:
+                modules[name] = paths[path]
+            else:
+                modules.weights[path] = name
+                modules.parameters[module] = parameter_of(module)
             if not is_whole:
                 modules.places[name] = places[path]
             if places and places[path].inputs_first:
                 modules.inputs_first.add(name)
             if names != TRANSFORMERS_4 and ROUTER.fullmatch(name):
-                modules.parameters.add(name)
+                modules.parameters[name] = parameter_of(name)
     reached = set(map(id, modules.values()))
     for path, layer in paths.items():
         if id(layer) not in reached:

@@ -21,6 +21,7 @@ from keras_lora.files.tensors import kernel_to_tensor
 from keras_lora.files.tensors import to_tensors
 from keras_lora.files.tensors import torch_name
 from keras_lora.files.tensors import weight_to_tensor
+from keras_lora.keras_internals.calls import warn_caller
 from keras_lora.layers.lora_layer import is_adapted
 from keras_lora.models.adapt import built_lora_layers
 from keras_lora.models.paths import layer_paths
@@ -92,6 +93,9 @@ def adapter_from(modules, adapters, trained) -> Adapter:
         adapters: Those of them that have an adapter.
         trained: (module, variable) that go along.
     """
+    stacks = modules.parameters.keys() & {without_slice(m) for m in adapters}
+    parameters = {module: modules.parameters[module] for module in sorted(stacks)}
+    refuse_parameters(adapters, parameters)
     tensors = {}
     for module, layer in adapters.items():
         tensors |= {module + suffix: x for suffix, x in to_tensors(layer).items()}
@@ -121,13 +125,13 @@ def adapter_from(modules, adapters, trained) -> Adapter:
         ranks,
         alphas,
         use_rslora,
-        lora_dropout=max(layer.lora.dropout for layer in adapters.values()),
+        lora_dropout=file_dropout(adapters, parameters),
         bias=bias if biases else None,
         modules_to_save=sorted(
             {module for module, _ in others} - ranks.keys() - biases
         ),
         fan_in_fan_out=bool(modules.inputs_first),
-        parameters=modules.parameters & ranks.keys(),
+        parameters=parameters,
         **method_of(adapters),
     )
     starts = sorted(m for m, layer in adapters.items() if layer.lora.has_start)
@@ -156,6 +160,29 @@ def refuse_unreadable(adapted, others):
                 "for it would be read as another module's. Give it another name with "
                 "`names`, when you save and when you load."
             )
+
+
+def refuse_parameters(adapters, parameters):
+    """PEFT adapts a parameter by A and B alone."""
+    for module, layer in adapters.items():
+        if without_slice(module) in parameters and layer.lora.keyword:
+            raise ValueError(
+                f"The adapter of {module!r} has {layer.lora.keyword}, which PEFT does "
+                "not have for a parameter. Leave out `names` for a file of "
+                "keras_lora's own, or merge it."
+            )
+
+
+def file_dropout(adapters, parameters):
+    """What a file says: PEFT takes none where it adapts a parameter."""
+    dropout = max(layer.lora.dropout for layer in adapters.values())
+    if dropout and parameters:
+        warn_caller(
+            f"The file says lora_dropout=0.0, and not {dropout}: PEFT takes no other "
+            f"where it adapts a parameter, here {sorted(parameters.values())[0]!r}."
+        )
+        return 0.0
+    return dropout
 
 
 def method_of(adapters) -> dict:

@@ -123,7 +123,7 @@ def fuse(tensors, ranks, alphas, use_rslora, places=None) -> dict:
         else:
             layout[module] = [ranks.get(name, 0) for name in names]
             fused_a = np.concatenate(a)
-            fused_b = np.zeros((outputs, len(fused_a)), b[0].dtype)
+            fused_b = np.zeros((outputs, len(fused_a), *b[0].shape[2:]), b[0].dtype)
             column = 0
             for name, block in zip(own, b, strict=True):
                 columns = slice(column, column + ranks[name])
@@ -143,14 +143,15 @@ def fuse(tensors, ranks, alphas, use_rslora, places=None) -> dict:
 def split(tensors, modules, layout) -> dict:
     """The inverse, in place: {slice: Share} for the slices that are adapted."""
     shares, places = {}, getattr(modules, "places", {})
-    for module, count in fused_modules(modules).items():
+    for module, count in fused_modules(getattr(modules, "sites", modules)).items():
         names = slices_of(module, count)
         keys = [module + suffix for suffix in LINEAR]
         if not all(key in tensors for key in keys):
             continue
         a, b = (tensors.pop(key) for key in keys)
         outputs = total_of(names, len(b) // count, places)
-        if a.ndim != 2 or b.ndim != 2 or len(b) != outputs or b.shape[1] != len(a):
+        stack = a.shape[1:-1], b.shape[2:]  # none, or as many matrices in both
+        if len(b) != outputs or b.shape[1:2] != a.shape[:1] or stack[0] != stack[1]:
             raise ValueError(
                 f"The factors of {module!r} have shapes {a.shape} and {b.shape}, which "
                 f"do not fit {count} slices."

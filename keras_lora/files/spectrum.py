@@ -31,15 +31,19 @@ def effective_rank(values, energy):
 def cut(left, right, rank):
     """The nearest factors of a lower rank, and the relative error of their product.
 
-    rank: a function of the singular values.
+    A stack of matrices gets one rank for all of them.
+
+    rank: a function of the singular values; of a stack, of their norms over it.
     """
     q_left, middle, q_right = core(left, right)
     rows, values, columns = np.linalg.svd(middle, full_matrices=False)
-    rank = min(rank(values), len(values))  # a small kernel has no more
-    root = np.sqrt(values[:rank])
-    error = np.linalg.norm(values[rank:]) / (np.linalg.norm(values) or 1.0)
-    new_left = (q_left @ rows[:, :rank]) * root
-    return new_left, (columns[:rank].T * root).T @ q_right.T, float(error)
+    norms = np.linalg.norm(values.reshape(-1, values.shape[-1]), axis=0)
+    rank = min(rank(norms), len(norms))  # a small kernel has no more
+    root = np.sqrt(values[..., :rank])
+    error = np.linalg.norm(norms[rank:]) / (np.linalg.norm(norms) or 1.0)
+    new_left = (q_left @ rows[..., :rank]) * root[..., None, :]
+    new_right = root[..., None] * columns[..., :rank, :] @ transposed(q_right)
+    return new_left, new_right, float(error)
 
 
 def transposed(matrix):

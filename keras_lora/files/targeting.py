@@ -1,6 +1,8 @@
 """Which modules the settings of a file mean, as PEFT reads them."""
 
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from keras_lora.files.patterns import Budget
 from keras_lora.files.patterns import Name
@@ -11,12 +13,12 @@ from keras_lora.keras_internals.calls import warn_caller
 EXACT = re.compile(r"\^((?:\\\W|[^\\^$.|?*+(){}\[\]])+)")
 
 
-def pattern(values, usual, parameters=()):
+def pattern(values, usual, parameters: Mapping = MappingProxyType({})):
     """Keys that mean one module each: module -> value where it is not the usual one.
 
-    parameters: modules whose weight PEFT adapts, and looks for by the weight's name.
+    parameters: module -> the parameter that PEFT adapts, and looks for by its name.
     """
-    ends = {module: r"(\.weight)?" for module in parameters}
+    ends = {module: r"(\.weight)?" for module, x in parameters.items() if x != module}
     return {
         f"^{re.escape(module)}{ends.get(module, '')}": value
         for module, value in values.items()
@@ -24,8 +26,11 @@ def pattern(values, usual, parameters=()):
     }
 
 
-def value_of(config, pattern_key, default_key, found):
-    """Module -> rank or alpha: the first key that fits the end of its name."""
+def value_of(config, pattern_key, default_key, found, warns=True):
+    """Module -> rank or alpha: the first key that fits the end of its name.
+
+    warns: Boolean, whether of keys that fit none.
+    """
     budget, names, expressions = Budget(), {}, []
     for place, key in enumerate(config[pattern_key]):
         if match := EXACT.fullmatch(key):  # as `pattern` writes them
@@ -47,8 +52,15 @@ def value_of(config, pattern_key, default_key, found):
         values[module] = config[default_key if first is None else pattern_key]
         if first is not None:
             values[module] = values[module][first]
-    warn_of_unmatched(pattern_key, [k for k in config[pattern_key] if k not in used])
+    if warns:
+        unmatched = [key for key in config[pattern_key] if key not in used]
+        warn_of_unmatched(pattern_key, unmatched)
     return values
+
+
+def ends_of(name) -> list:
+    """A name, and what follows each of its dots."""
+    return [name[place:] for place in [0, *(x.end() for x in re.finditer(r"\.", name))]]
 
 
 def check_targets(targets, found):
@@ -63,11 +75,7 @@ def check_targets(targets, found):
         )
         unmatched = [] if fits else [targets]
     else:
-        ends = {
-            module[place:]
-            for module in modules
-            for place in [0, *(dot.end() for dot in re.finditer(r"\.", module))]
-        }
+        ends = {end for module in modules for end in ends_of(module)}
         unmatched = [target for target in targets if target not in ends]
         fits = len(unmatched) < len(targets)
     if not fits:

@@ -15,7 +15,6 @@ from keras_lora.keras_internals.layers import attach
 from keras_lora.keras_internals.layers import weight_places
 from keras_lora.layers.form import LowRankForm
 from keras_lora.layers.form import same
-from keras_lora.layers.form import unchanged
 from keras_lora.layers.host_checks import refuse_bound_functions
 from keras_lora.layers.host_checks import refuse_constraint
 from keras_lora.layers.host_checks import refuse_keras_adapter
@@ -62,10 +61,21 @@ def weight_form(sizes, axes, rank) -> LowRankForm:
             return product
         return ops.transpose(product, np.argsort(order).tolist())
 
-    in_file: dict = {"to_file": unchanged, "from_file": unchanged} if batch else {}
+    a_shape, b_shape = (*stack, *rows, rank), (*stack, rank, *columns)
+
+    def to_file(a, b):
+        a = a.reshape(math.prod(stack), math.prod(rows), -1)
+        b = b.reshape(len(a), a.shape[-1], -1)
+        return a.transpose(2, 0, 1), b.transpose(2, 1, 0)
+
+    def from_file(a, b):
+        a, b = a.transpose(1, 2, 0), b.transpose(2, 1, 0)
+        return a.reshape(a_shape), b.reshape(b_shape)
+
+    in_file: dict = {"to_file": to_file, "from_file": from_file} if batch else {}
     return LowRankForm(
-        a_shape=(*stack, *rows, rank),
-        b_shape=(*stack, rank, *columns),
+        a_shape=a_shape,
+        b_shape=b_shape,
         fan_in=math.prod(rows),
         compose=compose,
         input_axes=tuple(inputs),

@@ -1,0 +1,221 @@
+"""Banks of experts: the parameters that PEFT adapts, and stacks of factors.
+
+Since transformers 5 the experts of a layer are one module with two parameters, each a
+stack of E matrices. PEFT wraps the module once for each that it adapts, the one that
+was registered first innermost, and writes both factors as matrices. r is the rank of
+one expert.
+
+    stack   A (r, E, in)                   B (out, r, E)
+    file    lora_A (E*r, in)               lora_B (out, r*E)
+            its row e*r + k is A[k, e]     its column k*E + e is B[:, k, e]
+
+    both parameters adapted    experts.base_layer is gate_up_proj, experts is down_proj
+    one of them                experts is that one: `target_parameters` says which
+
+Before transformers 5 each expert had linear modules of its own, and a file a pair for
+each.
+"""
+
+import collections
+import dataclasses
+import re
+
+import numpy as np
+
+from keras_lora.files.checked_config import checked_config
+from keras_lora.files.pair import TENSORS
+from keras_lora.files.slices import fuse
+from keras_lora.files.slices import without_slice
+from keras_lora.files.targeting import check_targets
+from keras_lora.files.targeting import ends_of
+from keras_lora.files.targeting import pattern
+from keras_lora.files.targeting import value_of
+from keras_lora.layers.torch_layout import LINEAR
+
+PARAMETERS = ("gate_up_proj", "down_proj")  # as their modules register them
+OWNER = r"((?:.+\.)?experts)"
+STACK = re.compile(rf"{OWNER}\.({'|'.join(PARAMETERS)})")
+WRAPPED = re.compile(rf"{OWNER}((?:\.base_layer)*)\.lora_[AB]\.weight")
+# What each expert's linear modules are called -> the parameter, and which half.
+HALVES = {
+    "w1": "gate_up_proj[0/2]",
+    "w3": "gate_up_proj[1/2]",
+    "w2": "down_proj",
+    "gate_proj": "gate_up_proj[0/2]",
+    "up_proj": "gate_up_proj[1/2]",
+    "down_proj": "down_proj",
+}
+EXPERT = re.compile(rf"{OWNER}\.(\d+)\.({'|'.join(HALVES)})")
+
+
+def parameter_of(module) -> str:
+    """What PEFT calls the parameter of a module that it adapts by its parameter."""
+    return module if STACK.fullmatch(module) else f"{module}.weight"
+
+
+def parameters_in(modules, entries) -> dict:
+    """{module: parameter} for those that entries of `target_parameters` mean."""
+    entries, found = set(entries), {}
+    for module in modules:
+        parameter = parameter_of(without_slice(module))
+        if not entries.isdisjoint(ends_of(parameter)):
+            found[module] = parameter
+    return found
+
+
+def wrapped_modules(owner, parameters) -> dict:
+    """{parameter: the module under which a file has it}."""
+    found = [
+        f"{owner}.{name}" for name in PARAMETERS if f"{owner}.{name}" in parameters
+    ]
+    return {
+        parameter: owner + ".base_layer" * depth
+        for depth, parameter in enumerate(reversed(found))
+    }
+
+
+def from_wrapped(tensors, config) -> dict:
+    """The tensors of a file, with stacks under the names of their parameters.
+
+    config: checked.
+    """
+    depths = collections.defaultdict(set)
+    for key in tensors:
+        if match := WRAPPED.fullmatch(key):
+            depths[match[1]].add(match[2].count("."))
+    names = [f"{owner}.{name}" for owner in depths for name in PARAMETERS]
+    meant = parameters_in(names, config["target_parameters"])
+    ranks = value_of(config, "rank_pattern", "r", meant, warns=False)
+    tensors = dict(tensors)
+    for owner, found in depths.items():
+        modules = wrapped_modules(owner, meant)
+        if modules and found != set(range(len(modules))):
+            raise ValueError(
+                f"target_parameters means {sorted(modules)}, and {TENSORS} has factors "
+                f"for {len(found)} parameters of {owner!r}."
+            )
+        for parameter, module in modules.items():
+            keys = [module + suffix for suffix in LINEAR]
+            if not all(key in tensors for key in keys):
+                raise ValueError(f"The adapter of {parameter!r} needs A and B.")
+            a, b = (tensors.pop(key) for key in keys)
+            rank = ranks[parameter]
+            if a.ndim != 2 or b.ndim != 2 or len(a) % rank or b.shape[1] != len(a):
+                raise ValueError(
+                    f"The factors of {parameter!r} have shapes {a.shape} and {b.shape},"
+                    f" and not (experts * {rank}, inputs) and (outputs, {rank} * "
+                    "experts): its rank, that of one expert, is "
+                    f"{rank}."
+                )
+            a = a.reshape(-1, rank, a.shape[1]).transpose(1, 0, 2)
+            b = b.reshape(len(b), rank, -1)
+            pair = (parameter + suffix for suffix in LINEAR)
+            tensors |= zip(pair, (a, b), strict=True)
+    return tensors
+
+
+def to_wrapped(tensors, entries) -> dict:
+    """The inverse; entries: the file's `target_parameters`."""
+    modules = (k.removesuffix(LINEAR[0]) for k in tensors if k.endswith(LINEAR[0]))
+    stacks = [module for module in modules if STACK.fullmatch(module)]
+    meant, tensors = parameters_in(stacks, entries), dict(tensors)
+    for owner in dict.fromkeys(stack.rpartition(".")[0] for stack in meant):
+        for parameter, module in wrapped_modules(owner, meant).items():
+            a, b = (tensors.pop(parameter + suffix) for suffix in LINEAR)
+            a = a.transpose(1, 0, 2).reshape(-1, a.shape[-1])
+            pair = (module + suffix for suffix in LINEAR)
+            tensors |= zip(pair, (a, b.reshape(len(b), -1)), strict=True)
+    return tensors
+
+
+def as_parameter(key):
+    """The key of a stack for that of one expert; another as it is."""
+    match = EXPERT.match(key)
+    return key if match is None else f"{match[1]}.{without_slice(HALVES[match[3]])}"
+
+
+def with_stacks(adapter, parameters):
+    """An adapter with a pair for each expert as one of stacks.
+
+    parameters: The stacks that the model has. Others stay as they are.
+    """
+    owners = {match[1] for x in parameters if (match := STACK.fullmatch(x))}
+    found = collections.defaultdict(lambda: collections.defaultdict(dict))
+    rest, modules = {}, {}
+    for key, value in adapter.tensors.items():
+        suffix = next((x for x in LINEAR if key.endswith(x)), "")
+        module = key.removesuffix(suffix)
+        match = EXPERT.match(module)
+        if match is None or match[1] not in owners:
+            rest[key] = value
+        elif not suffix or match[0] != module:
+            raise ValueError(
+                f"The tensor {key!r} is of one expert, and experts are adapted by A "
+                "and B alone."
+            )
+        else:
+            stack = f"{match[1]}.{HALVES[match[3]]}"
+            found[stack][suffix][int(match[2])] = value
+            modules.setdefault(stack, {})[module] = None
+    if not found:
+        return adapter
+    return stacked(adapter, rest, found, modules)
+
+
+def stacked(adapter, tensors, found, modules):
+    """`with_stacks` for what was found.
+
+    Args:
+        adapter: The adapter as it was read.
+        tensors: What is not of one expert.
+        found: Half of a stack -> {suffix: {expert: value}}.
+        modules: Half of a stack -> the linear modules of its experts.
+    """
+    config = checked_config(adapter.config)
+    others = [key.removesuffix(LINEAR[0]) for key in tensors if key.endswith(LINEAR[0])]
+    every = [*others, *(module for own in modules.values() for module in own)]
+    check_targets(config["target_modules"], every)
+    said = [
+        value_of(config, *keys, every)
+        for keys in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
+    ]
+    ranks, alphas = ({module: values[module] for module in others} for values in said)
+    for stack, pairs in found.items():
+        for values, of_stack in zip(said, (ranks, alphas), strict=True):
+            own = {values[module] for module in modules[stack]}
+            if len(own) > 1:
+                raise ValueError(
+                    f"The experts of {without_slice(stack)!r} have ranks or alphas of "
+                    f"their own, {sorted(own)}; a stack has one for all."
+                )
+            of_stack[stack] = own.pop()
+        a, b = (in_order(stack, pairs[suffix]) for suffix in LINEAR)
+        tensors[stack + LINEAR[0]] = np.stack(a, 1)
+        tensors[stack + LINEAR[1]] = np.stack(b, 2)
+    slices = fuse(tensors, ranks, alphas, config["use_rslora"])
+    names = {without_slice(stack) for stack in found}
+    said = {
+        "target_modules": sorted(others),
+        "target_parameters": sorted({*config["target_parameters"], *names}),
+        "rank_pattern": pattern(ranks, config["r"]),
+        "alpha_pattern": pattern(alphas, config["lora_alpha"]),
+    }
+    return dataclasses.replace(
+        adapter,
+        tensors=tensors,
+        config=adapter.config | said,
+        slices=adapter.slices | slices,
+    )
+
+
+def in_order(stack, values):
+    """The values of all experts, by their numbers."""
+    shapes = {value.shape for value in values.values()}
+    every = values.keys() == set(range(len(values)))
+    if not every or [len(shape) for shape in shapes] != [2]:
+        raise ValueError(
+            f"{without_slice(stack)!r} needs factors of one shape for each expert. The "
+            f"file has those of experts {sorted(values)[:9]}, of shapes "
+            f"{sorted(shapes)[:3]}."
+        )
+    return [values[expert] for expert in range(len(values))]
