@@ -4,7 +4,6 @@ import copy
 import json
 import re
 
-import keras
 import numpy as np
 import peft
 import pytest
@@ -17,8 +16,6 @@ from families import difference
 from families import ours
 from families import pair
 from families import theirs
-from layer_cases import to_numpy
-from shared import assert_close
 
 import keras_lora
 from keras_lora.files.config import CONFIG

@@ -172,7 +172,6 @@ def test_a_bad_index_is_refused(change, found):
         ("layer_replication", [[0, 1]]),
         ("lora_bias", True),
         ("monteclora_config", {"num_samples": 2}),
-        ("trainable_token_indices", [3]),
         ("use_bdlora", {"nblocks": 2}),
         ("use_qalora", True),
     ],

@@ -191,3 +191,109 @@ def test_a_table_is_a_target_or_has_rows():
     plain = keras.Sequential([keras.Input((5,)), L.Dense(3)])
     with pytest.raises(ValueError, match="0 embeddings"):
         keras_lora.apply_lora(plain, target=None, trainable_token_indices=[1])
+
+
+def test_adapter_files_come_back(tmp_path):
+    model = tied()
+    keras_lora.apply_lora(model, rank=2, target=["middle"], trainable_token_indices=IDS)
+    fill(model.get_layer("token_embedding").lora.rows, 1)
+    fill(model.get_layer("middle").lora.b, 2)
+    expected = to_numpy(model(X))
+    keras_lora.save_adapter(model, tmp_path / "adapter")
+    plain = tied()
+    report = keras_lora.load_adapter(plain, tmp_path / "adapter")
+    assert [row.rank for row in report] == [None, 2]
+    assert_equal_bits(plain(X), expected)
+    fill(plain.get_layer("token_embedding").lora.rows, 7)
+    keras_lora.load_adapter(plain, tmp_path / "adapter")  # over adapters
+    assert_equal_bits(plain(X), expected)
+    other = tied()
+    keras_lora.apply_lora(other, rank=2, target=["middle"], trainable_token_indices=[1])
+    with pytest.raises(ValueError, match=r"trainable_token_indices=.*\(1,\).*remove"):
+        keras_lora.load_adapter(other, tmp_path / "adapter")
+    with pytest.raises(ValueError, match="a bank keeps no table"):
+        keras_lora.AdapterBank(tied(), {"one": tmp_path / "adapter"})
+
+
+def test_rows_alone_in_a_file(tmp_path):
+    model = untied()
+    tokens = {"table": [4, 2], "head": [1]}
+    keras_lora.apply_lora(model, target=None, trainable_token_indices=tokens)
+    for seed, name in enumerate(tokens):
+        fill(model.get_layer(name).lora.rows, seed)
+    keras_lora.save_adapter(model, tmp_path / "adapter")
+    plain = untied()
+    keras_lora.load_adapter(plain, tmp_path / "adapter")
+    assert_equal_bits(plain(X), model(X))
+    small = keras.Sequential(
+        [keras.Input((5,), dtype="int32"), L.Embedding(3, 6, name="table")]
+    )
+    small.add(L.Dense(12, name="head"))
+    with pytest.raises(ValueError, match="the table has 3 rows"):
+        keras_lora.load_adapter(small, tmp_path / "adapter")
+    assert not [v for v in small.weights if "lora" in v.path]
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
+@pytest.mark.parametrize("ties", [True, False])
+def test_the_file_is_pefts(ties, tmp_path):
+    """Live: PEFT's rows are what its table gives here, and ours are merged there."""
+    import peft
+    import torch
+    from families import DECODER
+    from transformers import LlamaConfig
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(**DECODER, tie_word_embeddings=ties)
+    theirs = LlamaForCausalLM(config).eval()
+    base = theirs.model.embed_tokens.weight.detach().numpy().copy()
+    tuned = peft.get_peft_model(
+        theirs,
+        peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[9, 3]),
+    ).eval()
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name or "trainable_tokens_delta" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    ids = torch.tensor([[1, 9, 3, 4]])
+    tuned.save_pretrained(tmp_path / "theirs")
+    inputs = keras.Input((4,), dtype="int32")
+    embedded = L.Embedding(*base.shape, name="embed_tokens")(inputs)
+    query = theirs.model.layers[0].self_attn.q_proj
+    outputs = L.Dense(query.out_features, use_bias=False, name="query")(embedded)
+    table, model = keras.Model(inputs, embedded), keras.Model(inputs, outputs)
+    table.layers[1].embeddings.assign(base)
+    names = {"embed_tokens": "model.embed_tokens"}
+    names["query"] = "model.layers.0.self_attn.q_proj"
+    found = keras_lora.Adapter.read(tmp_path / "theirs")
+    rows = found.tensors["model.embed_tokens.token_adapter.trainable_tokens_delta"]
+    keras_lora.apply_lora(
+        model, rank=2, target=["query"], trainable_token_indices=[9, 3]
+    )
+    table.layers[1].lora.rows.assign(rows)
+    with torch.no_grad():
+        embedded = tuned.get_input_embeddings()(ids).numpy()
+    assert_equal_bits(table(ids.numpy()), embedded)
+    keras_lora.save_adapter(model, tmp_path / "ours", names=names)
+    torch.manual_seed(0)
+    again = LlamaForCausalLM(LlamaConfig(**DECODER, tie_word_embeddings=ties)).eval()
+    loaded = peft.PeftModel.from_pretrained(again, str(tmp_path / "ours")).eval()
+    merged = loaded.merge_and_unload()
+    assert_equal_bits(merged.model.embed_tokens.weight[[9, 3]].detach().numpy(), rows)
+
+
+def test_names_of_transformers(tmp_path):
+    from backbones import backbone
+
+    model = backbone("Llama3Backbone")
+    keras_lora.apply_lora(model, rank=2, target=["query"], trainable_token_indices=IDS)
+    rows = model.get_layer("token_embedding").lora.rows
+    fill(rows, 1)
+    keras_lora.save_adapter(model, tmp_path / "adapter", names="transformers")
+    found = keras_lora.Adapter.read(tmp_path / "adapter")
+    assert found.config["trainable_token_indices"] == {"embed_tokens": IDS}
+    key = "embed_tokens.token_adapter.trainable_tokens_delta"
+    np.testing.assert_array_equal(found.tensors[key], to_numpy(rows))
+    plain = backbone("Llama3Backbone")
+    keras_lora.load_adapter(plain, tmp_path / "adapter", names="transformers")
+    assert_equal_bits(plain.get_layer("token_embedding").lora.rows, rows)

@@ -4,12 +4,14 @@ from keras_lora.files.config import CONFIG
 from keras_lora.files.config import KEPT
 from keras_lora.files.patterns import Budget
 from keras_lora.files.patterns import parse
+from keras_lora.files.tokens import checked_tokens
 from keras_lora.keras_internals.calls import warn_caller
 from keras_lora.layers.methods import METHODS
 from keras_lora.layers.settings import checked_alpha
 from keras_lora.layers.settings import checked_dropout
 from keras_lora.layers.settings import checked_rank
 from keras_lora.layers.settings import is_number
+from keras_lora.layers.token_rows import KEYWORD
 from keras_lora.models.freezing import checked_bias
 
 # What a reader may meet and need not obey. Another key that is set is named in a
@@ -20,7 +22,7 @@ KNOWN = set(
     eva_config exclude_modules fan_in_fan_out inference_mode init_lora_weights
     layers_pattern layers_to_transform lora_alpha lora_dropout megatron_core
     modules_to_save peft_type peft_version qalora_group_size r rank_pattern revision
-    target_modules target_parameters task_type use_rslora
+    target_modules target_parameters task_type trainable_token_indices use_rslora
     """.split()  # noqa: SIM905
 )
 # What changes the mathematics, and is not read.
@@ -31,7 +33,6 @@ REFUSED = (
     "layer_replication",
     "lora_bias",
     "monteclora_config",
-    "trainable_token_indices",
     "use_bdlora",
     "use_qalora",
 )
@@ -77,7 +78,10 @@ def checked_config(file):
     targets = file.get("target_modules") or []
     if is_list_of(targets, str):  # a parameter is as good as a module
         targets = targets + [name.removesuffix(".weight") for name in parameters]
-    if not (isinstance(targets, str) or is_list_of(targets, str)) or not targets:
+    tokens = checked_tokens(file.get(KEYWORD))
+    if tokens and not targets:
+        targets = []  # and no factors
+    elif not (isinstance(targets, str) or is_list_of(targets, str)) or not targets:
         raise ValueError(
             f"{CONFIG}: target_modules must be a list of names or an expression. "
             f"Received: {targets!r}."
@@ -117,7 +121,12 @@ def checked_config(file):
         "target_parameters": parameters,
         "bias": bias,
         "modules_to_save": heads,
-        "method": {word: True for word in METHODS if word and file.get(word)},
+        "method": {
+            word: True
+            for word, method in METHODS.items()
+            if word and file.get(word) and not method.takes_value
+        },
+        "tokens": tokens,
     }
 
 

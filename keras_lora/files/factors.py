@@ -13,6 +13,8 @@ from keras_lora.files.slices import split
 from keras_lora.files.slices import without_slice
 from keras_lora.files.targeting import check_targets
 from keras_lora.files.targeting import value_of
+from keras_lora.files.tokens import checked_rows
+from keras_lora.files.tokens import take_rows
 from keras_lora.layers.methods import method_in
 from keras_lora.layers.settings import alpha_at
 from keras_lora.layers.settings import divisor
@@ -31,6 +33,7 @@ class FileFactors:
     unadapted: dict  # slice of an adapted module -> {suffix: array}, without A and B
     parameters: dict  # module -> parameter, for those that PEFT adapts as one
     config: dict  # checked
+    rows: dict  # module -> (ids of tokens, their rows)
 
     @property
     def bias(self) -> str:
@@ -95,7 +98,8 @@ def factors_of(adapter, modules) -> FileFactors:
             others[name] = value
         else:
             factors.setdefault(name.removesuffix(suffix), {})[suffix] = value
-    if not factors:
+    rows = take_rows(others)
+    if not factors and not rows:
         raise ValueError(f"{TENSORS} holds no factors of an adapter.")
     fused = {without_slice(name) for name in shares}
     unadapted = {
@@ -110,7 +114,8 @@ def factors_of(adapter, modules) -> FileFactors:
                 f"The adapter of {module!r} needs A and B, as {sorted(expected[0])}; "
                 f"the file has {sorted(pair)}."
             )
-    check_targets(config["target_modules"], factors)
+    if factors:
+        check_targets(config["target_modules"], factors)
     ranks = value_of(config, "rank_pattern", "r", factors)
     alphas = value_of(config, "alpha_pattern", "lora_alpha", factors)
     for module, pair in factors.items():
@@ -130,7 +135,10 @@ def factors_of(adapter, modules) -> FileFactors:
         ranks[module] = rank
         alphas[module] = alpha_at(rank, alphas[module], total, config["use_rslora"])
     parameters = parameters_in(factors, config["target_parameters"])
-    return FileFactors(factors, others, ranks, alphas, unadapted, parameters, config)
+    rows = checked_rows(rows, config["tokens"])
+    return FileFactors(
+        factors, others, ranks, alphas, unadapted, parameters, config, rows
+    )
 
 
 def low_rank_suffixes(pair) -> tuple:

@@ -14,11 +14,14 @@ from keras_lora.files.tensors import weight_to_tensor
 from keras_lora.keras_internals.layers import layer_state
 from keras_lora.layers.lora_layer import is_adapted
 from keras_lora.layers.methods import method_in
+from keras_lora.layers.token_rows import KEYWORD
 
 
 def refuse_other_modules(file):
     """An adapted model takes a file for the same layers only."""
-    own = {module for module, site in file.modules.sites.items() if is_adapted(site)}
+    sites = {m: s for m, s in file.modules.sites.items() if is_adapted(s)}
+    refuse_other_rows(sites, file)
+    own = {m for m, site in sites.items() if site.lora.keyword != KEYWORD}
     missing, more = sorted(own - set(file.factors)), sorted(set(file.factors) - own)
     if missing or more:
         raise ValueError(
@@ -36,6 +39,17 @@ def refuse_other_modules(file):
                 f"The adapter of {module!r} has {said}, and the file {read}. Call "
                 "remove_lora(model) first: the file then brings its own."
             )
+
+
+def refuse_other_rows(sites, file):
+    """An adapted model takes a file for the same rows of the same tables only."""
+    own = {m: s.lora.indices for m, s in sites.items() if s.lora.keyword == KEYWORD}
+    found = {module: ids for module, (ids, _) in file.rows.items()}
+    if own != found:
+        raise ValueError(
+            f"The model has {KEYWORD}={own}, and the file {found}. Call "
+            "remove_lora(model) first: the file then brings its own."
+        )
 
 
 def refuse_changed_slices(file):
@@ -72,6 +86,15 @@ def checked_values(file):
                 f"{cut if rank > own else ''}"
             )
         values += from_tensors(layer, pair, module)
+    for module, site in file.tables.items():
+        _, rows = file.rows[module]
+        expected = tuple(site.lora.rows.shape)
+        if rows.shape != expected:
+            raise ValueError(
+                f"The file has rows of shape {rows.shape} for {module!r}; the model "
+                f"needs {expected}."
+            )
+        values.append((site.lora.rows, rows))
     refuse_changed_slices(file)
     index = {}
     for module, layer in file.modules.items():

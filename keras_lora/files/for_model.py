@@ -37,6 +37,11 @@ class Contents(FileFactors):
         sites = self.modules.sites.items()
         return {module: site for module, site in sites if module in self.factors}
 
+    @property
+    def tables(self):
+        """Module -> site, for those of which the file has rows."""
+        return {module: self.modules.sites[module] for module in self.rows}
+
     def method_of(self, module):
         """The keywords that the adapter of a layer has."""
         start = {"frozen_start": True} if module in self.starts else {}
@@ -50,6 +55,7 @@ def contents(adapter, modules) -> Contents:
         for name in [*values]:
             values[module_of(name, modules)] = values.pop(name)
     refuse_unknown_modules(found.factors, modules)
+    refuse_unknown_modules(found.rows, modules)
     refuse_ranks_without_values(found.factors, found.ranks, modules)
     file = Contents(
         **vars(found),

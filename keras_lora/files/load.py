@@ -16,6 +16,7 @@ from keras_lora.keras_internals.compiled import compile_again
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.lora_layer import has_adapters
 from keras_lora.layers.settings import Settings
+from keras_lora.layers.token_rows import KEYWORD
 from keras_lora.models.adapt import checked_lora_layers
 from keras_lora.models.adapt import refuse_unbuilt
 from keras_lora.models.change import adapted
@@ -88,6 +89,8 @@ def load_into(model, paths, adapter, names=None, trainable=True) -> Report:
         adapters = {
             site: adapter_options(file, module) for module, site in file.adapted.items()
         }
+        for module, site in file.tables.items():
+            adapters[site] = {KEYWORD: file.rows[module][0]}
         with adapted(model, paths, adapters) as change:
             values = checked_values(file)
             freeze_all_but_lora(model, file.bias, list(file.heads.values()))

@@ -21,8 +21,10 @@ from keras_lora.files.tensors import kernel_to_tensor
 from keras_lora.files.tensors import to_tensors
 from keras_lora.files.tensors import torch_name
 from keras_lora.files.tensors import weight_to_tensor
+from keras_lora.files.tokens import rows_of
 from keras_lora.keras_internals.calls import warn_caller
 from keras_lora.layers.lora_layer import is_adapted
+from keras_lora.layers.token_rows import KEYWORD
 from keras_lora.models.adapt import built_lora_layers
 from keras_lora.models.paths import layer_paths
 
@@ -80,7 +82,11 @@ def adapter_of(model, names=None, trained=None) -> Adapter:
     adapters = {m: site for m, site in modules.sites.items() if is_adapted(site)}
     if trained is None:
         trained = trained_beside(modules, adapters)
-    changed = {**{module: modules[module] for module, _ in trained}, **adapters}
+    changed = {
+        **{module: modules[module] for module, _ in trained},
+        # A tied head uses rows of the table, in PEFT too.
+        **{m: s for m, s in adapters.items() if s.lora.keyword != KEYWORD},
+    }
     refuse_tied_head(model, names, changed)
     return adapter_from(modules, adapters, trained)
 
@@ -93,15 +99,19 @@ def adapter_from(modules, adapters, trained) -> Adapter:
         adapters: Those of them that have an adapter.
         trained: (module, variable) that go along.
     """
+    tables = {m: s for m, s in adapters.items() if s.lora.keyword == KEYWORD}
+    adapters = {m: s for m, s in adapters.items() if m not in tables}
+    refuse_unnamed(modules, tables)
     stacks = modules.parameters.keys() & {without_slice(m) for m in adapters}
     parameters = {module: modules.parameters[module] for module in sorted(stacks)}
     refuse_parameters(adapters, parameters)
-    tensors = {}
+    tensors = rows_of(tables)
     for module, layer in adapters.items():
         tensors |= {module + suffix: x for suffix, x in to_tensors(layer).items()}
     tensors |= of_unadapted_slices(modules, adapters)
     refuse_unnamed(modules, adapters)
     use_rslora = all(layer.lora.use_rslora for layer in adapters.values())
+    use_rslora = use_rslora and bool(adapters)
     ranks = {module: layer.lora.file_rank for module, layer in adapters.items()}
     alphas = {m: file_alpha(layer, use_rslora) for m, layer in adapters.items()}
     layout = fuse(tensors, ranks, alphas, use_rslora, modules.places)
@@ -133,6 +143,7 @@ def adapter_from(modules, adapters, trained) -> Adapter:
         fan_in_fan_out=bool(modules.inputs_first),
         parameters=parameters,
         **method_of(adapters),
+        **{KEYWORD: {m: list(s.lora.indices) for m, s in tables.items()}},
     )
     starts = sorted(m for m, layer in adapters.items() if layer.lora.has_start)
     return Adapter(tensors, config, layout, starts=starts)
@@ -175,7 +186,7 @@ def refuse_parameters(adapters, parameters):
 
 def file_dropout(adapters, parameters):
     """What a file says: PEFT takes none where it adapts a parameter."""
-    dropout = max(layer.lora.dropout for layer in adapters.values())
+    dropout = max([0.0, *(layer.lora.dropout for layer in adapters.values())])
     if dropout and parameters:
         warn_caller(
             f"The file says lora_dropout=0.0, and not {dropout}: PEFT takes no other "

@@ -81,6 +81,11 @@ def read(model, paths, adapter, names, most) -> Reading:
         path_of[id(hosts[module])] = path_of[id(layer)]
     hosts.sites = {m: hosts.get(m, site) for m, site in modules.sites.items()}
     file = contents(adapter, hosts)
+    if file.rows:
+        raise ValueError(
+            f"The adapter has rows of {sorted(file.rows)} (trainable_token_indices): a "
+            "bank keeps no table for each adapter. Load it into a model of its own."
+        )
     for module, site in file.adapted.items():
         refuse_substituted(site, module)
     changed = {module: modules[module] for module in [*file.factors, *file.heads]}
