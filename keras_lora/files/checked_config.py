@@ -76,12 +76,9 @@ def checked_config(file):
             f"{parameters!r}."
         )
     targets = file.get("target_modules") or []
-    if is_list_of(targets, str):  # a parameter is as good as a module
-        targets = targets + [name.removesuffix(".weight") for name in parameters]
     tokens = checked_tokens(file.get(KEYWORD))
-    if tokens and not targets:
-        targets = []  # and no factors
-    elif not (isinstance(targets, str) or is_list_of(targets, str)) or not targets:
+    named = isinstance(targets, str) or is_list_of(targets, str)
+    if not named or not (targets or parameters or tokens):
         raise ValueError(
             f"{CONFIG}: target_modules must be a list of names or an expression. "
             f"Received: {targets!r}."

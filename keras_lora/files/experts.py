@@ -174,7 +174,7 @@ def stacked(adapter, tensors, found, modules):
     config = checked_config(adapter.config)
     others = [key.removesuffix(LINEAR[0]) for key in tensors if key.endswith(LINEAR[0])]
     every = [*others, *(module for own in modules.values() for module in own)]
-    check_targets(config["target_modules"], every)
+    check_targets(config, every)
     said = [
         value_of(config, *keys, every)
         for keys in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))

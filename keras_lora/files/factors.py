@@ -115,7 +115,7 @@ def factors_of(adapter, modules) -> FileFactors:
                 f"the file has {sorted(pair)}."
             )
     if factors:
-        check_targets(config["target_modules"], factors)
+        check_targets(config, factors)
     ranks = value_of(config, "rank_pattern", "r", factors)
     alphas = value_of(config, "alpha_pattern", "lora_alpha", factors)
     for module, pair in factors.items():

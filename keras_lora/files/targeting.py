@@ -63,27 +63,28 @@ def ends_of(name) -> list:
     return [name[place:] for place in [0, *(x.end() for x in re.finditer(r"\.", name))]]
 
 
-def check_targets(targets, found):
-    """`target_modules` must mean modules of the tensors."""
-    budget = Budget()
-    modules = [without_slice(module) for module in found]
+def check_targets(config, found):
+    """`target_modules` and `target_parameters` must mean modules of the tensors."""
+    targets, parameters = config["target_modules"], config["target_parameters"]
+    modules, budget = [without_slice(module) for module in found], Budget()
+    ends = {end for module in modules for end in ends_of(module)}
     if isinstance(targets, str):
         expression = parse(targets, budget)
         names = (Name(module, budget) for module in modules)
         fits = targets == "all-linear" or any(
             n.is_matched_by(expression) for n in names
         )
-        unmatched = [] if fits else [targets]
+        targets, unmatched = [targets], [] if fits else [targets]
     else:
-        ends = {end for module in modules for end in ends_of(module)}
         unmatched = [target for target in targets if target not in ends]
-        fits = len(unmatched) < len(targets)
-    if not fits:
+    lost = [name for name in parameters if name.removesuffix(".weight") not in ends]
+    if len(unmatched) + len(lost) == len(targets) + len(parameters):
         raise ValueError(
-            f"target_modules means {unmatched[:5]}, and none of the modules that there "
-            f"are tensors for: {modules[:5]}."
+            f"target_modules means {[*unmatched, *lost][:5]}, and none of the modules "
+            f"that there are tensors for: {modules[:5]}."
         )
     warn_of_unmatched("target_modules", unmatched)
+    warn_of_unmatched("target_parameters", lost)
 
 
 def warn_of_unmatched(key, unmatched):
