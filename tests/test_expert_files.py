@@ -16,6 +16,8 @@ from families import difference
 from families import ours
 from families import pair
 from families import theirs
+from layer_cases import to_numpy
+from shared import assert_close
 
 import keras_lora
 from keras_lora.files.config import CONFIG
@@ -181,3 +183,199 @@ def test_peft_adapts_nothing_but_the_experts(pairs, tmp_path):
     keys = [key for key, _ in loaded.named_parameters() if "lora_" in key]
     modules = {key.split(".lora_")[0] for key in keys}
     assert {name.split(".")[-2] for name in modules} == {"mlp"}
+
+
+OLD = {  # a pair for each expert: the module, gate, up, down
+    "mixtral": ("block_sparse_moe.experts", "w1", "w3", "w2"),
+    "qwen2_moe": ("mlp.experts", "gate_proj", "up_proj", "down_proj"),
+    "qwen3_moe": ("mlp.experts", "gate_proj", "up_proj", "down_proj"),
+}
+
+
+def old_file(name, folder, rank=2, alpha=5, down_rank=3, left_out=()):
+    """As before transformers 5; {(layer, expert, projection): A, B}, in float64."""
+    module, model_sizes = OLD[name][0], FAMILIES[name].config()
+    hidden = model_sizes.hidden_size
+    inner = getattr(model_sizes, "moe_intermediate_size", model_sizes.intermediate_size)
+    inner = 24 if name == "mixtral" else inner
+    random, tensors, pairs = np.random.default_rng(3), {}, {}
+    for layer, expert in np.ndindex(2, 4):
+        for place, word in enumerate(OLD[name][1:]):
+            if word in left_out:
+                continue
+            r = down_rank if place == 2 else rank
+            sizes = (inner, hidden) if place == 2 else (hidden, inner)
+            key = f"base_model.model.model.layers.{layer}.{module}.{expert}.{word}"
+            a, b = (
+                (random.standard_normal(shape) * 0.3).astype("float32")
+                for shape in ((r, sizes[0]), (sizes[1], r))
+            )
+            tensors |= {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
+            pairs[layer, expert, place] = a.astype("float64"), b.astype("float64")
+    folder.mkdir()
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha}
+    config["rank_pattern"] = {OLD[name][3]: down_rank}
+    config["target_modules"] = [word for word in OLD[name][1:] if word not in left_out]
+    (folder / CONFIG).write_text(json.dumps(config))
+    write(folder, tensors)
+    return pairs
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_a_pair_for_each_expert(name, pairs, tmp_path):
+    """As files from before transformers 5 have them, which PEFT converts."""
+    module, model = pairs(name)
+    # PEFT reads no pattern for what Mixtral's modules were called.
+    down_rank = 2 if name == "mixtral" else 3
+    found = old_file(name, tmp_path / "old", down_rank=down_rank)
+    report = keras_lora.load_adapter(model, tmp_path / "old", names="transformers")
+    for row in report:
+        delta = to_numpy(row.layer.loras[row.weight].delta())
+        layer = int("transformer_layer_1" in row.path)
+        for expert in range(4):
+            updates = [
+                alpha_over_rank * (b @ a).T
+                for place, alpha_over_rank in (
+                    (0, 5 / 2),
+                    (1, 5 / 2),
+                    (2, 5 / down_rank),
+                )
+                for a, b in [found[layer, expert, place]]
+            ]
+            if row.weight.endswith("output_dense"):
+                expected = updates[2]
+            elif row.weight.endswith("intermediate_dense"):
+                expected = updates[1]
+            else:
+                whole = np.concatenate(updates[:2], axis=1)
+                expected = updates[0] if name == "mixtral" else whole
+            assert_close(delta[expert], expected, 1e-6)
+    expected = ours(name, model)
+    if name != "qwen2_moe":  # of which PEFT drops the experts
+        loaded = peft.PeftModel.from_pretrained(module, tmp_path / "old").eval()
+        assert difference(theirs(name, loaded), expected) < 1e-5
+    keras_lora.save_adapter(model, tmp_path / "new", names="transformers")
+    loaded = peft.PeftModel.from_pretrained(pairs(name)[0], tmp_path / "new").eval()
+    assert difference(theirs(name, loaded), expected) < 1e-5
+
+
+def test_half_of_what_is_fused(pairs, tmp_path):
+    """Which PEFT does not convert."""
+    module, model = pairs("mixtral")
+    old_file("mixtral", tmp_path / "old", left_out=("w3",))
+    report = keras_lora.load_adapter(model, tmp_path / "old", names="transformers")
+    assert len(report) == 4
+    with pytest.raises(ValueError, match="without also targeting w3"):
+        peft.PeftModel.from_pretrained(module, tmp_path / "old")
+    expected = ours("mixtral", model)
+    keras_lora.save_adapter(model, tmp_path / "new", names="transformers")
+    module = pairs("mixtral")[0]
+    loaded = peft.PeftModel.from_pretrained(module, tmp_path / "new").eval()
+    assert difference(theirs("mixtral", loaded), expected) < 1e-5
+
+
+def fewer_experts(tensors):
+    return {k: x[:, :6] if "lora_B" in k else x[:6] for k, x in tensors.items()}
+
+
+def no_whole_experts(tensors):
+    return {k: x[:, :7] if "lora_B" in k else x[:7] for k, x in tensors.items()}
+
+
+def other_inputs(tensors):
+    return {k: x[:, :9] if "lora_A" in k else x for k, x in tensors.items()}
+
+
+def other_outputs(tensors):
+    return {k: x[:9] if "lora_B" in k else x for k, x in tensors.items()}
+
+
+def swapped(tensors):
+    inner = {k: x for k, x in tensors.items() if "base_layer" in k}
+
+    return {k.replace(".base_layer", ""): x for k, x in inner.items()} | {
+        k.replace("experts.", "experts.base_layer."): x
+        for k, x in tensors.items()
+        if k not in inner
+    }
+
+
+def without_b(tensors):
+    return {k: x for k, x in tensors.items() if "base_layer.lora_B" not in k}
+
+
+def one_wrapped(tensors):
+    return {k: x for k, x in tensors.items() if "base_layer" not in k}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (fewer_experts, r"factors of '.*experts\.\w+', with shapes \(2, 3, "),
+        (no_whole_experts, r"'model\.layers\..\.mlp\.experts\.\w+' have shapes \(7, "),
+        (other_inputs, r"experts\.(gate_up|down)_proj"),
+        (other_outputs, r"experts\.(gate_up|down)_proj"),
+        (swapped, r"experts\.(gate_up|down)_proj"),
+        (without_b, r"gate_up_proj' needs A and B"),
+        (one_wrapped, r"factors for 1 parameters of 'model\.layers\.0\.mlp\.experts'"),
+    ],
+)
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+def test_what_does_not_fit_is_named(name, change, reason, pairs, tmp_path):
+    module, model = pairs(name)
+    before = ours(name, model)
+    saved_by_peft(
+        module,
+        tmp_path,
+        target_modules=[],
+        target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+    )
+    write(tmp_path, change(tensors_of(tmp_path)))
+    with pytest.raises(ValueError, match=reason):
+        keras_lora.load_adapter(model, tmp_path, names="transformers")
+    assert lora_layers(model) == []
+    np.testing.assert_array_equal(ours(name, model), before)
+
+
+def test_old_files_that_are_no_stacks(pairs, tmp_path):
+    model = pairs("mixtral")[1]
+    old_file("mixtral", tmp_path / "old")
+    tensors = tensors_of(tmp_path / "old")
+    key = "base_model.model.model.layers.0.block_sparse_moe.experts.2.w2"
+    fewer = {k: x for k, x in tensors.items() if not k.startswith(key)}
+    for found, config, reason in (
+        (fewer, {}, r"experts\.down_proj' needs .* those of experts \[0, 1, 3\]"),
+        (tensors, {"alpha_pattern": {r"experts\.1\.w2": 3}}, "one for all"),
+        (
+            {**tensors, f"{key}.lora_magnitude_vector": np.ones(16, "float32")},
+            {"use_dora": True},
+            "by A and B alone",
+        ),
+    ):
+        write(tmp_path / "old", found, **config)
+        with pytest.raises(ValueError, match=reason):
+            keras_lora.load_adapter(model, tmp_path / "old", names="transformers")
+        assert lora_layers(model) == []
+
+
+def test_what_peft_has_not_for_parameters(pairs, tmp_path):
+    """No dropout, no DoRA; and no name for a bias of experts."""
+    module, model = pairs("mixtral")
+    adapted_here(model, f"{BANK}|.*/query", rank=2, dropout=0.1)
+    with pytest.warns(UserWarning, match=r"lora_dropout=0\.0, and not 0\.1"):
+        keras_lora.save_adapter(model, tmp_path, names="transformers")
+    loaded = peft.PeftModel.from_pretrained(module, tmp_path).eval()
+    expected = ours("mixtral", model)
+    assert difference(theirs("mixtral", loaded), expected) < 1e-5
+    keras_lora.remove_lora(model)
+    keras_lora.apply_lora(model, target=BANK, rank=2, use_dora=True)
+    with pytest.raises(ValueError, match="use_dora, which PEFT does not have"):
+        keras_lora.save_adapter(model, tmp_path, names="transformers")
+    model = pairs("gpt_oss")[1]
+    keras_lora.apply_lora(model, target=".*gate_up_proj_bias", rank=2)
+    with pytest.raises(ValueError, match=r"gate_up_proj_bias.*no module of their own"):
+        keras_lora.save_adapter(model, tmp_path, names="transformers")
+    with pytest.raises(ValueError, match=r"gate_dense'.*no module of their own"):
+        model = pairs("mixtral")[1]
+        keras_lora.apply_lora(model, target=BANK, rank=2)
+        keras_lora.save_adapter(model, tmp_path, names="transformers4")

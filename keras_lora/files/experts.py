@@ -131,7 +131,9 @@ def to_wrapped(tensors, entries) -> dict:
 def as_parameter(key):
     """The key of a stack for that of one expert; another as it is."""
     match = EXPERT.match(key)
-    return key if match is None else f"{match[1]}.{without_slice(HALVES[match[3]])}"
+    if match is None:
+        return key
+    return f"{match[1]}.{without_slice(HALVES[match[3]])}{key[match.end() :]}"
 
 
 def with_stacks(adapter, parameters):

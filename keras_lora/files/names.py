@@ -127,6 +127,8 @@ def derived_names(paths, names, model, adapter) -> Modules:
     found = family(model, paths, names)
     if adapter is None:
         named = found.written(since_5=names != TRANSFORMERS_4)
+        if names == TRANSFORMERS_4:  # whose experts are modules, one by one
+            named = {path: module for path, module in named.items() if path in paths}
     else:
         named = found.read(adapter.tensors)
     slices = collections.defaultdict(list)
