@@ -93,7 +93,7 @@ class Analysis(Table, Sequence):
         draw(self, path)
 
 
-def analyze(source) -> Analysis:
+def analyze(source: keras.layers.Layer | Adapter | str | os.PathLike) -> Analysis:
     """The singular values of every update scaling * A @ B, and what follows of them.
 
     How far a layer has moved, in all and beside its W, and how much of its rank it

@@ -3,6 +3,8 @@
 import math
 import os
 import string
+from collections.abc import Callable
+from collections.abc import Mapping
 
 import keras
 
@@ -35,12 +37,12 @@ class AdapterCheckpoint(keras.callbacks.Callback):
 
     def __init__(
         self,
-        directory,
-        save_best_only=False,
-        monitor="val_loss",
-        mode="auto",
-        names=None,
-        verbose=0,
+        directory: str | os.PathLike,
+        save_best_only: bool = False,
+        monitor: str = "val_loss",
+        mode: str = "auto",
+        names: str | Mapping | Callable | None = None,
+        verbose: int = 0,
     ):
         super().__init__()
         try:

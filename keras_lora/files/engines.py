@@ -1,5 +1,7 @@
 """What an engine that serves PEFT's folders would refuse, before it is asked."""
 
+import os
+
 from keras_lora.files.factors import factors_of
 from keras_lora.files.folder import Adapter
 from keras_lora.layers.settings import checked_rank
@@ -10,7 +12,11 @@ from keras_lora.layers.settings import divisor
 VLLM = "vLLM 0.22 (its documentation of 2026-11-25)"
 
 
-def check_adapter(adapter, engine: str = "vllm", max_lora_rank: int = 16) -> list:
+def check_adapter(
+    adapter: Adapter | str | os.PathLike,
+    engine: str = "vllm",
+    max_lora_rank: int = 16,
+) -> list:
     """Says what a serving engine would refuse in an adapter, or read otherwise.
 
     Args:

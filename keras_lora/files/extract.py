@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Callable
 from collections.abc import Mapping
 
+import keras
 import numpy as np
 
 from keras_lora.files.folder import Adapter
@@ -22,8 +23,8 @@ from keras_lora.models.paths import layer_paths
 
 
 def extract_adapter(
-    base_model,
-    tuned_model,
+    base_model: keras.layers.Layer,
+    tuned_model: keras.layers.Layer,
     rank: int,
     names: str | Mapping | Callable | None = None,
 ) -> Adapter:

@@ -88,7 +88,7 @@ class Adapter(Table):
         return parts_of(self, most=20)
 
     @classmethod
-    def read(cls, directory) -> "Adapter":
+    def read(cls, directory: str | os.PathLike) -> "Adapter":
         """Reads a folder that `save_adapter` or PEFT has written, and checks it.
 
         Files that say the same in other words are read too: a .safetensors file of
@@ -108,10 +108,10 @@ class Adapter(Table):
             config, tensors = other
             checked_config(config)
             return cls(checked_tensors(tensors), config)
-        directory = adapter_folder(Path(directory))
-        if not has_tensors(directory):
-            refuse_pickles(directory, sorted(directory.iterdir()))
-        config, tensors, metadata = read_together(directory)
+        folder = adapter_folder(Path(directory))
+        if not has_tensors(folder):
+            refuse_pickles(folder, sorted(folder.iterdir()))
+        config, tensors, metadata = read_together(folder)
         refuse_other_format(tensors)
         checked = checked_config(config)
         warn_of_unknown(config)
@@ -119,7 +119,7 @@ class Adapter(Table):
         tensors = from_wrapped(checked_tensors(tensors), checked)
         return cls(tensors, config, slices, starts=starts)
 
-    def save(self, directory):
+    def save(self, directory: str | os.PathLike):
         """Writes the two files: the old adapter or the new one is there, whole.
 
         Each file is written beside its place and renamed. Where the settings change
@@ -151,13 +151,13 @@ class Adapter(Table):
             metadata["starts"] = json.dumps(self.starts)
         metadata["sha256"] = digest(tensors, metadata)
         config = json.dumps(self.config, indent=2, sort_keys=True).encode()
-        tensors = safetensors.numpy.save(tensors, metadata)
+        data = safetensors.numpy.save(tensors, metadata)
         directory = Path(os.path.realpath(directory))
         is_new = not directory.exists()
         directory.mkdir(parents=True, exist_ok=True)
         try:
             with temporary_folder(directory) as new:
-                replace_files(directory, new, tensors, config, metadata["sha256"])
+                replace_files(directory, new, data, config, metadata["sha256"])
         except BaseException:
             if is_new:
                 with contextlib.suppress(OSError):  # something is in it already

@@ -20,7 +20,9 @@ from keras_lora.models.paths import layer_paths
 from keras_lora.models.report import Report
 
 
-def load_keras_lora(model, source) -> Report:
+def load_keras_lora(
+    model: keras.layers.Layer, source: keras.layers.Layer | str | Path
+) -> Report:
     """Puts the factors of Keras's own `enable_lora` into a model, exactly.
 
     Keras splits an einsum kernel before its last axis, wherever the equation has

@@ -3,8 +3,10 @@
 import zipfile
 from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
+import keras
 import numpy as np
 
 from keras_lora.files.config import settings
@@ -21,12 +23,12 @@ from keras_lora.models.report import Report
 
 
 def load_loralib(
-    model,
+    model: keras.layers.Layer,
     state_dict: Mapping | str | Path,
     rank: int,
     alpha: float = 1,
     names: str | Mapping | Callable | None = None,
-    enable_lora=None,
+    enable_lora: Sequence | Mapping | None = None,
 ) -> Report:
     """Puts loralib's factors into a model.
 

@@ -1,8 +1,11 @@
 """An adapter from PEFT's files into a model."""
 
 import dataclasses
+import os
 from collections.abc import Callable
 from collections.abc import Mapping
+
+import keras
 
 from keras_lora.files.config import remember_file
 from keras_lora.files.fitting import checked_values
@@ -33,8 +36,8 @@ from keras_lora.models.trainable_flags import trainable_state
 
 
 def load_adapter(
-    model,
-    directory,
+    model: keras.layers.Layer,
+    directory: "str | os.PathLike | Adapter",
     names: str | Mapping | Callable | None = None,
     trainable: bool = True,
 ) -> Report:

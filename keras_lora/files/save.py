@@ -1,8 +1,11 @@
 """A model's adapter as PEFT's files hold it."""
 
 import collections
+import os
 from collections.abc import Callable
 from collections.abc import Mapping
+
+import keras
 
 from keras_lora.files.beside import fuse_others
 from keras_lora.files.beside import trained_beside
@@ -30,8 +33,8 @@ from keras_lora.models.paths import layer_paths
 
 
 def save_adapter(
-    model,
-    directory,
+    model: keras.layers.Layer,
+    directory: str | os.PathLike,
     names: str | Mapping | Callable | None = None,
     task_type: str | None = None,
     base_model_name_or_path: str | None = None,

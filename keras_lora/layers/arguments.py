@@ -56,8 +56,8 @@ Args:
         an embedding that reads the whole table. With dropout, training takes a
         second product with W. `layer.lora.start_from_kernel()` starts m anew where
         W is assigned after the layer was built.
-    a_initializer, b_initializer: Initializers of A and B; None means the
-        starting values given above.
+    a_initializer: Initializer of A; None means the starting values given above.
+    b_initializer: Initializer of B; None likewise.
     merge_weights: Boolean. True: with training=False the call uses the merged
         kernel W + delta, formed in float32 and rounded once, so that what is
         evaluated is what is exported. False: the low-rank path there too.

@@ -22,7 +22,7 @@ class LoRAConv(LoRALayer):
     factorization = "standard"
     replaces = ("call", "convolution_op")
 
-    def __init__(self, *args, factorization="standard", **kwargs):
+    def __init__(self, *args, factorization: str = "standard", **kwargs):
         super().__init__(*args, **kwargs)
         self.factorization = checked_factorization(factorization)
 

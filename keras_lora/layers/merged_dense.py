@@ -48,7 +48,7 @@ class LoRAMergedDense(LoRALayer, keras.layers.Dense):
     plain_class = keras.layers.Dense
     adapted_slices = (True,)
 
-    def __init__(self, units, *args, enable_lora=(True,), **kwargs):
+    def __init__(self, units, *args, enable_lora: tuple = (True,), **kwargs):
         super().__init__(units, *args, **kwargs)
         self.adapted_slices = checked_mask(enable_lora, units)
 

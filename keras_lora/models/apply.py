@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
+import keras
+
 from keras_lora.keras_internals.calls import warn_caller
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.arguments import refusing_foreign_keywords
@@ -28,7 +30,7 @@ from keras_lora.models.tokens import token_sites
 
 @refusing_foreign_keywords
 def apply_lora(
-    model,
+    model: keras.layers.Layer,
     rank: int = 8,
     alpha: float | None = None,
     dropout: float = 0.0,

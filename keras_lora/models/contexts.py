@@ -3,6 +3,7 @@
 import contextlib
 import threading
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -27,7 +28,7 @@ UNTRAINED = (
 CHANGING = threading.Lock()  # contexts of several threads need not nest
 
 
-def merged(model):
+def merged(model: keras.layers.Layer):
     """Context in which every adapter is merged: calls cost what plain layers cost.
 
     W is not touched: W + delta stands beside it, and is dropped at the end. Meant
@@ -74,7 +75,7 @@ def _standing_in(model):
             setattr(owner, name, function)
 
 
-def disabled(model):
+def disabled(model: keras.layers.Layer):
     """Context in which the adapters are switched off: the base model.
 
     Heads and biases that trained beside A and B have, inside, the values that they

@@ -19,7 +19,12 @@ SAVED_MODEL = {"saved_model.pb", "fingerprint.pb", "variables", "assets"}
 FORMATS = ("tf_saved_model", "onnx", "openvino", "litert", "torch")
 
 
-def export(model, path, format="tf_saved_model", **kwargs):
+def export(
+    model: keras.layers.Layer,
+    path: str | os.PathLike,
+    format: str = "tf_saved_model",
+    **kwargs,
+):
     """Writes the merged model as an artefact for inference.
 
     The artefact holds plain layers with W + delta for kernels, no A and no B, and

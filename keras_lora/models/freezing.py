@@ -2,6 +2,8 @@
 
 import itertools
 
+import keras
+
 from keras_lora.keras_internals.calls import warn_caller
 from keras_lora.keras_internals.layers import flatten_layers
 from keras_lora.keras_internals.layers import keep_frozen
@@ -21,7 +23,7 @@ from keras_lora.models.trainable_flags import trainable_state
 BIASES = ("none", "all", "lora_only")
 
 
-def mark_only_lora_as_trainable(model, bias="none"):
+def mark_only_lora_as_trainable(model: keras.layers.Layer, bias: str = "none"):
     """Freezes everything but A, B and the biases asked for.
 
     Layers in which nothing trains are frozen as layers, so that batch

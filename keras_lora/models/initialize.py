@@ -27,7 +27,10 @@ METHODS = [*KERNEL_STARTS, "eva", "loftq"]
 
 
 def initialize_lora(
-    model, method: str | Callable, data=None, budget: int | None = None
+    model: keras.layers.Layer,
+    method: str | Callable,
+    data: object = None,
+    budget: int | None = None,
 ) -> Report:
     """Starting values of fresh adapters, chosen by the kernels or by data.
 

@@ -62,7 +62,9 @@ class LoRAPlus(TwoRates):
         optimizer.__class__ = lora_plus_class(type(optimizer))
         return optimizer  # which Python now hands to __init__
 
-    def __init__(self, optimizer, ratio=16.0):
+    def __init__(
+        self, optimizer: keras.optimizers.Optimizer | str, ratio: float = 16.0
+    ):
         # The optimizer's own was run when it was made. The long name is no
         # attribute of anyone's optimizer.
         self.lora_plus_ratio = float(ratio)

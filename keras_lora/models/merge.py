@@ -40,7 +40,9 @@ from keras_lora.models.trainable_flags import set_flags
 from keras_lora.models.trainable_flags import trainable_state
 
 
-def merge_lora(model, quantized: str | None = None) -> list[MergedLayer]:
+def merge_lora(
+    model: keras.layers.Layer, quantized: str | None = None
+) -> list[MergedLayer]:
     """Merges every adapter into its kernel, for good.
 
         W <- round(W + scaling * A @ B)
@@ -85,7 +87,7 @@ def merge_lora(model, quantized: str | None = None) -> list[MergedLayer]:
     return report
 
 
-def remove_lora(model):
+def remove_lora(model: keras.layers.Layer):
     """Drops every adapter: the model is the one that W alone makes.
 
     The layers are plain Keras layers again, whose kernels train. What trained beside

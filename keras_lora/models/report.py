@@ -5,6 +5,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import keras
+
 from keras_lora.keras_internals.layers import own_variables
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.lora_layer import is_adapted
@@ -125,7 +127,7 @@ class Report(Table, Sequence):
         return title, head, rows, lines
 
 
-def summary(model) -> Report:
+def summary(model: keras.layers.Layer) -> Report:
     """Prints a table of the adapted layers, and returns it as a sequence of rows.
 
     Each row has the layer's path and kind, rank, alpha, scaling, the parameters of

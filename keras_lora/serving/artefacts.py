@@ -1,9 +1,11 @@
 """What a bank writes, and what it does not."""
 
+import os
 from collections.abc import Callable
 
 from keras import ops
 
+from keras_lora.files.folder import Adapter
 from keras_lora.serving.arguments import checked_adapters
 from keras_lora.serving.export import export_by_id
 from keras_lora.serving.export import export_by_name
@@ -17,7 +19,7 @@ class Artefacts:
     _read: Callable
     hosts: Hosts
 
-    def export(self, path, format="tf_saved_model", **kwargs):
+    def export(self, path: str | os.PathLike, format: str = "tf_saved_model", **kwargs):
         """Writes one artefact that serves all adapters and needs no keras_lora.
 
         A SavedModel's `serve(inputs, adapter)` takes names as strings, one for each
@@ -45,9 +47,10 @@ class Artefacts:
         if format == "tf_saved_model":
             export_by_name(self, path)
         else:
-            export_by_id(self, super().export, path, format=format, **kwargs)
+            write = super().export  # type: ignore[misc]
+            export_by_id(self, write, path, format=format, **kwargs)
 
-    def swap_inputs(self, name: str, adapter) -> dict:
+    def swap_inputs(self, name: str, adapter: Adapter | str | os.PathLike) -> dict:
         """What the artefact's signature "swap" takes to give a name another adapter.
 
         >>> swap = tf.saved_model.load(path).signatures["swap"]  # doctest: +SKIP

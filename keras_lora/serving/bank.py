@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 import keras
 import numpy as np
 
+from keras_lora.files.folder import Adapter
 from keras_lora.keras_internals.compiled import bring_weights_back
 from keras_lora.keras_internals.compiled import renew_compiled_functions
 from keras_lora.keras_internals.layers import guard_assign
@@ -80,7 +82,7 @@ class AdapterBank(Artefacts, Calls, OutsideCalls, Training, keras.Model):
 
     def __init__(
         self,
-        model,
+        model: keras.Model,
         adapters: Mapping | tuple = (),
         capacity: int | None = None,
         max_rank: int | None = None,
@@ -108,7 +110,8 @@ class AdapterBank(Artefacts, Calls, OutsideCalls, Training, keras.Model):
         self.hosts = Hosts(paths, self.choice, self.directory.slot_count)
         self.__dict__["sources"] = {}  # past Keras's tracking: trainees are among them
         self.slots = []
-        self._changes, self._active, self._row_names = threading.RLock(), None, None
+        self._changes, self._active = threading.RLock(), None
+        self._row_names = None
         self._compiled = CompiledFunctions(model)
         self.running, self._slots_outside = Running(self._point), [BASE]
         self.__dict__["depends_on_base"] = {}  # name -> whether the adapter does
@@ -140,7 +143,7 @@ class AdapterBank(Artefacts, Calls, OutsideCalls, Training, keras.Model):
 
     # What is in it.
 
-    def add(self, name: str, adapter):
+    def add(self, name: str, adapter: Adapter | str | os.PathLike):
         """Gives a name an adapter, in the place of an older one if there is one.
 
         Nothing is traced anew, and all is checked before anything is assigned. Calls

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Mapping
+from collections.abc import Sequence
 
 import keras
 import numpy as np
@@ -39,7 +40,7 @@ class Calls:
     hosts: Hosts
     running: Running
 
-    def ids(self, names) -> np.ndarray:
+    def ids(self, names: Sequence) -> np.ndarray:
         """The ids of a batch: a name, or None for the base model, for each row.
 
         Raises:

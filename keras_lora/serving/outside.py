@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from collections.abc import Sequence
 
 import keras
 
@@ -31,6 +32,7 @@ class OutsideCalls:
     choice: Choice
     hosts: Hosts
     running: Running
+    _row_names: Sequence | None
 
     def activate(self, name: str | None):
         """One adapter for all rows of what calls the model itself, until None.
@@ -48,7 +50,7 @@ class OutsideCalls:
             self.running.point_soon()
 
     @contextlib.contextmanager
-    def rows(self, names):
+    def rows(self, names: Sequence):
         """Inside, row i of each batch that the model itself gets uses names[i].
 
         For calls whose inputs cannot be changed, such as `generate`. Functions that

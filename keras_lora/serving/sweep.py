@@ -106,15 +106,15 @@ class Sweep(Table, Sequence):
 
 @refusing_foreign_keywords
 def sweep(
-    model,
+    model: keras.Model,
     data: tuple,
     settings: Sequence | Mapping,
     validation_data: tuple | None = None,
-    loss=None,
-    optimizer="adamw",
+    loss: object = None,
+    optimizer: keras.optimizers.Optimizer | str = "adamw",
     epochs: int = 1,
     batch_size: int = 32,
-    verbose="auto",
+    verbose: str | int = "auto",
 ) -> Sweep:
     """Trains one adapter for each setting in one fit, and compares them.
 
