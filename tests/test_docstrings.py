@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import inspect
+import os
 import pkgutil
 import re
 
@@ -18,7 +19,9 @@ def examples():
     for module in pkgutil.walk_packages(keras_lora.__path__, "keras_lora."):
         tests = doctest.DocTestFinder().find(importlib.import_module(module.name))
         found |= {test.name: test for test in tests if test.examples}
-    return found
+    # A decorated function is of no module that doctest looks into.
+    [test] = doctest.DocTestFinder().find(keras_lora.apply_lora, module=False)
+    return found | {test.name: test}
 
 
 EXAMPLES = examples()
@@ -34,7 +37,7 @@ def test_example(name, tmp_path, monkeypatch):
     base = keras.Sequential(
         [keras.Input((6,)), keras.layers.Dense(8), keras.layers.Dense(2)]
     )
-    names |= {"x": x, "y": y, "model": model, "base": base}
+    names |= {"x": x, "y": y, "model": model, "base": base, "np": np, "os": os}
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     example = EXAMPLES[name]
     example.globs = names

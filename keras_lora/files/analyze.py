@@ -118,6 +118,11 @@ def analyze(source: keras.layers.Layer | Adapter | str | os.PathLike) -> Analysi
             `merged` or `disabled`, or an adapter's factors are no matrices without
             their layer.
         OSError: If a file cannot be read.
+
+    Examples:
+        >>> rows = keras_lora.analyze(model)
+        >>> [(row.path, row.rank) for row in rows]
+        [('dense', 8)]
     """
     if isinstance(source, (str, os.PathLike)):
         return of_adapter(Adapter.read(source), Path(source).name)

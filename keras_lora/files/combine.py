@@ -68,6 +68,11 @@ def combine_adapters(
             matrices, several adapters trained the same layer in full and `heads` does
             not decide, or one has DoRA's magnitudes.
         OSError: If a file cannot be read.
+
+    Examples:
+        >>> keras_lora.save_adapter(model, "adapter")
+        >>> half = keras_lora.combine_adapters(["adapter"], weights=[0.5], rank=2)
+        >>> half.save("half")
     """
     if isinstance(adapters, (str, Path, Adapter)):
         raise ValueError(f"`adapters` must be a list. Received: {adapters!r}.")

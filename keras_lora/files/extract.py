@@ -49,6 +49,12 @@ def extract_adapter(
     Raises:
         ValueError: If the two differ in more than values, hold adapters
             (`merge_lora` first), or differ in no kernel.
+
+    Examples:
+        >>> tuned = keras.models.clone_model(base)
+        >>> adapter = keras_lora.extract_adapter(base, tuned, rank=4)
+        >>> adapter.config["r"]
+        4
     """
     rank = checked_rank(rank)
     for model in (base_model, tuned_model):

@@ -58,6 +58,13 @@ class Adapter(Table):
             in the Frobenius norm.
         starts: Modules whose second half of factors is a start that does not train,
             as `initialize_lora` makes it.
+
+    Examples:
+        >>> keras_lora.save_adapter(model, "adapter")
+        >>> adapter = keras_lora.Adapter.read("adapter")
+        >>> adapter.config["r"]
+        8
+        >>> adapter.save("a copy")
     """
 
     tensors: dict

@@ -45,6 +45,13 @@ def load_keras_lora(
         ValueError: If there are no factors, or they do not fit the model, which is
             then as before.
         OSError: If the file cannot be read.
+
+    Examples:
+        >>> plain = keras.models.clone_model(base)
+        >>> base.layers[0].enable_lora(rank=4)
+        >>> report = keras_lora.load_keras_lora(plain, base)
+        >>> [(row.path, row.rank) for row in report]
+        [('dense', 4)]
     """
     paths = layer_paths(model)
     if isinstance(source, (str, Path)):

@@ -66,6 +66,12 @@ def load_loralib(
         OSError: If the file cannot be read.
 
     Reference: https://github.com/microsoft/LoRA
+
+    Examples:
+        >>> state_dict = {"0.lora_A": np.ones((4, 6)), "0.lora_B": np.ones((8, 4))}
+        >>> report = keras_lora.load_loralib(base, state_dict, 4, names={"dense": "0"})
+        >>> [(row.path, row.rank) for row in report]
+        [('dense', 4)]
     """
     rank, alpha = checked_rank(rank), checked_alpha(alpha)
     if isinstance(state_dict, (str, Path)):

@@ -69,6 +69,13 @@ def load_adapter(
             not fit the model: a missing, unexpected, wrongly shaped or non-finite
             tensor; or inside `merged` or `disabled`. The model is then as before.
         OSError: If a file cannot be read.
+
+    Examples:
+        >>> keras_lora.save_adapter(model, "adapter")
+        >>> keras_lora.remove_lora(model)
+        >>> report = keras_lora.load_adapter(model, "adapter")
+        >>> [row.rank for row in report]
+        [8]
     """
     paths = layer_paths(model)
     refuse_unbuilt(model)

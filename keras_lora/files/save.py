@@ -63,6 +63,11 @@ def save_adapter(
     Raises:
         ValueError: If the model holds no LoRA layer, a factor is not finite, two
             layers get one name, or KerasHub has no converter for the model.
+
+    Examples:
+        >>> keras_lora.save_adapter(model, "adapter")
+        >>> sorted(os.listdir("adapter"))
+        ['adapter_config.json', 'adapter_model.safetensors']
     """
     given = {
         "task_type": task_type,

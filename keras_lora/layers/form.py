@@ -79,6 +79,16 @@ class LowRankForm:
         looks_up: Boolean: `linear` picks rows. What is added to its outputs is then
             added to the kernel, and one path serves training and inference.
         merges_in_training: Boolean: a step may use W + delta where that is cheap.
+
+    Examples:
+        >>> form = LowRankForm(  # of a Dense layer of 6 inputs and 2 units, rank 4
+        ...     a_shape=(6, 4),
+        ...     b_shape=(4, 2),
+        ...     fan_in=6,
+        ...     compose=keras.ops.matmul,
+        ...     down=keras.ops.matmul,
+        ...     up=keras.ops.matmul,
+        ... )
     """
 
     a_shape: tuple

@@ -1,5 +1,7 @@
 """LoRASimpleRNN, LoRALSTM, LoRAGRU, and every layer that runs a cell."""
 
+import inspect
+
 import keras
 
 from keras_lora.keras_internals.layers import weight_places
@@ -55,7 +57,8 @@ class GatedLayer(RecurrentLayer):
 
     def __init_subclass__(cls, **kwargs):
         if cls.__doc__ and STARTS not in cls.__doc__:
-            cls.__doc__ += STARTS
+            first, *rest = inspect.cleandoc(cls.__doc__).partition("\n\nInput shape")
+            cls.__doc__ = first + STARTS + "".join(rest).removeprefix("\n")
         super().__init_subclass__(**kwargs)
 
 

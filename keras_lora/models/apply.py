@@ -98,6 +98,11 @@ def apply_lora(
             matches nothing, a layer that is named cannot be adapted, or the model
             has adapters. The model is then as before.
 
+    Examples:
+        >>> report = keras_lora.apply_lora(base, rank=4, also_train=["dense_1"])
+        >>> [(row.path, row.rank) for row in report]
+        [('dense', 4)]
+
     Reference:
         [LoRA: Hu et al., 2021](https://arxiv.org/abs/2106.09685);
         [DoRA: Liu et al., 2024](https://arxiv.org/abs/2402.09353)

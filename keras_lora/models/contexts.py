@@ -94,6 +94,10 @@ def disabled(model: keras.layers.Layer):
 
     Raises:
         ValueError: If there is no LoRA layer.
+
+    Examples:
+        >>> with keras_lora.disabled(model):
+        ...     without = model.predict(x, verbose=0)
     """
     built_lora_layers(model)
     warn_of_unremembered(flatten_layers(model))

@@ -46,6 +46,10 @@ def export(
             not finite, or if the artefact cannot be run.
         OSError: If the artefact cannot be written: FileExistsError where `path` is a
             folder with other things in it.
+
+    Examples:
+        >>> keras_lora.export(model, "served")
+        >>> keras_lora.export(model, "model.tflite", format="litert")  # doctest: +SKIP
     """
     checked_model(model)
     if not model.built:

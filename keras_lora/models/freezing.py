@@ -38,6 +38,11 @@ def mark_only_lora_as_trainable(model: keras.layers.Layer, bias: str = "none"):
 
     Raises:
         ValueError: If `bias` is another word, or there is no LoRA layer.
+
+    Examples:
+        >>> keras_lora.mark_only_lora_as_trainable(model, bias="lora_only")
+        >>> len(model.trainable_variables)  # A, B and the bias
+        3
     """
     checked_bias(bias)
     built_lora_layers(model)

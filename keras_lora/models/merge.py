@@ -65,6 +65,11 @@ def merge_lora(
         ValueError: If there is no LoRA layer, if A, B or a merged kernel is not
             finite, a kernel is quantized and `quantized` does not say what to do, or
             inside `merged()` or `disabled()`. The model is then as before.
+
+    Examples:
+        >>> merged_layers = keras_lora.merge_lora(model)
+        >>> type(model.layers[0]).__name__
+        'Dense'
     """
     sites = checked_lora_layers(model)
     hosts = [site for site in sites if site.is_quantized]
@@ -98,6 +103,11 @@ def remove_lora(model: keras.layers.Layer):
 
     Raises:
         ValueError: If there is no LoRA layer, or inside `merged()` or `disabled()`.
+
+    Examples:
+        >>> keras_lora.remove_lora(model)
+        >>> type(model.layers[0]).__name__
+        'Dense'
     """
     checked_lora_layers(model)
     layers = flatten_layers(model)

@@ -138,6 +138,12 @@ def summary(model: keras.layers.Layer) -> Report:
 
     Returns:
         A report as that of `apply_lora`.
+
+    Examples:
+        >>> report = keras_lora.summary(model)  # doctest: +ELLIPSIS
+        LoRA in ...
+        >>> [row.path for row in report]
+        ['dense']
     """
     report = Report(model)
     print(report)

@@ -113,10 +113,22 @@ class Calls:
             yield fixed
 
     def evaluate(self, x=None, *args, **kwargs):
+        """As `keras.Model.evaluate`; x as in `predict`."""
         with self._reading(x, "evaluate") as x:
             return super().evaluate(x, *args, **kwargs)
 
     def predict(self, x, *args, **kwargs):
+        """As `keras.Model.predict`, with an adapter for each row.
+
+        Args:
+            x: {"inputs": what the model takes, "adapter": ids}, where `ids` has one
+                whole number for each row, as the method `ids` gives them.
+            *args: Of `keras.Model.predict`.
+            **kwargs: Likewise.
+
+        Returns:
+            What the model returns. A row whose id means no adapter is NaN.
+        """
         with self._reading(x, "predict") as x:
             return super().predict(x, *args, **kwargs)
 
