@@ -43,7 +43,7 @@ from keras_lora.models.report import summary
 from keras_lora.serving.bank import AdapterBank
 from keras_lora.serving.sweep import sweep
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "Adapter",

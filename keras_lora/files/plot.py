@@ -67,8 +67,8 @@ def new_figure(rows):
         from matplotlib.figure import Figure  # without pyplot: no window, no state
     except ImportError as error:
         raise ImportError(
-            "`plot` draws with matplotlib, which is not installed: install it, or "
-            "keras-lora[examples]."
+            "`plot` draws with matplotlib, which is not installed: "
+            "pip install matplotlib."
         ) from error
     if not rows:
         raise ValueError("There is no row to draw.")
