@@ -312,3 +312,119 @@ def embedding(vocabulary, rank, width=256, batch=64, length=32):
     ids = np.random.default_rng(0).integers(0, vocabulary, (batch, length), "int32")
     y = normal(batch, length, width)
     return Work(ids, y, models, "plain layer", keras.optimizers.SGD)
+
+
+def frozen_and_adapted(build, rank, **settings):
+    """Floor, control and this library, for layers that `apply_lora` names.
+
+    build: () -> a model whose second layer is `Scale` and whose third is adapted.
+    """
+
+    def frozen():
+        model = build()
+        for layer in model.layers[2:]:
+            layer.trainable = False
+        return model
+
+    def adapted():
+        model = build()
+        keras_lora.apply_lora(
+            model,
+            rank=rank,
+            target=[model.layers[2].name],
+            also_train=[model.layers[1].name],
+            **settings,
+        )
+        return model
+
+    return {FLOOR: frozen, "control": frozen, "keras_lora": adapted}
+
+
+def recurrent(units, steps, rank, batch=32, kind="LSTM"):
+    """One recurrent layer, both of whose kernels are adapted."""
+
+    def build():
+        inputs = keras.Input((steps, units))
+        layer = getattr(keras.layers, kind)(units, name="adapted")
+        return keras.Model(inputs, layer(Scale()(inputs)))
+
+    x, y = normal(batch, steps, units), normal(batch, units)
+    return Work(x, y, frozen_and_adapted(build, rank))
+
+
+def transposed(channels, size, rank, batch=8):
+    """One transposed convolution, with a window of 3 x 3 and strides of 2."""
+
+    def build():
+        inputs = keras.Input((size, size, channels))
+        layer = keras.layers.Conv2DTranspose(
+            channels, 3, strides=2, padding="same", name="adapted"
+        )
+        return keras.Model(inputs, layer(Scale()(inputs)))
+
+    x, y = (
+        normal(batch, size, size, channels),
+        normal(batch, 2 * size, 2 * size, channels),
+    )
+    return Work(x, y, frozen_and_adapted(build, rank))
+
+
+class Experts(keras.layers.Layer):
+    """A bank of experts as KerasHub computes it: every expert, for every token."""
+
+    def __init__(self, count, inner, **kwargs):
+        super().__init__(**kwargs)
+        self.count, self.inner = count, inner
+
+    def build(self, input_shape):
+        width = input_shape[-1]
+        self.up = self.add_weight((self.count, width, 2 * self.inner), name="up")
+        self.down = self.add_weight((self.count, self.inner, width), name="down")
+
+    def call(self, inputs):
+        both = keras.ops.einsum("th,ehm->etm", inputs, self.up)
+        gate, value = keras.ops.split(both, 2, axis=-1)
+        hidden = keras.ops.silu(gate) * value
+        return keras.ops.mean(
+            keras.ops.einsum("eti,eih->eth", hidden, self.down), axis=0
+        )
+
+
+def experts(count, width, inner, tokens, rank):
+    """A bank of experts, both of whose weights are adapted."""
+
+    def build():
+        inputs = keras.Input((width,))
+        layer = Experts(count, inner, name="adapted")
+        return keras.Model(inputs, layer(Scale()(inputs)))
+
+    x = normal(tokens, width)
+    return Work(x, x, frozen_and_adapted(build, rank))
+
+
+def token_rows(vocabulary, width, rows, batch=64, length=32):
+    """A lookup in a table of which some rows train, over the frozen table's."""
+
+    def build():
+        inputs = keras.Input((length,), dtype="int32")
+        table = keras.layers.Embedding(vocabulary, width, name="table")
+        return keras.Model(inputs, Scale()(table(inputs)))
+
+    def frozen():
+        model = build()
+        model.layers[1].trainable = False
+        return model
+
+    def adapted():
+        model = build()
+        keras_lora.apply_lora(
+            model,
+            target=None,
+            trainable_token_indices=range(rows),
+            also_train=[model.layers[2].name],
+        )
+        return model
+
+    ids = np.random.default_rng(0).integers(0, vocabulary, (batch, length), "int32")
+    models = {FLOOR: frozen, "control": frozen, "keras_lora": adapted}
+    return Work(ids, normal(batch, length, width), models)

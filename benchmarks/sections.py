@@ -157,6 +157,42 @@ SECTIONS = [
         ),
     ),
     Section(
+        "Training step: kernels that W + delta takes the place of",
+        "Recurrent layers, transposed convolutions, banks of experts, and rows of a "
+        "table (trainable_token_indices), over the same network, frozen.",
+        [
+            ("LSTM, 256 units, 64 steps", training.step, "recurrent", (256, 64, 8), 15),
+            (
+                "GRU, 256 units, 64 steps",
+                training.step,
+                "recurrent",
+                (256, 64, 8, 32, "GRU"),
+                15,
+            ),
+            ("Conv2DTranspose, 64", training.step, "transposed", (64, 16, 8), 25),
+            ("Conv2DTranspose, 256", training.step, "transposed", (256, 8, 8), 15),
+            (
+                "8 experts, 512 x 1024, 512 tokens",
+                training.step,
+                "experts",
+                (8, 512, 1024, 512, 8),
+                8,
+            ),
+            (
+                "8 rows of 250,000 x 256",
+                training.step,
+                "token_rows",
+                (250_000, 256, 8),
+                25,
+            ),
+        ],
+        bars=(
+            Bar("keras_lora", 1.30, "LSTM"),
+            Bar("keras_lora", 1.15, "experts"),
+            Bar("keras_lora", 1.10, "rows"),
+        ),
+    ),
+    Section(
         "Training step: Conv2D",
         "Three 3x3 convolutions on 8 images of 16 x 16, and a bottleneck of ResNet "
         "with batch normalization, over the frozen network; r=8.",

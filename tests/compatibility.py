@@ -93,20 +93,21 @@ def check(model):
         lambda t: np.ones(t.shape, "float32"), model(inputs, training=False)
     )
     model.compile(keras.optimizers.SGD(1e-3), "mse", jit_compile=False)
-    kernels = [keras.ops.convert_to_numpy(row.layer.frozen_kernel) for row in report]
-    factors = [keras.ops.convert_to_numpy(row.layer.lora.b) for row in report]
+    sites = [row.layer.sites()[row.weight] for row in report]
+    kernels = [keras.ops.convert_to_numpy(site.frozen_kernel) for site in sites]
+    factors = [keras.ops.convert_to_numpy(site.lora.b) for site in sites]
     model.fit(inputs, targets, epochs=2, verbose=0)
-    for row, kernel in zip(report, kernels, strict=True):
-        now = keras.ops.convert_to_numpy(row.layer.frozen_kernel)
-        assert np.array_equal(now, kernel), f"the kernel of {row.path} moved"
+    for site, kernel in zip(sites, kernels, strict=True):
+        now = keras.ops.convert_to_numpy(site.frozen_kernel)
+        assert np.array_equal(now, kernel), f"the kernel of {site.name} moved"
     untrained = [
-        row.layer
-        for row, b in zip(report, factors, strict=True)
-        if np.array_equal(keras.ops.convert_to_numpy(row.layer.lora.b), b)
+        site
+        for site, b in zip(sites, factors, strict=True)
+        if np.array_equal(keras.ops.convert_to_numpy(site.lora.b), b)
     ]
     random = np.random.default_rng(1)
-    for row in report:
-        b = row.layer.lora.b
+    for site in sites:
+        b = site.lora.b
         b.assign(random.standard_normal(b.shape) * 0.02)
 
     adapted = flat(model(inputs, training=False))
@@ -162,14 +163,14 @@ def assert_no_gradient(model, inputs, layers):
         return
     import tensorflow as tf
 
-    kernels = [layer.kernel.value for layer in layers]
+    kernels = [site.frozen_kernel.value for site in layers]
     with tf.GradientTape() as tape:
         tape.watch(kernels)
         outputs = keras.tree.flatten(model(inputs, training=True))
         loss = sum(tf.reduce_mean((tf.cast(x, "float32") - 1) ** 2) for x in outputs)
     for layer, gradient in zip(layers, tape.gradient(loss, kernels), strict=True):
         assert gradient is None or not np.abs(gradient).max() > 0, (
-            f"the adapter of {layer.path} got no gradient"
+            f"the adapter of {layer.name} got no gradient"
         )
 
 
@@ -184,6 +185,74 @@ def row(make, name):
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
             return [name, "-", "-", "-", "-", "-", reason, "-"]
+
+
+def share(make, name):
+    """How much of a model "all-linear" and "all" reach, and what "all" leaves out."""
+    keras.backend.clear_session()
+    keras.utils.set_random_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = make(name)
+        found = [
+            keras_lora.apply_lora(model, rank=2, target=target, dry_run=True)
+            for target in ("all-linear", "all")
+        ]
+        percents = [f"{100 * report.adapted / report.plain:.1f}%" for report in found]
+        inputs = inputs_of(model)
+        before = flat(model(inputs, training=False))
+        report = keras_lora.apply_lora(model, rank=2, target="all")
+        assert np.array_equal(flat(model(inputs, training=False)), before), name
+        adapted = {id(row.layer.sites()[row.weight].frozen_kernel) for row in report}
+        own = {id(v) for row in report for v in row.adapter.weights}
+        random = np.random.default_rng(1)
+        for row in report:
+            b = row.adapter.b
+            b.assign(random.standard_normal(b.shape) * 0.02)
+        moved = flat(model(inputs, training=False))
+        others = collections.Counter()
+        for weight in model.weights:
+            if len(weight.shape) > 1 and id(weight) not in adapted | own:
+                others[weight.path.split("/", 1)[-1]] += int(np.prod(weight.shape))
+        keras_lora.merge_lora(model)
+        difference = np.abs(flat(model(inputs, training=False)) - moved).max()
+        assert difference <= 1e-5 * np.abs(moved).max(), f"{name}: {difference}"
+    total = max(report.plain, 1)
+    left = [
+        f"{path} ({100 * size / total:.1f}%)" for path, size in others.most_common(3)
+    ]
+    more = f", {len(others) - 3} more" if len(others) > 3 else ""
+    return [
+        name,
+        *percents,
+        f"{100 * others.total() / total:.1f}%",
+        ", ".join(left) + more,
+    ]
+
+
+def write_shares(names):
+    lines = [
+        "Written by `python tests/compatibility.py shares` with Keras "
+        f"{keras.version()} on {keras.backend.backend()}: the share of the model's "
+        'parameters whose weight gets an adapter with target="all-linear" and with '
+        '"all". With "all" each model starts with its own outputs to the bit, and '
+        "merging moves them by less than 1e-5. The next column is the share of other "
+        "weights of two axes or more, of which the last column names the largest: "
+        "what makes the outputs, weights called bias, kernels that the layer around "
+        "reads itself, and weights that never train.",
+        "",
+        '| model | "all-linear" | "all" | other matrices | the largest of them |',
+        "|---|---:|---:|---:|---|",
+    ]
+    for make, name in names:
+        try:
+            cells = share(make, name)
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+            cells = [name, "-", "-", "-", reason]
+        print(*cells, sep="  ", flush=True)
+        lines.append("| " + " | ".join(cells) + " |")
+    write_section("## How much of a model the adapters reach", "\n".join(lines))
 
 
 def main():
@@ -208,6 +277,9 @@ def main():
     ]
     names = [(application, name) for name in APPLICATIONS]
     names += [(backbones.backbone, name) for name in backbones.names()]
+    if sys.argv[1:] == ["shares"]:
+        write_shares(names)
+        return
     only = sys.argv[1:]
     for make, name in names:
         if not only or name in only:
