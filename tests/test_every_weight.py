@@ -91,7 +91,8 @@ def test_every_weight_of_a_users_own_layer():
     layer = model.layers[0]
     assert isinstance(layer, Own)
     assert list(layer.loras) == NAMES
-    assert layer.loras["stack"].a.shape == (2, 5, 2)  # of each matrix of the stack
+    stack = layer.loras["stack"]  # a pair for each matrix of it
+    assert (tuple(stack.a.shape), tuple(stack.b.shape)) == ((2, 5, 2), (2, 2, 4))
     assert_equal_bits(model(x), outputs)
     filled(model)
     tuned = dict(before)
@@ -103,8 +104,11 @@ def test_every_weight_of_a_users_own_layer():
     with keras_lora.disabled(model):
         assert_equal_bits(model(x), outputs)
     merged = to_numpy(model(x))
+    trained = to_numpy(stack.b)
     with keras_lora.merged(model):
+        stack.b.assign(stack.b * 0)  # what stands in for it is fixed
         assert_close(model(x), merged, 1e-6)
+    stack.b.assign(trained)
     keras_lora.merge_lora(model)
     assert type(layer) is Own
     assert_close(layer(x), expected)
@@ -415,3 +419,35 @@ def test_models_are_called_while_they_are_exported(tmp_path):
         shapes = sorted(tuple(v.shape) for v in served.variables)
         keras_lora.remove_lora(each)
         assert shapes == sorted(tuple(v.shape) for v in each.variables)
+
+
+def test_the_cell_of_a_users_own_may_hold_a_stack():
+    class Stacked(L.Layer):
+        state_size = output_size = 4
+
+        def build(self, input_shape):
+            shape = (2, input_shape[-1] + 4, 4)
+            self.stack = self.add_weight(shape=shape, name="stack")
+
+        def call(self, inputs, states):
+            both = keras.ops.concatenate([inputs, states[0]], axis=-1)
+            found = keras.ops.einsum("bi,eio->bo", both, self.stack)
+            return keras.ops.tanh(found), [keras.ops.tanh(found)]
+
+    for layer, shape in (
+        (L.RNN(Stacked()), (2, 2, 4)),
+        (L.ConvLSTM1D(3, 2), (2, 12)),
+    ):
+        x = np.random.default_rng(1).standard_normal((2, 3, 6)).astype("float32")
+        x = x[..., None].repeat(6, -1) if isinstance(layer, L.ConvLSTM1D) else x
+        before = to_numpy(layer(x))
+        keras_lora.apply_lora(layer, rank=2, target=".*")
+        first = next(iter(layer.loras.values()))
+        assert tuple(first.b.shape) == shape
+        assert_equal_bits(layer(x), before)
+        for seed, lora in enumerate(layer.loras.values()):
+            fill(lora.b, seed, 0.3)
+        found = to_numpy(layer(x))
+        assert np.abs(found - before).max() > 1e-3
+        keras_lora.merge_lora(layer)
+        assert_close(layer(x), found, 1e-6)

@@ -297,3 +297,23 @@ def test_names_of_transformers(tmp_path):
     plain = backbone("Llama3Backbone")
     keras_lora.load_adapter(plain, tmp_path / "adapter", names="transformers")
     assert_equal_bits(plain.get_layer("token_embedding").lora.rows, rows)
+
+
+def test_a_file_whose_parts_disagree(tmp_path):
+    model = untied()
+    keras_lora.apply_lora(model, target=None, trainable_token_indices={"table": IDS})
+    keras_lora.save_adapter(model, tmp_path / "adapter")
+    found = keras_lora.Adapter.read(tmp_path / "adapter")
+    (key,) = found.tensors
+    for ids, tensors, message in (
+        ({"table": [1, 2]}, found.tensors, "do not belong together"),
+        ({"table": IDS, "head": [1]}, found.tensors, "no rows"),
+        ({"table": [1, 1, 2]}, found.tensors, "more than once"),
+        ({"other": IDS}, found.tensors, "do not belong together"),
+    ):
+        config = {**found.config, "trainable_token_indices": ids}
+        with pytest.raises(ValueError, match=message):
+            keras_lora.load_adapter(untied(), keras_lora.Adapter(tensors, config))
+    wide = {key: np.zeros((3, 7), "float32")}
+    with pytest.raises(ValueError, match=r"shape \(3, 7\).*needs \(3, 6\)"):
+        keras_lora.load_adapter(untied(), keras_lora.Adapter(wide, found.config))
