@@ -20,6 +20,7 @@ from layer_cases import to_numpy
 from shared import assert_close
 
 import keras_lora
+from keras_lora.files.command import main
 from keras_lora.files.config import CONFIG
 from keras_lora.files.folder import TENSORS
 from keras_lora.models.adapt import lora_layers
@@ -379,3 +380,87 @@ def test_what_peft_has_not_for_parameters(pairs, tmp_path):
         model = pairs("mixtral")[1]
         keras_lora.apply_lora(model, target=BANK, rank=2)
         keras_lora.save_adapter(model, tmp_path, names="transformers4")
+
+
+def deltas_of(model):
+    """Path -> scaling * A @ B of each expert, in float64."""
+    found = {}
+    for site in lora_layers(model):
+        lora = site.lora
+        a, b = (to_numpy(x).astype("float64") for x in (lora.a, lora.b))
+        if a.ndim == 3:
+            found[site.frozen_kernel.path] = float(lora.scaling) * a @ b
+    return found
+
+
+def test_spectra_and_sums_of_experts(pairs, tmp_path, capsys):
+    """Of a folder without its model, against the deltas in float64."""
+    name, (module, model) = "qwen3_moe", pairs("qwen3_moe")
+    parameters = ["experts.gate_up_proj", "experts.down_proj"]
+    settings = {"target_modules": [], "target_parameters": parameters}
+    saved_by_peft(module, tmp_path / "one", **settings)
+    keras_lora.load_adapter(model, tmp_path / "one", names="transformers")
+    one = deltas_of(model)
+    rows = keras_lora.analyze(tmp_path / "one")
+    assert [row.path.rpartition(".")[2] for row in rows] == [
+        "down_proj",
+        "gate_up_proj",
+    ] * 2
+    norms = sorted(float(np.linalg.norm(delta)) for delta in one.values())
+    assert_close(sorted(row.norm for row in rows), norms, 1e-5)
+    values = np.linalg.svd(next(iter(one.values())), compute_uv=False)[:, :2]
+    expected = np.sort(values, axis=None)[::-1]
+    row = min(rows, key=lambda row: abs(row.norm - np.linalg.norm(expected)))
+    assert_close(row.singular_values, expected, 1e-5)
+    assert main(["show", str(tmp_path / "one")]) == 0
+    assert "(2, 4, 16) (16, 2, 4)" in capsys.readouterr().out
+    assert main(["diff", str(tmp_path / "one"), str(tmp_path / "one")]) == 0
+    # another rank, of which the sum has both
+    keras_lora.remove_lora(model)
+    adapted_here(model, rank=3, alpha=2)
+    keras_lora.save_adapter(model, tmp_path / "two", names="transformers")
+    assert main(["diff", str(tmp_path / "one"), str(tmp_path / "two")]) == 1
+    two = deltas_of(model)
+    both = keras_lora.combine_adapters([tmp_path / "one", tmp_path / "two"], [0.5, 2])
+    both.save(tmp_path / "both")
+    keras_lora.remove_lora(model)
+    keras_lora.load_adapter(model, tmp_path / "both", names="transformers")
+    for path, delta in deltas_of(model).items():
+        assert_close(delta, 0.5 * one[path] + 2 * two[path], 1e-5)
+    expected = ours(name, model)
+    loaded = peft.PeftModel.from_pretrained(pairs(name)[0], tmp_path / "both").eval()
+    assert difference(theirs(name, loaded), expected) < 1e-5
+    # and the nearest of a lower rank, one for all experts
+    pairs(name)
+    cut = keras_lora.combine_adapters([tmp_path / "both"], rank=2)
+    keras_lora.load_adapter(model, cut, names="transformers")
+    for path, delta in deltas_of(model).items():
+        whole = 0.5 * one[path] + 2 * two[path]
+        left, values, right = np.linalg.svd(whole, full_matrices=False)
+        nearest = (left[..., :2] * values[:, None, :2]) @ right[:, :2]
+        assert_close(delta, nearest, 1e-5)
+        error = np.linalg.norm(delta - whole) / np.linalg.norm(whole)
+        assert min(abs(error - x) for x in cut.errors.values()) < 1e-5
+
+
+def test_experts_are_extracted(tmp_path):
+    name = "mixtral"
+    (module, base), (_, model) = (pair(name, tmp_path / x) for x in ("base", "again"))
+    adapted_here(model, rank=2)
+    expected = ours(name, model)
+    keras_lora.merge_lora(model)
+    adapter = keras_lora.extract_adapter(base, model, rank=2, names="transformers")
+    assert len(adapter.errors) == 6
+    assert max(adapter.errors.values()) < 1e-5
+    adapter.save(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(module, tmp_path).eval()
+    assert difference(theirs(name, loaded), expected) < 2e-5
+
+
+def test_a_bank_names_the_experts(pairs, tmp_path):
+    model = pairs("mixtral")[1]
+    adapted_here(model, rank=2)
+    keras_lora.save_adapter(model, tmp_path, names="transformers")
+    keras_lora.remove_lora(model)
+    with pytest.raises(ValueError, match=r"bank cannot hold .*experts\.gate_up_proj"):
+        keras_lora.AdapterBank(model, {"one": tmp_path}, names="transformers")

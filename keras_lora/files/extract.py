@@ -12,10 +12,12 @@ from keras_lora.files.folder import Adapter
 from keras_lora.files.names import module_names
 from keras_lora.files.save import adapter_of
 from keras_lora.keras_internals.layers import layer_state
+from keras_lora.layers.kinds import as_site
 from keras_lora.layers.kinds import form_of
 from keras_lora.layers.kinds import lora_class_of
 from keras_lora.layers.kinds import obstacle
 from keras_lora.layers.settings import checked_rank
+from keras_lora.layers.substituted import WeightSite
 from keras_lora.layers.torch_layout import to_numpy
 from keras_lora.models.adapt import lora_layers
 from keras_lora.models.change import adapted
@@ -32,8 +34,8 @@ def extract_adapter(
 
         scaling * A @ B = the nearest of rank r to W_tuned - W_base
 
-    in the Frobenius norm, by singular value decomposition, for every layer that can
-    be adapted and whose kernel differs. What else differs goes along in full, as
+    in the Frobenius norm, by singular value decomposition, for every weight that can
+    be adapted and that differs. What else differs goes along in full, as
     biases and heads do: a base model that loads the adapter is the tuned model but
     for what `.errors` of the result says.
 
@@ -73,22 +75,31 @@ def extract_adapter(
     base = module_names(paths, names, base_model)
     tuned = module_names(layer_paths(tuned_model), names, tuned_model)
     adapters, updates, beside, errors = {}, {}, [], {}
-    for module, (layer, variables) in paired_layers(base, tuned).items():
-        changed = {v.name: (v, other) for v, other in variables if differ(v, other)}
-        kernel = changed.pop(kernel_name(layer), None)
-        if kernel is None or changed.keys() - {"bias"} or obstacle(layer) is not None:
-            beside += in_full(module, variables, changed, kernel)
+    kernels = {
+        id(as_site(site).frozen_kernel): module
+        for module, site in base.sites.items()
+        if site.built and is_of_kind(site) and module not in base.unnamed
+    }
+    for module, (_, variables) in paired_layers(base, tuned).items():
+        changed = [(v, other) for v, other in variables if differ(v, other)]
+        pairs = {kernels[id(v)]: (v, x) for v, x in changed if id(v) in kernels}
+        rest = [(v, other) for v, other in changed if id(v) not in kernels]
+        able = all(obstacle(base.sites[name]) is None for name in pairs)
+        if not able or {v.name for v, _ in rest} - {"bias"}:
+            beside += [(module, other) for _, other in variables]  # all that it has
             continue
-        beside += [(module, other) for _, other in changed.values()]
-        own, other = map(to_numpy, kernel)
-        a, b, own_rank, errors[module] = nearest_factors(layer, other - own, rank)
-        updates[module] = a, b
-        adapters[layer] = {"rank": own_rank}
+        beside += [(module, other) for _, other in rest]
+        for name, (own, other) in pairs.items():
+            delta = to_numpy(other) - to_numpy(own)
+            site = base.sites[name]
+            a, b, own_rank, errors[name] = nearest_factors(site, delta, rank)
+            updates[name] = a, b
+            adapters[site] = {"rank": own_rank}
     if not adapters:
         raise ValueError("The two models differ in no kernel that could be adapted.")
     with adapted(base_model, paths, adapters):
         for module, (a, b) in updates.items():
-            lora = base[module].lora
+            lora = base.sites[module].lora
             lora.a.assign(a)
             lora.b.assign(b)
         adapter = adapter_of(base_model, names, beside)
@@ -117,15 +128,9 @@ def differ(own, other):
     return not np.array_equal(to_numpy(own), to_numpy(other))
 
 
-def kernel_name(layer):
-    return getattr(lora_class_of(type(layer)), "kernel_name", None)
-
-
-def in_full(module, variables, changed, kernel):
-    """What of a layer goes along as it is: its bias alone, or all it has."""
-    if kernel is None and changed.keys() <= {"bias"}:
-        return [(module, other) for _, other in changed.values()]
-    return [(module, other) for _, other in variables]
+def is_of_kind(site):
+    """Whether files say what the weight is: a known layer's, or one of several."""
+    return isinstance(site, WeightSite) or lora_class_of(type(site)) is not None
 
 
 def nearest_factors(layer, delta, rank):
