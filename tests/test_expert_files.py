@@ -9,9 +9,7 @@ import peft
 import pytest
 import safetensors.numpy
 import torch
-import transformers
 from families import FAMILIES
-from families import HALF
 from families import difference
 from families import ours
 from families import pair
@@ -27,7 +25,6 @@ from keras_lora.models.adapt import lora_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's of patterns it obeys
 
-MIXTURE = {"enable_moe_block": True, "num_experts": 4, "moe_intermediate_size": 12}
 KINDS = {
     "mixtral": "mlp.experts",
     "qwen2_moe": "mlp.experts",
@@ -36,16 +33,6 @@ KINDS = {
     "gpt_oss": "mlp.experts",
     "gemma4_moe": "experts",
 }
-FAMILIES["gemma4_moe"] = FAMILIES["gemma4"]._replace(
-    config=lambda: transformers.Gemma4TextConfig(
-        **HALF,
-        **MIXTURE,
-        top_k_experts=2,
-        global_head_dim=8,
-        hidden_size_per_layer_input=0,
-        layer_types=["full_attention"] * 2,
-    )
-)
 BANK = ".*/(experts|moe_expert_bank)/.*"  # paths
 
 

@@ -240,3 +240,49 @@ def test_merged_dense_is_one_fused_adapter(tmp_path):
     x = np.random.default_rng(1).standard_normal((3, 6)).astype("float32")
     theirs = loaded.base_model.model["qkv"](torch.tensor(x)).detach().numpy()
     np.testing.assert_allclose(to_numpy(model(x)), theirs, rtol=0, atol=1e-5)
+
+
+class Bank(keras.layers.Layer):
+    """y = sum over e of x @ w[e]"""
+
+    def build(self, input_shape):
+        self.w = self.add_weight(shape=(2, input_shape[-1], 4), name="w")
+
+    def call(self, inputs):
+        return keras.ops.einsum("bi,eio->bo", inputs, self.w)
+
+
+class Others(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.up = torch.nn.LSTM(3, 4), torch.nn.ConvTranspose2d(3, 4, 2)
+        self.depthwise = torch.nn.Conv2d(3, 3, 2, groups=3)
+        self.bank = torch.nn.Module()
+        self.bank.w = torch.nn.Parameter(torch.zeros(2, 3, 4))
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "reason"),
+    [
+        (keras.layers.LSTM(4, name="lstm"), (5, 3), "Target modules .* not found"),
+        (keras.layers.Conv2DTranspose(4, 2, name="up"), (5, 5, 3), "is not supported"),
+        (keras.layers.DepthwiseConv2D(2, name="depthwise"), (5, 5, 3), "size mismatch"),
+        (Bank(name="bank"), (3,), "is not supported"),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+@pytest.mark.filterwarnings("ignore:LoRA adapter added")
+def test_what_peft_has_no_adapter_for(layer, shape, reason, tmp_path):
+    """It raises, as the page of adapter files says; here the file is read."""
+    model = keras.Sequential([keras.Input(shape), layer])
+    keras_lora.apply_lora(model, rank=3, target=[layer.name])
+    for seed, weight in enumerate(model.trainable_weights):
+        fill(weight, seed, 0.3)
+    keras_lora.save_adapter(model, tmp_path)
+    with pytest.raises((ValueError, RuntimeError), match=reason):
+        peft.PeftModel.from_pretrained(Others(), tmp_path)
+    x = np.random.default_rng(1).standard_normal((2, *shape)).astype("float32")
+    expected = to_numpy(model(x))
+    keras_lora.remove_lora(model)
+    keras_lora.load_adapter(model, tmp_path)
+    np.testing.assert_array_equal(to_numpy(model(x)), expected)

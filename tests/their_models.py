@@ -53,4 +53,6 @@ def loaded_by_peft(module, folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.simplefilter("ignore", FutureWarning)
+        # Said of a pattern that means a parameter, and is obeyed.
+        warnings.filterwarnings("ignore", message=".*_pattern.*did not match any")
         return peft.PeftModel.from_pretrained(module, folder)
