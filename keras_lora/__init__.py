@@ -1,47 +1,68 @@
 """LoRA for Keras 3: low-rank adaptation as layers and on whole models."""
 
-from keras_lora.files.analyze import analyze
-from keras_lora.files.checkpoint import AdapterCheckpoint
-from keras_lora.files.combine import combine_adapters
-from keras_lora.files.engines import check_adapter
-from keras_lora.files.extract import extract_adapter
-from keras_lora.files.folder import Adapter
-from keras_lora.files.from_keras import load_keras_lora
-from keras_lora.files.from_loralib import load_loralib
-from keras_lora.files.load import load_adapter
-from keras_lora.files.save import save_adapter
-from keras_lora.layers.conv import LoRAConv1D
-from keras_lora.layers.conv import LoRAConv2D
-from keras_lora.layers.conv import LoRAConv3D
-from keras_lora.layers.dense import LoRADense
-from keras_lora.layers.einsum_dense import LoRAEinsumDense
-from keras_lora.layers.embedding import LoRAEmbedding
-from keras_lora.layers.form import LowRankForm
-from keras_lora.layers.kinds import register_lora_layer
-from keras_lora.layers.lora_layer import LoRALayer
-from keras_lora.layers.merged_dense import LoRAMergedDense
-from keras_lora.layers.recurrent import LoRAGRU
-from keras_lora.layers.recurrent import LoRALSTM
-from keras_lora.layers.recurrent import LoRASimpleRNN
-from keras_lora.layers.separable import LoRADepthwiseConv1D
-from keras_lora.layers.separable import LoRADepthwiseConv2D
-from keras_lora.layers.separable import LoRASeparableConv1D
-from keras_lora.layers.separable import LoRASeparableConv2D
-from keras_lora.layers.transposed import LoRAConv1DTranspose
-from keras_lora.layers.transposed import LoRAConv2DTranspose
-from keras_lora.layers.transposed import LoRAConv3DTranspose
-from keras_lora.models.apply import apply_lora
-from keras_lora.models.contexts import disabled
-from keras_lora.models.contexts import merged
-from keras_lora.models.export import export
-from keras_lora.models.freezing import mark_only_lora_as_trainable
-from keras_lora.models.initialize import initialize_lora
-from keras_lora.models.lora_plus import LoRAPlus
-from keras_lora.models.merge import merge_lora
-from keras_lora.models.merge import remove_lora
-from keras_lora.models.report import summary
-from keras_lora.serving.bank import AdapterBank
-from keras_lora.serving.sweep import sweep
+import importlib
+import sys
+
+
+def is_command():
+    """Whether this is `python -m keras_lora`, which reads files without Keras."""
+    given = [*sys.orig_argv, None]
+    module = given[given.index("-m") + 1] if "-m" in given else None
+    return sys.argv[:1] == ["-m"] and module == __name__  # until it is found
+
+
+if not is_command():
+    from keras_lora.files.analyze import analyze
+    from keras_lora.files.checkpoint import AdapterCheckpoint
+    from keras_lora.files.combine import combine_adapters
+    from keras_lora.files.engines import check_adapter
+    from keras_lora.files.extract import extract_adapter
+    from keras_lora.files.folder import Adapter
+    from keras_lora.files.from_keras import load_keras_lora
+    from keras_lora.files.from_loralib import load_loralib
+    from keras_lora.files.load import load_adapter
+    from keras_lora.files.save import save_adapter
+    from keras_lora.layers.conv import LoRAConv1D
+    from keras_lora.layers.conv import LoRAConv2D
+    from keras_lora.layers.conv import LoRAConv3D
+    from keras_lora.layers.dense import LoRADense
+    from keras_lora.layers.einsum_dense import LoRAEinsumDense
+    from keras_lora.layers.embedding import LoRAEmbedding
+    from keras_lora.layers.form import LowRankForm
+    from keras_lora.layers.kinds import register_lora_layer
+    from keras_lora.layers.lora_layer import LoRALayer
+    from keras_lora.layers.merged_dense import LoRAMergedDense
+    from keras_lora.layers.recurrent import LoRAGRU
+    from keras_lora.layers.recurrent import LoRALSTM
+    from keras_lora.layers.recurrent import LoRASimpleRNN
+    from keras_lora.layers.separable import LoRADepthwiseConv1D
+    from keras_lora.layers.separable import LoRADepthwiseConv2D
+    from keras_lora.layers.separable import LoRASeparableConv1D
+    from keras_lora.layers.separable import LoRASeparableConv2D
+    from keras_lora.layers.transposed import LoRAConv1DTranspose
+    from keras_lora.layers.transposed import LoRAConv2DTranspose
+    from keras_lora.layers.transposed import LoRAConv3DTranspose
+    from keras_lora.models.apply import apply_lora
+    from keras_lora.models.contexts import disabled
+    from keras_lora.models.contexts import merged
+    from keras_lora.models.export import export
+    from keras_lora.models.freezing import mark_only_lora_as_trainable
+    from keras_lora.models.initialize import initialize_lora
+    from keras_lora.models.lora_plus import LoRAPlus
+    from keras_lora.models.merge import merge_lora
+    from keras_lora.models.merge import remove_lora
+    from keras_lora.models.report import summary
+    from keras_lora.serving.bank import AdapterBank
+    from keras_lora.serving.sweep import sweep
+
+
+def __getattr__(name):
+    """What was left out for the command; a user's module may ask for it there."""
+    if name not in __all__ or name in globals():
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    importlib.reload(sys.modules[__name__])
+    return globals()[name]
+
 
 __version__ = "0.2.0.dev0"
 

@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -352,3 +353,53 @@ def test_as_a_module(here, capsys, monkeypatch):
             runpy.run_module("keras_lora", run_name="__main__")
         assert end.value.code == status
         assert capsys.readouterr().out.startswith(f"{folder}: ")
+
+
+@pytest.mark.parametrize("command", ["--help", "show", "diff", "check", "combine"])
+def test_files_are_read_without_keras(tmp_path, command):
+    folders = [str(tmp_path / name) for name in ("one", "two")]
+    for seed, folder in enumerate(folders):
+        write(folder, seed)
+    arguments = [command] if command == "--help" else [command, *folders]
+    arguments += ["-o", str(tmp_path / "sum")] if command == "combine" else []
+    names = "sorted({name.partition('.')[0] for name in sys.modules})"
+    code = (
+        "import atexit, sys\n"
+        f"atexit.register(lambda: print(*{names}, file=sys.stderr))\n"
+    )
+    (tmp_path / "sitecustomize.py").write_text(code)
+    paths = [str(tmp_path), str(Path(keras_lora.__file__).parents[1])]
+    process = subprocess.run(
+        [sys.executable, "-m", "keras_lora", *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+    )
+    assert process.stdout
+    [loaded] = process.stderr.splitlines()  # and no line of a log
+    assert "keras_lora" in loaded.split()
+    assert not {"keras", "tensorflow", "jax", "torch"} & set(loaded.split())
+
+
+def test_a_module_of_the_user_finds_the_layers(tmp_path):
+    """`--import` names modules that make their classes from the public ones."""
+    code = "import keras_lora\n\nclass Own(keras_lora.LoRADense):\n    pass\n"
+    (tmp_path / "own_classes.py").write_text(code)
+    inputs = keras.Input((6,))
+    outputs = keras_lora.LoRADense(4, rank=0, name="h.0")(inputs)
+    model = keras.Model(inputs, outputs)
+    model.save(tmp_path / "base.keras")
+    write(tmp_path / "one", 0, shapes={"h.0": (4, 6)})
+    paths = [str(tmp_path), str(Path(keras_lora.__file__).parents[1])]
+    process = subprocess.run(
+        [
+            *(sys.executable, "-m", "keras_lora", "merge", tmp_path / "one"),
+            *(tmp_path / "base.keras", "-o", tmp_path / "merged.keras"),
+            *("--import", "own_classes"),
+        ],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "merged.keras").exists()

@@ -32,9 +32,9 @@ def stub() -> str:
     kinds = [name for name in keras_lora.__all__ if is_kind(vars(keras_lora)[name])]
     imports = [
         f"{line} as _{name}" if name in kinds else line
-        for line, name in re.findall(r"^(from \S+ import (\w+))$", face, re.MULTILINE)
+        for line, name in re.findall(r"^ *(from \S+ import (\w+))$", face, re.MULTILINE)
     ]
-    names = face[face.index("__all__") :]
+    names = face[face.index("\n__all__ = ") + 1 :]
     version = keras.__version__.rsplit(".", 1)[0]
     lines = [*imports, "", "__version__: str", "", names.rstrip()]
     for name in kinds:

@@ -4,9 +4,9 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 from typing import NamedTuple
 
-import keras
 import numpy as np
 
 from keras_lora.files.factors import assert_finite
@@ -16,14 +16,12 @@ from keras_lora.files.folder import Adapter
 from keras_lora.files.plot import draw
 from keras_lora.files.spectrum import effective_rank
 from keras_lora.files.spectrum import singular_values
-from keras_lora.layers.lora_layer import is_adapted
-from keras_lora.layers.methods import method_in
-from keras_lora.layers.torch_layout import to_numpy
-from keras_lora.models.adapt import checked_lora_layers
-from keras_lora.models.paths import layer_paths
-from keras_lora.models.sites import site_paths
+from keras_lora.layers.method_files import method_in
 from keras_lora.models.tables import Table
 from keras_lora.models.tables import in_order
+
+if TYPE_CHECKING:
+    import keras
 
 
 class Update(NamedTuple):
@@ -93,7 +91,7 @@ class Analysis(Table, Sequence):
         draw(self, path)
 
 
-def analyze(source: keras.layers.Layer | Adapter | str | os.PathLike) -> Analysis:
+def analyze(source: "keras.layers.Layer | Adapter | str | os.PathLike") -> Analysis:
     """The singular values of every update scaling * A @ B, and what follows of them.
 
     How far a layer has moved, in all and beside its W, and how much of its rank it
@@ -128,8 +126,12 @@ def analyze(source: keras.layers.Layer | Adapter | str | os.PathLike) -> Analysi
         return of_adapter(Adapter.read(source), Path(source).name)
     if isinstance(source, Adapter):
         return of_adapter(source, "an adapter")
+    import keras  # here: a file is shown without it
+
     if isinstance(source, keras.layers.Layer):
-        return of_model(source)
+        from keras_lora.files import analyze_model
+
+        return analyze_model.of_model(source)
     raise ValueError(
         "`source` must be a model, an Adapter or a folder. Received: "
         f"{type(source).__name__}, {str(source)[:99]!r}."
@@ -145,20 +147,6 @@ def of_adapter(adapter, name):
     return Analysis(name, rows, notes_of([method_in(file.method)]))
 
 
-def of_model(model):
-    checked_lora_layers(model)
-    paths = layer_paths(model)
-    sites = site_paths(paths)
-    adapters = {path: site for path, site in sites.items() if is_adapted(site)}
-    rows = []
-    for path, layer in adapters.items():
-        kernel = np.linalg.norm(to_numpy(layer.base_kernel(layer.lora.variable_dtype)))
-        left, right = matrices(layer)
-        rows.append(update(path, layer.lora.rank, left, right, kernel=kernel))
-    methods = [type(layer.lora) for layer in adapters.values()]
-    return Analysis(model.name, rows, notes_of(methods))
-
-
 def notes_of(methods) -> list:
     """What the rows do not show of what methods train."""
     return [
@@ -167,20 +155,6 @@ def notes_of(methods) -> list:
         for method in dict.fromkeys(methods)
         if method.beside_update
     ]
-
-
-def matrices(layer):
-    """Two matrices, or stacks of them, whose product is the update."""
-    lora, form = layer.lora, layer.form
-    if not {"a", "b"} <= set(lora.factor_names):
-        raise ValueError(f"{layer.path!r} has no A and B, but {lora.factor_names}.")
-    if not form.is_product(layer.kernel_shape):
-        matrix, _ = form.as_matrix(to_numpy(lora.delta()))
-        return matrix, np.eye(matrix.shape[-1])
-    a, b = lora.factors(lora.variable_dtype)
-    a, b = to_numpy(a), to_numpy(form.spread(b))
-    rank, lead = a.shape[-1], a.shape[: len(form.batch_axes)]
-    return a.reshape(*lead, -1, rank), b.reshape(*lead, rank, -1)
 
 
 def update(path, rank, left, right, scaling=1.0, kernel=None):

@@ -1,19 +1,20 @@
 """Whether the settings of a folder can be read, and mean what is known here."""
 
+from keras_lora.callers import warn_caller
 from keras_lora.files.config import CONFIG
 from keras_lora.files.config import KEPT
 from keras_lora.files.patterns import Budget
 from keras_lora.files.patterns import parse
 from keras_lora.files.tokens import checked_tokens
-from keras_lora.keras_internals.calls import warn_caller
-from keras_lora.layers.methods import METHODS
+from keras_lora.layers.method_files import METHODS
+from keras_lora.layers.method_files import TokenRowsFiles
 from keras_lora.layers.settings import checked_alpha
+from keras_lora.layers.settings import checked_bias
 from keras_lora.layers.settings import checked_dropout
 from keras_lora.layers.settings import checked_rank
 from keras_lora.layers.settings import is_number
-from keras_lora.layers.token_rows import KEYWORD
-from keras_lora.models.freezing import checked_bias
 
+KEYWORD = TokenRowsFiles.keyword
 # What a reader may meet and need not obey. Another key that is set is named in a
 # warning; one that is null, false or empty asks for nothing.
 KNOWN = set(

@@ -11,7 +11,7 @@ from keras_lora.files.config import stated
 from keras_lora.files.pair import TENSORS
 from keras_lora.files.pair import parsed
 from keras_lora.files.patterns import LONGEST
-from keras_lora.layers.methods import more_suffixes
+from keras_lora.layers.method_files import more_suffixes
 
 PREFIX = "base_model.model."
 # Older PEFT, and a whole model's state dict, put the adapter's name into the keys.

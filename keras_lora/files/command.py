@@ -4,19 +4,16 @@ import importlib
 import os
 import warnings
 
-import keras
-
 from keras_lora.files.analyze import analyze
 from keras_lora.files.combine import combine_adapters
 from keras_lora.files.command_arguments import parser
 from keras_lora.files.difference import settings_apart
 from keras_lora.files.difference import tensors_apart
 from keras_lora.files.engines import check_adapter
+from keras_lora.files.factors import checked_starts
 from keras_lora.files.factors import factors_of
 from keras_lora.files.factors import slots_of
 from keras_lora.files.folder import Adapter
-from keras_lora.files.for_model import checked_starts
-from keras_lora.files.load import load_adapter
 from keras_lora.files.shown import in_words
 from keras_lora.files.shown import parts_of
 from keras_lora.files.terminal import in_one_line
@@ -24,7 +21,6 @@ from keras_lora.files.terminal import say
 from keras_lora.files.terminal import write
 from keras_lora.files.terminal import write_lines
 from keras_lora.models.atomic import replacing
-from keras_lora.models.merge import merge_lora
 
 
 def main(arguments=None) -> int:
@@ -74,6 +70,7 @@ def combine(options):
                 f"OUT is {folder}, one of the adapters that are combined, which would "
                 "be lost. Give another folder."
             )
+
     combined = combine_adapters(
         options.folders,
         options.weights,
@@ -89,6 +86,12 @@ def combine(options):
 def merge(options):
     if not options.output.endswith(".keras"):
         raise ValueError(f"OUT must end with .keras. Received: {options.output!r}.")
+    # Here: no other command needs Keras, which takes seconds to load.
+    import keras
+
+    from keras_lora import load_adapter
+    from keras_lora import merge_lora
+
     for module in options.imports:
         importlib.import_module(module)
     try:

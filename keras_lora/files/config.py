@@ -4,7 +4,7 @@ import collections
 import weakref
 
 from keras_lora.files.targeting import pattern
-from keras_lora.layers.methods import METHODS
+from keras_lora.layers.method_files import METHODS
 from keras_lora.layers.settings import checked_alpha
 
 CONFIG = "adapter_config.json"

@@ -15,7 +15,7 @@ from keras_lora.files.targeting import check_targets
 from keras_lora.files.targeting import value_of
 from keras_lora.files.tokens import checked_rows
 from keras_lora.files.tokens import take_rows
-from keras_lora.layers.methods import method_in
+from keras_lora.layers.method_files import method_in
 from keras_lora.layers.settings import alpha_at
 from keras_lora.layers.settings import divisor
 from keras_lora.layers.torch_layout import EMBEDDING
@@ -149,3 +149,13 @@ def low_rank_suffixes(pair) -> tuple:
 def other_suffixes(pair) -> list:
     """What a method has beside A and B, or in their place."""
     return sorted(pair.keys() - {*LINEAR, *EMBEDDING})
+
+
+def checked_starts(starts, factors, ranks):
+    for module in starts:
+        if module not in factors or ranks[module] % 2:
+            raise ValueError(
+                f"The file has a start for {module!r}, and for that module no factors "
+                "of an even rank. Load it with the `names` that it was written with."
+            )
+    return starts

@@ -13,7 +13,7 @@ from keras_lora.files.tensors import weight_from_tensor
 from keras_lora.files.tensors import weight_to_tensor
 from keras_lora.keras_internals.layers import layer_state
 from keras_lora.layers.lora_layer import is_adapted
-from keras_lora.layers.methods import method_in
+from keras_lora.layers.method_files import method_in
 from keras_lora.layers.token_rows import KEYWORD
 
 

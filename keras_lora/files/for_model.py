@@ -7,6 +7,7 @@ import math
 
 from keras_lora.files.experts import with_stacks
 from keras_lora.files.factors import FileFactors
+from keras_lora.files.factors import checked_starts
 from keras_lora.files.factors import factors_of
 from keras_lora.files.factors import low_rank_suffixes
 from keras_lora.files.other_formats import module_of
@@ -65,16 +66,6 @@ def contents(adapter, modules) -> Contents:
     )
     split_others(file)
     return file
-
-
-def checked_starts(starts, factors, ranks):
-    for module in starts:
-        if module not in factors or ranks[module] % 2:
-            raise ValueError(
-                f"The file has a start for {module!r}, and for that module no factors "
-                "of an even rank. Load it with the `names` that it was written with."
-            )
-    return starts
 
 
 def heads_of(names, modules, others):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import keras
 
+from keras_lora.callers import warn_caller
 from keras_lora.files.beside import fuse_others
 from keras_lora.files.beside import trained_beside
 from keras_lora.files.config import said_of
@@ -25,7 +26,6 @@ from keras_lora.files.tensors import to_tensors
 from keras_lora.files.tensors import torch_name
 from keras_lora.files.tensors import weight_to_tensor
 from keras_lora.files.tokens import rows_of
-from keras_lora.keras_internals.calls import warn_caller
 from keras_lora.layers.lora_layer import is_adapted
 from keras_lora.layers.token_rows import KEYWORD
 from keras_lora.models.adapt import built_lora_layers

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from keras_lora.layers.methods import more_suffixes
+from keras_lora.layers.method_files import more_suffixes
 from keras_lora.layers.settings import alpha_at
 from keras_lora.layers.settings import divisor
 from keras_lora.layers.torch_layout import LINEAR

@@ -6,10 +6,11 @@ configuration. In spite of its name it holds new rows and no difference.
 
 from keras_lora.files.config import CONFIG
 from keras_lora.files.pair import TENSORS
-from keras_lora.layers.token_rows import KEYWORD
-from keras_lora.layers.token_rows import checked_indices
+from keras_lora.layers.method_files import TokenRowsFiles
+from keras_lora.layers.settings import checked_indices
 from keras_lora.layers.torch_layout import to_numpy
 
+KEYWORD = TokenRowsFiles.keyword
 SUFFIX = ".token_adapter.trainable_tokens_delta"
 
 

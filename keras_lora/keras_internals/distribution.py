@@ -4,7 +4,7 @@ import weakref
 
 import keras
 
-from keras_lora.keras_internals.calls import warn_caller
+from keras_lora.callers import warn_caller
 from keras_lora.keras_internals.private_names import LAYOUTS
 from keras_lora.keras_internals.private_names import require
 

@@ -60,13 +60,9 @@ class LowRankAdapter(Scaled, AdapterFiles, keras.layers.Layer):
         use_rslora: [Kalajdzievski, 2023](https://arxiv.org/abs/2312.03732)
     """
 
-    keyword: str | None = None  # of another method: LoRADense(64, use_dora=True)
     factor_names: tuple[str, ...] = ("a", "b")
-    more_suffixes: tuple[str, ...] = ()  # of arrays in a file beside A's and B's
     magnitude = None  # DoRA's m
     has_gain = False  # whether outputs are multiplied too, as `for_bank` says
-    beside_update = ""  # what it trains that A @ B does not show, in words
-    takes_value = False  # whether its keyword says more than that it is chosen
     takes_start = True  # a subclass with other factors says it for itself
     taken_off_by = "merge_lora(model) or remove_lora(model)"
     is_bank = False  # many adapters, which their bank alone may change

@@ -4,19 +4,18 @@ import keras
 import numpy as np
 
 from keras_lora.layers.form import LowRankForm
+from keras_lora.layers.method_files import MethodFiles
 from keras_lora.layers.settings import Settings
 from keras_lora.layers.torch_layout import to_numpy
 
 
-class AdapterFiles:
+class AdapterFiles(MethodFiles):
     """Mixin of the adapter: what is kept of it, and how."""
 
     settings: Settings
     dropout: float
     a_initializer: keras.initializers.Initializer | None
     b_initializer: keras.initializers.Initializer | None
-    keyword: str | None
-    more_suffixes: tuple[str, ...]
     form: LowRankForm
     has_start: bool
     a: keras.Variable
@@ -63,11 +62,6 @@ class AdapterFiles:
         if self.has_start:
             options["frozen_start"] = True
         return options | ({self.keyword: True} if self.keyword else {})
-
-    @classmethod
-    def suffixes_for(cls, suffixes) -> tuple:
-        """All that a file has for an adapter; suffixes: its host's for A and B."""
-        return (*suffixes, *cls.more_suffixes)
 
     @classmethod
     def of_plain_layer(cls, weight) -> dict:

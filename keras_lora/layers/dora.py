@@ -9,13 +9,14 @@ from keras import ops
 from keras_lora.keras_internals.calls import traced_for_xla
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.form import last_axes
+from keras_lora.layers.method_files import DoRAFiles
 from keras_lora.layers.torch_layout import to_numpy
 
-MAGNITUDE = ".lora_magnitude_vector"
+[MAGNITUDE] = DoRAFiles.more_suffixes
 
 
 @keras.saving.register_keras_serializable(package="keras_lora")
-class DoRAAdapter(LowRankAdapter):
+class DoRAAdapter(DoRAFiles, LowRankAdapter):
     """Trainable factors A and B, and a trainable length m of each column.
 
         V  = W + scaling * A @ B
@@ -42,11 +43,8 @@ class DoRAAdapter(LowRankAdapter):
         [DoRA: Liu et al., 2024](https://arxiv.org/abs/2402.09353)
     """
 
-    keyword = "use_dora"
     has_gain = takes_start = True
-    beside_update = "the lengths m, which change the kernel too"
     factor_names = ("a", "b", "magnitude")
-    more_suffixes = (MAGNITUDE,)
 
     def build_factors(self, form, regularizer, read_kernel):
         super().build_factors(form, regularizer, read_kernel)

@@ -2,8 +2,8 @@
 
 import keras
 
+from keras_lora.callers import warn_caller
 from keras_lora.keras_internals.calls import in_a_call
-from keras_lora.keras_internals.calls import warn_caller
 from keras_lora.keras_internals.classes import bound_functions
 from keras_lora.layers.quantized_host import own_kernel
 from keras_lora.layers.quantized_host import refuse_mode

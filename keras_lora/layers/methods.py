@@ -1,10 +1,10 @@
-"""The table of methods: what an adapter makes of W, chosen by a keyword."""
+"""What an adapter makes of W, a method, chosen by a keyword."""
 
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.dora import DoRAAdapter
+from keras_lora.layers.method_files import METHODS
+from keras_lora.layers.method_files import method_in
 from keras_lora.layers.token_rows import TokenRows
-
-METHODS: dict[str | None, type[LowRankAdapter]] = {None: LowRankAdapter}
 
 
 def register_method(adapter_class):
@@ -13,18 +13,9 @@ def register_method(adapter_class):
     return adapter_class
 
 
+register_method(LowRankAdapter)
 register_method(DoRAAdapter)
 register_method(TokenRows)
-
-
-def method_in(options) -> type[LowRankAdapter]:
-    """The method whose keyword is in options; LoRA without one."""
-    return METHODS[next(iter(options), None)]
-
-
-def more_suffixes() -> list:
-    """Of all arrays that some method's files have beside A and B."""
-    return [suffix for method in METHODS.values() for suffix in method.more_suffixes]
 
 
 def take_method(keywords) -> dict:

@@ -4,6 +4,10 @@ import dataclasses
 import math
 import numbers
 
+import numpy as np
+
+BIASES = ("none", "all", "lora_only")
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -86,6 +90,37 @@ def checked_dropout(dropout):
             f"inputs to drop. Received: dropout={dropout!r}."
         )
     return float(dropout)
+
+
+def checked_bias(bias):
+    if bias not in BIASES:
+        raise ValueError(
+            f"`bias` must be one of {', '.join(map(repr, BIASES))}. "
+            f"Received: bias={bias!r}."
+        )
+
+
+def checked_indices(indices) -> tuple:
+    """The ids that a user gives, as whole numbers; a ValueError where they are none."""
+    try:
+        found = list(indices)
+    except TypeError:
+        found = [None]
+    whole = all(
+        isinstance(i, (numbers.Integral, np.integer)) and not isinstance(i, bool)
+        for i in found
+    )
+    if not found or not whole or min(found) < 0:
+        raise ValueError(
+            "`trainable_token_indices` must be ids of tokens, whole numbers >= 0. "
+            f"Received: {indices!r}."
+        )
+    twice = sorted({int(i) for i in found if found.count(i) > 1})
+    if twice:
+        raise ValueError(
+            f"`trainable_token_indices` has {twice[:5]} more than once: each id once."
+        )
+    return tuple(int(i) for i in found)
 
 
 def is_number(value):

@@ -1,18 +1,18 @@
 """Rows of a frozen table that train by themselves: trainable_token_indices."""
 
-import numbers
-
 import keras
 import numpy as np
 from keras import ops
 
 from keras_lora.layers.adapter import LowRankAdapter
+from keras_lora.layers.method_files import TokenRowsFiles
+from keras_lora.layers.settings import checked_indices
 
-KEYWORD = "trainable_token_indices"
+KEYWORD = TokenRowsFiles.keyword
 
 
 @keras.saving.register_keras_serializable(package="keras_lora")
-class TokenRows(LowRankAdapter):
+class TokenRows(TokenRowsFiles, LowRankAdapter):
     """Trainable rows in the place of some of a frozen table's.
 
         y = rows[i] where inputs[..] = indices[i], else W[inputs]
@@ -34,10 +34,7 @@ class TokenRows(LowRankAdapter):
         PEFT's `trainable_token_indices`.
     """
 
-    keyword = KEYWORD
-    takes_value = True
     factor_names = ("rows",)
-    beside_update = "rows of the table"
     takes_start = False
     rank = alpha = None  # type: ignore[assignment]
 
@@ -125,27 +122,6 @@ class TokenRows(LowRankAdapter):
 
     def for_bank(self):
         raise ValueError("A bank keeps no rows of a table for each adapter.")
-
-
-def checked_indices(indices) -> tuple:
-    """The ids that a user gives, as whole numbers; a ValueError where they are none."""
-    try:
-        found = list(indices)
-    except TypeError:
-        found = [None]
-    whole = all(
-        isinstance(i, (numbers.Integral, np.integer)) and not isinstance(i, bool)
-        for i in found
-    )
-    if not found or not whole or min(found) < 0:
-        raise ValueError(
-            f"`{KEYWORD}` must be ids of tokens, whole numbers >= 0. Received: "
-            f"{indices!r}."
-        )
-    twice = sorted({int(i) for i in found if found.count(i) > 1})
-    if twice:
-        raise ValueError(f"`{KEYWORD}` has {twice[:5]} more than once: each id once.")
-    return tuple(int(i) for i in found)
 
 
 def refuse_outside(indices, size):

@@ -1,7 +1,6 @@
 """How a layer's kernel and factors look in files of torch, PEFT and microsoft/LoRA."""
 
 import numpy as np
-from keras import ops
 
 # What A and B are called in a file of PEFT, after the module's name.
 LINEAR = (".lora_A.weight", ".lora_B.weight")
@@ -47,6 +46,8 @@ class TorchLayout:
 
 def to_numpy(value):
     """A copy, of which half precision comes as float32."""
+    from keras import ops  # here: what reads files alone needs no Keras
+
     value = ops.convert_to_tensor(value)
     if "float" in str(value.dtype) and "64" not in str(value.dtype):
         value = ops.cast(value, "float32")

@@ -9,15 +9,15 @@ from typing import Any
 
 import keras
 
-from keras_lora.keras_internals.calls import warn_caller
+from keras_lora.callers import warn_caller
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.arguments import refusing_foreign_keywords
+from keras_lora.layers.settings import checked_bias
 from keras_lora.layers.token_rows import KEYWORD
 from keras_lora.models.adapt import refuse_adapters
 from keras_lora.models.adapt import refuse_unbuilt
 from keras_lora.models.change import adapted
 from keras_lora.models.choose import choose
-from keras_lora.models.freezing import checked_bias
 from keras_lora.models.freezing import freeze_all_but_lora
 from keras_lora.models.paths import layer_paths
 from keras_lora.models.report import Report

@@ -4,13 +4,14 @@ import itertools
 
 import keras
 
-from keras_lora.keras_internals.calls import warn_caller
+from keras_lora.callers import warn_caller
 from keras_lora.keras_internals.layers import flatten_layers
 from keras_lora.keras_internals.layers import keep_frozen
 from keras_lora.keras_internals.layers import layer_state
 from keras_lora.keras_internals.layers import own_variables
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.lora_layer import has_adapters
+from keras_lora.layers.settings import checked_bias
 from keras_lora.models.adapt import built_lora_layers
 from keras_lora.models.change import adapted
 from keras_lora.models.paths import layer_paths
@@ -19,8 +20,6 @@ from keras_lora.models.record import remember_base
 from keras_lora.models.record import state_of
 from keras_lora.models.trainable_flags import restore_trainable_state
 from keras_lora.models.trainable_flags import trainable_state
-
-BIASES = ("none", "all", "lora_only")
 
 
 def mark_only_lora_as_trainable(model: keras.layers.Layer, bias: str = "none"):
@@ -140,11 +139,3 @@ def is_bias(layer, variable):
     if variable.name == "beta":
         return not layer_state(layer)[1]
     return variable.name == "bias"
-
-
-def checked_bias(bias):
-    if bias not in BIASES:
-        raise ValueError(
-            f"`bias` must be one of {', '.join(map(repr, BIASES))}. "
-            f"Received: bias={bias!r}."
-        )

@@ -10,7 +10,7 @@ import itertools
 import numpy as np
 from keras import ops
 
-from keras_lora.keras_internals.calls import warn_caller
+from keras_lora.callers import warn_caller
 from keras_lora.keras_internals.layers import layer_state
 from keras_lora.keras_internals.layers import own_variables
 from keras_lora.keras_internals.layers import sublayers

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 from keras_lora.layers.kinds import looks_up
 from keras_lora.layers.kinds import shape_of
+from keras_lora.layers.settings import checked_indices
 from keras_lora.layers.token_rows import KEYWORD
-from keras_lora.layers.token_rows import checked_indices
 from keras_lora.layers.token_rows import refuse_outside
 from keras_lora.models.sites import site_paths
 from keras_lora.models.tables import listed
