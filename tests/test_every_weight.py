@@ -360,6 +360,52 @@ def test_what_cannot_be_says_why():
     assert_close(model(data[0] + 1), before, 1e-6)
 
 
+@pytest.mark.parametrize("both", [True, False])
+def test_an_untied_head(both, tmp_path):
+    def build():
+        keras.utils.set_random_seed(3)
+        inputs = keras.Input((5,), dtype="int32")
+        table = L.ReversibleEmbedding(9, 4, tie_weights=False, name="table")
+        return keras.Model(inputs, table(table(inputs), reverse=True))
+
+    x = np.array([[1, 2, 8, 0, 3]])
+    model, before = build(), to_numpy(build()(x))
+    target = ["table/reverse_embeddings", *(["table"] if both else [])]
+    report = keras_lora.apply_lora(model, rank=2, target=target, dropout=0.1)
+    assert sorted(row.path for row in report) == sorted(
+        ["table/reverse_embeddings", "table"] if both else target
+    )
+    assert any(note.startswith("No dropout: ") for note in report.notes)
+    assert_equal_bits(model(x), before)
+    layer = model.get_layer("table")
+    head = layer.loras["reverse_embeddings"]
+    fill(head.b, 1)
+    if both:
+        fill(layer.lora.a, 2)
+    tuned = to_numpy(model(x))
+    table, kernel = to_numpy(layer.embeddings), to_numpy(layer.reverse_embeddings)
+    if both:
+        table = table + delta(layer.lora, table.shape)
+    assert_close(tuned, table[x] @ (kernel + delta(head, kernel.shape)))
+    model.save(tmp_path / "model.keras")
+    assert_equal_bits(keras.models.load_model(tmp_path / "model.keras")(x), tuned)
+    keras_lora.save_adapter(model, tmp_path / "adapter")
+    plain = build()
+    keras_lora.load_adapter(plain, tmp_path / "adapter")
+    assert_equal_bits(plain(x), tuned)
+    keras_lora.merge_lora(plain)
+    assert type(plain.get_layer("table")) is L.ReversibleEmbedding
+    assert_close(plain(x), tuned, 1e-6)
+    model = build()
+    tokens = {"table/reverse_embeddings": [8, 1]}
+    keras_lora.apply_lora(model, target=None, trainable_token_indices=tokens)
+    rows = model.get_layer("table").loras["reverse_embeddings"].rows
+    assert_equal_bits(model(x), before)
+    fill(rows, 4)
+    kernel[:, [8, 1]] = to_numpy(rows).T
+    assert_close(model(x), to_numpy(layer.embeddings)[x] @ kernel)
+
+
 def test_dora_over_substituted_kernels():
     """V * m / n, in NumPy; no gradient goes through n."""
     layer = keras_lora.LoRAConv2DTranspose(3, 2, rank=2, use_dora=True)

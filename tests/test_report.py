@@ -104,6 +104,35 @@ def small(**settings):
     return model, keras_lora.apply_lora(model, rank=1, **settings)
 
 
+def test_weights_that_no_adapter_reaches_are_named():
+    inputs = keras.Input((4,), dtype="int32")
+    table = keras.layers.ReversibleEmbedding(9, 3, tie_weights=False, name="table")
+    hidden = keras.layers.Dense(3, name="middle")(table(inputs))
+    model = keras.Model(inputs, keras.layers.Dense(2)(table(hidden, reverse=True)))
+    report = keras_lora.apply_lora(model, rank=1, dry_run=True)
+    assert report.skipped.keys() == {"table", "table/reverse_embeddings"}
+    assert 'target="all"' in report.skipped["table/reverse_embeddings"]
+    report = keras_lora.apply_lora(model, rank=1, target="all", dry_run=True)
+    assert not report.skipped
+    assert len(report) == 3
+
+    class Own(keras.Model):
+        def build(self, input_shape):
+            self.inner = keras.layers.Dense(2, name="inner")
+            self.inner.build(input_shape)
+            self.matrix = self.add_weight(shape=(2, 2), name="matrix")
+            self.built = True
+
+        def call(self, inputs):
+            return keras.ops.matmul(self.inner(inputs), self.matrix)
+
+    model = Own()
+    model(np.ones((1, 3)))
+    report = keras_lora.apply_lora(model, rank=1, target="all")
+    assert "a model's own weight" in report.skipped["matrix"]
+    assert "does not say which layers make its outputs" in str(report)
+
+
 def test_what_all_linear_passes_over_is_named():
     _, report = small()
     assert {path: why.split()[0] for path, why in report.skipped.items()} == {

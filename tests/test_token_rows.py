@@ -115,6 +115,22 @@ def test_beside_lora_and_in_keras_files(tmp_path):
     assert_equal_bits(model(X), tied()(X))
 
 
+def test_a_checkpoint_of_tensorflow_keeps_rows(tmp_path):
+    if keras.backend.backend() != "tensorflow":
+        return
+    import tensorflow as tf
+
+    model = tied()
+    keras_lora.apply_lora(model, target=None, trainable_token_indices=IDS)
+    rows = model.get_layer("token_embedding").lora.rows
+    fill(rows, 1)
+    expected = to_numpy(model(X))
+    path = tf.train.Checkpoint(model=model).save(str(tmp_path / "checkpoint"))
+    fill(rows, 2)
+    tf.train.Checkpoint(model=model).restore(path)
+    assert_equal_bits(model(X), expected)
+
+
 def test_columns_of_a_head():
     model, before = untied(), to_numpy(untied()(X))
     ids = {"head": [2, 0]}

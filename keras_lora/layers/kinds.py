@@ -195,10 +195,15 @@ def sites_of(layer) -> dict:
     kind = adapting_class(layer)
     if kind is None:
         return {}
-    if kind.kernel_name is not None:
-        return {kind.kernel_name: layer}
-    places = kind.places_of(layer).items()
-    return {weight: WeightSite(layer, weight, keys, kind) for weight, keys in places}
+    if kind.kernel_name is None:
+        own, places = {}, kind.places_of(layer)
+    else:
+        own, places = {kind.kernel_name: layer}, {}
+        if kind.more_weights:
+            found = weight_places(layer)
+            places = {w: found[w] for w in kind.more_weights if w in found}
+    sites = {w: WeightSite(layer, w, keys, kind) for w, keys in places.items()}
+    return own | sites
 
 
 def layer_of(site):
@@ -221,7 +226,8 @@ def takes_dropout(site):
 
 def looks_up(site):
     """Whether a layer picks rows of its kernel by ids."""
-    return issubclass(kind_of(site), LoRAEmbedding)
+    is_table = not isinstance(site, WeightSite)  # and no head beside one
+    return is_table and issubclass(kind_of(site), LoRAEmbedding)
 
 
 def in_all_linear(site):
@@ -232,6 +238,27 @@ def in_all_linear(site):
     if issubclass(lora_class, SubstitutedLayer):
         return lora_class.kernel_name in lora_class.linear_weights
     return lora_class.in_all_linear
+
+
+def out_of_reach(layer) -> dict:
+    """Weight -> why no adapter reaches it, of a layer's own weights of two axes."""
+    if isinstance(layer, keras.Model):
+        return dict.fromkeys(
+            weight_places(layer),
+            "it is a model's own weight, and adapters are for those of layers.",
+        )
+    lora_class = adapting_class(layer)
+    if lora_class is None or issubclass(lora_class, SubstitutedLayer):
+        return {}
+    kernel = lora_class.kernel_name
+    known = (kernel, *lora_class.more_weights)
+    others = [x for x in weight_places(layer) if x not in known and "bias" not in x]
+    name = lora_class.plain_class.__name__
+    return dict.fromkeys(
+        others,
+        f"an adapter of a {name} does not reach it: train the layer in full with "
+        "`also_train`.",
+    )
 
 
 def obstacle(site):

@@ -42,6 +42,7 @@ class LoRALayer(Rematerialized, HostChecks, LayerFiles, FrozenKernel, Site):
     Attributes of a kind:
         plain_class: The Keras class that it extends.
         kernel_name: The attribute of that class that holds W.
+        more_weights: Names of weights beside the kernel that can have adapters too.
         keras_dropout: Whether the Keras layer has a `dropout` of its own.
         replaces: Methods of the Keras class whose work is done here. A subclass with
             one of its own computes something else, and is not adapted.
@@ -49,6 +50,7 @@ class LoRALayer(Rematerialized, HostChecks, LayerFiles, FrozenKernel, Site):
 
     plain_class = None
     kernel_name: str | None = "kernel"
+    more_weights: tuple[str, ...] = ()
     keras_dropout = False
     replaces: tuple[str, ...] = ("call",)
 

@@ -4,12 +4,14 @@ import keras
 from keras import ops
 
 from keras_lora.keras_internals.calls import set_mask
+from keras_lora.keras_internals.classes import call_with
 from keras_lora.keras_internals.private_names import MASKS
 from keras_lora.keras_internals.private_names import require
 from keras_lora.layers.embedding import LoRAEmbedding
 from keras_lora.layers.quantized_host import dequantize
 from keras_lora.layers.quantized_host import quantization
 from keras_lora.layers.reverse_side import ReverseSide
+from keras_lora.layers.substituted import WeightSite
 
 
 @keras.saving.register_keras_serializable(package="keras_lora")
@@ -26,7 +28,8 @@ class LoRAReversibleEmbedding(LoRAEmbedding, keras.layers.ReversibleEmbedding):
         B   (rank, output_dim)        starts as N(0, 1)
 
     With `tie_weights=False` the reverse direction has a kernel of its own, which
-    no update reaches. At the start the layer equals
+    `apply_lora` can adapt by its name, "token_embedding/reverse_embeddings". At the
+    start the layer equals
     `keras.layers.ReversibleEmbedding`, whose arguments it takes.
 
     Input shape: ids `(...)`, or `(..., output_dim)` with reverse=True. Output
@@ -34,6 +37,7 @@ class LoRAReversibleEmbedding(LoRAEmbedding, keras.layers.ReversibleEmbedding):
     """
 
     plain_class = keras.layers.ReversibleEmbedding
+    more_weights = ("reverse_embeddings",)
     mends_gradient = True  # that of int8 goes through `round`
 
     @classmethod
@@ -54,7 +58,19 @@ class LoRAReversibleEmbedding(LoRAEmbedding, keras.layers.ReversibleEmbedding):
             return self
         return ReverseSide(self) if self.tie_weights else None
 
+    def sites(self):
+        """Also the head's, where it is not tied."""
+        (name,) = self.more_weights
+        head = WeightSite(self, name, (name,), type(self))
+        return super().sites() | ({name: head} if head.lora is not None else {})
+
     def plain_call(self, inputs, reverse=False):
+        head = self.sites().get(*self.more_weights) if reverse else None
+        if head is not None:
+            kernel = {head.kernel_keys: head.kernel_in_call()}
+            return call_with(
+                self, self.plain_class, kernel, (inputs,), {"reverse": True}
+            )
         if not (reverse and self.is_quantized):
             return super().plain_call(inputs, reverse=reverse)
         side = ReverseSide(self)

@@ -98,7 +98,9 @@ class SubstitutedSite(Site):
     kernel_is_matrix = True
 
     def low_rank_form(self, rank):
-        axes = self.lora_class.axes_of(self.weight_name, len(self.kernel_shape))
+        axes, ndim = usual_axes(len(self.kernel_shape)), len(self.kernel_shape)
+        if issubclass(self.lora_class, SubstitutedLayer):
+            axes = self.lora_class.axes_of(self.weight_name, ndim)
         return weight_form(self.kernel_shape, axes, rank)
 
     def kernel_in_call(self):
@@ -172,7 +174,8 @@ class WeightSite(SubstitutedSite):
 
     @property
     def in_all_linear(self):
-        return self.weight_name.rpartition("/")[2] in self.lora_class.linear_weights
+        names = getattr(self.lora_class, "linear_weights", ())
+        return self.weight_name.rpartition("/")[2] in names
 
     @property
     def adapter_attribute(self):

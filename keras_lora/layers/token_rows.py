@@ -67,6 +67,9 @@ class TokenRows(TokenRowsFiles, LowRankAdapter):
         kernel = ops.scatter_update(kernel, places, rows)
         return ops.transpose(kernel) if self.axis else kernel
 
+    def set_alpha(self, alpha, use_rslora=False):
+        """Does nothing: rows are not scaled."""
+
     def delta(self):
         kernel = self.read_table()
         return ops.subtract(self.effective_kernel(kernel), kernel)

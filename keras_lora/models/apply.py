@@ -12,6 +12,7 @@ import keras
 from keras_lora.callers import warn_caller
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.arguments import refusing_foreign_keywords
+from keras_lora.layers.kinds import takes_dropout
 from keras_lora.layers.settings import checked_bias
 from keras_lora.layers.token_rows import KEYWORD
 from keras_lora.models.adapt import refuse_adapters
@@ -182,6 +183,9 @@ def applied(model, request: Request):
     }
     adapters |= {site: {KEYWORD: indices} for site, indices in tokens.values()}
     heads = [paths[path] for path in trained]
+    without = [path for path, site in chosen.items() if not takes_dropout(site)]
+    if request.dropout and without:
+        notes = [*notes, f"No dropout: {listed(without)} (the adapter has no inputs)"]
     with adapted(model, paths, adapters) as change:
         warn_of_high_ranks(chosen)
         freeze_all_but_lora(model, request.bias, heads)

@@ -12,9 +12,11 @@ from keras_lora.layers.kinds import in_all_linear
 from keras_lora.layers.kinds import layer_of
 from keras_lora.layers.kinds import lora_class_of
 from keras_lora.layers.kinds import obstacle
+from keras_lora.layers.kinds import out_of_reach
 from keras_lora.layers.kinds import wraps
 from keras_lora.models.adapt import assigns_to
 from keras_lora.models.adapt import no_effect_in
+from keras_lora.models.paths import with_model
 from keras_lora.models.sites import site_paths
 from keras_lora.models.tables import counted
 from keras_lora.models.tables import listed
@@ -36,6 +38,10 @@ def choose(model, paths, target, exclude, trained):
     everything = isinstance(target, str) and target in WHOLE_MODEL
     if everything:
         found, skipped = of_whole_model(model, sites, target)
+        for path, layer in with_model(model, paths).items():
+            if not f"{path}/".startswith(inside_trained):
+                for weight, why in out_of_reach(layer).items():
+                    skipped[f"{path}/{weight}".lstrip("/")] = why
     else:
         found, skipped = named(paths, every, sites, target, trained), {}
     if exclude is not None:

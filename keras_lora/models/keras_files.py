@@ -77,9 +77,8 @@ class Adapted(Rematerialized):
                 p: x.lora.options() for p, x in with_adapter.items() if is_adapted(x)
             },
             "weight_adapters": {
-                p: {weight: lora.options() for weight, lora in x.loras.items()}
+                p: {w: s.lora.options() for w, s in x.sites().items() if s is not x}
                 for p, x in with_adapter.items()
-                if not is_adapted(x)
             },
             "places": {path: place - 1 for place, path in enumerate(own)},
             "quantized": quantizations(own),
@@ -108,7 +107,8 @@ class Adapted(Rematerialized):
             quantize_again(layers.get(places.get(path)), *how)
         adapters = []
         one = {path: {None: own} for path, own in config["adapters"].items()}
-        for path, own in {**one, **config.get("weight_adapters", {})}.items():
+        several = config.get("weight_adapters", {})
+        for path, own in [*one.items(), *several.items()]:
             layer = layers.get(places.get(path))
             if layer is None or not layer.built:
                 raise ValueError(
@@ -116,9 +116,11 @@ class Adapted(Rematerialized):
                     f"{path!r}, so that its adapter cannot be put back. Build the "
                     "model as you did at first, then `apply_lora` and `load_weights`."
                 )
-            if not has_adapters(layer):  # else its own configuration has said it
-                sites = sites_of(layer)
-                adapters += [(sites.get(w, layer), own[w]) for w in own]
+            sites = sites_of(layer)
+            for weight, options in own.items():
+                site = sites.get(weight, layer)
+                if not is_adapted(site):  # else its own configuration has said it
+                    adapters.append((site, options))
         for site, options in adapters:
             adapt(site, new_adapter(site, options))
         mend_plain(layers.values())

@@ -30,7 +30,7 @@ def token_sites(paths, given, trained) -> dict:
     if isinstance(given, Mapping):
         chosen = {}
         for rule, indices in given.items():
-            found = matching([rule], paths, KEYWORD, tables)
+            found = matching([rule], {**sites, **paths}, KEYWORD, tables)
             if len(found) != 1:
                 raise ValueError(f"`{KEYWORD}` {rule!r} means {listed(found)}.")
             chosen[found[0]] = indices
@@ -52,7 +52,9 @@ def token_sites(paths, given, trained) -> dict:
 
 
 def is_head(site):
-    return len(shape_of(site)) == 2 and not hasattr(site, "weight_name")
+    """Whether a kernel's columns are outputs: of a Dense layer, or an untied head."""
+    weight = getattr(site, "weight_name", "kernel")
+    return len(shape_of(site)) == 2 and weight in ("kernel", "reverse_embeddings")
 
 
 def token_table(tables):
