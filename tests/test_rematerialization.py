@@ -191,6 +191,32 @@ def test_functions_that_are_bound_to_a_layer_are_refused(weights):
     assert type(layer) is Bound
 
 
+class Calling(keras.layers.Layer):
+    """Computes with its own weight under `keras.remat`."""
+
+    def build(self, input_shape):
+        self.w = self.add_weight(shape=(input_shape[-1], 4), name="w")
+
+    def call(self, inputs):
+        return keras.remat(lambda inputs: keras.ops.matmul(inputs, self.w))(inputs)
+
+
+def test_weights_that_are_read_under_remat_train_or_are_refused():
+    """TensorFlow has gradients for variables alone there, and W + delta is none."""
+    layer = Calling(name="calling")
+    model = keras.Sequential([keras.Input((4,)), layer])
+    if BACKEND == "tensorflow":
+        with pytest.raises(ValueError, match=r"'calling'.*calls keras.remat.*Scope"):
+            keras_lora.apply_lora(model, target=["calling"])
+        return
+    keras_lora.apply_lora(model, rank=2, target=["calling"])
+    fill(layer.lora.b, 3)
+    before = to_numpy(layer.lora.b)
+    model.compile("sgd", "mse", jit_compile=False)
+    model.fit(np.ones((2, 4)), np.ones((2, 4)), verbose=0)
+    assert np.abs(to_numpy(layer.lora.b) - before).max() > 0
+
+
 @over(DROPOUT)
 def test_dropout_under_remat_of_a_function_is_refused(case):
     around, inputs = Around(case.trained_layer(), remat=True), case.inputs()

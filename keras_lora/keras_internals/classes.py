@@ -89,6 +89,17 @@ def bound_functions(layer) -> list:
     return found
 
 
+def calls_remat(layer) -> bool:
+    """Whether methods of a user's class call `keras.remat`."""
+    own = [c for c in type(layer).__mro__ if not c.__module__.startswith("keras")]
+    functions = [x for c in own for x in vars(c).values()]
+    return any(
+        "remat" in x.__code__.co_names
+        for x in functions
+        if isinstance(x, types.FunctionType)
+    )
+
+
 def call_with(layer, cls, values, args, kwargs):
     """A layer's call under a class, in which other values stand at some places.
 

@@ -5,6 +5,7 @@ import keras
 from keras_lora.callers import warn_caller
 from keras_lora.keras_internals.calls import in_a_call
 from keras_lora.keras_internals.classes import bound_functions
+from keras_lora.keras_internals.classes import calls_remat
 from keras_lora.layers.quantized_host import own_kernel
 from keras_lora.layers.quantized_host import refuse_mode
 from keras_lora.layers.quantized_host import refuse_uncalibrated
@@ -61,6 +62,20 @@ def refuse_bound_functions(layer):
             "a method of it: there an adapter would have no effect. Make it in `call`, "
             "as keras.remat(lambda x: self.method(x))(x), or leave the layer out with "
             "`exclude`."
+        )
+    refuse_remat_of_weights(layer)
+
+
+def refuse_remat_of_weights(layer):
+    """Raises if TensorFlow may have no gradient for what stands in for W.
+
+    What a function under `keras.remat` reads there has one if it is a variable.
+    """
+    if keras.backend.backend() == "tensorflow" and calls_remat(layer):
+        raise ValueError(
+            f"The layer {layer.name!r}, a {type(layer).__name__}, calls keras.remat, "
+            "under which TensorFlow has no gradient for A and B. Make the layer in a "
+            "keras.RematScope instead, or leave it out with `exclude`."
         )
 
 
