@@ -163,10 +163,11 @@ def test_peft_loads_ours(name, pairs, tmp_path):
 
 
 def test_peft_adapts_nothing_but_the_experts(pairs, tmp_path):
-    """For no `target_modules` PEFT would take some of its own choice."""
+    """Which an empty list says: null means modules of PEFT's own choice."""
     module, model = pairs("mixtral")
     adapted_here(model, ".*/experts/.*gate_dense", rank=2)
     keras_lora.save_adapter(model, tmp_path, names="transformers")
+    assert json.loads((tmp_path / CONFIG).read_text())["target_modules"] == []
     loaded = peft.PeftModel.from_pretrained(module, tmp_path)
     keys = [key for key, _ in loaded.named_parameters() if "lora_" in key]
     modules = {key.split(".lora_")[0] for key in keys}
