@@ -6,6 +6,7 @@ python -m benchmarks --quick    a few rounds of the first setting of each table,
 """
 
 import argparse
+import itertools
 import os
 import platform
 import tempfile
@@ -29,13 +30,24 @@ DOCS = Path(__file__).parents[1] / "docs"
 PEERS = ["keras_lora", "loralib", "PEFT", "Keras enable_lora", "full fine-tuning"]
 
 
+# Baselines of the columns after them, which get a table of their own.
+OTHER_BASELINES = ("torch floor", "PEFT float32", "PEFT's LoRA")
+
+
 def table(rows):
-    """Markdown: a line per setting, a column per variant."""
+    """Markdown: a line per setting, a column per variant; a table per baseline."""
     columns = list(dict.fromkeys(name for _, found in rows for name in found))
+    starts = [n for n, name in enumerate(columns) if n and name in OTHER_BASELINES]
+    parts = itertools.pairwise([0, *starts, len(columns)])
+    return "\n\n".join(one_table(rows, columns[a:b]) for a, b in parts)
+
+
+def one_table(rows, columns):
     lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
     for title, found in rows:
-        cells = [str(found.get(name, "-")) for name in columns]
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+        if found.keys() & columns:
+            cells = [str(found.get(name, "-")) for name in columns]
+            lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -116,6 +128,8 @@ def main():
         f"Keras {keras.version()}, TensorFlow backend. All figures are ratios, "
         "medians over rounds in which the variants take turns; `control` is a second "
         "copy of the baseline, and shows how far a figure can be trusted.",
+        "![Training step over its floor](benchmarks.png)",
+        "![Cost against rows, rank and vocabulary](benchmark_costs.png)",
     ]
     panels = []
     for section in SECTIONS:
@@ -135,9 +149,7 @@ def main():
             panels.append((section, rows))
         if section is SECTIONS[0]:
             draw_bars(rows, folder / "benchmarks.png")
-            text.append("![Training step over its floor](benchmarks.png)")
     draw_costs(panels, folder / "benchmark_costs.png")
-    text.append("![Cost against rows, rank and vocabulary](benchmark_costs.png)")
     text += ["## Beside Keras's own `layer.enable_lora`", compare_enable_lora.table()]
     target = folder / "benchmarks.md"
     target.write_text("\n\n".join(text) + "\n")

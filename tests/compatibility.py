@@ -257,8 +257,7 @@ def write_shares(names):
 
 def main():
     head = ["model", "layers adapted", "parameters", "with a gradient"]
-    head += ["two paths differ by", "reload and merge", "what fails"]
-    head += ["leading axes in a bank"]
+    head += ["two paths differ by", "reload and merge"]
     lines = [
         "# Compatibility",
         "",
@@ -267,14 +266,20 @@ def main():
         "model starts with its own outputs to the bit, trains two steps with its "
         "kernels at rest, is saved and loaded, and merged. Where an adapter got no "
         "gradient, the plain model's kernel gets none either: its output reaches none "
-        "of the model's with these inputs. The last column says what an `AdapterBank` "
-        "finds the leading axis of its layers to be: the batch's rows, or each of them "
-        "repeated (windows, routers), or all of them tiled; layers that are never "
-        "called are left out.",
+        "of the model's with these inputs.",
         "",
         "| " + " | ".join(head) + " |",
-        "|---|" + "---:|" * 5 + "---|---|",
+        "|---|" + "---:|" * 5,
     ]
+    banks = [
+        "What an `AdapterBank` finds the leading axis of a model's layers to be: the "
+        "batch's rows, or each of them repeated (windows, routers), or all of them "
+        "tiled; layers that are never called are left out.",
+        "",
+        "| model | leading axes |",
+        "|---|---|",
+    ]
+    failures = [""]
     names = [(application, name) for name in APPLICATIONS]
     names += [(backbones.backbone, name) for name in backbones.names()]
     if sys.argv[1:] == ["shares"]:
@@ -285,9 +290,13 @@ def main():
         if not only or name in only:
             cells = row(make, name)
             print(*cells, sep="  ", flush=True)
-            lines.append("| " + " | ".join(cells) + " |")
+            *found, reason, axes = cells
+            lines.append("| " + " | ".join(found) + " |")
+            banks.append(f"| {name} | {axes} |")
+            failures += [f"- {name}: {reason}"] if reason else []
     if not only:
-        write_section("", "\n".join(lines))
+        write_section("", "\n".join([*lines, *failures]))
+        write_section("## Leading axes in a bank", "\n".join(banks))
 
 
 if __name__ == "__main__":
