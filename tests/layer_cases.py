@@ -399,7 +399,7 @@ SUBSTITUTED = [
         4 + 2 * 3 * 5,
         fan_in=4,
         input_shape=(4, 3, 4),
-        arguments={"kernel_size": (2, 3), "strides": (2, 1), "output_padding": (1, 0)},
+        arguments={"kernel_size": (2, 3), "strides": (2, 1)},
     ),
     substituted(
         "conv3d-transpose",
