@@ -5,6 +5,8 @@ transformer with `keras.layers.MultiHeadAttention` learns to name the module fro
 words of it, for some modules; `apply_lora` then adapts that very model to modules it
 has not seen, beside training everything and the head alone.
 
+It takes less than three minutes on two cores.
+
     python examples/adapt_text_model.py
 """
 

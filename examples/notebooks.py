@@ -1,8 +1,9 @@
-"""Writes the notebooks of two examples, whose scripts are the only source.
+"""Writes the notebooks of the examples, whose scripts are the only source.
 
 A line `# %% Title` starts a cell: it and the comment below it are text, what follows is
 code. The body of `main` becomes cells too, with its arguments' defaults before them;
-the last statement, which runs the script, is left out.
+the last statement, which runs the script, is left out. The first cell of code installs
+what the example needs.
 
     python examples/notebooks.py
 """
@@ -14,7 +15,19 @@ import textwrap
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-SCRIPTS = [FOLDER / "finetune_digits.py", FOLDER / "adapt_text_model.py"]
+NAMES = ["finetune_digits", "adapt_text_model", "adapt_recurrent_model"]
+NAMES += ["finetune_quantized", "serve_four_tenants"]
+SCRIPTS = [FOLDER / f"{name}.py" for name in NAMES]
+INSTALL = """
+# In a clone, whose folder `examples` this notebook is in.
+import importlib.util
+import subprocess
+import sys
+
+if importlib.util.find_spec("keras_lora") is None:
+    command = [sys.executable, "-m", "pip", "install", "-q", "..[examples]"]
+    subprocess.run(command, check=True)
+"""
 MARK = re.compile(r"^# %% (.+)\n((?:#.*\n)*)", re.MULTILINE)
 
 
@@ -27,11 +40,14 @@ def notebook(source: str) -> str:
     body = textwrap.dedent("".join(lines[main.lineno : main.end_lineno]))
     defaults = zip(main.args.args, main.args.defaults, strict=True)
     given = [f"{name.arg} = {ast.unparse(value)}\n" for name, value in defaults]
-    imports, *parts = MARK.split(f"{top}# %% Settings\n{''.join(given)}\n{body}")
-    cells = [cell("markdown", f"# {title}\n{text}"), cell("code", imports)]
+    settings = f"# %% Settings\n{''.join(given)}\n" if given else "# %% The run\n"
+    imports, *parts = MARK.split(f"{top}{settings}{body}")
+    cells = [cell("markdown", f"# {title}\n{text}")]
+    cells += [cell("code", INSTALL), cell("code", imports)]
     for title, comment, code in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
         words = re.sub(r"^# ?", "", comment, flags=re.MULTILINE)
-        cells += [cell("markdown", f"## {title}\n\n{words}"), cell("code", code)]
+        cells += [cell("markdown", f"## {title}\n\n{words}")]
+        cells += [cell("code", code)] if code.strip() else []
     content = {
         "cells": [{**each, "id": f"cell-{n}"} for n, each in enumerate(cells)],
         "metadata": {
