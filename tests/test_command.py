@@ -334,7 +334,7 @@ def test_what_a_file_says_does_nothing_to_the_terminal(here, capsys):
         (["diff"], ["FOLDER FOLDER", "Frobenius"]),
         (["combine"], ["--weights", "--rank", "--energy", "--output"]),
         (["merge"], ["MODEL.keras", "--names", "--quantized", "--import", "--output"]),
-        (["check"], ["FOLDER", "what is wrong"]),
+        (["check"], ["FOLDER", "reports errors"]),
     ],
 )
 def test_help_says_all(command, words, capsys, monkeypatch):

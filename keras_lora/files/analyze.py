@@ -92,16 +92,17 @@ class Analysis(Table, Sequence):
 
 
 def analyze(source: "keras.layers.Layer | Adapter | str | os.PathLike") -> Analysis:
-    """The singular values of every update scaling * A @ B, and what follows of them.
+    """Computes the singular values of every update scaling * A @ B.
 
-    How far a layer has moved, in all and beside its W, and how much of its rank it
-    uses: where two of eight singular values hold 99% of the squares, rank 2 would
-    do, and `combine_adapters([adapter], energy=0.99)` cuts to it. The updates
-    themselves are not formed, but for convolutions with factorization="loralib".
+    They say how far a layer has moved, absolutely and relative to its W, and how much
+    of its rank it uses. If two of eight singular values hold 99% of the squares, rank
+    2 is enough, and `combine_adapters([adapter], energy=0.99)` reduces to it. The
+    updates themselves are not formed, except for convolutions with
+    factorization="loralib".
 
-    A kernel counts as the matrix that multiplies the inputs of one output; a stack
-    of matrices, of an einsum with a batch axis, has the values of all of them. With
-    DoRA the rows are of scaling * A @ B, without m.
+    A kernel is taken as the matrix that multiplies the inputs of one output. A stack
+    of matrices has the singular values of all of them. With DoRA, the rows describe
+    scaling * A @ B, without m.
 
     Args:
         source: A model with adapters, an `Adapter`, or the folder of one.
@@ -113,8 +114,8 @@ def analyze(source: "keras.layers.Layer | Adapter | str | os.PathLike") -> Analy
 
     Raises:
         ValueError: If there is no adapter, values are not finite, the model is inside
-            `merged` or `disabled`, or an adapter's factors are no matrices without
-            their layer.
+            `merged` or `disabled`, or an adapter's factors are matrices only together
+            with their layer.
         OSError: If a file cannot be read.
 
     Examples:

@@ -12,23 +12,23 @@ from keras_lora.files.save import save_adapter
 
 
 class AdapterCheckpoint(keras.callbacks.Callback):
-    """Writes the adapter at the end of epochs, as `save_adapter` does.
+    """Saves the adapter at the end of each epoch, as `save_adapter` does.
 
     Args:
-        directory: Folder for the adapter; each write replaces the last. As in
-            Keras's ModelCheckpoint it may hold "{epoch}", counted from 1, and names
-            of the logs: "adapters/{epoch:02d}-{val_loss:.2f}".
-        save_best_only: Boolean, write only when the monitored value is the best;
-            one that is not a number never is.
+        directory: Folder for the adapter; each save replaces the last one. As in
+            Keras's ModelCheckpoint, it may contain "{epoch}", counted from 1, and
+            names from the logs: "adapters/{epoch:02d}-{val_loss:.2f}".
+        save_best_only: Boolean, save only when the monitored value is the best so
+            far. NaN is never the best.
         monitor: Name of the value in the logs.
-        mode: "min", "max", or "auto": as the compiled metric of that name says; for
-            a value that is none, max for accuracies and areas, else min.
+        mode: "min", "max" or "auto". "auto" asks the compiled metric of that name;
+            for other values it means "max" for accuracies and areas, else "min".
         names: As in `save_adapter`.
-        verbose: 0, or 1 to print what is written where.
+        verbose: 0, or 1 to print what is saved where.
 
     Raises:
-        ValueError: If `mode` is another word or `directory` no format, or, at the end
-            of an epoch, if there is no value of a name that is asked for.
+        ValueError: If `mode` is another word or `directory` is not a valid format;
+            at the end of an epoch, if the logs lack a value that is asked for.
 
     Examples:
         >>> checkpoint = keras_lora.AdapterCheckpoint("adapter")

@@ -1,10 +1,10 @@
-"""What the command takes, and how --help says it."""
+"""The arguments of the command, and the text of --help."""
 
 import argparse
 
 EPILOG = (
-    "Exit status: 0 if all went well (diff: and the two say the same; check: and "
-    "nothing is wrong), else 1. Errors stand on standard error."
+    "Exit status: 0 for success, 1 for errors. diff also returns 1 if the adapters "
+    "differ, and check if something is wrong. Errors go to standard error."
 )
 
 
@@ -12,15 +12,15 @@ class Parser(argparse.ArgumentParser):
     """Errors as the other ones are written, with the same exit status."""
 
     def error(self, message):
-        self.exit(1, f"error: {message}. `{self.prog} --help` says all.\n")
+        self.exit(1, f"error: {message}. See `{self.prog} --help`.\n")
 
 
 def parser(show, diff, combine, merge, check):
     """The parser of the command line; each function takes its options."""
     top = Parser(
         prog="python -m keras_lora",
-        description="Looks into adapter folders, which save_adapter or PEFT have "
-        "written, compares, combines, checks and merges them.",
+        description="Shows, compares, combines, checks and merges adapters that "
+        "save_adapter or PEFT has saved.",
         epilog=EPILOG,
     )
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -37,14 +37,14 @@ def parser(show, diff, combine, merge, check):
 
     command(
         show,
-        "Shows settings, modules with rank, alpha, shapes, parameters and size, and "
-        "the singular values of their updates.",
+        "Shows the settings of an adapter, its modules with rank, alpha, shapes, "
+        "parameters and size, and the singular values of their updates.",
         "+",
     )
     command(
         diff,
-        "Shows the settings in which two adapters differ, and by how much their "
-        "updates do, in the Frobenius norm.",
+        "Shows which settings of two adapters differ, and how much their updates "
+        "differ in the Frobenius norm.",
         2,
     )
     added = command(
@@ -68,7 +68,7 @@ def parser(show, diff, combine, merge, check):
     )
     added.add_argument(
         "--heads",
-        help='what to make of heads that several adapters trained: "average", or the '
+        help='which heads to use if several adapters trained them: "average", or the '
         "FOLDER whose heads are kept",
     )
     added = command(merge, "Merges an adapter into a saved Keras model.")
@@ -79,12 +79,12 @@ def parser(show, diff, combine, merge, check):
     )
     added.add_argument(
         "--names",
-        help='whose module names the adapter has, as in load_adapter: "transformers"',
+        help='where the module names come from, as in load_adapter: "transformers"',
     )
     added.add_argument(
         "--quantized",
         choices=("dequantize", "requantize"),
-        help="what to make of quantized kernels, as in merge_lora",
+        help="how to merge into quantized kernels, as in merge_lora",
     )
     added.add_argument(
         "--import",
@@ -92,24 +92,24 @@ def parser(show, diff, combine, merge, check):
         action="append",
         default=[],
         metavar="MODULE",
-        help="a module to import first, such as keras_hub, which registers classes of "
-        "the model; can be given again",
+        help="a module to import first, such as keras_hub, that registers classes of "
+        "the model; can be repeated",
     )
     added = command(
         check,
-        "Reads adapters as load_adapter does, and says what is wrong. Whether one "
-        "fits a model only load_adapter can tell.",
+        "Reads adapters as load_adapter does, and reports errors. Only load_adapter "
+        "can tell whether an adapter fits a model.",
         "+",
     )
     added.add_argument(
         "--engine",
         choices=("vllm",),
-        help="also say what this serving engine would refuse, as check_adapter does",
+        help="also report what this serving engine would refuse, as check_adapter does",
     )
     added.add_argument(
         "--max-lora-rank",
         type=int,
         default=16,
-        help="what the server is started with; 16 by default",
+        help="the server's own --max-lora-rank; 16 by default",
     )
     return top

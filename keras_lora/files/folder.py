@@ -41,10 +41,10 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Adapter(Table):
-    """An adapter apart from any model: what its two files hold.
+    """An adapter without a model: the contents of its two files.
 
-    It prints as a table. Two are equal whose files would hold the same: all but
-    `errors` counts. There is no hash, as what it holds can be changed.
+    It prints as a table. Two adapters are equal if their files would be equal;
+    `errors` is not compared. An adapter has no hash, as its contents can change.
 
     Attributes:
         tensors: Name -> array: `<module>.lora_A.weight` (r, in) and
@@ -52,12 +52,12 @@ class Adapter(Table):
             layout of PEFT. Of a parameter that is a stack of experts' matrices
             (r, experts, in) and (out, r, experts), under the parameter's name.
         config: The settings in PEFT's words: r, lora_alpha, rank_pattern, ...
-        slices: Module -> ranks of its slices, where layers here are one module
-            there.
+        slices: Module -> ranks of its slices, where several layers here are one
+            module in the file.
         errors: Module -> relative error of an update that was cut to a lower rank,
             in the Frobenius norm.
-        starts: Modules whose second half of factors is a start that does not train,
-            as `initialize_lora` makes it.
+        starts: Modules whose second half of factors is a frozen start, as
+            `initialize_lora` makes it.
 
     Examples:
         >>> keras_lora.save_adapter(model, "adapter")
@@ -98,12 +98,12 @@ class Adapter(Table):
     def read(cls, directory: str | os.PathLike) -> "Adapter":
         """Reads a folder that `save_adapter` or PEFT has written, and checks it.
 
-        Files that say the same in other words are read too: a .safetensors file of
-        kohya (lora_down, lora_up, alpha), and a folder of mlx (lora_a, lora_b, scale).
+        Two other formats are read too: a .safetensors file of kohya (lora_down,
+        lora_up, alpha), and a folder of mlx (lora_a, lora_b, scale).
 
         Raises:
-            ValueError: If a file is damaged, the two do not belong together, or they
-                are of another format: which one, and what to do.
+            ValueError: If a file is damaged, the two files do not belong together, or
+                they have another format; the error names it and says what to do.
             OSError: If a file cannot be read.
         """
         if not isinstance(directory, (str, os.PathLike)):
@@ -127,12 +127,12 @@ class Adapter(Table):
         return cls(tensors, config, slices, starts=starts)
 
     def save(self, directory: str | os.PathLike):
-        """Writes the two files: the old adapter or the new one is there, whole.
+        """Writes the two files. If the process ends, the old or new adapter is whole.
 
-        Each file is written beside its place and renamed. Where the settings change
-        too, both settings stand in adapter_config.json while the tensors are
-        replaced, in a form that PEFT refuses and `read` understands: whatever ends
-        the process, no reader takes new tensors for old settings.
+        Each file is written under another name and then renamed. If the settings
+        change too, adapter_config.json holds both settings while the tensors are
+        replaced, in a form that PEFT refuses and `read` understands. So no reader
+        combines new tensors with old settings.
 
         Args:
             directory: Folder for them, or a link to one; other files in it stay.

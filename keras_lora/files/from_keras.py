@@ -23,7 +23,7 @@ from keras_lora.models.report import Report
 def load_keras_lora(
     model: keras.layers.Layer, source: keras.layers.Layer | str | Path
 ) -> Report:
-    """Puts the factors of Keras's own `enable_lora` into a model, exactly.
+    """Loads the factors of Keras's own `enable_lora` into a model, exactly.
 
     Keras splits an einsum kernel before its last axis, wherever the equation has
     its new axes. With L new axes before the last one the same update has rank L * r
@@ -42,8 +42,8 @@ def load_keras_lora(
         The report of `apply_lora`, of the layers that are adapted now.
 
     Raises:
-        ValueError: If there are no factors, or they do not fit the model, which is
-            then as before.
+        ValueError: If there are no factors, or they do not fit the model. The model
+            is left unchanged.
         OSError: If the file cannot be read.
 
     Examples:

@@ -30,7 +30,7 @@ def load_loralib(
     names: str | Mapping | Callable | None = None,
     enable_lora: Sequence | Mapping | None = None,
 ) -> Report:
-    """Puts loralib's factors into a model.
+    """Loads loralib's factors into a model.
 
     A plain model gets LoRA layers where the state dict has factors. A model that has
     adapters must have them there, with the ranks on the right:

@@ -43,15 +43,15 @@ def load_adapter(
 ) -> Report:
     """Reads an adapter that `save_adapter` or PEFT has written.
 
-    A plain model gets the LoRA layers that the file describes. A model that has
-    adapters must have them where the file has them, with the same ranks; its alpha
-    becomes the file's. Nothing is traced anew then: a compiled `predict` gives the
-    new outputs at its next call. Everything is checked before anything is
-    assigned. A thread that predicts meanwhile may see some layers with the old
-    factors and some with the new ones.
+    A plain model gets the LoRA layers that the file describes. A model with adapters
+    must have them in the same layers as the file, with the same ranks; it takes over
+    the file's alpha. Then no function is traced again: the next call of a compiled
+    `predict` gives the new outputs. Everything is checked before anything is assigned.
+    A thread that predicts at the same time may see old factors in some layers and new
+    ones in others.
 
-    Heads and biases that trained beside another adapter, and that this file has not,
-    get the values back that they had before.
+    Heads and biases that trained with another adapter, and that this file does not
+    have, get back the values from before that training.
 
     Args:
         model: A Keras model that is built.
@@ -59,7 +59,7 @@ def load_adapter(
             an `Adapter`, or what kohya or mlx have written, as `Adapter.read` says.
         names: As in `save_adapter`. For "transformers" the file says the prefix and
             whether its names are those before transformers 5.
-        trainable: Boolean, whether the adapter goes on training.
+        trainable: Boolean, whether the adapter can be trained further.
 
     Returns:
         The report of `keras_lora.summary`.
@@ -67,7 +67,7 @@ def load_adapter(
     Raises:
         ValueError: If a file is damaged, the two do not belong together, or they do
             not fit the model: a missing, unexpected, wrongly shaped or non-finite
-            tensor; or inside `merged` or `disabled`. The model is then as before.
+            tensor; or inside `merged` or `disabled`. The model is left unchanged.
         OSError: If a file cannot be read.
 
     Examples:

@@ -66,7 +66,7 @@ AXES: dict[type, dict] = {}
 
 
 def register_lora_layer(lora_class: type, weights: Mapping | None = None) -> type:
-    """Teaches `apply_lora` a kind of layer; can be used as a decorator.
+    """Registers a kind of layer for `apply_lora`; can be used as a decorator.
 
     Args:
         lora_class: A subclass of `keras_lora.LoRALayer` whose `plain_class` is the
@@ -80,7 +80,7 @@ def register_lora_layer(lora_class: type, weights: Mapping | None = None) -> typ
         The same class.
 
     Raises:
-        ValueError: If it is none, or the axes of a weight are none.
+        ValueError: If `lora_class` is not such a class, or the axes are not valid.
 
     Examples:
         >>> class Filters(keras.layers.Layer):

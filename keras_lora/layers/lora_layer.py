@@ -34,10 +34,9 @@ class LoRALayer(Rematerialized, HostChecks, LayerFiles, FrozenKernel, Site):
 
     Over a quantized kernel the first line holds for both: see `QuantizedHost`.
 
-    A kind of layer is `class LoRAKind(LoRALayer, keras.layers.Kind)`. It answers
-    `linear` and `low_rank_form`, and `finish` where a bias is not added last.
-    `keras_lora.register_lora_layer` makes it known to `apply_lora`, to files and to
-    all else.
+    A kind of layer is `class LoRAKind(LoRALayer, keras.layers.Kind)`. It implements
+    `linear` and `low_rank_form`, and `finish` if a bias is not added last.
+    `keras_lora.register_lora_layer` registers it for `apply_lora`, files and all else.
 
     Attributes of a kind:
         plain_class: The Keras class that it extends.

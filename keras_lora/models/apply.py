@@ -46,15 +46,14 @@ def apply_lora(
     dry_run: bool = False,
     trainable_token_indices: Sequence | Mapping | None = None,
 ) -> Report:
-    """Gives layers of a model an adapter, in place, and freezes the rest.
+    """Adds adapters to layers of a model, in place, and freezes the rest.
 
         W -> W frozen, with A and B trainable and delta = scaling * A @ B
 
-    The layer objects stay what they are to the model, to its graph and to whoever
-    holds them; their class becomes the LoRA class. The outputs do not change at
-    first. A model that was compiled is compiled again with the same settings: an
-    optimizer that has no state yet stays, one that has gets a successor without.
-    `merge_lora` and `remove_lora` undo it.
+    The layer objects stay the same; their class becomes the LoRA class. The outputs
+    do not change at first. A compiled model is compiled again with the same settings:
+    an optimizer without state is kept, one with state is replaced by a copy without
+    state. `merge_lora` and `remove_lora` undo the change.
 
     Args:
         model: A Keras model that is built, or a layer.
@@ -63,26 +62,25 @@ def apply_lora(
             alpha / rank.
         dropout: Number in [0, 1) on the adapters' inputs while training; an
             embedding has none.
-        target: Which weights. "all-linear": those of Dense, EinsumDense, of
-            convolutions, transposed and pointwise ones too, and the kernels of
-            recurrent layers, but not what makes the model's outputs. "all": every
-            weight that can have an adapter, with embeddings, depthwise kernels and
-            experts. Another string is a regular expression for the whole path
-            (encoder/query). A list holds paths, their ends, names of layers or
-            classes. Or a layer class, or a function of (path, layer). A rule that
-            means a layer means all its weights; one weight of a layer that has
-            several is named by both, "lstm/recurrent_kernel".
+        target: Which weights to adapt. "all-linear": the kernels of Dense, EinsumDense,
+            convolutions (transposed and pointwise ones too) and recurrent layers,
+            except layers that make the model's outputs. "all": every weight that can
+            have an adapter, also embeddings, depthwise kernels and experts. Another
+            string is a regular expression for a whole path (encoder/query). A list
+            holds paths, ends of paths, layer names or classes. Also a layer class, or
+            a function of (path, layer). A rule that means a layer means all its
+            weights; "lstm/recurrent_kernel" is one weight of a layer with several.
         exclude: The same kinds of rule, for layers to leave out.
         rank_pattern: Dict from an expression for the end of a path to a rank.
         alpha_pattern: Dict from an expression for the end of a path to an alpha.
         use_rslora: Boolean, scale by alpha / sqrt(rank).
-        use_dora: Boolean, DoRA: lengths of the columns of W + delta that train by
-            themselves (`layer.lora.magnitude`). A step costs more; with dropout, or
-            on an embedding, a good deal more.
+        use_dora: Boolean, DoRA: the lengths of the columns of W + delta are trained
+            separately (`layer.lora.magnitude`). A step costs more, and with dropout
+            or on an embedding much more.
         bias: "none", "lora_only" (those of adapted layers) or "all".
         also_train: Layers that train in full, such as a new head; a rule as
             `target`.
-        dry_run: Boolean, only report: the model is left as it was.
+        dry_run: Boolean, only report; the model is left unchanged.
         trainable_token_indices: Ids of tokens whose rows in the model's token
             embedding train, float32, and no other row of it; or a dict from the paths
             of tables, or of Dense heads, to ids. A tied head uses the rows too. With
@@ -97,7 +95,7 @@ def apply_lora(
     Raises:
         ValueError: If an argument is out of range or another library's word, a rule
             matches nothing, a layer that is named cannot be adapted, or the model
-            has adapters. The model is then as before.
+            has adapters. The model is left unchanged.
 
     Examples:
         >>> report = keras_lora.apply_lora(base, rank=4, also_train=["dense_1"])

@@ -29,13 +29,13 @@ CHANGING = threading.Lock()  # contexts of several threads need not nest
 
 
 def merged(model: keras.layers.Layer):
-    """Context in which every adapter is merged: calls cost what plain layers cost.
+    """Merges every adapter inside a `with` block, so calls cost as in plain layers.
 
-    W is not touched: W + delta stands beside it, and is dropped at the end. Meant
-    for inference: `fit` and `train_on_batch` are refused inside, of models around this
-    one too. A model that is saved inside is saved with its W, A and B. Inside,
-    `disabled` gives the base model, and the merged one back. Both are the model's, not
-    a thread's: every thread that calls it meanwhile sees the same.
+    W is not changed: W + delta is kept separately and dropped at the end. The block is
+    for inference: `fit` and `train_on_batch` raise an error, also for models that
+    contain this one. A model that is saved inside is saved with its W, A and B.
+    `disabled` can be used inside and gives the base model. The context belongs to the
+    model, not to a thread: all threads that call the model see the same.
 
     Examples:
         >>> with keras_lora.merged(model):
@@ -76,15 +76,16 @@ def _standing_in(model):
 
 
 def disabled(model: keras.layers.Layer):
-    """Context in which the adapters are switched off: the base model.
+    """Switches the adapters off inside a `with` block, which gives the base model.
 
-    Heads and biases that trained beside A and B have, inside, the values that they
-    had before training; files and copies that are made inside have what was trained.
-    It holds wherever the layers are called, in functions that were traced before too:
-    they read the scaling, which is 0 inside. A call costs what it costs with adapters.
-    `fit` and `train_on_batch` of the model, and of models around it, are refused; what
-    a training loop of your own changes of heads and biases is lost at the end, with a
-    warning. Contexts nest, and are the model's, not a thread's.
+    Heads and biases that trained beside A and B have their values from before the
+    training inside the block; files and copies made there hold the trained values. The
+    adapters are off wherever the layers are called, also in functions that were traced
+    before: these read the scaling, which is 0 inside. A call costs as much as with
+    adapters. `fit` and `train_on_batch` raise an error, also for models that contain
+    this one. If your own training loop changes heads and biases inside, these changes
+    are lost at the end, with a warning. Contexts can be nested. They belong to the
+    model, not to a thread.
 
     Layers are switched one after the other: a call that runs in another thread while
     the context is entered or left may see some with their adapters and some without.

@@ -27,12 +27,12 @@ def export(
 ):
     """Writes the merged model as an artefact for inference.
 
-    The artefact holds plain layers with W + delta for kernels, no A and no B, and
-    gives the live model's predictions. It is written beside `path` and renamed,
-    so a failure leaves an earlier artefact whole; the live model stays as it is.
-    A folder that holds anything but an earlier artefact is not touched. The artefact
-    is run once, on zeros, where its runtime is installed: TensorFlow, onnxruntime or
-    torch; not where `target_spec` says what another runtime of LiteRT can do.
+    The artefact has plain layers with the kernels W + delta, without A and B, and
+    gives the predictions of the live model, which is not changed. It is written under
+    another name and renamed, so a failure leaves an earlier artefact intact. A folder
+    that holds anything else than an earlier artefact is not touched. The artefact is
+    run once on zeros if its runtime is installed (TensorFlow, onnxruntime or torch),
+    but not if `target_spec` describes another runtime of LiteRT.
 
     Args:
         model: A Keras model that holds LoRA layers.

@@ -23,7 +23,7 @@ from keras_lora.models.trainable_flags import trainable_state
 
 
 def mark_only_lora_as_trainable(model: keras.layers.Layer, bias: str = "none"):
-    """Freezes everything but A, B and the biases asked for.
+    """Freezes everything except A, B and the chosen biases.
 
     Layers in which nothing trains are frozen as layers, so that batch
     normalization keeps its moving statistics. A model that was compiled is
@@ -31,9 +31,9 @@ def mark_only_lora_as_trainable(model: keras.layers.Layer, bias: str = "none"):
 
     Args:
         model: Any Keras model that holds LoRA layers.
-        bias: "none": no bias trains. "lora_only": the biases of the adapted
-            layers do. "all": every bias of the model does, beta of normalization
-            among them, but for batch normalization.
+        bias: "none": no bias trains. "lora_only": the biases of adapted layers
+            train. "all": all biases train, also beta of normalization layers, but
+            not of batch normalization.
 
     Raises:
         ValueError: If `bias` is another word, or there is no LoRA layer.

@@ -32,15 +32,14 @@ def initialize_lora(
     data: object = None,
     budget: int | None = None,
 ) -> Report:
-    """Starting values of fresh adapters, chosen by the kernels or by data.
+    """Sets the starting values of new adapters from the kernels or from data.
 
         delta = scaling * (A @ B - A0 @ B0)
 
-    A and B start at A0 and B0, which stay beside them as weights that do not train,
-    so that W does not move and the outputs do not change. A file holds the adapter as
-    a LoRA of twice the rank, over the model as it was. Where A0 @ B0 = 0, as of
-    "eva", nothing is subtracted and the rank stays. Over DoRA the lengths m start as
-    those of W.
+    A and B start at A0 and B0. These are kept as frozen weights, so W does not move
+    and the outputs do not change. An adapter file holds the adapter as a LoRA of
+    twice the rank for the original model. If A0 @ B0 = 0, as with "eva", nothing is
+    subtracted and the rank is kept. With DoRA, the lengths m start as those of W.
 
     Args:
         model: A Keras model whose adapters have not trained.
@@ -53,12 +52,12 @@ def initialize_lora(
             `kernel` is W, that returns A and B in the shapes of `layer.lora.a` and
             `layer.lora.b`.
         data: For "eva" batches of the model's inputs: an array, a dict of arrays, or
-            what gives batches, (inputs, targets) too. For "loftq" the float model
-            that was quantized.
+            an iterable of batches, also of (inputs, targets). For "loftq" the float
+            model that was quantized.
         budget: For "eva": whole number > 0, the sum of all ranks, which go where the
             inputs have most of their variance, at most twice its rank to a layer.
-            A layer's scaling stays. A layer that gets none has no adapter any more,
-            and is frozen.
+            A layer's scaling is kept. A layer with rank 0 loses its adapter and is
+            frozen.
 
     Returns:
         The report of `keras_lora.summary`. For "loftq", `.errors` maps paths to the
@@ -68,7 +67,7 @@ def initialize_lora(
         ValueError: If an adapter has trained or has a start; if a method does
             not reach a layer (convolutions, embeddings, several projections in one
             kernel), a rank is above its kernel's, or values are not finite. The model
-            is then as before.
+            is left unchanged.
 
     Examples:
         >>> report = keras_lora.apply_lora(base, rank=4)

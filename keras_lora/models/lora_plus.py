@@ -17,33 +17,33 @@ register = keras.saving.register_keras_serializable(package="keras_lora")
 
 @register
 class LoRAPlus(TwoRates):
-    """The same optimizer, with B alone at a learning rate times `ratio`.
+    """Gives every B a learning rate that is `ratio` times as high.
 
         A <- update(A, learning_rate)        and all else that trains: biases,
         B <- update(B, learning_rate * ratio)    DoRA's magnitude, whole layers
 
-    Weight decay, where the optimizer has it, uses the same two rates. All else is
-    as of the optimizer, schedules and gradient clipping among it: it becomes a
-    LoRAPlus in place, and `LoRAPlus(optimizer) is optimizer`. Its `learning_rate`
-    is A's, to read and to set, for callbacks too. With ratio=1 it equals the
-    optimizer.
+    Weight decay uses the same two rates, if the optimizer has it. Everything else,
+    such as schedules and gradient clipping, is that of the optimizer: it becomes a
+    LoRAPlus in place, and `LoRAPlus(optimizer) is optimizer`. Its `learning_rate` is
+    the rate of A, also for callbacks that read or set it. With ratio=1 it equals the
+    plain optimizer.
 
-    When `merge_lora` or `remove_lora` leave no B in a compiled model, its optimizer
-    is the plain one again.
+    When `merge_lora` or `remove_lora` leaves no B in a compiled model, its optimizer
+    becomes the plain one again.
 
-    Against PEFT's `create_loraplus_optimizer`: there every one-dimensional
-    parameter gets the ratio as well, and embeddings' factors a rate of 1e-6.
+    PEFT's `create_loraplus_optimizer` differs: there all one-dimensional parameters
+    get the ratio too, and the factors of embeddings get a rate of 1e-6.
 
     Args:
         optimizer: A Keras optimizer, or its name, that has not been built. To scale
             the loss, wrap the result: LossScaleOptimizer(LoRAPlus(optimizer)).
             `compile` does so by itself under the policy "mixed_float16".
-        ratio: Number > 0, how much faster B learns. It goes with a lower
-            learning rate.
+        ratio: Number > 0, how much faster B learns. Use a lower learning rate
+            with it.
 
     Raises:
         ValueError: If the optimizer is built or cannot be wrapped, if ratio is out
-            of range, or, when it is built, if no B is among the variables.
+            of range. When it is built: if no B is among the variables.
 
     Examples:
         >>> report = keras_lora.apply_lora(base, rank=4)

@@ -43,19 +43,19 @@ from keras_lora.models.trainable_flags import trainable_state
 def merge_lora(
     model: keras.layers.Layer, quantized: str | None = None
 ) -> list[MergedLayer]:
-    """Merges every adapter into its kernel, for good.
+    """Merges every adapter into its kernel permanently.
 
         W <- round(W + scaling * A @ B)
 
-    The sum is formed in float32 and rounded once. The layers are plain Keras
-    layers again, whose kernels train; the optimizer of a compiled model starts
-    anew, as its variables are others.
+    The sum is formed in float32 and rounded once. The layers become plain Keras
+    layers with trainable kernels. The optimizer of a compiled model starts afresh,
+    because its variables are different ones.
 
     Args:
         model: Any Keras model or layer that holds LoRA layers.
-        quantized: What to make of layers whose kernel is quantized. "dequantize":
-            float layers with W + delta. "requantize": W + delta quantized anew, as W
-            was. The default is an error, as each has its price.
+        quantized: How to merge into quantized kernels. "dequantize" makes float
+            layers with W + delta. "requantize" quantizes W + delta again, as W was.
+            By default they are an error, because both have a cost.
 
     Returns:
         For the quantized layers, rows of .path .layer .error, the relative error of
@@ -93,10 +93,10 @@ def merge_lora(
 
 
 def remove_lora(model: keras.layers.Layer):
-    """Drops every adapter: the model is the one that W alone makes.
+    """Removes every adapter; the model computes with W alone again.
 
-    The layers are plain Keras layers again, whose kernels train. What trained beside
-    A and B, heads and biases, has the values again that it had when that began.
+    The layers become plain Keras layers with trainable kernels. Heads and biases that
+    trained beside A and B get back the values from before that training.
 
     Args:
         model: Any Keras model or layer that holds LoRA layers.

@@ -131,13 +131,13 @@ def summary(model: keras.layers.Layer) -> Report:
     """Prints a table of the adapted layers, and returns it as a sequence of rows.
 
     Each row has the layer's path and kind, rank, alpha, scaling, the parameters of
-    A and B, and their share of the layer's; below stand the totals.
+    A and B, and their share of the layer's parameters. The totals are below.
 
     Args:
         model: Any Keras model.
 
     Returns:
-        A report as that of `apply_lora`.
+        A report like that of `apply_lora`.
 
     Examples:
         >>> report = keras_lora.summary(model)  # doctest: +ELLIPSIS

@@ -51,7 +51,7 @@ class Artefacts:
             export_by_id(self, write, path, format=format, **kwargs)
 
     def swap_inputs(self, name: str, adapter: Adapter | str | os.PathLike) -> dict:
-        """What the artefact's signature "swap" takes to give a name another adapter.
+        """Returns the inputs of the artefact's signature "swap" for a new adapter.
 
         >>> swap = tf.saved_model.load(path).signatures["swap"]  # doctest: +SKIP
         >>> swap(**bank.swap_inputs("french", "adapters/fr-2"))  # doctest: +SKIP

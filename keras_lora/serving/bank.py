@@ -45,30 +45,31 @@ from keras_lora.serving.training import Training
 
 
 class AdapterBank(Artefacts, Calls, OutsideCalls, Training, keras.Model):
-    """Many adapters over one model, and one of them for each row of a batch.
+    """Holds many adapters over one model; each row of a batch uses one of them.
 
         y[i] = what the model gives for x[i] with the adapter that ids[i] means
 
-    The layers change their class in place, as in `apply_lora`; their kernels stay
-    where they are, and each has a stack of all adapters' factors beside it. Adapters
-    of different ranks, alphas and layers live together: where one has no factors, its
-    rows get the base model. Biases, dense layers that trained in full and DoRA's
-    lengths are kept for each adapter. `fit` trains several at once.
+    The layers change their class in place, as in `apply_lora`. Their kernels are
+    shared, and each layer has a stack with the factors of all adapters. The adapters
+    may have different ranks, alphas and layers: at a layer for which an adapter has no
+    factors, its rows use the base model. Biases, Dense layers that trained in full and
+    DoRA's lengths are kept for each adapter. `fit` trains several adapters at once.
 
     Args:
         model: A Keras model that is built and holds no adapter.
         adapters: Dict from a name to a folder that `save_adapter` or PEFT has
             written, or to an `Adapter`.
-        capacity: How many adapters there can be at once; default as many as given.
-        max_rank: The highest rank that there is room for; default that of the
-            adapters given, 8 without any.
-        target: Which layers there is room at, beside those of the adapters given: a
-            rule as in `apply_lora`.
-        names: As in `load_adapter`, for the adapters given and for `add`.
+        capacity: The number of adapters that the bank can hold at once. The default
+            is the number of `adapters`.
+        max_rank: The highest rank that an adapter can have. The default is the
+            highest rank among `adapters`, or 8 if there are none.
+        target: A rule as in `apply_lora`, for layers that later adapters may use. The
+            layers of `adapters` are always included.
+        names: As in `load_adapter`, for `adapters` and for `add`.
 
     Raises:
         ValueError: If the model has adapters or a bank, an adapter does not fit, or
-            the rows cannot be told apart at a layer. The model is then as before.
+            the rows cannot be told apart at a layer. The model is left unchanged.
         OSError: If a file cannot be read.
 
     Examples:
@@ -138,18 +139,18 @@ class AdapterBank(Artefacts, Calls, OutsideCalls, Training, keras.Model):
 
     @property
     def names(self) -> list:
-        """The names of the adapters that are there."""
+        """The names of the adapters in the bank."""
         return self.directory.names
 
     # What is in it.
 
     def add(self, name: str, adapter: Adapter | str | os.PathLike):
-        """Gives a name an adapter, in the place of an older one if there is one.
+        """Adds an adapter under a name, or replaces the adapter of that name.
 
-        Nothing is traced anew, and all is checked before anything is assigned. Calls
-        that run keep the adapters that they began with. A call of the bank that begins
-        later gets the new one. So does one of the model itself, which waits until
-        those that run have ended where they use this name.
+        No function is traced again, and everything is checked before anything is
+        assigned. Running calls keep the adapters that they began with; calls of the
+        bank that begin later use the new one. So do calls of the model itself, which
+        wait for running calls that use this name.
 
         Args:
             name: A string.
@@ -157,8 +158,8 @@ class AdapterBank(Artefacts, Calls, OutsideCalls, Training, keras.Model):
 
         Raises:
             ValueError: If the bank is full, the adapter is damaged or does not fit,
-                there is no room for it at a layer, or calls that run read all slots
-                and do not end within a minute. The bank is then as before.
+                a layer has no room for it, or running calls use all slots and do not
+                end within a minute. The bank is left unchanged.
             OSError: If a file cannot be read.
         """
         checked_adapters({name: adapter}, None)
@@ -206,7 +207,7 @@ class AdapterBank(Artefacts, Calls, OutsideCalls, Training, keras.Model):
         return next((slot for slot in free if not reads[slot]), None)
 
     def remove(self, name: str):
-        """Takes an adapter out. Rows with its id get NaN from now on."""
+        """Removes an adapter. Rows with its id are NaN from then on."""
         with self.running.writing("bank.remove"), self.running.changed:
             if self.directory.checked(name) is None:
                 raise ValueError("None is the base model, which stays.")
@@ -242,11 +243,11 @@ class AdapterBank(Artefacts, Calls, OutsideCalls, Training, keras.Model):
             )
 
     def release(self):
-        """The model's layers are plain Keras layers again. The bank is empty then.
+        """Turns the model's layers into plain Keras layers again; empties the bank.
 
         Raises:
-            ValueError: From inside a call of the model, or if calls in other threads
-                do not end within a minute.
+            ValueError: If it is called inside a call of the model, or if calls in
+                other threads do not end within a minute.
         """
         self.running.refuse_inside("bank.release", lambda call: True)
         with self.running.changed:

@@ -41,7 +41,7 @@ class Calls:
     running: Running
 
     def ids(self, names: Sequence) -> np.ndarray:
-        """The ids of a batch: a name, or None for the base model, for each row.
+        """Returns the ids of a batch from a name, or None (base model), per row.
 
         Raises:
             ValueError: If a name is not known.

@@ -35,14 +35,13 @@ class OutsideCalls:
     _row_names: Sequence | None
 
     def activate(self, name: str | None):
-        """One adapter for all rows of what calls the model itself, until None.
+        """Uses one adapter for all rows in calls of the model itself, until None.
 
-        It is the model's, not a thread's: calls that run keep what they began with,
-        and calls that begin later wait until those have ended. The bank's own calls go
-        by their ids.
+        It applies to all threads: running calls keep what they began with, and calls
+        that begin later wait until those have ended. Calls of the bank use their ids.
 
         Raises:
-            ValueError: If the name is not known, or from inside a call of the model.
+            ValueError: If the name is not known, or inside a call of the model.
         """
         self.running.refuse_inside("bank.activate", disturbed)
         with self.running.changed:
@@ -51,11 +50,11 @@ class OutsideCalls:
 
     @contextlib.contextmanager
     def rows(self, names: Sequence):
-        """Inside, row i of each batch that the model itself gets uses names[i].
+        """Makes row i of each batch in calls of the model itself use names[i].
 
-        For calls whose inputs cannot be changed, such as `generate`. Functions that
-        were compiled for as many rows serve other names too; those that Keras does
-        not know of, a user's own tf.function, must be traced inside.
+        It is for calls whose inputs cannot be changed, such as `generate`. Functions
+        that Keras compiled for as many rows work with other names too; your own
+        tf.function has to be traced inside the block.
 
         Raises:
             ValueError: If a name is not known, a batch has another size

@@ -118,8 +118,8 @@ def sweep(
 ) -> Sweep:
     """Trains one adapter for each setting in one fit, and compares them.
 
-    All are adapters of one `AdapterBank`, learn from the same batches in the same
-    order, and each goes the way that it goes alone. The model is left as it was.
+    All are adapters of one `AdapterBank` and see the same batches in the same order.
+    Each adapter trains as it would alone. The model is left unchanged.
 
     Args:
         model: A Keras model that is built and holds no adapter.
@@ -129,8 +129,8 @@ def sweep(
         validation_data: Like `data`; default the last fifth of it.
         loss: Of `keras.Model.compile`; default the model's own, if it is compiled.
         optimizer: A Keras optimizer or its name; each setting gets one like it.
-        epochs: How often all rows are seen.
-        batch_size: Rows of each step for each setting. The model sees them once for
+        epochs: Number of passes over the data.
+        batch_size: Rows in a step for each setting. The model computes them once for
             every setting.
         verbose: Of `keras.Model.fit`.
 
@@ -139,8 +139,8 @@ def sweep(
         winner, `.plot(path)` a picture.
 
     Raises:
-        ValueError: If a setting, the data or the loss does not fit. The model is then
-            as before.
+        ValueError: If a setting, the data or the loss does not fit. The model is left
+            unchanged.
 
     Examples:
         >>> rates = [{"rank": 4, "learning_rate": rate} for rate in (1e-4, 1e-3, 1e-2)]

@@ -70,15 +70,14 @@ class Training:
 
             L = sum over the adapters k of loss(y[ids == k], f(x)[ids == k])
 
-        All else, the model's own weights among it, stays as it is to the bit. Every
-        adapter goes the way that it goes alone with its rows, in batches that hold
-        those of its rows that are in this one's: an adapter without rows in a batch
-        takes no step, and its momenta and its count of steps stay too. The loss in the
-        logs is L. The kernels of the model are frozen meanwhile, as after
-        `apply_lora`.
+        Everything else, also the model's own weights, stays the same to the bit. Each
+        adapter trains as it would alone on its own rows of each batch. An adapter
+        without rows in a batch takes no step, and its optimizer state stays the same.
+        The loss in the logs is L. The model's kernels are frozen during training, as
+        after `apply_lora`.
 
-        What was trained is in the bank's calls from the end of each epoch on, and at
-        the start of each validation. Another `fit` goes on where this one stopped.
+        The bank's calls use the trained values from the end of each epoch, and from
+        the start of each validation. Another `fit` continues where this one stopped.
 
         Args:
             x: {"inputs": ..., "adapter": ids}, or what gives batches of it together
@@ -124,11 +123,11 @@ class Training:
         return found
 
     def adapter(self, name: str):
-        """One of the bank's adapters, as an `Adapter` that can be saved.
+        """Returns one of the bank's adapters as an `Adapter`, which can be saved.
 
         Raises:
-            ValueError: If the name is not known, or the adapter's folder holds another
-                one since.
+            ValueError: If the name is not known, or the adapter's folder holds
+                another adapter by now.
         """
         if self.directory.checked(name) is None:
             raise ValueError("None is the base model, which has no adapter.")
