@@ -1255,12 +1255,12 @@ FAULTS = {
     ],
     "layers/token_rows.py": [
         (
-            "rows = ops.take(own, ops.take(order",
-            "rows = ops.take(own, ops.take(np.arange(len(order))",
+            "return outputs * others + ops",
+            "return outputs + ops",
             "test_token_rows.py -k take_the_place",
         ),
         (
-            "is_own = ops.logical_and(is_own, self.switched > 0)",
+            "chosen = ops.logical_and(chosen, self.switched > 0)",
             "pass",
             "test_token_rows.py -k take_the_place",
         ),

@@ -88,16 +88,12 @@ class TokenRows(TokenRowsFiles, LowRankAdapter):
 
     def looked_up(self, host, inputs):
         outputs = ops.cast(host.frozen_linear(inputs), self.variable_dtype)
-        ids = ops.cast(inputs, "int32")
-        order = np.argsort(self.indices)
-        known = np.array(self.indices, "int32")[order]
-        place = ops.searchsorted(known, ops.reshape(ids, (-1,)))
-        place = ops.minimum(ops.reshape(place, ops.shape(ids)), len(known) - 1)
-        is_own = ops.equal(ops.take(known, place), ids)
-        is_own = ops.logical_and(is_own, self.switched > 0)
-        own = ops.convert_to_tensor(self.rows)
-        rows = ops.take(own, ops.take(order.astype("int32"), place), axis=0)
-        return ops.where(ops.expand_dims(is_own, -1), rows, outputs)
+        ids = ops.expand_dims(ops.cast(inputs, "int32"), -1)
+        chosen = ops.equal(ids, np.array(self.indices, "int32"))
+        chosen = ops.logical_and(chosen, self.switched > 0)
+        chosen = ops.cast(chosen, self.variable_dtype)  # one for the row that it is
+        others = 1 - ops.sum(chosen, axis=-1, keepdims=True)
+        return outputs * others + ops.matmul(chosen, self.rows)
 
     def with_columns(self, host, inputs):
         """The outputs of a quantized head, some columns of them by the rows."""
