@@ -190,7 +190,7 @@ def test_epoch_and_metrics_in_the_path_are_those_of_keras(best, tmp_path, capsys
 
 
 def test_a_path_that_asks_for_no_log_writes_nothing(tmp_path, capsys):
-    with pytest.raises(ValueError, match="`directory` is no format"):
+    with pytest.raises(ValueError, match="`directory` is not a valid format"):
         keras_lora.AdapterCheckpoint("{epoch")
     model, _ = adapt(sequential)
     compile_eagerly(model)

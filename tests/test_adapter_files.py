@@ -195,7 +195,7 @@ def test_names_map_paths_to_modules(tmp_path):
         keras_lora.load_adapter(plain, tmp_path / "adapter")
     keras_lora.load_adapter(plain, tmp_path / "adapter", names=names.get)
     np.testing.assert_allclose(predict(plain), expected, atol=1e-6)
-    with pytest.raises(ValueError, match="no layer's path"):
+    with pytest.raises(ValueError, match="not the path of a layer"):
         keras_lora.save_adapter(plain, tmp_path / "x", names={"furst": "a"})
     with pytest.raises(ValueError, match="two layers the name 'a'"):
         keras_lora.save_adapter(
@@ -557,7 +557,7 @@ def test_layers_may_be_called_like_parts_of_keys(name, inside, tmp_path):
             fill(variable, seed, 0.5)
         names = None
         if inside and name != "default" and (place == 2 or name == "modules_to_save"):
-            with pytest.raises(ValueError, match=f"'block.{name}' is called like"):
+            with pytest.raises(ValueError, match=f"'block.{name}' has a name like"):
                 keras_lora.save_adapter(model, tmp_path / str(place))
             names = {target: "block.other"}
         keras_lora.save_adapter(model, tmp_path / str(place), names=names)

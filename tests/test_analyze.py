@@ -323,5 +323,5 @@ def test_bad_energy(tmp_path):
     for energy in (0, -1, 1.1, float("nan"), "0.9", True):
         with pytest.raises(ValueError, match=r"in \(0, 1\].*energy="):
             keras_lora.combine_adapters([tmp_path], energy=energy)
-    with pytest.raises(ValueError, match="exclude each other"):
+    with pytest.raises(ValueError, match="cannot be used together"):
         keras_lora.combine_adapters([tmp_path], rank=2, energy=0.9)

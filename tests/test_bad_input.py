@@ -189,7 +189,7 @@ def test_files_where_a_folder_is_written(write, tmp_path):
     with pytest.raises(FileExistsError, match=r"is a file, and an? .* is a folder"):
         write(model, tmp_path / "model.keras")
     assert (tmp_path / "model.keras").read_bytes() == before
-    with pytest.raises(ValueError, match="is called like a file"):
+    with pytest.raises(ValueError, match="has a name like a file"):
         write(model, tmp_path / "other.keras")
     assert not (tmp_path / "other.keras").exists()
 

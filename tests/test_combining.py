@@ -178,7 +178,7 @@ def test_bad_input_to_combine(tmp_path):
         key: np.concatenate([value] * 2, axis=1) if "lora_A" in key else value
         for key, value in one.tensors.items()
     }
-    with pytest.raises(ValueError, match="are of other models"):
+    with pytest.raises(ValueError, match="belong to different models"):
         combine([one, keras_lora.Adapter(wide, one.config)])
 
 
@@ -282,7 +282,7 @@ def test_bad_input_to_extract():
     base = sequential()
     with pytest.raises(ValueError, match="differ in no kernel"):
         keras_lora.extract_adapter(base, base, rank=2)
-    with pytest.raises(ValueError, match="have other layers"):
+    with pytest.raises(ValueError, match="have different layers"):
         keras_lora.extract_adapter(base, transformer(), rank=2)
     wider = keras.Sequential(
         [keras.Input((7,)), *(type(x).from_config(x.get_config()) for x in base.layers)]

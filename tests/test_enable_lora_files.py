@@ -110,10 +110,10 @@ def test_bad_input_changes_nothing(tmp_path):
     other.layers[0].enable_lora(2)
     with pytest.raises(ValueError, match="has no layer 'dense'"):
         keras_lora.load_keras_lora(plain, other)
-    with pytest.raises(ValueError, match="the model has not"):
+    with pytest.raises(ValueError, match="the model does not have"):
         keras_lora.load_keras_lora(other, path)
     other.save_weights(tmp_path / "y.weights.h5")
-    with pytest.raises(ValueError, match=r"is no \.lora\.h5 file"):
+    with pytest.raises(ValueError, match=r"is not a \.lora\.h5 file"):
         keras_lora.load_keras_lora(plain, tmp_path / "y.weights.h5")
     wider = keras_hub.models.GPT2Backbone(**SIZES | {"hidden_dim": 12}, num_heads=2)
     with pytest.raises(ValueError, match="do not fit its kernel"):

@@ -220,4 +220,6 @@ def test_experts_are_refused_where_the_model_has_none(found):
     key = "base_model.model.mlp.experts.lora_{}.weight"
     more = {key.format("A"): torch.ones(12, 4), key.format("B"): torch.ones(6, 12)}
     write(folder, tensors | more)
-    refused(model, folder, r"'mlp\.experts\.gate_up_proj', which the model has not")
+    refused(
+        model, folder, r"'mlp\.experts\.gate_up_proj', which the model does not have"
+    )

@@ -226,7 +226,7 @@ def test_bad_input_changes_nothing(damage):
         match = r"no 'out\.lora_B'"
     elif damage == "more":
         state["more.lora_A"] = state["out.lora_A"]
-        match = r"'more\.lora_A', which the model has not"
+        match = r"'more\.lora_A', which the model does not have"
     elif damage == "shape":
         state["out.lora_B"] = state["out.lora_B"][:-1]
     elif damage == "nan":

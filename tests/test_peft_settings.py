@@ -302,7 +302,7 @@ def test_a_tied_embedding_is_refused_in_both_directions(table, full, tying, tmp_
         module, tmp_path / "theirs", fan_in_fan_out=table == "gpt2", **settings
     )
     # Gemma's head gets factors of its own if they are to be tied.
-    reason = "makes the model's outputs too|'lm_head', which the model has not"
+    reason = "makes the model's outputs too|'lm_head', which the model does not have"
     with pytest.raises(ValueError, match=reason):
         keras_lora.load_adapter(model, tmp_path / "theirs", names=table)
     np.testing.assert_array_equal(to_numpy(model(fed)), before)

@@ -49,8 +49,9 @@ class AdapterCheckpoint(keras.callbacks.Callback):
             list(string.Formatter().parse(os.fspath(directory)))
         except ValueError as error:
             raise ValueError(
-                f"`directory` is no format: {error}. Received: {str(directory)!r}. "
-                'Braces that are meant are written twice, "{{".'
+                f"`directory` is not a valid format: {error}. Received: "
+                f"{str(directory)!r}. "
+                'Write braces that are part of the name twice, "{{".'
             ) from error
         if mode not in ("auto", "min", "max"):
             raise ValueError(
@@ -88,8 +89,8 @@ class AdapterCheckpoint(keras.callbacks.Callback):
             return os.fspath(self.directory).format(epoch=epoch + 1, **logs)
         except (LookupError, AttributeError, TypeError, ValueError) as error:
             raise ValueError(
-                f"`directory` {str(self.directory)!r} asks for what is not in the "
-                f"logs: {error}. There are {['epoch', *sorted(logs)]}."
+                f"`directory` {str(self.directory)!r} asks for a value that is not in "
+                f"the logs: {error}. There are {['epoch', *sorted(logs)]}."
             ) from error
 
     def _say(self, epoch, what):

@@ -182,7 +182,7 @@ def assert_same_shapes(module, pairs):
             if not np.array_equal(*shapes):
                 raise ValueError(
                     f"The factors of {module!r} have shapes {pair[suffix].shape} and "
-                    f"{pairs[0][suffix].shape}: they are of other models."
+                    f"{pairs[0][suffix].shape}: they belong to different models."
                 )
 
 
@@ -190,7 +190,7 @@ def checked_limit(rank, energy):
     """Singular values -> the rank to cut to; None where nothing is cut."""
     if rank is not None and energy is not None:
         raise ValueError(
-            f"`rank` and `energy` exclude each other. Received: rank={rank!r}, "
+            f"`rank` and `energy` cannot be used together. Received: rank={rank!r}, "
             f"energy={energy!r}."
         )
     if energy is None:

@@ -24,7 +24,9 @@ def in_full(files, heads) -> dict:
                 f"of one to keep: they are at {', '.join(map(str, values))}."
             )
         elif len({value.shape for value in values.values()}) > 1:
-            raise ValueError(f"{key!r} has several shapes: they are of other models.")
+            raise ValueError(
+                f"{key!r} has several shapes: they belong to different models."
+            )
         else:
             mean = np.mean(list(values.values()), axis=0, dtype="float64")
             tensors[key] = mean.astype(tensors[key].dtype)

@@ -110,7 +110,7 @@ def paired_layers(base, tuned):
     """{module: (layer, [(variable, the tuned one)])}."""
     if base.keys() != tuned.keys():
         raise ValueError(
-            "The two models have other layers: "
+            "The two models have different layers: "
             f"{sorted(base.keys() ^ tuned.keys())[:5]} are in one of them."
         )
     pairs = {}

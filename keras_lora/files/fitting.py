@@ -25,7 +25,7 @@ def refuse_other_modules(file):
     missing, more = sorted(own - set(file.factors)), sorted(set(file.factors) - own)
     if missing or more:
         raise ValueError(
-            "The file and the model adapt other layers. Only in the model: "
+            "The file and the model adapt different layers. Only in the model: "
             f"{missing}. Only in the file: {more}. Call remove_lora(model) first: the "
             "file then brings its own."
         )

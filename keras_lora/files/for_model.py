@@ -119,7 +119,7 @@ def refuse_unknown_modules(factors, modules):
             hint = f" Close are: {close}." if close else ""
             hint += prefix_between(factors, able)
             raise ValueError(
-                f"The file has an adapter for {module!r}, which the model has not"
+                f"The file has an adapter for {module!r}, which the model does not have"
                 f"{' in a form that can be adapted' if layer is not None else ''}."
                 f"{hint} `names` can map paths to modules; for a model of KerasHub and "
                 'a file of transformers it is "transformers".'

@@ -109,7 +109,9 @@ def factors_of_file(model, path):
             if index == "vars":
                 continue
             if not index.isdecimal() or int(index) >= len(layers):
-                raise ValueError(f"{path} has a layer {index!r}, the model has not.")
+                raise ValueError(
+                    f"{path} has a layer {index!r}, which the model does not have."
+                )
             group = member(lora, index, h5py.Group)
             group = member(group, "vars", h5py.Group) if "vars" in group else {}
             if not {"lora_kernel_a", "lora_kernel_b"} <= group.keys():
@@ -120,7 +122,7 @@ def factors_of_file(model, path):
             ]
             found.append((layers[int(index)], *factors, 1.0))
     if not found:
-        raise ValueError(f"{path} is no .lora.h5 file: it has no factors.")
+        raise ValueError(f"{path} is not a .lora.h5 file: it has no factors.")
     return found
 
 
@@ -138,7 +140,7 @@ def member(group, name, kind):
 def values_of(dataset, path):
     """The values that stand in the file itself, as Keras writes them."""
     if dataset.dtype.kind != "f" or dataset.shape is None or len(dataset.shape) < 2:
-        raise ValueError(f"{path}: {dataset.name} is no matrix of floats.")
+        raise ValueError(f"{path}: {dataset.name} is not a matrix of floats.")
     # In pieces, they could be filled in or unpacked to any size.
     elsewhere = dataset.external or dataset.is_virtual or dataset.chunks
     if elsewhere or dataset.nbytes > os.path.getsize(path):

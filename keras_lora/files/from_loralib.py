@@ -89,7 +89,9 @@ def load_loralib(
         module = key.removesuffix(".lora_A")
         layer, b_key = modules.get(module), f"{module}.lora_B"
         if layer is None:
-            raise ValueError(f"The state dict has {key!r}, which the model has not.")
+            raise ValueError(
+                f"The state dict has {key!r}, which the model does not have."
+            )
         if b_key not in arrays:
             raise ValueError(f"The state dict has no {b_key!r}.")
         a, b = arrays.pop(key), arrays.pop(b_key)
@@ -112,7 +114,9 @@ def load_loralib(
         if module not in modules:  # loralib's convolutions wrap torch's
             module = module.removesuffix(".conv")
         if not key.endswith(".bias") or not hasattr(modules.get(module), "bias"):
-            raise ValueError(f"The state dict has {key!r}, which the model has not.")
+            raise ValueError(
+                f"The state dict has {key!r}, which the model does not have."
+            )
         infix = ".base_layer" if module in ranks else ""
         biases[f"{module}{infix}.bias"] = value
     alphas = {module: alpha * ranks[module] / rank for module in ranks}

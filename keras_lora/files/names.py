@@ -60,7 +60,7 @@ def name_function(names: Mapping | Callable | None, paths) -> Callable:
         close = difflib.get_close_matches(str(unknown[0]), paths, n=3)
         hint = f"Close are: {close}." if close else "`keras_lora.summary` shows paths."
         raise ValueError(
-            f"`names` has {unknown[0]!r}, which is no layer's path. {hint}"
+            f"`names` has {unknown[0]!r}, which is not the path of a layer. {hint}"
         )
     return names.get
 
@@ -84,7 +84,8 @@ def module_names(paths, names, model=None, adapter=None) -> Modules:
         module = get(path) or path.replace("/", ".")
         if not isinstance(module, str):
             raise ValueError(
-                f"`names` gives {module!r} for {path!r}, which is no module's name."
+                f"`names` gives {module!r} for {path!r}, which is not the name of a "
+                "module."
             )
         other = modules.get(module)
         if other is None or not holds_weights(other):

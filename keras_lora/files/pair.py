@@ -65,7 +65,9 @@ def read_together(directory):
         tensors, metadata = read_all(directory)
         if read_config(directory) == config:
             return belonging(config, metadata), tensors, metadata
-    raise OSError(f"{directory / CONFIG} changes all the time: it is being written.")
+    raise OSError(
+        f"{directory / CONFIG} keeps changing: another process is writing it."
+    )
 
 
 def has_tensors(directory):
@@ -112,7 +114,7 @@ def assert_readable(path, limit=math.inf):
     """Opening a pipe or a device may wait for ever, or read for ever."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
-        raise OSError(f"{path} is no file but a folder, a pipe or a device.")
+        raise OSError(f"{path} is not a file but a folder, a pipe or a device.")
     if status.st_size > limit:
         raise ValueError(f"{path} has {status.st_size} bytes; {limit} are read.")
 

@@ -175,8 +175,8 @@ def refuse_unreadable(adapted, others):
             inner and module in whole and inner[-1] in PARTS
         ):
             raise ValueError(
-                f"{module!r} is called like a part of PEFT's keys, and what is written "
-                "for it would be read as another module's. Give it another name with "
+                f"{module!r} has a name like a part of PEFT's keys. Its tensors would "
+                "be read as those of another module. Give it another name with "
                 "`names`, when you save and when you load."
             )
 

@@ -23,7 +23,7 @@ def take_method(keywords) -> dict:
     given = {word: keywords.pop(word, False) for word in METHODS if word}
     chosen = {word: value for word, value in given.items() if value}
     if len(chosen) > 1:
-        raise ValueError(f"{' and '.join(chosen)} exclude each other.")
+        raise ValueError(f"{' and '.join(chosen)} cannot be used together.")
     return chosen
 
 

@@ -64,7 +64,7 @@ def refuse_file_name(path, what):
         raise FileExistsError(f"{str(path)!r} is a file, and {what} is a folder.")
     if str(path).endswith(FILES):
         raise ValueError(
-            f"{str(path)!r} is called like a file, and {what} is a folder. For a "
+            f"{str(path)!r} has a name like a file, and {what} is a folder. For a "
             ".keras file of the model, with its adapters, call `model.save`."
         )
 
