@@ -165,3 +165,17 @@ def test_a_file_without_a_and_b_says_how_to_read_it(tmp_path):
     merge_lora(other)
     other.load_weights(tmp_path / "model.keras")
     np.testing.assert_allclose(to_numpy(other(x())), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["plain.weights.h5", "plain.keras"])
+def test_the_file_of_a_plain_model_says_where_to_load_it(name, tmp_path):
+    def network(dense):
+        return keras.Sequential([keras.Input((3,)), dense(4), dense(2)])
+
+    plain, lora = network(keras.layers.Dense), network(LoRADense)
+    save = plain.save if name.endswith(".keras") else plain.save_weights
+    save(tmp_path / name)
+    with pytest.raises(
+        ValueError, match="into the plain model and call"
+    ):
+        lora.load_weights(tmp_path / name)

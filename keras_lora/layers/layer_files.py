@@ -38,4 +38,10 @@ class LayerFiles:
 
     def load_own_variables(self, store):
         names = [name for name in store.keys() if name != "adapter"]  # noqa: SIM118
+        if self.loras and own_variables(self) and not list(store.keys()):
+            raise ValueError(
+                f"The file has no weights for {self.name!r}, a {type(self).__name__}. "
+                "If it is the file of a plain model, load it into the plain model and "
+                "call keras_lora.apply_lora on that."
+            )
         super().load_own_variables({name: store[name] for name in names})
