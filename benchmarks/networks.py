@@ -12,7 +12,7 @@ import keras
 import numpy as np
 
 import keras_lora
-from keras_lora.models.adapt import lora_layers
+from keras_lora.models.sites import adapted_sites
 
 FLOOR = "floor"
 LINEAR = (keras.layers.Dense, keras.layers.EinsumDense, keras.layers.Conv2D)
@@ -97,7 +97,7 @@ def methods(build, rank, dropout=0.0):
 
     def started():
         model = lora()
-        if all(layer.kernel_is_matrix for layer in lora_layers(model)):
+        if all(layer.kernel_is_matrix for layer in adapted_sites(model)):
             keras_lora.initialize_lora(model, "olora")
         return model
 

@@ -5,7 +5,7 @@ import numpy as np
 from layer_cases import fill
 
 from keras_lora import LoRADense
-from keras_lora.models.adapt import lora_layers
+from keras_lora.models.sites import adapted_sites
 
 
 def sequential():
@@ -58,7 +58,7 @@ MODELS = [sequential, functional, nested, subclassed]
 def trained(build):
     """A compiled model whose adapters, biases and optimizer have moved."""
     model = build()
-    for seed, layer in enumerate(lora_layers(model)):
+    for seed, layer in enumerate(adapted_sites(model)):
         fill(layer.lora.a, seed, 0.3)
         fill(layer.lora.b, seed + 50, 0.3)
     model.compile(keras.optimizers.Adam(0.01), "mse", jit_compile=False)

@@ -35,7 +35,7 @@ import keras_lora
 from keras_lora.files.config import CONFIG
 from keras_lora.files.folder import TENSORS
 from keras_lora.files.save import adapter_of
-from keras_lora.models.adapt import lora_layers
+from keras_lora.models.sites import adapted_sites
 
 over_models = pytest.mark.parametrize(
     "build", PRETRAINED, ids=lambda build: build.__name__
@@ -142,7 +142,7 @@ def test_switching_adapters_never_traces_anew(tmp_path):
     fit(model, 1)
     first = predict(model)
     keras_lora.save_adapter(model, tmp_path / "first")
-    for seed, layer in enumerate(lora_layers(model)):
+    for seed, layer in enumerate(adapted_sites(model)):
         fill(layer.lora.b, seed, 0.5)
         layer.lora.set_alpha(17, use_rslora=True)
     second = predict(model)
@@ -159,11 +159,11 @@ def test_switching_adapters_never_traces_anew(tmp_path):
 
 def test_another_alpha_is_seen_by_a_compiled_predict(tmp_path):
     model = adapted(sequential)
-    for layer in lora_layers(model):
+    for layer in adapted_sites(model):
         layer.lora.set_alpha(31)
     expected = predict(model)
     keras_lora.save_adapter(model, tmp_path / "adapter")
-    for layer in lora_layers(model):
+    for layer in adapted_sites(model):
         layer.lora.set_alpha(1)
     assert np.abs(predict(model) - expected).max() > 1e-3
     keras_lora.load_adapter(model, tmp_path / "adapter")
@@ -175,9 +175,9 @@ def test_training_goes_on_after_loading(tmp_path):
     keras_lora.save_adapter(model, tmp_path / "adapter")
     plain = same_base(model, transformer)
     keras_lora.load_adapter(plain, tmp_path / "adapter")
-    before = [to_numpy(layer.lora.b) for layer in lora_layers(plain)]
+    before = [to_numpy(layer.lora.b) for layer in adapted_sites(plain)]
     fit(compile_(plain))
-    for layer, b in zip(lora_layers(plain), before, strict=True):
+    for layer, b in zip(adapted_sites(plain), before, strict=True):
         assert np.abs(to_numpy(layer.lora.b) - b).max() > 0
     keras_lora.load_adapter(plain, tmp_path / "adapter", trainable=False)
     assert plain.trainable_weights == []
@@ -377,7 +377,7 @@ def long_file(tmp_path_factory):
 
     model = build()
     keras_lora.apply_lora(model, rank=16, target=["wide"], also_train=None)
-    fill(lora_layers(model)[0].lora.b, 1)
+    fill(adapted_sites(model)[0].lora.b, 1)
     folder = tmp_path_factory.mktemp("long") / "adapter"
     keras_lora.save_adapter(model, folder)
     return folder, build
@@ -386,7 +386,7 @@ def long_file(tmp_path_factory):
 def assert_refused(model, folder, before):
     with pytest.raises((ValueError, OSError)):
         keras_lora.load_adapter(model, folder)
-    assert lora_layers(model) == []
+    assert adapted_sites(model) == []
     for old, new in zip(before, model.weights, strict=True):
         np.testing.assert_array_equal(old, to_numpy(new))
 
@@ -440,7 +440,7 @@ def test_failed_save_leaves_the_old_adapter(tmp_path, monkeypatch):
     folder = tmp_path / "adapter"
     keras_lora.save_adapter(model, folder)
     old = (folder / TENSORS).read_bytes()
-    for layer in lora_layers(model):
+    for layer in adapted_sites(model):
         fill(layer.lora.b, 1)
 
     def fail(*args, **kwargs):
@@ -452,8 +452,8 @@ def test_failed_save_leaves_the_old_adapter(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert (folder / TENSORS).read_bytes() == old
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
-    lora_layers(model)[0].lora.a.assign(
-        np.full(lora_layers(model)[0].lora.a.shape, np.inf)
+    adapted_sites(model)[0].lora.a.assign(
+        np.full(adapted_sites(model)[0].lora.a.shape, np.inf)
     )
     with pytest.raises(ValueError, match="not finite"):
         keras_lora.save_adapter(model, folder)

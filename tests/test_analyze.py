@@ -16,8 +16,8 @@ from pretrained import sequential
 from pretrained import transformer
 
 import keras_lora
-from keras_lora.models.adapt import lora_layers
 from keras_lora.models.paths import layer_paths
+from keras_lora.models.sites import adapted_sites
 
 
 def as_matrices(name, kernel):
@@ -67,7 +67,7 @@ def test_every_kind_has_numpys_singular_values(case):
 def filled(build, **settings):
     model = build()
     keras_lora.apply_lora(model, **{"rank": 3, "alpha": 5, **settings})
-    for seed, layer in enumerate(lora_layers(model)):
+    for seed, layer in enumerate(adapted_sites(model)):
         fill(layer.lora.a, seed, 0.3)
         fill(layer.lora.b, seed + 50, 0.3)
     return model
@@ -151,7 +151,7 @@ def test_a_start_is_subtracted(tmp_path):
     keras_lora.initialize_lora(model, "pissa")
     assert [row.norm for row in keras_lora.analyze(model)] == [0, 0]
     assert [row.effective_rank() for row in keras_lora.analyze(model)] == [0, 0]
-    for seed, layer in enumerate(lora_layers(model)):
+    for seed, layer in enumerate(adapted_sites(model)):
         layer.lora.b.assign(layer.lora.b + np.float32(0.1) * (seed + 1))
     keras_lora.save_adapter(model, tmp_path / "one")
     for source in (model, tmp_path / "one"):
@@ -193,7 +193,7 @@ def test_bad_input_to_analyze():
         keras_lora.analyze(sequential())
     with keras_lora.disabled(model), pytest.raises(ValueError, match="Leave that"):
         keras_lora.analyze(model)
-    lora_layers(model)[1].lora.a.assign(lora_layers(model)[1].lora.a * np.nan)
+    adapted_sites(model)[1].lora.a.assign(adapted_sites(model)[1].lora.a * np.nan)
     with pytest.raises(ValueError, match="'dense' holds values that are not finite"):
         keras_lora.analyze(model)
 
@@ -308,7 +308,9 @@ def test_a_rank_above_a_layers_is_cut_without_loss(tmp_path):
         small = keras_lora.combine_adapters([tmp_path / "one"], **options)
         plain = sequential()
         keras_lora.load_adapter(plain, small)
-        for layer, other in zip(lora_layers(model), lora_layers(plain), strict=True):
+        for layer, other in zip(
+            adapted_sites(model), adapted_sites(plain), strict=True
+        ):
             assert other.lora.rank == min(layer.kernel.shape)
             np.testing.assert_allclose(
                 to_numpy(other.lora.delta()),

@@ -28,7 +28,7 @@ from shared import predict
 
 import keras_lora
 from keras_lora import apply_lora
-from keras_lora.models.adapt import lora_layers
+from keras_lora.models.sites import adapted_sites
 
 over_models = pytest.mark.parametrize(
     "build", PRETRAINED, ids=lambda build: build.__name__
@@ -460,7 +460,7 @@ class Renaming(keras.Model):
 def test_a_model_whose_layers_get_other_names_is_loaded(tmp_path):
     model = Renaming()
     apply_lora(model)
-    for layer in lora_layers(model):
+    for layer in adapted_sites(model):
         fill(layer.lora.b, 1)
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")

@@ -13,7 +13,7 @@ from layer_cases import to_numpy
 from seeds import set_seed
 
 import keras_lora
-from keras_lora.models.adapt import lora_layers
+from keras_lora.models.sites import adapted_sites
 
 tensorflow_only = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="a format of TensorFlow"
@@ -89,7 +89,7 @@ def assert_same(copied, model, inputs=None):
     inputs = x() if inputs is None else inputs
     expected = to_numpy(model(inputs))
     np.testing.assert_allclose(to_numpy(copied(inputs)), expected, atol=1e-5)
-    one, other = lora_layers(copied), lora_layers(model)
+    one, other = adapted_sites(copied), adapted_sites(model)
     assert [layer.lora.options() for layer in one] == [
         layer.lora.options() for layer in other
     ]
@@ -149,7 +149,7 @@ def test_copies_of_new_models_over_parts_of_it(adapted, part, way, tmp_path):
         model = keras.Model(
             inputs, layer(inputs, inputs) if part == "mha" else layer(inputs)
         )
-    assert lora_layers(model)
+    assert adapted_sites(model)
     assert_same(COPIES[way](model, tmp_path), model)
 
 
@@ -161,7 +161,7 @@ def test_copies_of_single_layers(adapted, part, way, tmp_path):
     inputs = [x(), x()] if part == "mha" else [x()]
     expected, found = layer(*inputs), copied(*inputs)
     np.testing.assert_allclose(to_numpy(found), to_numpy(expected), atol=1e-6)
-    assert len(lora_layers(copied)) == len(lora_layers(layer)) > 0
+    assert len(adapted_sites(copied)) == len(adapted_sites(layer)) > 0
 
 
 @pytest.mark.parametrize("part", ["block", "dense"])
@@ -213,7 +213,7 @@ def test_a_configuration_changes_nothing_for_another_thread(adapted, monkeypatch
     for name, module in list(sys.modules.items()):
         if name.startswith("keras_lora") and hasattr(module, "change_class"):
             monkeypatch.setattr(module, "change_class", fail)
-    for layer in [adapted, *adapted.layers, *lora_layers(adapted)]:
+    for layer in [adapted, *adapted.layers, *adapted_sites(adapted)]:
         before = dict(vars(layer))
         keras.saving.serialize_keras_object(layer)
         assert vars(layer) == before
@@ -261,11 +261,11 @@ def test_how_a_layer_merges_is_kept(build, way, adapted, tmp_path):
     if build == "constructed":
         layers = [keras_lora.LoRADense(4, rank=2), keras.layers.Dense(2)]
         adapted = keras.Sequential([keras.Input((4,)), *layers])
-    for layer in lora_layers(adapted):
+    for layer in adapted_sites(adapted):
         layer.merge_weights = False
     copied = COPIES[way](adapted, tmp_path)
-    assert lora_layers(copied)
-    assert not any(layer.merge_weights for layer in lora_layers(copied))
+    assert adapted_sites(copied)
+    assert not any(layer.merge_weights for layer in adapted_sites(copied))
 
 
 def test_the_class_of_an_owner_makes_plain_ones_too(adapted):
@@ -413,13 +413,13 @@ def test_saved_models_of_tensorflow(adapted, context, tmp_path):
 def test_checkpoints_of_tensorflow(adapted, tmp_path):
     import tensorflow as tf
 
-    lora_layers(adapted)[0].lora.set_alpha(9.5, use_rslora=True)
+    adapted_sites(adapted)[0].lora.set_alpha(9.5, use_rslora=True)
     path = tf.train.Checkpoint(model=adapted).save(str(tmp_path / "checkpoint"))
     other = network()
     keras_lora.apply_lora(other, rank=2, bias="all", dropout=0.2)
     status = tf.train.Checkpoint(model=other).restore(path)
     status.assert_existing_objects_matched()
-    assert lora_layers(other)[0].lora.scaling == 9.5 / 2**0.5
+    assert adapted_sites(other)[0].lora.scaling == 9.5 / 2**0.5
     assert_same(other, adapted)
 
 
@@ -491,7 +491,7 @@ def test_a_preset_can_be_read_in_another_dtype(tmp_path):
         str(tmp_path / "preset"), preprocessor=None, dtype="bfloat16"
     )
     assert again.backbone.dtype_policy.name == "bfloat16"
-    for layer in lora_layers(again):
+    for layer in adapted_sites(again):
         assert layer.compute_dtype == layer.frozen_kernel.dtype == "bfloat16"
         assert layer.lora.a.dtype == "float32"
 

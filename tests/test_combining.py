@@ -15,8 +15,8 @@ from shared import flags
 from shared import predict
 
 import keras_lora
-from keras_lora.models.adapt import lora_layers
 from keras_lora.models.paths import layer_paths
+from keras_lora.models.sites import adapted_sites
 
 over_models = pytest.mark.parametrize(
     "build", PRETRAINED, ids=lambda build: build.__name__
@@ -28,7 +28,7 @@ def saved(build, folder, seed, **settings):
     model = build()
     settings = {"rank": 2, "alpha": 3} | settings
     keras_lora.apply_lora(model, **settings)
-    for layer in lora_layers(model):
+    for layer in adapted_sites(model):
         fill(layer.lora.a, seed, 0.3)
         fill(layer.lora.b, seed + 1, 0.3)
         seed += 2
@@ -122,7 +122,7 @@ def test_slices_of_one_module_come_apart_again(tmp_path):
     for seed in (1, 50):
         model = transformer()
         keras_lora.apply_lora(model, target=["attention/query", "attention/value"])
-        for place, layer in enumerate(lora_layers(model)):
+        for place, layer in enumerate(adapted_sites(model)):
             fill(layer.lora.b, seed + place, 0.3)
         folders.append(tmp_path / str(seed))
         keras_lora.save_adapter(model, folders[-1], names=names)
@@ -239,7 +239,7 @@ def test_extracted_adapter_is_the_difference(build, tmp_path):
     base, tuned = build(), build()
     tuned.set_weights(base.get_weights())
     keras_lora.apply_lora(tuned, rank=2, alpha=6)
-    for seed, layer in enumerate(lora_layers(tuned)):
+    for seed, layer in enumerate(adapted_sites(tuned)):
         fill(layer.lora.b, seed, 0.3)
     updates = deltas(tuned)
     expected = predict(tuned)
@@ -247,7 +247,7 @@ def test_extracted_adapter_is_the_difference(build, tmp_path):
     before, weights = flags(base), [to_numpy(w) for w in base.weights]
     outputs = predict(base)
     adapter = keras_lora.extract_adapter(base, tuned, rank=2)
-    assert flags(base) == before and lora_layers(base) == []
+    assert flags(base) == before and adapted_sites(base) == []
     for old, new in zip(weights, base.weights, strict=True):
         np.testing.assert_array_equal(old, to_numpy(new))
     np.testing.assert_array_equal(predict(base), outputs)

@@ -19,8 +19,8 @@ import keras_lora
 from keras_lora.files.names import module_names
 from keras_lora.files.save import adapter_of
 from keras_lora.keras_internals import keras_hub as internals
-from keras_lora.models.adapt import lora_layers
 from keras_lora.models.paths import layer_paths
+from keras_lora.models.sites import adapted_sites
 
 TABLES = {
     "bert": ("BertBackbone", "BertTextClassifier", {"num_classes": 3}),
@@ -85,7 +85,7 @@ def adapted(name):
     rows = keras_lora.apply_lora(model, rank=3, exclude=exclude, dry_run=True)
     alphas = {row.path: 3 + index for index, row in enumerate(rows)}
     keras_lora.apply_lora(model, rank=3, exclude=exclude, alpha_pattern=alphas)
-    for seed, layer in enumerate(lora_layers(model)):
+    for seed, layer in enumerate(adapted_sites(model)):
         fill(layer.lora.a, seed, 0.3)
         fill(layer.lora.b, seed + 1, 0.3)
     return model
@@ -93,7 +93,7 @@ def adapted(name):
 
 def assert_converted(model, family, adapter):
     """A @ B of the file, by the converter's own function, is the layer's update."""
-    layers = {id(layer.frozen_kernel): layer for layer in lora_layers(model)}
+    layers = {id(layer.frozen_kernel): layer for layer in adapted_sites(model)}
     for variable in model.variables:
         variable.assign = lambda value: None
     found = set()
@@ -217,7 +217,7 @@ def test_layouts_are_seen(order, one_a, monkeypatch):
         for path, layer in layer_paths(model).items():
             if path.endswith(("query", "key", "value")):
                 fill(layer.lora.a, 99, 0.3)
-    expected = [to_numpy(layer.lora.delta()) for layer in lora_layers(model)]
+    expected = [to_numpy(layer.lora.delta()) for layer in adapted_sites(model)]
     adapter = adapter_of(model, "transformers")
     assert ("layers.0.self_attn.qkv_proj.lora_A.weight" in adapter.tensors) == (
         order is fused
@@ -225,7 +225,7 @@ def test_layouts_are_seen(order, one_a, monkeypatch):
     assert_converted(model, "llama3", adapter)
     again = backbones.backbone("Llama3Backbone")
     keras_lora.load_adapter(again, adapter, names="transformers")
-    for layer, delta in zip(lora_layers(again), expected, strict=True):
+    for layer, delta in zip(adapted_sites(again), expected, strict=True):
         np.testing.assert_allclose(to_numpy(layer.lora.delta()), delta, atol=1e-6)
 
 
@@ -289,7 +289,7 @@ def test_a_quantized_model_has_the_names_of_the_float_one():
 def test_the_file_says_the_prefix():
     model = adapted("Qwen3Backbone")
     adapter = adapter_of(model, "transformers")
-    expected = [to_numpy(layer.lora.delta()) for layer in lora_layers(model)]
+    expected = [to_numpy(layer.lora.delta()) for layer in adapted_sites(model)]
     for prefix in ("model.", "", "model.language_model."):
         tensors = {prefix + key: value for key, value in adapter.tensors.items()}
         config = {**adapter.config, "target_modules": "all-linear"}
@@ -301,7 +301,7 @@ def test_the_file_says_the_prefix():
         keras_lora.load_adapter(
             again, keras_lora.Adapter(tensors, config), names="transformers"
         )
-        for layer, delta in zip(lora_layers(again), expected, strict=True):
+        for layer, delta in zip(adapted_sites(again), expected, strict=True):
             np.testing.assert_allclose(to_numpy(layer.lora.delta()), delta, atol=1e-6)
 
 
@@ -312,13 +312,13 @@ def test_names_of_transformers_4_and_5():
     query = "layers.0.attention.q_proj.lora_A.weight"
     assert query in five.tensors
     assert "encoder.layer.0.attention.attention.query.lora_A.weight" in four.tensors
-    expected = [to_numpy(layer.lora.delta()) for layer in lora_layers(model)]
+    expected = [to_numpy(layer.lora.delta()) for layer in adapted_sites(model)]
     again = backbones.backbone("ViTBackbone")
     for adapter, names in itertools.product(
         (four, five), ("transformers", "transformers4", "vit")
     ):
         keras_lora.load_adapter(again, adapter, names=names)
-        for layer, delta in zip(lora_layers(again), expected, strict=True):
+        for layer, delta in zip(adapted_sites(again), expected, strict=True):
             np.testing.assert_allclose(to_numpy(layer.lora.delta()), delta, atol=1e-6)
         keras_lora.remove_lora(again)
 

@@ -18,7 +18,7 @@ from test_peft_exchange import pair
 import keras_lora
 from keras_lora.files.checked_tensors import PREFIX
 from keras_lora.files.folder import TENSORS
-from keras_lora.models.adapt import lora_layers
+from keras_lora.models.sites import adapted_sites
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 TARGET = ["tokens", "query", "output", "conv", "up"]
@@ -66,7 +66,7 @@ def test_we_load_what_peft_saved(tmp_path):
         keras_lora.load_adapter(model, tmp_path, names=NAMES)
         assert np.abs(to_numpy(model(ids())) - before).max() > 0.1
         assert_same(model, adapted)
-        for layer in lora_layers(model):
+        for layer in adapted_sites(model):
             fill(layer.lora.magnitude, 9)
     keras_lora.load_adapter(model, tmp_path, names=NAMES)
     keras_lora.merge_lora(model)
@@ -138,7 +138,7 @@ def test_name_tables(table, tmp_path):
 
 
 def moved(model):
-    for seed, layer in enumerate(lora_layers(model)):
+    for seed, layer in enumerate(adapted_sites(model)):
         fill(layer.lora.a, seed, 0.2)
         fill(layer.lora.b, seed + 50, 0.2)
         m = layer.lora.magnitude

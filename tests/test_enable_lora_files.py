@@ -8,7 +8,7 @@ from layer_cases import fill
 from layer_cases import to_numpy
 
 import keras_lora
-from keras_lora.models.adapt import lora_layers
+from keras_lora.models.sites import adapted_sites
 
 SIZES = {
     "vocabulary_size": 20,
@@ -55,7 +55,7 @@ def test_files_of_keras_hub(kind, tmp_path):
     np.testing.assert_allclose(outputs(plain), expected, rtol=0, atol=1e-5)
     ranks = {row.path.split("/")[-1]: row.rank for row in report}
     assert ranks == {"query": 6, "value": 6 if kind == "gpt2" else 3}
-    for layer in lora_layers(plain):
+    for layer in adapted_sites(plain):
         fill(layer.lora.b, 1)
     keras_lora.load_keras_lora(plain, path)  # over the adapters
     np.testing.assert_allclose(outputs(plain), expected, rtol=0, atol=1e-5)
@@ -123,5 +123,5 @@ def test_bad_input_changes_nothing(tmp_path):
         path.write_bytes(whole[:size])
         with pytest.raises((ValueError, OSError)):
             keras_lora.load_keras_lora(plain, path)
-    assert lora_layers(plain) == []
+    assert adapted_sites(plain) == []
     np.testing.assert_array_equal(outputs(plain), before)

@@ -14,7 +14,7 @@ from shared import assert_equal_bits
 
 import keras_lora
 from keras_lora.layers import kinds
-from keras_lora.models.adapt import lora_layers
+from keras_lora.models.sites import adapted_sites
 
 L = keras.layers
 
@@ -76,7 +76,7 @@ def delta(lora, shape):
 
 
 def filled(model, scale=0.4):
-    for seed, site in enumerate(lora_layers(model)):
+    for seed, site in enumerate(adapted_sites(model)):
         fill(site.lora.a, 2 * seed, scale)
         fill(site.lora.b, 2 * seed + 1, scale)
 
@@ -274,11 +274,11 @@ def test_frozen_kernels_stay_frozen_and_biases_follow_their_flag(tmp_path):
     model.trainable = True
     model.layers[-2].trainable = False
     model.layers[-2].trainable = True
-    frozen = [to_numpy(site.frozen_kernel) for site in lora_layers(model)]
+    frozen = [to_numpy(site.frozen_kernel) for site in adapted_sites(model)]
     model.compile("adam", "mse", jit_compile=False)
     x = np.random.default_rng(1).standard_normal((4, 4, 6)).astype("float32")
     model.fit(x, np.ones((4, 2)), epochs=2, verbose=0)
-    for site, kernel in zip(lora_layers(model), frozen, strict=True):
+    for site, kernel in zip(adapted_sites(model), frozen, strict=True):
         assert_equal_bits(site.frozen_kernel, kernel)
     model = recurrent_model()
     keras_lora.apply_lora(model, bias="lora_only")

@@ -21,7 +21,7 @@ import keras_lora
 from keras_lora.files.command import main
 from keras_lora.files.config import CONFIG
 from keras_lora.files.folder import TENSORS
-from keras_lora.models.adapt import lora_layers
+from keras_lora.models.sites import adapted_sites
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's of patterns it obeys
 
@@ -45,7 +45,7 @@ def pairs(tmp_path_factory):
         if name not in made:
             made[name] = pair(name, tmp_path_factory.mktemp(name) / "base")
         module, model = made[name]
-        if lora_layers(model):
+        if adapted_sites(model):
             keras_lora.remove_lora(model)
         return copy.deepcopy(module), model
 
@@ -322,7 +322,7 @@ def test_what_does_not_fit_is_named(name, change, reason, pairs, tmp_path):
     write(tmp_path, change(tensors_of(tmp_path)))
     with pytest.raises(ValueError, match=reason):
         keras_lora.load_adapter(model, tmp_path, names="transformers")
-    assert lora_layers(model) == []
+    assert adapted_sites(model) == []
     np.testing.assert_array_equal(ours(name, model), before)
 
 
@@ -344,7 +344,7 @@ def test_old_files_that_are_no_stacks(pairs, tmp_path):
         write(tmp_path / "old", found, **config)
         with pytest.raises(ValueError, match=reason):
             keras_lora.load_adapter(model, tmp_path / "old", names="transformers")
-        assert lora_layers(model) == []
+        assert adapted_sites(model) == []
 
 
 def test_what_peft_has_not_for_parameters(pairs, tmp_path):
@@ -373,7 +373,7 @@ def test_what_peft_has_not_for_parameters(pairs, tmp_path):
 def deltas_of(model):
     """Path -> scaling * A @ B of each expert, in float64."""
     found = {}
-    for site in lora_layers(model):
+    for site in adapted_sites(model):
         lora = site.lora
         a, b = (to_numpy(x).astype("float64") for x in (lora.a, lora.b))
         if a.ndim == 3:

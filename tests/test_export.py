@@ -18,8 +18,8 @@ from shared import predict
 from shared import state
 
 import keras_lora
-from keras_lora.models.adapt import lora_layers
 from keras_lora.models.atomic import replacing
+from keras_lora.models.sites import adapted_sites
 
 tensorflow_format = pytest.mark.skipif(
     keras.backend.backend() == "torch",
@@ -56,7 +56,7 @@ def test_saved_model_predicts_the_same_and_holds_no_factors(build, tmp_path):
     else:  # another compiler
         np.testing.assert_allclose(served, outputs, rtol=0, atol=1e-6)
     shapes = [shape for _, shape in stored_variables(tmp_path / "artefact")]
-    adapters = {id(w) for layer in lora_layers(model) for w in layer.lora.weights}
+    adapters = {id(w) for layer in adapted_sites(model) for w in layer.lora.weights}
     plain = [list(w.shape) for w in model.weights if id(w) not in adapters]
     assert sorted(shapes) == sorted(plain)
     assert_same_state(before, state(model))
@@ -89,7 +89,7 @@ def test_saved_model_needs_no_keras_lora(tmp_path):
 def test_second_export_replaces_the_first(tmp_path):
     model = trained(sequential)
     keras_lora.export(model, tmp_path / "artefact")
-    lora_layers(model)[0].lora.set_alpha(60)
+    adapted_sites(model)[0].lora.set_alpha(60)
     keras_lora.export(model, tmp_path / "artefact")
     served = serve(tmp_path / "artefact")
     np.testing.assert_allclose(served, predict(model), rtol=0, atol=1e-5)
@@ -126,7 +126,7 @@ def test_failed_export_changes_nothing(moment, tmp_path, monkeypatch):
     np.testing.assert_array_equal(predict(model), outputs)
     for old, new in zip(optimizer, optimizer_state(model), strict=True):
         np.testing.assert_array_equal(old, new)
-    assert all(isinstance(x, keras_lora.LoRADense) for x in lora_layers(model))
+    assert all(isinstance(x, keras_lora.LoRADense) for x in adapted_sites(model))
 
 
 class Refusing:
@@ -187,7 +187,7 @@ def test_the_default_format_is_refused_with_the_reason(tmp_path):
 @tensorflow_format
 def test_merge_weights_false_exports_merged_too(tmp_path):
     model = trained(sequential)
-    for layer in lora_layers(model):
+    for layer in adapted_sites(model):
         layer.merge_weights = False
     keras_lora.export(model, tmp_path / "artefact")
     served = serve(tmp_path / "artefact")

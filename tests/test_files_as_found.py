@@ -20,7 +20,7 @@ from test_peft_exchange import pair
 import keras_lora
 from keras_lora.files.config import CONFIG
 from keras_lora.files.folder import TENSORS
-from keras_lora.models.adapt import lora_layers
+from keras_lora.models.sites import adapted_sites
 
 
 def random_values(adapted):
@@ -130,7 +130,7 @@ def test_a_folder_in_the_folder(found):
 def refused(model, folder, match):
     with pytest.raises(ValueError, match=match) as error:
         keras_lora.load_adapter(model, folder, names=NAMES)
-    assert lora_layers(model) == []
+    assert adapted_sites(model) == []
     return str(error.value)
 
 

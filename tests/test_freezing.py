@@ -12,7 +12,7 @@ from models import x
 from models import y
 
 import keras_lora
-from keras_lora.models.adapt import lora_layers
+from keras_lora.models.sites import adapted_sites
 
 over_models = pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)
 
@@ -25,7 +25,7 @@ def names(model):
 def test_only_the_factors_train(build):
     model = build()
     keras_lora.mark_only_lora_as_trainable(model)
-    factors = [w for layer in lora_layers(model) for w in layer.lora.weights]
+    factors = [w for layer in adapted_sites(model) for w in layer.lora.weights]
     assert {id(w) for w in model.trainable_weights} == {id(w) for w in factors}
 
 
@@ -33,7 +33,7 @@ def test_only_the_factors_train(build):
 def test_nothing_else_moves(build):
     model = trained(build)
     keras_lora.mark_only_lora_as_trainable(model)
-    factors = {id(w) for layer in lora_layers(model) for w in layer.lora.weights}
+    factors = {id(w) for layer in adapted_sites(model) for w in layer.lora.weights}
     before = [(w, to_numpy(w)) for w in model.weights]
     model.fit(x(), y(), epochs=2, verbose=0)  # compiled anew, not by the user
     for weight, value in before:

@@ -24,7 +24,7 @@ from keras_lora.files import patterns
 from keras_lora.files import targeting
 from keras_lora.files.config import CONFIG
 from keras_lora.files.folder import TENSORS
-from keras_lora.models.adapt import lora_layers
+from keras_lora.models.sites import adapted_sites
 
 posix = pytest.mark.skipif(os.name != "posix", reason="of POSIX")
 
@@ -76,7 +76,7 @@ def refused(load, match=None, onto=None):
     before = [to_numpy(weight) for weight in plain.weights]
     with pytest.raises((ValueError, OSError), match=match):
         load(plain)
-    assert lora_layers(plain) == []
+    assert adapted_sites(plain) == []
     for old, new in zip(before, plain.weights, strict=True):
         np.testing.assert_array_equal(old, to_numpy(new))
 
@@ -412,7 +412,7 @@ def test_bfloat16_and_float16_are_read(tmp_path):
         safetensors.torch.save_file(tensors, tmp_path / TENSORS)
         plain = model()
         keras_lora.load_adapter(plain, tmp_path)
-        np.testing.assert_array_equal(to_numpy(lora_layers(plain)[0].lora.a), A.T)
+        np.testing.assert_array_equal(to_numpy(adapted_sites(plain)[0].lora.a), A.T)
 
 
 def test_keys_with_an_adapters_name_are_read(tmp_path):
@@ -427,7 +427,7 @@ def test_keys_with_an_adapters_name_are_read(tmp_path):
     plain = model()
     keras_lora.load_adapter(plain, tmp_path)
     a = tensors["base_model.model.one.lora_A.default.weight"].numpy()
-    np.testing.assert_array_equal(to_numpy(lora_layers(plain)[0].lora.a), a.T)
+    np.testing.assert_array_equal(to_numpy(adapted_sites(plain)[0].lora.a), a.T)
     more = {key.replace("default", "second"): x + 0 for key, x in tensors.items()}
     safetensors.torch.save_file(tensors | more, tmp_path / TENSORS)
     refused(lambda m: keras_lora.load_adapter(m, tmp_path), "'second'.*save_pretrained")

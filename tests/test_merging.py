@@ -20,7 +20,7 @@ from shared import state
 
 import keras_lora
 from keras_lora import LoRADense
-from keras_lora.models.adapt import lora_layers
+from keras_lora.models.sites import adapted_sites
 
 over_models = pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)
 
@@ -29,7 +29,7 @@ over_models = pytest.mark.parametrize("build", MODELS, ids=lambda build: build._
 def test_merge_lora_leaves_plain_layers_and_the_predictions(build):
     model = trained(build)
     before = predict(model)
-    adapted = lora_layers(model)
+    adapted = adapted_sites(model)
     keras_lora.merge_lora(model)
     np.testing.assert_array_equal(predict(model), before)
     for layer in model._flatten_layers():
@@ -46,7 +46,7 @@ def test_merge_lora_leaves_plain_layers_and_the_predictions(build):
 @over_models
 def test_merged_model_trains_its_kernels(build):
     model = trained(build)
-    layer = lora_layers(model)[0]
+    layer = adapted_sites(model)[0]
     keras_lora.merge_lora(model)
     kernel = to_numpy(layer.kernel)
     model.fit(x(), y(), epochs=1, verbose=0)
@@ -72,8 +72,8 @@ def test_remove_lora_gives_the_base_model(build):
     with keras_lora.disabled(model):
         base = predict(model)
     assert np.abs(base - predict(model)).max() > 1e-3
-    kernels = [to_numpy(layer.kernel) for layer in lora_layers(model)]
-    adapted = lora_layers(model)
+    kernels = [to_numpy(layer.kernel) for layer in adapted_sites(model)]
+    adapted = adapted_sites(model)
     keras_lora.remove_lora(model)
     np.testing.assert_array_equal(predict(model), base)
     for layer, kernel in zip(adapted, kernels, strict=True):
@@ -127,7 +127,7 @@ def test_nothing_that_was_traced_inside_of_merged_outlives_it():
     model = trained(sequential)
     with keras_lora.merged(model):
         before = predict(model)
-    for seed, layer in enumerate(lora_layers(model)):
+    for seed, layer in enumerate(adapted_sites(model)):
         fill(layer.lora.b, seed + 7, 0.5)
     outputs = predict(model)
     assert np.abs(outputs - before).max() > 0.01
@@ -136,11 +136,11 @@ def test_nothing_that_was_traced_inside_of_merged_outlives_it():
 
 def test_kernel_survives_a_hundred_merges():
     model = trained(sequential)
-    kernel = to_numpy(lora_layers(model)[0].kernel)
+    kernel = to_numpy(adapted_sites(model)[0].kernel)
     for _ in range(100):
         with keras_lora.merged(model):
             pass
-    np.testing.assert_array_equal(to_numpy(lora_layers(model)[0].kernel), kernel)
+    np.testing.assert_array_equal(to_numpy(adapted_sites(model)[0].kernel), kernel)
 
 
 def test_fitting_inside_of_a_context_is_refused():
@@ -163,7 +163,7 @@ def test_contexts_need_not_nest_and_begin_where_they_are_entered():
     model = trained(sequential)
     early = keras_lora.merged(model)
     first, second = keras_lora.disabled(model), keras_lora.disabled(model)
-    fill(lora_layers(model)[0].lora.b, 3)
+    fill(adapted_sites(model)[0].lora.b, 3)
     expected = predict(model)
     with early:
         np.testing.assert_allclose(predict(model), expected, atol=1e-5)
@@ -184,7 +184,7 @@ def test_contexts_need_not_nest_and_begin_where_they_are_entered():
 
 def test_disabled_is_the_base_model_while_training_too():
     model = trained(sequential)
-    layer = lora_layers(model)[0]
+    layer = adapted_sites(model)[0]
     plain = keras.layers.Dense(8, activation="relu")
     plain.build((None, 6))
     plain.set_weights([to_numpy(layer.kernel), to_numpy(layer.bias)])
@@ -196,7 +196,7 @@ def test_disabled_is_the_base_model_while_training_too():
 @pytest.mark.parametrize("operation", ["merge_lora", "merged", "export"])
 def test_non_finite_adapter_is_refused(operation, tmp_path):
     model = trained(sequential)
-    last = lora_layers(model)[-1]
+    last = adapted_sites(model)[-1]
     arguments = [tmp_path / "artefact"] if operation == "export" else []
     for factor, bad in itertools.product("ab", (np.nan, np.inf)):
         values = to_numpy(getattr(last.lora, factor))
@@ -207,7 +207,7 @@ def test_non_finite_adapter_is_refused(operation, tmp_path):
         with pytest.raises(ValueError, match=f"{factor.upper()} of layer 'last'"):
             getattr(keras_lora, operation)(model, *arguments)
         assert_same_state(before, state(model))
-        assert len(lora_layers(model)) == 2
+        assert len(adapted_sites(model)) == 2
         assert not list(tmp_path.iterdir())
         getattr(last.lora, factor).assign(values)
 
@@ -228,7 +228,7 @@ def test_structure_does_not_change_inside_a_context(operation):
     model = trained(sequential)
     with keras_lora.merged(model), pytest.raises(ValueError, match="Leave that"):
         getattr(keras_lora, operation)(model)
-    assert len(lora_layers(model)) == 2
+    assert len(adapted_sites(model)) == 2
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_unbuilt_layer_is_an_error():
 
 def test_quantize_works_once_merged():
     model = trained(sequential)
-    layer = lora_layers(model)[0]
+    layer = adapted_sites(model)[0]
     with pytest.raises(ValueError, match="beside a kernel in 'float8'"):
         layer.quantize("float8")
     before = predict(model)

@@ -14,7 +14,7 @@ from seeds import set_seed
 
 import keras_lora
 from keras_lora.files.config import CONFIG
-from keras_lora.models.adapt import lora_layers
+from keras_lora.models.sites import adapted_sites
 
 # path here -> module there
 NAMES = {
@@ -205,7 +205,7 @@ def test_grouped_convolution_of_peft_is_refused(tmp_path):
     model = keras.Model(inputs, keras.layers.Flatten()(layer(inputs)))
     with pytest.raises(ValueError, match="has groups"):
         keras_lora.load_adapter(model, tmp_path)
-    assert lora_layers(model) == []
+    assert adapted_sites(model) == []
 
 
 def test_bfloat16_file_of_peft(tmp_path):

@@ -19,7 +19,7 @@ from layer_cases import to_numpy
 from seeds import set_seed
 
 import keras_lora
-from keras_lora.models.adapt import lora_layers
+from keras_lora.models.sites import adapted_sites
 
 # Of int4 where the first axis is not summed over; a test of its own asks for it.
 pytestmark = [
@@ -433,7 +433,7 @@ def test_training_moves_the_adapter_alone_and_goes_on_after_reloading(
 def state(model):
     """All that a run goes on from: integers, scales, A, B, alpha, the optimizer."""
     variables = [*model.variables, *model.optimizer.variables]
-    alphas = [layer.lora.alpha for layer in lora_layers(model)]
+    alphas = [layer.lora.alpha for layer in adapted_sites(model)]
     return [(v.name, to_numpy(v)) for v in variables] + [("alpha", alphas)]
 
 
@@ -573,7 +573,7 @@ def test_the_exported_artefact_needs_no_package_and_gives_the_live_outputs(
     found = served.serve(tf.constant(inputs)).numpy()
     np.testing.assert_allclose(found, predict(model, inputs), rtol=1e-5, atol=1e-6)
     assert_unmoved(model.get_layer("host"), before)
-    assert len(lora_layers(model)) == 1
+    assert len(adapted_sites(model)) == 1
 
 
 @over_modes
@@ -1214,7 +1214,7 @@ def test_the_gradient_of_a_quantized_language_model_is_the_float_models(target):
         if mode:
             model.quantize(mode)
         keras_lora.apply_lora(model, rank=2, target=target)
-        layers = lora_layers(model)
+        layers = adapted_sites(model)
         for seed, layer in enumerate(layers):
             fill(layer.lora.a, seed, scale=0.1)
             fill(layer.lora.b, seed + 50, scale=0.1)
@@ -1286,7 +1286,7 @@ def test_a_loaded_model_quantizes_inputs_where_the_saved_one_did(tmp_path):
     model = keras_hub.models.GPT2CausalLM(backbone=backbone, preprocessor=None)
     model.quantize("int8", config=MODES["int8 weights"]())
     keras_lora.apply_lora(model, rank=2)
-    for seed, layer in enumerate(lora_layers(model)):
+    for seed, layer in enumerate(adapted_sites(model)):
         fill(layer.lora.b, seed, scale=0.3)
     ids = np.random.default_rng(0).integers(0, 20, (2, 4)).astype("int32")
     batch = {"token_ids": ids, "padding_mask": np.ones((2, 4), "int32")}

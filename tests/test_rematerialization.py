@@ -21,7 +21,7 @@ from test_quantized import over_kept
 import keras_lora
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.dora import DoRAAdapter
-from keras_lora.models.adapt import lora_layers
+from keras_lora.models.sites import adapted_sites
 
 pytestmark = test_quantized.pytestmark
 BACKEND = keras.backend.backend()
@@ -142,7 +142,7 @@ def block(remat):
     for seed, variable in enumerate(model.trainable_variables):
         fill(variable, seed, 0.3)
     # Of its own accord each layer draws a seed, and a block one for each of them.
-    for layer in lora_layers(model):
+    for layer in adapted_sites(model):
         layer.lora.seed_generator.state.assign([3, 5])
     return model
 

@@ -20,7 +20,7 @@ from seeds import set_seed
 
 from keras_lora import LoRADense
 from keras_lora import merge_lora
-from keras_lora.models.adapt import lora_layers
+from keras_lora.models.sites import adapted_sites
 
 # A row for each way to compute, and those whose dropout goes on where it was.
 ROWS = [case for case in CASES if case in KINDS or case.lora.get("dropout")]
@@ -95,7 +95,7 @@ def test_every_construction_reloads(build, tmp_path):
     np.testing.assert_array_equal(
         resumed.predict_on_batch(x()), model.predict_on_batch(x())
     )
-    assert len(lora_layers(resumed)) == len(lora_layers(model))
+    assert len(adapted_sites(resumed)) == len(adapted_sites(model))
     if build is not sequential and keras.backend.backend() == "tensorflow":
         model.run_eagerly = resumed.run_eagerly = True
     data = x(), y()
@@ -175,7 +175,5 @@ def test_the_file_of_a_plain_model_says_where_to_load_it(name, tmp_path):
     plain, lora = network(keras.layers.Dense), network(LoRADense)
     save = plain.save if name.endswith(".keras") else plain.save_weights
     save(tmp_path / name)
-    with pytest.raises(
-        ValueError, match="into the plain model and call"
-    ):
+    with pytest.raises(ValueError, match="into the plain model and call"):
         lora.load_weights(tmp_path / name)

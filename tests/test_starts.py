@@ -14,8 +14,8 @@ from seeds import set_seed
 from shared import assert_close
 
 import keras_lora
-from keras_lora.models.adapt import lora_layers
 from keras_lora.models.decompositions import largest
+from keras_lora.models.sites import adapted_sites
 from keras_lora.models.start_values import LOFTQ_STEPS
 from keras_lora.models.start_values import shared_out
 
@@ -103,7 +103,7 @@ def train(model, steps=5):
 def test_factors_and_trajectory_are_those_of_peft(method, use_dora):
     model = adapted(method, use_dora=use_dora)
     theirs = adapted_by_peft(mlp(), method, use_dora=use_dora)
-    for layer in lora_layers(model):
+    for layer in adapted_sites(model):
         a, b = factors_of_peft(theirs, NAMES[layer.name])
         assert_close(signed(to_numpy(layer.lora.a), a, 0), a)
         assert_close(signed(to_numpy(layer.lora.b), b, 1), b)
@@ -117,7 +117,7 @@ def test_factors_and_trajectory_are_those_of_peft(method, use_dora):
         losses.append(loss.item())
     np.testing.assert_allclose(train(model), losses, rtol=1e-5)
     if use_dora:
-        for layer in lora_layers(model):
+        for layer in adapted_sites(model):
             module = theirs.base_model.model[int(NAMES[layer.name])]
             m = module.lora_magnitude_vector["default"].weight.detach().numpy()
             assert_close(layer.lora.magnitude, m.ravel())
@@ -169,7 +169,7 @@ def of_peft_eva(rho, x=X):
 def test_eva_starts_at_the_directions_that_peft_finds(exact):
     model = adapted("eva")
     theirs = of_peft_eva(rho=1.0)
-    for layer in lora_layers(model):
+    for layer in adapted_sites(model):
         expected = theirs[NAMES[layer.name]].numpy().T
         actual = signed(to_numpy(layer.lora.a), expected, 0)
         np.testing.assert_allclose(actual, expected, atol=1e-4)
@@ -282,7 +282,9 @@ def test_losses_go_on_after_every_kind_of_file(tmp_path, use_dora):
         assert_close(other.predict(X, verbose=0), outputs, 1e-6)
         assert [r.rank for r in keras_lora.summary(other)] == [2] * 3
         for name in ("a", "b", "a_start", "b_start", *["magnitude"] * use_dora):
-            for layer, own in zip(lora_layers(other), lora_layers(model), strict=True):
+            for layer, own in zip(
+                adapted_sites(other), adapted_sites(model), strict=True
+            ):
                 assert_close(getattr(layer.lora, name), getattr(own.lora, name), 1e-6)
     assert again.optimizer.iterations == model.optimizer.iterations
 

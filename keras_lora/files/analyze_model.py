@@ -7,13 +7,13 @@ from keras_lora.files.analyze import notes_of
 from keras_lora.files.analyze import update
 from keras_lora.layers.lora_layer import is_adapted
 from keras_lora.layers.torch_layout import to_numpy
-from keras_lora.models.adapt import checked_lora_layers
 from keras_lora.models.paths import layer_paths
+from keras_lora.models.sites import checked_sites
 from keras_lora.models.sites import site_paths
 
 
 def of_model(model):
-    checked_lora_layers(model)
+    checked_sites(model)
     paths = layer_paths(model)
     sites = site_paths(paths)
     adapters = {path: site for path, site in sites.items() if is_adapted(site)}

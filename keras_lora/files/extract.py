@@ -19,9 +19,9 @@ from keras_lora.layers.kinds import obstacle
 from keras_lora.layers.settings import checked_rank
 from keras_lora.layers.substituted import WeightSite
 from keras_lora.layers.torch_layout import to_numpy
-from keras_lora.models.adapt import lora_layers
 from keras_lora.models.change import adapted
 from keras_lora.models.paths import layer_paths
+from keras_lora.models.sites import adapted_sites
 
 
 def extract_adapter(
@@ -60,7 +60,7 @@ def extract_adapter(
     """
     rank = checked_rank(rank)
     for model in (base_model, tuned_model):
-        if lora_layers(model):
+        if adapted_sites(model):
             raise ValueError(
                 f"{model.name!r} holds LoRA layers. Call merge_lora or remove_lora on "
                 "it, or on a copy of it, first."

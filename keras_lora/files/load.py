@@ -20,7 +20,6 @@ from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.lora_layer import has_adapters
 from keras_lora.layers.settings import Settings
 from keras_lora.layers.token_rows import KEYWORD
-from keras_lora.models.adapt import checked_lora_layers
 from keras_lora.models.adapt import refuse_unbuilt
 from keras_lora.models.change import adapted
 from keras_lora.models.freezing import freeze_adapters
@@ -32,6 +31,7 @@ from keras_lora.models.record import base_values
 from keras_lora.models.record import remember_base
 from keras_lora.models.record import state_of
 from keras_lora.models.report import Report
+from keras_lora.models.sites import checked_sites
 from keras_lora.models.trainable_flags import trainable_state
 
 
@@ -92,7 +92,7 @@ def load_into(model, paths, adapter, names=None, trainable=True) -> Report:
     refuse_tied_head(model, names, file.adapted | file.heads)
     layers, notes = with_model(model, paths), []
     if any(map(has_adapters, layers.values())):
-        checked_lora_layers(model)
+        checked_sites(model)
         refuse_other_modules(file)
         values = checked_values(file)
     else:

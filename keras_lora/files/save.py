@@ -28,8 +28,8 @@ from keras_lora.files.tensors import weight_to_tensor
 from keras_lora.files.tokens import rows_of
 from keras_lora.layers.lora_layer import is_adapted
 from keras_lora.layers.token_rows import KEYWORD
-from keras_lora.models.adapt import built_lora_layers
 from keras_lora.models.paths import layer_paths
+from keras_lora.models.sites import built_sites
 
 
 def save_adapter(
@@ -86,7 +86,7 @@ def adapter_of(model, names=None, trained=None) -> Adapter:
     """
     paths = layer_paths(model)
     modules = module_names(paths, names, model)
-    built_lora_layers(model)
+    built_sites(model)
     adapters = {m: site for m, site in modules.sites.items() if is_adapted(site)}
     if trained is None:
         trained = trained_beside(modules, adapters)

@@ -4,8 +4,6 @@ import keras
 
 from keras_lora.keras_internals.calls import was_called
 from keras_lora.keras_internals.classes import change_class
-from keras_lora.keras_internals.compiled import bring_weights_back
-from keras_lora.keras_internals.layers import flatten_layers
 from keras_lora.keras_internals.layers import name_scope_of
 from keras_lora.keras_internals.layers import sublayers
 from keras_lora.layers.adapter import LowRankAdapter
@@ -87,12 +85,6 @@ def refuse_unbuilt(model):
         )
 
 
-def lora_layers(model) -> list:
-    """The sites of a model that have an adapter, each once."""
-    layers = [x for x in flatten_layers(model) if isinstance(x, LoRALayer)]
-    return [site for layer in layers for site in layer.sites().values()]
-
-
 def refuse_adapters(paths):
     """Raises if a layer of a model has an adapter already, or those of a bank."""
     for path, layer in paths.items():
@@ -101,44 +93,3 @@ def refuse_adapters(paths):
             raise ValueError(
                 f"The layer {path!r} has an adapter. Call {lora.taken_off_by} first."
             )
-
-
-def refuse_banked(layer, path):
-    """Raises ValueError for a layer whose adapters are a bank's."""
-    if layer.lora.is_bank:
-        raise ValueError(
-            f"The layer {path!r} holds the adapters of an AdapterBank, which alone may "
-            f"change them. Call {layer.lora.taken_off_by} first."
-        )
-
-
-def built_lora_layers(model):
-    """The LoRA layers of a model, of which there must be one, and all built."""
-    bring_weights_back(model)
-    layers = lora_layers(model)
-    if not layers:
-        raise ValueError(
-            f"{getattr(model, 'name', model)!r} holds no LoRA layer with an adapter "
-            "(rank > 0). Call `apply_lora` or `load_adapter` first; `merge_lora` and "
-            "`remove_lora` take adapters away, so save them before."
-        )
-    for layer in layers:
-        refuse_banked(layer, layer.name)
-        if not layer.lora.built:
-            raise ValueError(
-                f"The LoRA layer {layer.name!r} is not built yet. Build the model "
-                "first, for example with `model.build(input_shape)`, or call it once."
-            )
-    return layers
-
-
-def checked_lora_layers(model):
-    """The LoRA layers of a model, none of them inside `merged()` or `disabled()`."""
-    layers = built_lora_layers(model)
-    for layer in layers:
-        if layer.lora.stand_in is not None or not layer.lora.is_on:
-            raise ValueError(
-                f"The adapter of {layer.name!r} is inside `merged()` or `disabled()`. "
-                "Leave that context first."
-            )
-    return layers

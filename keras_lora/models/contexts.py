@@ -13,12 +13,12 @@ from keras_lora.keras_internals.compiled import take_compiled_functions
 from keras_lora.keras_internals.layers import flatten_layers
 from keras_lora.layers.trained_values import is_held_once
 from keras_lora.layers.trained_values import other_values
-from keras_lora.models.adapt import built_lora_layers
-from keras_lora.models.adapt import checked_lora_layers
 from keras_lora.models.merge import refuse_factors_not_finite
 from keras_lora.models.merge import standing_in
 from keras_lora.models.record import base_values
 from keras_lora.models.record import warn_of_unremembered
+from keras_lora.models.sites import built_sites
+from keras_lora.models.sites import checked_sites
 
 UNTRAINED = (
     "Adapters do not train inside `{}(model)`, where they stand still, and what trains "
@@ -48,7 +48,7 @@ def merged(model: keras.layers.Layer):
         ValueError: If there is no LoRA layer, a kernel is quantized, A, B or the sum
             is not finite, or inside `merged` or `disabled`.
     """
-    layers = checked_lora_layers(model)
+    layers = checked_sites(model)
     for layer in layers:
         if layer.is_quantized:
             raise ValueError(
@@ -63,7 +63,7 @@ def merged(model: keras.layers.Layer):
 
 @contextlib.contextmanager
 def _standing_in(model):
-    sites = checked_lora_layers(model)  # as they are at entry
+    sites = checked_sites(model)  # as they are at entry
     functions = take_compiled_functions(flatten_layers(model))
     refusing = refusing_to_train(model, UNTRAINED.format("merged"))
     try:
@@ -100,14 +100,14 @@ def disabled(model: keras.layers.Layer):
         >>> with keras_lora.disabled(model):
         ...     without = model.predict(x, verbose=0)
     """
-    built_lora_layers(model)
+    built_sites(model)
     warn_of_unremembered(flatten_layers(model))
     return _switched_off(model)
 
 
 @contextlib.contextmanager
 def _switched_off(model):
-    sites = built_lora_layers(model)
+    sites = built_sites(model)
     beside = [layer for layer in flatten_layers(model) if base_values(layer)]
     values = [pair for layer in beside for pair in base_values(layer)]
     # The stand-ins' kernels are no larger than what `merged` has made already.

@@ -8,12 +8,12 @@ from pathlib import Path
 import keras
 
 from keras_lora.keras_internals.layers import checked_model
-from keras_lora.models.adapt import lora_layers
 from keras_lora.models.atomic import entries
 from keras_lora.models.atomic import refuse_file_name
 from keras_lora.models.atomic import replacing
 from keras_lora.models.merge import listing_merged_kernels
 from keras_lora.models.runtimes import assert_runs
+from keras_lora.models.sites import adapted_sites
 
 SAVED_MODEL = {"saved_model.pb", "fingerprint.pb", "variables", "assets"}
 FORMATS = ("tf_saved_model", "onnx", "openvino", "litert", "torch")
@@ -57,7 +57,7 @@ def export(
             f"The model {model.name!r} is not built, so its input shape is unknown. "
             "Call it once, or `model.build(input_shape)`, then export."
         )
-    if not lora_layers(model):
+    if not adapted_sites(model):
         raise ValueError(
             f"{model.name!r} holds no adapter: none was applied, or they are merged. A "
             "plain model is exported with model.export(path)."

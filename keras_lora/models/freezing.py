@@ -12,12 +12,12 @@ from keras_lora.keras_internals.layers import own_variables
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.lora_layer import has_adapters
 from keras_lora.layers.settings import checked_bias
-from keras_lora.models.adapt import built_lora_layers
 from keras_lora.models.change import adapted
 from keras_lora.models.paths import layer_paths
 from keras_lora.models.record import record_of
 from keras_lora.models.record import remember_base
 from keras_lora.models.record import state_of
+from keras_lora.models.sites import built_sites
 from keras_lora.models.trainable_flags import restore_trainable_state
 from keras_lora.models.trainable_flags import trainable_state
 
@@ -44,7 +44,7 @@ def mark_only_lora_as_trainable(model: keras.layers.Layer, bias: str = "none"):
         3
     """
     checked_bias(bias)
-    built_lora_layers(model)
+    built_sites(model)
     with adapted(model, layer_paths(model), {}) as change:
         freeze_all_but_lora(model, bias)
         notes = change.keep()
@@ -58,7 +58,7 @@ def freeze_all_but_lora(model, bias="none", also_train=()):
     Nothing is compiled again.
     """
     refuse_quantized(also_train)
-    sites = built_lora_layers(model)
+    sites = built_sites(model)
     kept = {id(v) for site in sites for v in own_variables(site.lora)}
     own = list(dict.fromkeys(site.kernel_owner() for site in sites))
     for layer in {"none": [], "lora_only": own, "all": flatten_layers(model)}[bias]:

@@ -10,7 +10,6 @@ from keras_lora.layers.kinds import kind_of
 from keras_lora.layers.lora_layer import is_adapted
 from keras_lora.layers.settings import checked_rank
 from keras_lora.layers.torch_layout import to_numpy
-from keras_lora.models.adapt import checked_lora_layers
 from keras_lora.models.adapt import make_plain
 from keras_lora.models.decompositions import KERNEL_STARTS
 from keras_lora.models.merge_quantized import copy_kernel
@@ -18,6 +17,7 @@ from keras_lora.models.paths import layer_paths
 from keras_lora.models.paths import with_model
 from keras_lora.models.renew import renewed
 from keras_lora.models.report import Report
+from keras_lora.models.sites import checked_sites
 from keras_lora.models.sites import site_paths
 from keras_lora.models.start_values import eva
 from keras_lora.models.start_values import from_kernel
@@ -79,7 +79,7 @@ def initialize_lora(
         [EVA: Paischer et al., 2024](https://arxiv.org/abs/2410.07170);
         [LoftQ: Li et al., 2023](https://arxiv.org/abs/2310.08659)
     """
-    checked_lora_layers(model)
+    checked_sites(model)
     checked_arguments(method, data, budget)
     every = site_paths(with_model(model, layer_paths(model)))
     layers = {path: site for path, site in every.items() if is_adapted(site)}

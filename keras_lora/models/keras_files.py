@@ -27,7 +27,6 @@ from keras_lora.layers.quantized_host import refuse_quantizing
 from keras_lora.layers.rematerialized import Rematerialized
 from keras_lora.layers.trained_values import TrainedValues
 from keras_lora.models.adapt import adapt
-from keras_lora.models.adapt import lora_layers
 from keras_lora.models.adapt import new_adapter
 from keras_lora.models.adapted_config import plain_part
 from keras_lora.models.paths import layer_paths
@@ -45,6 +44,7 @@ from keras_lora.models.record import record_of
 from keras_lora.models.record import remember_what_trains
 from keras_lora.models.record import set_base
 from keras_lora.models.record import set_record
+from keras_lora.models.sites import adapted_sites
 from keras_lora.models.trainable_flags import restore_trainable_state
 from keras_lora.models.trainable_flags import trainable_state
 
@@ -152,7 +152,7 @@ class Adapted(Rematerialized):
         super().load_own_variables({name: values[name] for name in others})
 
     def quantize(self, mode=None, config=None, **kwargs):
-        for layer in lora_layers(self):
+        for layer in adapted_sites(self):
             refuse_quantizing(layer, mode)  # before any layer changes
         super().quantize(mode, config=config, **kwargs)
         mend_plain(flatten_layers(self))

@@ -19,8 +19,6 @@ from keras_lora.layers.adapter import FixedKernel
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.lora_layer import has_adapters
 from keras_lora.layers.quantized_host import without_gradients
-from keras_lora.models.adapt import checked_lora_layers
-from keras_lora.models.adapt import lora_layers
 from keras_lora.models.adapt import make_plain
 from keras_lora.models.keras_files import Adapted
 from keras_lora.models.merge_quantized import MergedLayer
@@ -36,6 +34,8 @@ from keras_lora.models.record import base_values
 from keras_lora.models.record import record_of
 from keras_lora.models.record import set_record
 from keras_lora.models.record import warn_of_unremembered
+from keras_lora.models.sites import adapted_sites
+from keras_lora.models.sites import checked_sites
 from keras_lora.models.trainable_flags import set_flags
 from keras_lora.models.trainable_flags import trainable_state
 
@@ -71,7 +71,7 @@ def merge_lora(
         >>> type(model.layers[0]).__name__
         'Dense'
     """
-    sites = checked_lora_layers(model)
+    sites = checked_sites(model)
     hosts = [site for site in sites if site.is_quantized]
     checked_way(hosts, quantized)
     paths = layer_paths(model)
@@ -109,7 +109,7 @@ def remove_lora(model: keras.layers.Layer):
         >>> type(model.layers[0]).__name__
         'Dense'
     """
-    checked_lora_layers(model)
+    checked_sites(model)
     layers = flatten_layers(model)
     warn_of_unremembered(layers)
     for layer in layers:
@@ -160,7 +160,7 @@ def listing_merged_kernels(model):
     Calls compute as before, in other threads too; what `export` looks for among the
     weights is W + delta in the place of W, and no A and B.
     """
-    sites = checked_lora_layers(model)
+    sites = checked_sites(model)
     for site in sites:
         refuse_factors_not_finite(site)
     floats = [site for site in sites if not site.is_quantized]  # others keep A and B
@@ -223,7 +223,7 @@ def held_by_adapted(found, layers) -> set:
     return {
         id(layer)
         for other in found
-        if id(other) not in own and record_of(other).before and lora_layers(other)
+        if id(other) not in own and record_of(other).before and adapted_sites(other)
         for layer in flatten_layers(other)
     }
 
