@@ -305,7 +305,7 @@ def test_what_cannot_be_trained_apart_is_refused():
     bank.compile("sgd", "mse")
     with pytest.raises(ValueError, match="No row names an adapter"):
         bank.fit({"inputs": x, "adapter": bank.ids([None] * len(x))}, y)
-    with pytest.raises(ValueError, match="ids that mean nothing"):
+    with pytest.raises(ValueError, match="ids of no adapter"):
         bank.fit({"inputs": x, "adapter": np.full(len(x), 77)}, y)
     with pytest.raises(ValueError, match="has no adapter"):
         bank.adapter("c")

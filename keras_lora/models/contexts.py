@@ -52,9 +52,9 @@ def merged(model: keras.layers.Layer):
     for layer in layers:
         if layer.is_quantized:
             raise ValueError(
-                f"The kernel of {layer.name!r} is quantized: what stands for W + delta "
-                "would be a float kernel, with other outputs than the model's and the "
-                "memory that was saved. Call the model as it is, or merge for good: "
+                f"The kernel of {layer.name!r} is quantized. W + delta would be a "
+                "float kernel: it gives other outputs than the model, and needs the "
+                "memory that was saved. Call the model as it is, or merge permanently: "
                 'merge_lora(model, quantized="dequantize").'
             )
         refuse_factors_not_finite(layer)

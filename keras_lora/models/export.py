@@ -113,6 +113,6 @@ def assert_replaceable(path, format):
         )
     if found and os.path.samefile(path, "."):
         raise FileExistsError(
-            f"`path` {str(path)!r} is the folder that this process stands in, which "
-            "would be exchanged for another. Export from outside of it."
+            f"`path` {str(path)!r} is the current working directory, which the export "
+            "would replace. Give a path inside it, or export from another directory."
         )

@@ -239,7 +239,7 @@ class AdapterBank(Artefacts, Calls, OutsideCalls, Training, keras.Model):
                 f"{what} is part of a model in an AdapterBank, and what the bank keeps "
                 f"of {names[:9]} (DoRA's lengths, or biases and layers that trained) "
                 "holds for its present weights alone. Nothing was changed. Call "
-                "bank.release(), load the weights, and make the bank anew."
+                "bank.release(), load the weights, and create the bank again."
             )
 
     def release(self):

@@ -110,7 +110,7 @@ class Banked:
     def quantize(self, *args, **kwargs):
         raise ValueError(
             f"{self.name!r} holds the adapters of an AdapterBank. Call "
-            f"{self.lora.taken_off_by} first, quantize, and make the bank anew."
+            f"{self.lora.taken_off_by} first, quantize, and create the bank again."
         )
 
 

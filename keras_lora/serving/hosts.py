@@ -69,7 +69,7 @@ class Hosts:
             reasons = "; ".join(f"{path!r}: {why}" for path, why in no_room.items())
             raise ValueError(
                 f"The bank has no room for this adapter at {reasons}. Make the bank "
-                "with this adapter, or with `target` and `max_rank` that reach so far."
+                "with this adapter, or with `target` and `max_rank` that include it."
             )
         return prepared
 

@@ -144,7 +144,7 @@ class Training:
         unknown = found - {self.directory.id_of[name] for name in [None, *names]}
         if unknown:
             raise ValueError(
-                f'"adapter" has ids that mean nothing: {sorted(unknown)[:9]}. '
+                f'"adapter" has ids of no adapter: {sorted(unknown)[:9]}. '
                 "`bank.ids(names)` gives them."
             )
         return names
