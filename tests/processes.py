@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -41,7 +42,17 @@ def start(program, argument, **environment):
     )
 
 
-def finish(process):
-    output, errors = process.communicate(timeout=300)
+def finish(process, seconds=300):
+    output, errors = process.communicate(timeout=seconds)
     assert process.returncode == 0, errors[-2000:]
     return json.loads(output.splitlines()[-1])
+
+
+def free_ports(count):
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("localhost", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports

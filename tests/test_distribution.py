@@ -1,13 +1,13 @@
 """The same losses on several devices as on one, in processes that have several."""
 
 import json
-import socket
 
 import keras
 import numpy as np
 import pytest
 from processes import MODEL
 from processes import finish
+from processes import free_ports
 from processes import run
 from processes import start
 
@@ -204,16 +204,6 @@ assert len(messages) == 1 and "odd0/lora/b" in messages[0], messages
 assert spec(odd.layers[1].lora.b) == (None, None)
 print(json.dumps([]))
 """
-
-
-def free_ports(count):
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("localhost", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 @pytest.mark.slow

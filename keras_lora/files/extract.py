@@ -11,6 +11,7 @@ import numpy as np
 from keras_lora.files.folder import Adapter
 from keras_lora.files.names import module_names
 from keras_lora.files.save import adapter_of
+from keras_lora.keras_internals.distribution import put
 from keras_lora.keras_internals.layers import layer_state
 from keras_lora.layers.kinds import as_site
 from keras_lora.layers.kinds import form_of
@@ -100,8 +101,8 @@ def extract_adapter(
     with adapted(base_model, paths, adapters):
         for module, (a, b) in updates.items():
             lora = base.sites[module].lora
-            lora.a.assign(a)
-            lora.b.assign(b)
+            put(lora.a, a)
+            put(lora.b, b)
         adapter = adapter_of(base_model, names, beside)
     return dataclasses.replace(adapter, errors=errors)
 

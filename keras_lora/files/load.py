@@ -1,12 +1,14 @@
 """An adapter from PEFT's files into a model."""
 
 import dataclasses
+import json
 import os
 from collections.abc import Callable
 from collections.abc import Mapping
 
 import keras
 
+from keras_lora.files.checked_tensors import digest
 from keras_lora.files.config import remember_file
 from keras_lora.files.fitting import checked_values
 from keras_lora.files.fitting import refuse_other_modules
@@ -15,7 +17,9 @@ from keras_lora.files.for_model import contents
 from keras_lora.files.names import module_names
 from keras_lora.files.names import refuse_tied_head
 from keras_lora.files.tensors import own_alpha
+from keras_lora.keras_internals import processes
 from keras_lora.keras_internals.compiled import compile_again
+from keras_lora.keras_internals.distribution import put
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.lora_layer import has_adapters
 from keras_lora.layers.settings import Settings
@@ -53,6 +57,9 @@ def load_adapter(
     Heads and biases that trained with another adapter, and that this file does not
     have, get back the values from before that training.
 
+    Where the model lies over several processes of JAX, all of them call, and read the
+    same files.
+
     Args:
         model: A Keras model that is built.
         directory: Folder with adapter_config.json and adapter_model.safetensors,
@@ -68,7 +75,8 @@ def load_adapter(
         ValueError: If a file is damaged, the two do not belong together, or they do
             not fit the model: a missing, unexpected, wrongly shaped or non-finite
             tensor; or inside `merged` or `disabled`. The model is left unchanged.
-        OSError: If a file cannot be read.
+        OSError: If a file cannot be read, on one process that holds the model or all.
+        RuntimeError: If another process does not call within half a minute.
 
     Examples:
         >>> keras_lora.save_adapter(model, "adapter")
@@ -79,8 +87,29 @@ def load_adapter(
     """
     paths = layer_paths(model)
     refuse_unbuilt(model)
-    adapter = directory if isinstance(directory, Adapter) else Adapter.read(directory)
-    return load_into(model, paths, adapter, names, trainable)
+    return load_into(model, paths, read_for(model, directory), names, trainable)
+
+
+def read_for(model, directory) -> Adapter:
+    """An adapter that every process which holds the model has read alike."""
+
+    def read():
+        if isinstance(directory, Adapter):
+            return directory
+        return Adapter.read(directory)
+
+    if not processes.is_shared(model):
+        return read()
+    processes.meet()
+    return processes.on_all(read, identity)
+
+
+def identity(adapter) -> str:
+    """A text that is the same for equal adapters."""
+    said = {"settings": adapter.config, "slices": adapter.slices}
+    said["starts"] = sorted(adapter.starts)
+    words = {key: json.dumps(value, sort_keys=True) for key, value in said.items()}
+    return digest(adapter.tensors, words)
 
 
 def load_into(model, paths, adapter, names=None, trainable=True) -> Report:
@@ -108,7 +137,7 @@ def load_into(model, paths, adapter, names=None, trainable=True) -> Report:
     remember_file(model, adapter.config)
     values += unread_base_values(layers, values)
     for variable, value in values:
-        variable.assign(value)
+        put(variable, value)
     for module, layer in file.adapted.items():
         alpha = own_alpha(layer, file.alphas[module], file.use_rslora)
         layer.lora.set_alpha(alpha, file.use_rslora)

@@ -26,6 +26,7 @@ from keras_lora.files.tensors import to_tensors
 from keras_lora.files.tensors import torch_name
 from keras_lora.files.tensors import weight_to_tensor
 from keras_lora.files.tokens import rows_of
+from keras_lora.keras_internals import processes
 from keras_lora.layers.lora_layer import is_adapted
 from keras_lora.layers.token_rows import KEYWORD
 from keras_lora.models.paths import layer_paths
@@ -45,6 +46,9 @@ def save_adapter(
     them: for models that PEFT can hold, PEFT loads them. A save that is interrupted
     leaves the old adapter or the new one.
 
+    Where the model lies over several processes of JAX, all of them call: the first
+    writes, and the others return once it has.
+
     Args:
         model: A Keras model that holds LoRA layers.
         directory: Folder for the two files; other files in it stay.
@@ -63,6 +67,8 @@ def save_adapter(
     Raises:
         ValueError: If the model holds no LoRA layer, a factor is not finite, two
             layers get one name, or KerasHub has no converter for the model.
+        OSError: If a file cannot be written, on every process.
+        RuntimeError: If another process does not call within half a minute.
 
     Examples:
         >>> keras_lora.save_adapter(model, "adapter")
@@ -73,9 +79,15 @@ def save_adapter(
         "task_type": task_type,
         "base_model_name_or_path": base_model_name_or_path,
     }
+    is_shared = processes.is_shared(model)
+    if is_shared:
+        processes.meet()
     adapter = adapter_of(model, names)
     adapter.config.update(said_of(model, given))
-    adapter.save(directory)
+    if is_shared:
+        processes.on_all(lambda: processes.is_writer() and adapter.save(directory))
+    else:
+        adapter.save(directory)
 
 
 def adapter_of(model, names=None, trained=None) -> Adapter:

@@ -3,8 +3,11 @@
 import weakref
 
 import keras
+import numpy as np
 
 from keras_lora.callers import warn_caller
+from keras_lora.keras_internals import probes
+from keras_lora.keras_internals import processes
 from keras_lora.keras_internals.private_names import LAYOUTS
 from keras_lora.keras_internals.private_names import require
 
@@ -47,3 +50,29 @@ def dividing(variable, axes, mesh, distribution):
             "every device there, as do others like it."
         )
     return found
+
+
+def fetch(value):
+    """The whole of a variable or tensor as NumPy.
+
+    Where it is cut over several processes, this is a collective: all of them call.
+    """
+    value = keras.ops.convert_to_tensor(value)
+    if getattr(value, "is_fully_addressable", True) or value.is_fully_replicated:
+        return keras.ops.convert_to_numpy(value)
+    processes.meet()
+    multihost = probes.module("jax.experimental.multihost_utils")
+    return multihost.process_allgather(value, tiled=True)
+
+
+def put(variable, value):
+    """Assigns what every process has whole; each cuts out the parts that it holds."""
+    sharding = getattr(variable.value, "sharding", None)
+    if isinstance(value, np.ndarray) and sharding is not None:
+        jax = probes.module("jax")
+        if value.shape == tuple(variable.shape) and not sharding.is_fully_addressable:
+            value = value.astype(variable.dtype)  # ml_dtypes gives NumPy bfloat16
+            value = jax.make_array_from_callback(
+                value.shape, sharding, lambda index: value[index]
+            )
+    variable.assign(value)

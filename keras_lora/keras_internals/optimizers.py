@@ -2,6 +2,7 @@
 
 import keras
 
+from keras_lora.keras_internals.distribution import fetch
 from keras_lora.keras_internals.layers import name_scopes
 
 
@@ -84,7 +85,7 @@ def without_state(optimizer, names=frozenset()):
         if isinstance(value, keras.optimizers.Optimizer):  # that of a loss scale
             setattr(copy, name, without_state(value, names))
         elif name in names and isinstance(value, keras.Variable):
-            start = keras.ops.convert_to_numpy(value)
+            start = fetch(value)
             scope, _, own_name = value.path.rpartition("/")
             with name_scopes(scope):
                 variable = keras.Variable(

@@ -19,12 +19,14 @@ TESTED = {
     "Keras": f"{OLDEST}, 3.15 and {NIGHTLY}",
     "TensorFlow": "2.21",
     "torch": "2.13",
+    "JAX": "0.10",
     "KerasHub": f"0.32 and {HUB_NIGHTLY}",
 }
 MODULES = {
     "Keras": "keras",
     "TensorFlow": "tensorflow",
     "torch": "torch",
+    "JAX": "jax",
     "KerasHub": "keras_hub",
 }
 
@@ -34,6 +36,7 @@ MODELS = "adapters of a model that exists"
 QUANTIZED = "adapters over quantized kernels"
 LORA_PLUS = "LoRAPlus"
 LAYOUTS = "adapters under keras.distribution"
+PROCESSES = "adapters over several processes"
 REMAT = "adapters in a keras.RematScope"
 MASKS = "ReversibleEmbedding and AdapterBank.fit"
 HUB = 'names="transformers"'
@@ -241,6 +244,13 @@ TABLE = [
         "The public `named_children` leaves out second names.",
         probes.has("_modules"),
         "torch",
+    ),
+    PrivateName(
+        "distributed: global_state",
+        PROCESSES,
+        "JAX's public collectives wait for a process that does not come.",
+        probes.processes_can_meet,
+        "JAX",
     ),
     PrivateName(
         probes.CONVERTERS,

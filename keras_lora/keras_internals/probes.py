@@ -117,3 +117,8 @@ def converters_are_there() -> bool:
         and len(inspect.signature(x.convert_weights).parameters) == 3
         for x in found
     )
+
+
+def processes_can_meet() -> bool:
+    state = getattr(module("jax._src.distributed"), "global_state", None)
+    return hasattr(state, "client")

@@ -45,13 +45,16 @@ class TorchLayout:
 
 
 def to_numpy(value):
-    """A copy, of which half precision comes as float32."""
-    from keras import ops  # here: what reads files alone needs no Keras
+    """A whole copy, of which half precision comes as float32."""
+    # Here: what reads files alone needs no Keras.
+    from keras import ops
+
+    from keras_lora.keras_internals.distribution import fetch
 
     value = ops.convert_to_tensor(value)
     if "float" in str(value.dtype) and "64" not in str(value.dtype):
         value = ops.cast(value, "float32")
-    return np.array(ops.convert_to_numpy(value))
+    return np.array(fetch(value))
 
 
 def convolutions_to_file(a, b):

@@ -12,6 +12,8 @@ from typing import Any
 
 from keras import ops
 
+from keras_lora.keras_internals.distribution import put
+
 HELD = "_lora_held"
 
 
@@ -44,7 +46,7 @@ def hold(variable, value):
         vars(variable)[HELD].contexts += 1
     else:
         vars(variable)[HELD] = Held(ops.copy(variable))
-        variable.assign(value)
+        put(variable, value)
 
 
 def release(variable):

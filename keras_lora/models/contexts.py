@@ -10,6 +10,7 @@ from keras import ops
 from keras_lora.callers import warn_caller
 from keras_lora.keras_internals.compiled import refusing_to_train
 from keras_lora.keras_internals.compiled import take_compiled_functions
+from keras_lora.keras_internals.distribution import fetch
 from keras_lora.keras_internals.layers import flatten_layers
 from keras_lora.layers.trained_values import is_held_once
 from keras_lora.layers.trained_values import other_values
@@ -142,10 +143,7 @@ def warn_of_lost_training(values):
         variable.path
         for variable, value in values
         if is_held_once(variable)
-        and not np.array_equal(
-            ops.convert_to_numpy(variable),
-            ops.convert_to_numpy(ops.cast(value, variable.dtype)),
-        )
+        and not np.array_equal(fetch(variable), fetch(ops.cast(value, variable.dtype)))
     ]
     if changed:
         warn_caller(

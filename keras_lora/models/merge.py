@@ -8,6 +8,7 @@ from keras import ops
 from keras_lora.callers import warn_caller
 from keras_lora.keras_internals.classes import change_class
 from keras_lora.keras_internals.compiled import compile_all_again
+from keras_lora.keras_internals.distribution import put
 from keras_lora.keras_internals.hidden_state import hold_resource
 from keras_lora.keras_internals.hidden_state import release_resource
 from keras_lora.keras_internals.kernels import listed_instead
@@ -114,7 +115,7 @@ def remove_lora(model: keras.layers.Layer):
     warn_of_unremembered(layers)
     for layer in layers:
         for variable, value in base_values(layer):
-            variable.assign(value)
+            put(variable, value)
     _make_plain(model, layers)
 
 

@@ -8,9 +8,9 @@ import dataclasses
 import itertools
 
 import numpy as np
-from keras import ops
 
 from keras_lora.callers import warn_caller
+from keras_lora.keras_internals.distribution import fetch
 from keras_lora.keras_internals.layers import layer_state
 from keras_lora.keras_internals.layers import own_variables
 from keras_lora.keras_internals.layers import sublayers
@@ -63,7 +63,7 @@ def remember_base(layer, variables):
     """From now on these variables of the layer train beside A and B."""
     chosen = set(map(id, variables))
     base = {
-        index: np.array(ops.convert_to_numpy(variable))
+        index: np.array(fetch(variable))
         for index, variable in enumerate(state_of(layer))
         if id(variable) in chosen
     }

@@ -1,5 +1,6 @@
 """The sites of a model: the weights that have adapters, and those that can."""
 
+from keras_lora.keras_internals import processes
 from keras_lora.keras_internals.compiled import bring_weights_back
 from keras_lora.keras_internals.layers import flatten_layers
 from keras_lora.layers.kinds import sites_of
@@ -66,6 +67,8 @@ def built_sites(model):
 def checked_sites(model):
     """The same, none of them inside `merged()` or `disabled()`."""
     sites = built_sites(model)
+    if processes.is_shared(model):
+        processes.meet()
     for site in sites:
         if site.lora.stand_in is not None or not site.lora.is_on:
             raise ValueError(

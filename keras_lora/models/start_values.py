@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from keras_lora.keras_internals.classes import twin
+from keras_lora.keras_internals.distribution import put
 from keras_lora.layers.kinds import kind_of
 from keras_lora.layers.torch_layout import to_numpy
 from keras_lora.models.decompositions import KERNEL_STARTS
@@ -46,7 +47,7 @@ class Start:
         if values and self.is_subtracted:
             values |= {"a_start": self.a, "b_start": self.b}
         for name, value in values.items():
-            getattr(layer.lora, name).assign(value)
+            put(getattr(layer.lora, name), value)
 
 
 def in_shape(layer, rank, a, b, **others):

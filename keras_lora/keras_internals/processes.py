@@ -1,0 +1,98 @@
+"""What several processes that hold one model do together: JAX has such models."""
+
+import json
+
+import keras
+
+from keras_lora.keras_internals import probes
+from keras_lora.keras_internals.private_names import PROCESSES
+from keras_lora.keras_internals.private_names import require
+
+MEETING_SECONDS = 30  # until a process that waits for the others gives up
+WORKING_SECONDS = 600  # the same, while one of them writes or reads a file
+
+
+class Meetings:
+    """The number of those that all processes came to."""
+
+    count = 0
+
+
+def is_shared(model) -> bool:
+    """Whether a model's weights lie on devices of several processes."""
+    return keras.backend.backend() == "jax" and any(
+        not getattr(variable.value, "is_fully_addressable", True)
+        for variable in model.variables
+    )
+
+
+def is_writer() -> bool:
+    """Whether this process is the one that writes files."""
+    return keras.backend.backend() != "jax" or probes.module("jax").process_index() == 0
+
+
+def exchange(message, seconds) -> list:
+    """What each process says, in the order of processes; all must call.
+
+    A collective of devices would wait for a process that does not call, some for ever.
+
+    message: what can be written as JSON.
+    """
+    require(PROCESSES)
+    jax = probes.module("jax")
+    client = probes.module("jax._src.distributed").global_state.client
+    meeting, process = f"keras_lora/{Meetings.count}", jax.process_index()
+    key = f"{meeting}/{process:08}"
+    client.key_value_set(key, json.dumps(message))
+    try:
+        client.wait_at_barrier(meeting, round(1000 * seconds))
+    except jax.errors.JaxRuntimeError as error:
+        client.key_value_delete(key)  # of a meeting that may be held again
+        raise RuntimeError(
+            f"Process {process} has waited {seconds} seconds for the others. The model "
+            "lies over several processes: all of them have to make each call of "
+            "keras_lora, in the same order. Nothing was changed."
+        ) from error
+    Meetings.count += 1
+    said = dict(client.key_value_dir_get(f"{meeting}/"))
+    return [json.loads(said[key]) for key in sorted(said)]
+
+
+def meet():
+    """Raises RuntimeError unless all processes call."""
+    exchange(None, MEETING_SECONDS)
+
+
+def on_all(function, identity=None):
+    """Returns function(), unless it raises on one of the processes: then all raise.
+
+    identity: a function of what it returns, to a text that all have to agree in.
+    """
+    result = error = None
+    try:
+        result = function()
+    except Exception as raised:  # told to the others, and raised below
+        error = raised
+    message = {
+        "kind": None if error is None else type(error).__name__,
+        "is_os_error": isinstance(error, OSError),
+        "text": str(error),
+        "identity": identity(result) if identity and error is None else None,
+    }
+    said = exchange(message, WORKING_SECONDS)
+    if error is not None:
+        raise error
+    for process, other in enumerate(said):
+        if other["kind"] is not None:
+            kind = OSError if other["is_os_error"] else ValueError
+            raise kind(
+                f"Process {process} has raised {other['kind']}: {other['text']} "
+                "Nothing was changed on any process."
+            )
+    if len({other["identity"] for other in said}) > 1:
+        raise ValueError(
+            "The processes have read other files under this name. Give all of them "
+            "the same files, on a disk that they share or as copies. Nothing was "
+            "changed on any process."
+        )
+    return result
