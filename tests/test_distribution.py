@@ -41,6 +41,79 @@ with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
     several = [losses(build()), changes(compiled(plus)), losses(compiled(plus))]
 print(json.dumps([one, several]))
 """
+# Every call comes from outside of the scope that the model was built in.
+OUTSIDE = """
+import contextlib, json, os, sys
+import tensorflow as tf
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0],
+    [tf.config.LogicalDeviceConfiguration()] * 2,
+)
+def plain():
+    layers = [keras.layers.Dense(16, activation="tanh", name="wide")]
+    layers.append(keras.layers.Dense(3, name="head"))
+    return keras.Sequential([keras.Input((6,)), *layers])
+def found(scope, folder):
+    def built():
+        keras.utils.set_random_seed(0)
+        with scope():
+            model = plain()
+            model.compile(keras.optimizers.Adam(0.01), "mse", jit_compile=False)
+            return model
+    def adapted(model, **options):
+        keras_lora.apply_lora(model, rank=2, target=["wide"], **options)
+        return model
+    model = adapted(built(), also_train=["head"])
+    found = [losses(model)]
+    keras_lora.save_adapter(model, folder)
+    with keras_lora.merged(model):
+        wide = model.get_layer("wide")
+        kernels = wide.lora.stand_in.kernel, wide.kernel
+        assert type(kernels[0].value) is type(kernels[1].value)
+        found.append(model.predict(x, verbose=0)[:, 0].tolist())
+    with keras_lora.disabled(model):
+        found.append(model.predict(x, verbose=0)[:, 0].tolist())
+    checkpoint = keras_lora.AdapterCheckpoint(os.path.join(folder, "best"))
+    fitted = model.fit(x, y, callbacks=[checkpoint], batch_size=16, verbose=0)
+    keras_lora.merge_lora(model)
+    found.append(losses(model))
+    other = built()
+    keras_lora.load_adapter(other, folder)
+    found.append(losses(other))
+    keras_lora.load_adapter(other, os.path.join(folder, "best"))
+    found.append(losses(other))
+    keras_lora.remove_lora(other)
+    found.append(losses(other))
+    third = adapted(built())
+    np.random.seed(0)
+    keras_lora.initialize_lora(third, "pissa")
+    found.append(losses(third))
+    fourth = adapted(built(), use_dora=True)
+    found.append(losses(fourth))
+    fifth = built()
+    with scope():
+        fifth.quantize("int8", filters=["wide"])
+    adapted(fifth)
+    keras_lora.merge_lora(fifth, quantized="dequantize")
+    found.append(losses(fifth))
+    return found
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+one = found(contextlib.nullcontext, os.path.join(sys.argv[1], "one"))
+several = found(strategy.scope, os.path.join(sys.argv[1], "several"))
+refused, model = [], plain()
+weights = model.get_weights()
+with strategy.scope():
+    for call in (
+        lambda: keras_lora.apply_lora(model, rank=2, target=["wide"]),
+        lambda: keras_lora.load_adapter(model, os.path.join(sys.argv[1], "one")),
+    ):
+        try:
+            call()
+        except ValueError as error:
+            refused.append(str(error))
+assert type(model.layers[0]) is keras.layers.Dense
+print(json.dumps([one, several, refused]))
+"""
 # The guide's section on several machines, here two processes. Keras's `fit` does not
 # take this strategy; its `train_step` does.
 WORKER = """
@@ -219,6 +292,18 @@ def test_mirrored_strategy():
     for (name, slow), (_, found) in zip(plain, changed, strict=True):
         expected = np.array(slow) * (4 if name == "b" else 1)
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="tf.distribute is TensorFlow's"
+)
+def test_calls_from_outside_of_the_scope(tmp_path):
+    one, several, refused = run(OUTSIDE, str(tmp_path))
+    for own, expected in zip(several, one, strict=True):
+        np.testing.assert_allclose(own, expected, rtol=1e-4, atol=1e-5)
+    assert len(refused) == 2
+    assert all("was not built in the scope" in text for text in refused)
 
 
 @pytest.mark.slow

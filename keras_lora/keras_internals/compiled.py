@@ -6,6 +6,7 @@ import threading
 import keras
 
 from keras_lora.keras_internals.calls import synchronize
+from keras_lora.keras_internals.distribution import own_strategy
 from keras_lora.keras_internals.layers import refresh_torch_parameters
 from keras_lora.keras_internals.models_around import holders
 from keras_lora.keras_internals.optimizers import renewed_optimizer
@@ -67,7 +68,8 @@ def compile_all_again(layers) -> list:
         old = layer.optimizer
         try:
             if id(old) not in renewed:
-                renewed[id(old)] = renewed_optimizer(old, layer.trainable_variables)
+                with own_strategy(layer):
+                    renewed[id(old)] = renewed_optimizer(old, layer.trainable_variables)
         except Exception as error:  # whatever a user's optimizer raises
             renewed[id(old)] = None
             notes.append(

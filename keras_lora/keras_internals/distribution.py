@@ -1,5 +1,6 @@
-"""Where variables lie under `keras.distribution`: Keras has it on JAX."""
+"""Where variables lie: under `keras.distribution` of JAX, under `tf.distribute`."""
 
+import contextlib
 import weakref
 
 import keras
@@ -76,3 +77,35 @@ def put(variable, value):
                 value.shape, sharding, lambda index: value[index]
             )
     variable.assign(value)
+
+
+@contextlib.contextmanager
+def own_strategy(model):
+    """Variables that are made inside lie as those of the model do.
+
+    Keras trains a model by the strategy of `tf.distribute` that it was built in.
+
+    Raises:
+        ValueError: If another strategy's scope is entered than the model's.
+    """
+    if keras.backend.backend() != "tensorflow":
+        yield
+        return
+    tf = probes.module("tensorflow").distribute
+    now = tf.get_strategy() if tf.has_strategy() else None
+    values = (variable.value for variable in model.variables)
+    own = next(filter(None, map(strategy_of, values)), None)
+    mirrored = tf.MirroredStrategy, tf.MultiWorkerMirroredStrategy, tf.TPUStrategy
+    if own is not now and isinstance(now, mirrored):
+        raise ValueError(
+            f"The model {model.name!r} was not built in the scope of this "
+            f"{type(now).__name__}: its weights lie elsewhere, and what is made here "
+            "would not train with them. Build the model in the scope, or make this "
+            "call outside of it. Nothing was changed."
+        )
+    with contextlib.nullcontext() if own is None else own.scope():
+        yield
+
+
+def strategy_of(value):
+    return getattr(value, "distribute_strategy", None)

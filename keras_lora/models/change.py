@@ -9,6 +9,7 @@ import dataclasses
 from keras_lora.keras_internals.classes import change_class
 from keras_lora.keras_internals.compiled import bring_weights_back
 from keras_lora.keras_internals.compiled import compile_again
+from keras_lora.keras_internals.distribution import own_strategy
 from keras_lora.keras_internals.layers import flatten_layers
 from keras_lora.keras_internals.layers import refresh_torch_parameters
 from keras_lora.layers.kinds import layer_of
@@ -41,6 +42,11 @@ def adapted(model, paths, adapters):
     """
     bring_weights_back(model)
     layers = with_model(model, paths)
+    with own_strategy(model):
+        yield from all_or_none(model, layers, adapters)
+
+
+def all_or_none(model, layers, adapters):
     made = {site: new_adapter(site, options) for site, options in adapters.items()}
     with contextlib.ExitStack() as undo:
         undo.callback(refresh_torch_parameters, flatten_layers(model))

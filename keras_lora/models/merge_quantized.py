@@ -7,6 +7,7 @@ import numpy as np
 
 from keras_lora.keras_internals.classes import seen_as
 from keras_lora.keras_internals.classes import twin
+from keras_lora.keras_internals.distribution import own_strategy
 from keras_lora.keras_internals.kernels import exchange_variables
 from keras_lora.keras_internals.kernels import kernel_variables
 from keras_lora.layers.quantized_host import CALIBRATED
@@ -63,7 +64,8 @@ def merged_plain(layer, kernel, way):
     config["dtype"] = float_policy(layer).name
     config.pop("quantization_config", None)
     plain = layer.plain_class.from_config(config)
-    plain.build_from_config(layer.get_build_config())
+    with own_strategy(layer):
+        plain.build_from_config(layer.get_build_config())
     values = {layer.kernel_name: kernel, **layer.other_kernels()}
     for variable in kernel_variables(plain).values():
         variable.assign(values[variable.name])

@@ -3,6 +3,7 @@
 import contextlib
 
 from keras_lora.keras_internals.compiled import bring_weights_back
+from keras_lora.keras_internals.distribution import own_strategy
 from keras_lora.keras_internals.layers import flatten_layers
 from keras_lora.keras_internals.layers import name_scope_of
 from keras_lora.keras_internals.layers import refresh_torch_parameters
@@ -18,6 +19,11 @@ def renewed(model, options):
         options: Site -> the arguments of its new adapter.
     """
     bring_weights_back(model)
+    with own_strategy(model):
+        yield from all_or_none(model, options)
+
+
+def all_or_none(model, options):
     made = {
         site: make_adapter(own, site.variable_dtype, site.adapter_attribute)
         for site, own in options.items()
