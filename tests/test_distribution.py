@@ -139,6 +139,37 @@ for epoch in range(3):
     found.append(float(model.metrics[0].result()))
 print(json.dumps(found))
 """
+# A loop with DistributedDataParallel: each process has its half of the rows.
+TORCH = """
+import json, sys, warnings
+import torch
+size, index, port = map(int, sys.argv[1].split())
+rows = slice(None)
+if size > 1:
+    torch.distributed.init_process_group(
+        "gloo", f"tcp://127.0.0.1:{port}", rank=index, world_size=size
+    )
+    rows = slice(index, None, size)
+layers = [keras.layers.Dense(16, activation="tanh", name="up"), keras.layers.Dense(3)]
+model = keras.Sequential([keras.Input((6,)), *layers])
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    keras_lora.apply_lora(model, rank=2, target=["up"])
+said = [str(w.message) for w in caught if "process group" in str(w.message)]
+assert all(w.filename == "<string>" for w in caught)
+parallel = model
+if size > 1:
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
+lora = model.layers[0].lora
+factors = [lora.a.value, lora.b.value]
+sgd = torch.optim.SGD(factors, 0.1)
+for _ in range(3):
+    sgd.zero_grad()
+    error = parallel(torch.tensor(x[rows]), training=True) - torch.tensor(y[rows])
+    (error**2).mean().backward()
+    sgd.step()
+print(json.dumps([said, [f.detach().cpu().numpy().tolist() for f in factors]]))
+"""
 JAX = """
 import json, sys
 import jax
@@ -322,6 +353,22 @@ def test_two_workers():
     one = here["losses"](here["build"]())
     for process in processes:
         np.testing.assert_allclose(finish(process), one, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    keras.backend.backend() != "torch", reason="process groups are torch's"
+)
+def test_a_process_group_is_warned_of_and_trains_in_a_loop():
+    (port,) = free_ports(1)
+    processes = [start(TORCH, f"2 {index} {port}") for index in range(2)]
+    nothing, one = run(TORCH, "1 0 0")
+    assert nothing == []
+    for process in processes:
+        said, several = finish(process)
+        assert len(said) == 1 and "trains each of them alone" in said[0]
+        for own, expected in zip(several, one, strict=True):
+            np.testing.assert_allclose(own, expected, atol=1e-6)
 
 
 on_jax = pytest.mark.skipif(

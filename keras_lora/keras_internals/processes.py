@@ -4,6 +4,7 @@ import json
 
 import keras
 
+from keras_lora.callers import warn_caller
 from keras_lora.keras_internals import probes
 from keras_lora.keras_internals.private_names import PROCESSES
 from keras_lora.keras_internals.private_names import require
@@ -96,3 +97,17 @@ def on_all(function, identity=None):
             "changed on any process."
         )
     return result
+
+
+def warn_of_process_group():
+    """Keras's `fit` knows nothing of torch's process groups."""
+    if keras.backend.backend() != "torch":
+        return
+    group = probes.module("torch.distributed")
+    if group.is_available() and group.is_initialized() and group.get_world_size() > 1:
+        warn_caller(
+            f"This is one of {group.get_world_size()} processes of a torch process "
+            "group. Keras's `fit` trains each of them alone, and their adapters "
+            "become different ones. Put torch.nn.parallel.DistributedDataParallel "
+            "around the model after apply_lora, and train in a loop of your own."
+        )

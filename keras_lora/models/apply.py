@@ -10,6 +10,7 @@ from typing import Any
 import keras
 
 from keras_lora.callers import warn_caller
+from keras_lora.keras_internals.processes import warn_of_process_group
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.arguments import refusing_foreign_keywords
 from keras_lora.layers.kinds import takes_dropout
@@ -123,6 +124,7 @@ def apply_lora(
     with applied(model, request) as (report, change):
         report.is_dry_run = bool(dry_run)
         if not dry_run:
+            warn_of_process_group()
             report.notes += change.keep()
     return report
 
