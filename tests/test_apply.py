@@ -390,7 +390,7 @@ def test_subclass_with_another_call_is_adapted_where_it_is_named():
     np.testing.assert_array_equal(predict(model), outputs)
 
 
-@keras.saving.register_keras_serializable(package="tests")
+@keras.saving.register_keras_serializable(package="tests.apply")
 class Block(keras.layers.Layer):
     """Multiplies with one layer's kernel by itself, and calls the other."""
 
