@@ -1,11 +1,11 @@
 """Whether the settings of a folder can be read, and mean what is known here."""
 
-from keras_lora.callers import warn_caller
 from keras_lora.files.config import CONFIG
 from keras_lora.files.config import KEPT
 from keras_lora.files.patterns import Budget
 from keras_lora.files.patterns import parse
 from keras_lora.files.tokens import checked_tokens
+from keras_lora.keras_internals.callers import warn_caller
 from keras_lora.layers.method_files import METHODS
 from keras_lora.layers.method_files import TokenRowsFiles
 from keras_lora.layers.settings import checked_alpha

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 
-from keras_lora.callers import warn_caller
 from keras_lora.files.combine_heads import checked_heads
 from keras_lora.files.combine_heads import in_full
 from keras_lora.files.config import KEPT
@@ -19,6 +18,7 @@ from keras_lora.files.folder import Adapter
 from keras_lora.files.slices import fuse
 from keras_lora.files.spectrum import cut
 from keras_lora.files.spectrum import effective_rank
+from keras_lora.keras_internals.callers import warn_caller
 from keras_lora.layers.settings import alpha_at
 from keras_lora.layers.settings import checked_rank
 from keras_lora.layers.settings import divisor

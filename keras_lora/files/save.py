@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 import keras
 
-from keras_lora.callers import warn_caller
 from keras_lora.files.beside import fuse_others
 from keras_lora.files.beside import trained_beside
 from keras_lora.files.config import said_of
@@ -27,6 +26,7 @@ from keras_lora.files.tensors import torch_name
 from keras_lora.files.tensors import weight_to_tensor
 from keras_lora.files.tokens import rows_of
 from keras_lora.keras_internals import processes
+from keras_lora.keras_internals.callers import warn_caller
 from keras_lora.layers.lora_layer import is_adapted
 from keras_lora.layers.token_rows import KEYWORD
 from keras_lora.models.paths import layer_paths

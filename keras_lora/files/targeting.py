@@ -4,11 +4,11 @@ import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from keras_lora.callers import warn_caller
 from keras_lora.files.patterns import Budget
 from keras_lora.files.patterns import Name
 from keras_lora.files.patterns import parse
 from keras_lora.files.slices import without_slice
+from keras_lora.keras_internals.callers import warn_caller
 
 EXACT = re.compile(r"\^((?:\\\W|[^\\^$.|?*+(){}\[\]])+)")
 

@@ -1,8 +1,5 @@
 """All that Keras does not make public, each with its reason.
 
-`private_names` has the table; nothing private is touched elsewhere.
+`private_names` has the table, and a probe that runs when it is first imported;
+nothing private is touched elsewhere.
 """
-
-from keras_lora.keras_internals import private_names
-
-private_names.probe()

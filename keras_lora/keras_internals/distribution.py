@@ -6,9 +6,9 @@ import weakref
 import keras
 import numpy as np
 
-from keras_lora.callers import warn_caller
 from keras_lora.keras_internals import probes
 from keras_lora.keras_internals import processes
+from keras_lora.keras_internals.callers import warn_caller
 from keras_lora.keras_internals.private_names import LAYOUTS
 from keras_lora.keras_internals.private_names import require
 

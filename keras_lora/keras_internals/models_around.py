@@ -5,7 +5,7 @@ import types
 
 import keras
 
-from keras_lora.callers import warn_caller
+from keras_lora.keras_internals.callers import warn_caller
 from keras_lora.keras_internals.layers import flatten_layers
 from keras_lora.keras_internals.layers import layer_state
 

@@ -308,3 +308,6 @@ def sentence(feature) -> str:
         f"{names} there are no {feature}. It was tested with {package} "
         f"{TESTED[package]}: install one of these, or a later keras_lora."
     )
+
+
+probe()

@@ -4,8 +4,8 @@ import json
 
 import keras
 
-from keras_lora.callers import warn_caller
 from keras_lora.keras_internals import probes
+from keras_lora.keras_internals.callers import warn_caller
 from keras_lora.keras_internals.private_names import PROCESSES
 from keras_lora.keras_internals.private_names import require
 

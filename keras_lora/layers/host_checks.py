@@ -2,7 +2,7 @@
 
 import keras
 
-from keras_lora.callers import warn_caller
+from keras_lora.keras_internals.callers import warn_caller
 from keras_lora.keras_internals.calls import in_a_call
 from keras_lora.keras_internals.classes import bound_functions
 from keras_lora.keras_internals.classes import calls_remat

@@ -4,7 +4,7 @@ import math
 
 from keras import ops
 
-from keras_lora.callers import warn_caller
+from keras_lora.keras_internals.callers import warn_caller
 from keras_lora.layers.equation import split_equation
 from keras_lora.layers.quantized_host import CALIBRATED
 from keras_lora.layers.quantized_host import dequantize

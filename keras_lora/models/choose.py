@@ -5,7 +5,7 @@ import re
 
 import keras
 
-from keras_lora.callers import warn_caller
+from keras_lora.keras_internals.callers import warn_caller
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.kinds import LORA_CLASSES
 from keras_lora.layers.kinds import in_all_linear

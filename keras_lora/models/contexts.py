@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lora.callers import warn_caller
+from keras_lora.keras_internals.callers import warn_caller
 from keras_lora.keras_internals.compiled import refusing_to_train
 from keras_lora.keras_internals.compiled import take_compiled_functions
 from keras_lora.keras_internals.distribution import fetch

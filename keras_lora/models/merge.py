@@ -5,7 +5,7 @@ import contextlib
 import keras
 from keras import ops
 
-from keras_lora.callers import warn_caller
+from keras_lora.keras_internals.callers import warn_caller
 from keras_lora.keras_internals.classes import change_class
 from keras_lora.keras_internals.compiled import compile_all_again
 from keras_lora.keras_internals.distribution import own_strategy

@@ -6,7 +6,7 @@ import os
 
 import keras
 
-from keras_lora.callers import warn_caller
+from keras_lora.keras_internals.callers import warn_caller
 from keras_lora.keras_internals.classes import seen_as
 from keras_lora.keras_internals.layers import flatten_layers
 from keras_lora.layers.lora_layer import LoRALayer
