@@ -182,6 +182,12 @@ if index == 1:
         value += 1
     adapter.save(own)
 found["other files"] = said(keras_lora.load_adapter, model, own)
+fresh = network()
+keras_lora.apply_lora(fresh, rank=2, target=["up"])
+start = weights(fresh)
+own_start = lambda layer: (np.full((8, 2), index + 1.0), np.zeros((2, 8)))
+found["other starts"] = said(keras_lora.initialize_lora, fresh, own_start)
+assert is_same(fresh, start)
 full = os.path.join(folder, "full")
 limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 if index == 0:  # as a disk that is full
@@ -256,6 +262,8 @@ def test_what_fails_on_one_process_fails_on_all(kind, tmp_path):
     for found in (first, second):
         assert found["other files"][0] == "ValueError"
         assert "other files" in found["other files"][1]
+        assert found["other starts"][0] == "ValueError"
+        assert "different values for A and B" in found["other starts"][1]
         assert found["full"][0] == "OSError"
         assert found["left of it"] == []
     assert "Process 0" in second["full"][1]

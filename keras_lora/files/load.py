@@ -38,6 +38,11 @@ from keras_lora.models.report import Report
 from keras_lora.models.sites import checked_sites
 from keras_lora.models.trainable_flags import trainable_state
 
+OTHER_FILES = (
+    "The processes have read other files under this name. Give all of them the same "
+    "files, on a disk that they share or as copies."
+)
+
 
 def load_adapter(
     model: keras.layers.Layer,
@@ -101,7 +106,7 @@ def read_for(model, directory) -> Adapter:
     if not processes.is_shared(model):
         return read()
     processes.meet()
-    return processes.on_all(read, identity)
+    return processes.on_all(read, identity, OTHER_FILES)
 
 
 def identity(adapter) -> str:

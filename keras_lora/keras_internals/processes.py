@@ -64,10 +64,11 @@ def meet():
     exchange(None, MEETING_SECONDS)
 
 
-def on_all(function, identity=None):
+def on_all(function, identity=None, differ=""):
     """Returns function(), unless it raises on one of the processes: then all raise.
 
     identity: a function of what it returns, to a text that all have to agree in.
+    differ: what an error says where they do not.
     """
     result = error = None
     try:
@@ -91,11 +92,7 @@ def on_all(function, identity=None):
                 "Nothing was changed on any process."
             )
     if len({other["identity"] for other in said}) > 1:
-        raise ValueError(
-            "The processes have read other files under this name. Give all of them "
-            "the same files, on a disk that they share or as copies. Nothing was "
-            "changed on any process."
-        )
+        raise ValueError(f"{differ} Nothing was changed on any process.")
     return result
 
 

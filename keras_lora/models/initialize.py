@@ -5,6 +5,7 @@ from collections.abc import Callable
 import keras
 import numpy as np
 
+from keras_lora.keras_internals import processes
 from keras_lora.keras_internals.compiled import compile_again
 from keras_lora.layers.kinds import kind_of
 from keras_lora.layers.lora_layer import is_adapted
@@ -21,8 +22,13 @@ from keras_lora.models.sites import checked_sites
 from keras_lora.models.sites import site_paths
 from keras_lora.models.start_values import eva
 from keras_lora.models.start_values import from_kernel
+from keras_lora.models.start_values import identity
 from keras_lora.models.start_values import loftq
 
+OTHER_STARTS = (
+    "The processes have found different values for A and B. Give all of them the same "
+    "`data`, and for random values the same seed: `keras.utils.set_random_seed`."
+)
 METHODS = [*KERNEL_STARTS, "eva", "loftq"]
 
 
@@ -100,6 +106,8 @@ def initialize_lora(
         starts = with_bar(layers, lambda path, layer: from_kernel(path, layer, method))
     for path, layer in layers.items():
         refuse_unusable(path, layer, starts[path])
+    if processes.is_shared(model):
+        processes.on_all(lambda: starts, identity, OTHER_STARTS)
     options = {
         layer: options_for(layer, starts[path])
         for path, layer in layers.items()

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import hashlib
 from collections.abc import Callable
 
 import numpy as np
@@ -48,6 +49,16 @@ class Start:
             values |= {"a_start": self.a, "b_start": self.b}
         for name, value in values.items():
             put(getattr(layer.lora, name), value)
+
+
+def identity(starts) -> str:
+    """A text that is the same for equal starts."""
+    found = hashlib.sha256()
+    for path in sorted(starts):
+        for value in (starts[path].a, starts[path].b):
+            found.update(f"{path} {starts[path].rank}".encode())
+            found.update(b"" if value is None else value.tobytes())
+    return found.hexdigest()
 
 
 def in_shape(layer, rank, a, b, **others):
