@@ -1,5 +1,8 @@
 """One model over two processes of JAX: every call gives what one process gives."""
 
+import re
+from pathlib import Path
+
 import keras
 import numpy as np
 import pytest
@@ -270,3 +273,28 @@ def test_what_fails_on_one_process_fails_on_all(kind, tmp_path):
     for kind_of_error, text in (first["alone saves"], second["alone merges"]):
         assert kind_of_error == "RuntimeError"
         assert "all of them have to make each call" in text
+
+
+def test_the_script_of_the_guide_runs_on_two_processes(tmp_path):
+    page = (Path(__file__).parents[1] / "docs/guides/devices.md").read_text()
+    scripts = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (script,) = (text for text in scripts if "PROCESSES" in text)
+    script = f"import os\nos.chdir({str(tmp_path)!r})\n{script}"
+    settings = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+
+    def losses(count):
+        (port,) = free_ports(1)
+        settings.update(ADDRESS=f"127.0.0.1:{port}", PROCESSES=str(count))
+        started = [
+            start(
+                f"{script}import json\nprint(json.dumps(loss))",
+                "",
+                **settings,
+                PROCESS=str(index),
+            )
+            for index in range(count)
+        ]
+        return [finish(process, 120) for process in started]
+
+    (one,) = losses(1)
+    np.testing.assert_allclose(losses(2), [one, one], atol=1e-6)
