@@ -456,7 +456,7 @@ def test_what_is_no_file(what, name, tmp_path):
         path.mkdir()
     else:
         path.symlink_to("/dev/zero")
-    refused(lambda m: LOADERS[name](m, path), "is no file")
+    refused(lambda m: LOADERS[name](m, path), "is not a file but")
 
 
 T = {"one.lora_A": torch.tensor(A), "one.lora_B": torch.tensor(B)}
