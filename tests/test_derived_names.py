@@ -82,6 +82,8 @@ def adapted(name):
     exclude, model = None, plain(name)
     if name == "BLIP2Backbone":  # whose converter counts this layer's weights
         exclude = ["language_projection"]
+    if name == "SAM3PromptableConceptBackbone":  # PEFT adapts none of these
+        exclude = keras.layers.Conv2DTranspose
     rows = keras_lora.apply_lora(model, rank=3, exclude=exclude, dry_run=True)
     alphas = {row.path: 3 + index for index, row in enumerate(rows)}
     keras_lora.apply_lora(model, rank=3, exclude=exclude, alpha_pattern=alphas)
