@@ -46,6 +46,13 @@ def normal(*shape):
     return np.random.default_rng(0).standard_normal(shape, "float32")
 
 
+def freeze(model):
+    """Freeze all of a network but its input and the layer `Scale` after it."""
+    for layer in model.layers[2:]:
+        layer.trainable = False
+    return model
+
+
 def variants(build, rank, dropout=0.0):
     """Floor, control, this library, Keras's own, and full fine-tuning of a network.
 
@@ -53,10 +60,7 @@ def variants(build, rank, dropout=0.0):
     """
 
     def frozen():
-        model = build()
-        for layer in model.layers[2:]:
-            layer.trainable = False
-        return model
+        return freeze(build())
 
     def adapted():
         return adapt(build(), rank, dropout=dropout)
@@ -321,10 +325,7 @@ def frozen_and_adapted(build, rank, **settings):
     """
 
     def frozen():
-        model = build()
-        for layer in model.layers[2:]:
-            layer.trainable = False
-        return model
+        return freeze(build())
 
     def adapted():
         model = build()
