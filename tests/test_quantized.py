@@ -1240,11 +1240,7 @@ def test_the_gradient_of_a_quantized_language_model_is_the_float_models(target):
     assert cosine(*found) > 0.99
 
 
-@pytest.mark.filterwarnings("ignore:`compile\\(\\)` was not called")  # KerasHub's
-@over_blocks
-def test_a_preset_that_is_quantized_is_adapted_and_merged(tmp_path):
-    """There the model holds the policies of its layers."""
-    keras_hub = pytest.importorskip("keras_hub")
+def small_gpt2(keras_hub):
     backbone = keras_hub.models.GPT2Backbone(
         vocabulary_size=20,
         num_layers=1,
@@ -1253,7 +1249,15 @@ def test_a_preset_that_is_quantized_is_adapted_and_merged(tmp_path):
         intermediate_dim=8,
         max_sequence_length=4,
     )
-    task = keras_hub.models.GPT2CausalLM(backbone=backbone, preprocessor=None)
+    return keras_hub.models.GPT2CausalLM(backbone=backbone, preprocessor=None)
+
+
+@pytest.mark.filterwarnings("ignore:`compile\\(\\)` was not called")  # KerasHub's
+@over_blocks
+def test_a_preset_that_is_quantized_is_adapted_and_merged(tmp_path):
+    """There the model holds the policies of its layers."""
+    keras_hub = pytest.importorskip("keras_hub")
+    task = small_gpt2(keras_hub)
     task.quantize("int4")
     task.save_to_preset(tmp_path)
     model = keras_hub.models.CausalLM.from_preset(str(tmp_path), preprocessor=None)
@@ -1284,16 +1288,7 @@ def test_a_preset_that_is_quantized_is_adapted_and_merged(tmp_path):
 @pytest.mark.skipif(EARLIER, reason="Keras 3.12 has no int8 of weights alone")
 def test_a_loaded_model_quantizes_inputs_where_the_saved_one_did(tmp_path):
     """The policies of KerasHub's models do not say it."""
-    keras_hub = pytest.importorskip("keras_hub")
-    backbone = keras_hub.models.GPT2Backbone(
-        vocabulary_size=20,
-        num_layers=1,
-        num_heads=2,
-        hidden_dim=8,
-        intermediate_dim=8,
-        max_sequence_length=4,
-    )
-    model = keras_hub.models.GPT2CausalLM(backbone=backbone, preprocessor=None)
+    model = small_gpt2(pytest.importorskip("keras_hub"))
     model.quantize("int8", config=MODES["int8 weights"]())
     keras_lora.apply_lora(model, rank=2)
     for seed, layer in enumerate(adapted_sites(model)):
