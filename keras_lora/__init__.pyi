@@ -4,9 +4,9 @@ Written by tests/typed_face.py.
 """
 
 from keras_lora.files.analyze import analyze
+from keras_lora.files.analyze import check_adapter
 from keras_lora.files.checkpoint import AdapterCheckpoint
 from keras_lora.files.combine import combine_adapters
-from keras_lora.files.engines import check_adapter
 from keras_lora.files.extract import extract_adapter
 from keras_lora.files.folder import Adapter
 from keras_lora.files.from_keras import load_keras_lora

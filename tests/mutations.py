@@ -549,7 +549,7 @@ FAULTS = {
             "test_expert_files.py -k spectra",
         ),
     ],
-    "files/fitting.py": [
+    "files/matching.py": [
         (
             "        if rank != own:",
             "        if False:",
@@ -560,6 +560,21 @@ FAULTS = {
             "if np.max(np.abs(value), initial=0) > limit:",
             "if False:",
             "test_hostile_files.py -k infinite",
+        ),
+        (
+            "hint += prefix_between(factors, able)",
+            "pass",
+            "test_other_formats.py -k prefix",
+        ),
+        (
+            "math.prod(form.a_shape) + math.prod(form.b_shape) > size",
+            "False",
+            "test_hostile_files.py -k without_its_values",
+        ),
+        (
+            "{module: site for module, site in sites if module in self.factors}",
+            "{m: self.modules.sites[m] for m in self.factors}",
+            "test_expert_files.py -k loads_ours",
         ),
     ],
     "files/combine.py": [
@@ -584,7 +599,7 @@ FAULTS = {
             "test_expert_files.py -k spectra",
         ),
     ],
-    "files/spectrum.py": [
+    "files/analyze.py": [
         (
             "np.linalg.norm(norms[rank:])",
             "np.linalg.norm(norms[:rank])",
@@ -600,9 +615,17 @@ FAULTS = {
             "norms = values.reshape(-1, values.shape[-1])[0]",
             "test_expert_files.py -k spectra",
         ),
-    ],
-    "files/difference.py": [
         ("[b, -other_b]", "[b, other_b]", "test_command.py -k diff"),
+        (
+            "abs(file.alphas[module]",
+            "0 * abs(file.alphas[module]",
+            "test_check_adapter.py",
+        ),
+        (
+            "values = scaling * singular_values(left, right)",
+            "values = singular_values(left, right)",
+            "test_analyze.py -k 'a_folder_says and sequential'",
+        ),
     ],
     "files/experts.py": [
         (
@@ -669,6 +692,16 @@ FAULTS = {
             '"target_modules": sorted(ranks.keys() - parameters.keys()) or None,',
             "test_expert_files.py -k nothing_but",
         ),
+        (
+            "            if other_place > place:\n                break\n",
+            "",
+            "test_hostile_files.py test_adapter_files.py test_peft_settings.py",
+        ),
+        (
+            "if len(unmatched) + len(lost) == len(targets) + len(parameters):",
+            "if False:",
+            "test_hostile_files.py -k mean_nothing",
+        ),
     ],
     "files/extract.py": [
         (
@@ -703,8 +736,13 @@ FAULTS = {
             "not 0 < alpha",
             "test_hostile_files.py -k 'infinite or numbers'",
         ),
+        (
+            "or len(values) != len(tokens[names[0]])",
+            "",
+            "test_token_rows.py -k disagree",
+        ),
     ],
-    "files/checked_tensors.py": [
+    "files/disk.py": [
         (
             'if metadata.get("sha256", found) != found:',
             "if False:",
@@ -716,8 +754,6 @@ FAULTS = {
             "test_adapter_files.py test_folders.py test_hostile_files.py"
             " -k 'belong or between_the_files or bad_settings'",
         ),
-    ],
-    "files/pair.py": [
         (
             'config.get("sha256") == metadata.get("sha256")',
             'config.get("sha256") != metadata.get("sha256")',
@@ -735,15 +771,17 @@ FAULTS = {
         ),
     ],
     "files/patterns.py": [
+        ("*(dot.end() for", "*(0 for", "test_hostile_files.py -k what_python_makes"),
+        ("if closed and (", "if False and (", "test_hostile_files.py -k backtrack"),
         (
-            'if token["low"] and not token["upto"]:',
-            "if False:",
-            "test_hostile_files.py -k what_python_makes",
+            "groups[-1][2] *= closed[2]",
+            "pass",
+            "test_hostile_files.py -k ways_to_match",
         ),
         (
-            'self.places(r"\\.") << 1 if part else 0',
-            "0",
-            "test_hostile_files.py test_peft_settings.py -k 'ends or names'",
+            "self.budget.spend(len(starts) * ways)",
+            "pass",
+            "test_hostile_files.py -k 'thousand or is_spent'",
         ),
     ],
     "files/save.py": [
@@ -773,18 +811,6 @@ FAULTS = {
             '    if variable.name == "bias":\n        return value.reshape(-1)',
             "",
             "test_adapter_files.py test_name_tables.py -k 'biases or peft_loads_ours'",
-        ),
-    ],
-    "files/targeting.py": [
-        (
-            "            if other_place > place:\n                break\n",
-            "",
-            "test_hostile_files.py test_adapter_files.py test_peft_settings.py",
-        ),
-        (
-            "if len(unmatched) + len(lost) == len(targets) + len(parameters):",
-            "if False:",
-            "test_hostile_files.py -k mean_nothing",
         ),
     ],
     "files/names.py": [
@@ -839,23 +865,6 @@ FAULTS = {
         ),
         ("if found.next_step:", "if False:", "test_other_formats.py -k named_with"),
     ],
-    "files/for_model.py": [
-        (
-            "hint += prefix_between(factors, able)",
-            "pass",
-            "test_other_formats.py -k prefix",
-        ),
-        (
-            "math.prod(form.a_shape) + math.prod(form.b_shape) > size",
-            "False",
-            "test_hostile_files.py -k without_its_values",
-        ),
-        (
-            "{module: site for module, site in sites if module in self.factors}",
-            "{m: self.modules.sites[m] for m in self.factors}",
-            "test_expert_files.py -k loads_ours",
-        ),
-    ],
     "files/from_keras.py": [
         (
             "layer.lora_alpha / layer.lora_rank",
@@ -881,20 +890,6 @@ FAULTS = {
             "math.isnan(logs[self.monitor]) or",
             "",
             "test_adapter_checkpoint.py -k no_number",
-        ),
-    ],
-    "files/engines.py": [
-        (
-            "abs(file.alphas[module]",
-            "0 * abs(file.alphas[module]",
-            "test_check_adapter.py",
-        ),
-    ],
-    "files/analyze.py": [
-        (
-            "values = scaling * singular_values(left, right)",
-            "values = singular_values(left, right)",
-            "test_analyze.py -k 'a_folder_says and sequential'",
         ),
     ],
     "models/targets.py": [
@@ -1120,6 +1115,11 @@ FAULTS = {
             "return 0.0",
             "test_bank.py -k 'dora or lengths'",
         ),
+        (
+            "self.id_of.pop(name) + self.capacity + 1",
+            "self.id_of.pop(name)",
+            "test_bank.py -k ids_that_name_nothing",
+        ),
     ],
     "serving/rows.py": [
         (
@@ -1129,17 +1129,10 @@ FAULTS = {
         ),
         ("kept / (1 - rates)", "kept", "test_bank_fit.py -k dropout"),
     ],
-    "serving/fixed_ids.py": [
+    "serving/arguments.py": [
         (
             "np.where(found[:, 0] == ids, found[:, 1], self.no_slot)",
             "found[:, 1]",
-            "test_bank.py -k ids_that_name_nothing",
-        ),
-    ],
-    "serving/directory.py": [
-        (
-            "self.id_of.pop(name) + self.capacity + 1",
-            "self.id_of.pop(name)",
             "test_bank.py -k ids_that_name_nothing",
         ),
     ],
@@ -1150,7 +1143,7 @@ FAULTS = {
             "test_quantized.py -k quantizes_inputs_where",
         ),
     ],
-    "serving/loss_of_each.py": [
+    "serving/per_adapter.py": [
         (
             "ops.where(ids == 0, 0.0, values)",
             "values",
@@ -1161,15 +1154,13 @@ FAULTS = {
             "pass",
             "test_bank_fit.py -k masked",
         ),
-    ],
-    "serving/optimizer_of_each.py": [
         (
             "variable.assign(ops.where(present, now, value))",
             "variable.assign(now)",
             "test_bank_fit.py -k takes_no_step",
         ),
     ],
-    "serving/part.py": [
+    "serving/reading.py": [
         (
             "ops.subtract(self.bias, self.layer.bias)",
             "ops.convert_to_tensor(self.bias)",
@@ -1273,13 +1264,6 @@ FAULTS = {
             "if i >= size",
             "if i > size",
             "test_token_rows.py -k ids_that_are_none",
-        ),
-    ],
-    "files/tokens.py": [
-        (
-            "or len(values) != len(tokens[names[0]])",
-            "",
-            "test_token_rows.py -k disagree",
         ),
     ],
     "models/sites.py": [

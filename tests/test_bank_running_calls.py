@@ -16,7 +16,7 @@ from shared import assert_close
 import keras_lora
 from keras_lora import AdapterBank
 from keras_lora.files.save import adapter_of
-from keras_lora.serving import running
+from keras_lora.serving import calls
 
 BACKEND = keras.backend.backend()
 ROWS = ["a", None, "b", "b", "a"]
@@ -340,7 +340,7 @@ def test_changes_from_inside_a_call_work_or_say_why_not(served):
 
 def test_a_change_waits_for_calls_and_not_for_ever(served, monkeypatch):
     bank, outputs, _, adapters = served
-    monkeypatch.setattr(running, "PATIENCE", 0.2)
+    monkeypatch.setattr(calls, "PATIENCE", 0.2)
     data = {"inputs": x(), "adapter": bank.ids(["a"] * 5)}
     go, found = threading.Event(), []
     threads = []

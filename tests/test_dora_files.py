@@ -16,7 +16,7 @@ from test_peft_exchange import ids
 from test_peft_exchange import pair
 
 import keras_lora
-from keras_lora.files.checked_tensors import PREFIX
+from keras_lora.files.disk import PREFIX
 from keras_lora.files.folder import TENSORS
 from keras_lora.models.sites import adapted_sites
 

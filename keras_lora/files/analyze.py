@@ -1,27 +1,26 @@
-"""What an adapter has learned where: the spectrum of each update."""
+"""Looks into adapters: spectra of updates, differences, and what engines refuse."""
 
 import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 from typing import NamedTuple
 
+import keras
 import numpy as np
 
 from keras_lora.files.factors import assert_finite
 from keras_lora.files.factors import factors_of
+from keras_lora.files.factors import low_rank_suffixes
+from keras_lora.files.factors import other_suffixes
 from keras_lora.files.factors import slots_of
 from keras_lora.files.folder import Adapter
 from keras_lora.files.plot import draw
-from keras_lora.files.spectrum import effective_rank
-from keras_lora.files.spectrum import singular_values
 from keras_lora.layers.method_files import method_in
+from keras_lora.layers.settings import checked_rank
+from keras_lora.layers.settings import divisor
 from keras_lora.models.tables import Table
 from keras_lora.models.tables import in_order
-
-if TYPE_CHECKING:
-    import keras
 
 
 class Update(NamedTuple):
@@ -165,3 +164,200 @@ def update(path, rank, left, right, scaling=1.0, kernel=None):
     norm = float(np.linalg.norm(values))
     relative = None if kernel is None else norm / kernel if kernel else math.inf
     return Update(path, rank, norm, relative, values)
+
+
+def core(left, right):
+    """Q1, C, Q2 of left @ right = Q1 @ C @ Q2^T, where C has the rank's size.
+
+    left (..., m, r) and right (..., r, n). The columns of Q1 and of Q2 are
+    orthonormal, so that the singular values of C are those of the product.
+    """
+    q_left, r_left = np.linalg.qr(left.astype("float64"))
+    q_right, r_right = np.linalg.qr(transposed(right.astype("float64")))
+    return q_left, r_left @ transposed(r_right), q_right
+
+
+def singular_values(left, right):
+    """Of left @ right, the largest first; of a stack of them, those of all."""
+    values = np.linalg.svd(core(left, right)[1], compute_uv=False)
+    return np.sort(values, axis=None)[::-1]
+
+
+def effective_rank(values, energy):
+    """How many of the largest values hold this share of the sum of squares."""
+    sums = np.cumsum(np.square(values))
+    if not len(sums) or sums[-1] == 0:
+        return 0
+    return int(np.searchsorted(sums, energy * sums[-1])) + 1
+
+
+def cut(left, right, rank):
+    """The nearest factors of a lower rank, and the relative error of their product.
+
+    A stack of matrices gets one rank for all of them.
+
+    rank: a function of the singular values; of a stack, of their norms over it.
+    """
+    q_left, middle, q_right = core(left, right)
+    rows, values, columns = np.linalg.svd(middle, full_matrices=False)
+    norms = np.linalg.norm(values.reshape(-1, values.shape[-1]), axis=0)
+    rank = min(rank(norms), len(norms))  # a small kernel has no more
+    root = np.sqrt(values[..., :rank])
+    error = np.linalg.norm(norms[rank:]) / (np.linalg.norm(norms) or 1.0)
+    new_left = (q_left @ rows[..., :rank]) * root[..., None, :]
+    new_right = root[..., None] * columns[..., :rank, :] @ transposed(q_right)
+    return new_left, new_right, float(error)
+
+
+def transposed(matrix):
+    return np.swapaxes(matrix, -1, -2)
+
+
+def settings_apart(one, two) -> list:
+    """[key, first, second] for what the two configurations say otherwise."""
+    keys = sorted(one.config.keys() | two.config.keys())
+    pairs = [(key, one.config.get(key), two.config.get(key)) for key in keys]
+    return [
+        [key, *("" if value is None else str(value) for value in values)]
+        for key, *values in pairs
+        if values[0] != values[1]
+    ]
+
+
+def tensors_apart(one, two) -> list:
+    """[module or tensor, ranks, |one - two| over the larger] for what differs."""
+    slots = slots_of([one, two])
+    files = [factors_of(adapter, slots) for adapter in (one, two)]
+    rows = []
+    for module in in_order(files[0].factors.keys() | files[1].factors.keys()):
+        if found := updates_apart(files, module):
+            ranks = [str(file.ranks.get(module, "-")) for file in files]
+            rows.append([module, " and ".join(dict.fromkeys(ranks)), found])
+    beside = [in_full(file) for file in files]
+    for key in in_order(beside[0].keys() | beside[1].keys()):
+        if found := arrays_apart(*(tensors.get(key) for tensors in beside)):
+            rows.append([key, "", found])
+    return rows
+
+
+def in_full(file):
+    """Key -> array for all that is no factor: heads, biases, DoRA's lengths."""
+    more = {
+        module + suffix: pair[suffix]
+        for module, pair in file.factors.items()
+        for suffix in other_suffixes(pair)
+    }
+    return file.others | more
+
+
+def updates_apart(files, module):
+    """The relative difference of two updates in words, None where they are equal."""
+    one, two = files
+    if module not in one.factors or module not in two.factors:
+        return f"only in the {'first' if module in one.factors else 'second'}"
+    own, other = (file.factors[module] for file in files)
+    if one.scaling(module) == two.scaling(module) and all(
+        suffix in other and np.array_equal(own[suffix], other[suffix])
+        for suffix in low_rank_suffixes(own)
+    ):
+        return None
+    (b, a), (other_b, other_a) = (file.product(module) for file in files)
+    if b.shape[:-1] != other_b.shape[:-1] or a.shape[-1] != other_a.shape[-1]:
+        return "other shapes"
+    b, other_b = b * one.scaling(module), other_b * two.scaling(module)
+    both = np.concatenate([b, -other_b], -1), np.concatenate([a, other_a], -2)
+    norms = [
+        np.linalg.norm(singular_values(*pair))
+        for pair in (both, (b, a), (other_b, other_a))
+    ]
+    return f"{norms[0] / (max(norms[1:]) or 1):.3g}"
+
+
+def arrays_apart(one, two):
+    if one is None or two is None:
+        return f"only in the {'second' if one is None else 'first'}"
+    if one.shape != two.shape:
+        return "other shapes"
+    if np.array_equal(one, two):
+        return None
+    scale = max(map(np.linalg.norm, (one, two)))
+    return f"{np.linalg.norm(one.astype('float64') - two) / scale:.3g}"
+
+
+# Read on 2026-11-25 in the documentation of vLLM 0.22.1 (vllm.lora.peft_helper,
+# vllm.lora.utils, vllm.config.lora).
+VLLM = "vLLM 0.22 (its documentation of 2026-11-25)"
+
+
+def check_adapter(
+    adapter: Adapter | str | os.PathLike,
+    engine: str = "vllm",
+    max_lora_rank: int = 16,
+) -> list:
+    """Says what a serving engine would refuse in an adapter, or read otherwise.
+
+    Args:
+        adapter: A folder, or an `Adapter`.
+        engine: "vllm", by its documented rules of 2026-11-25.
+        max_lora_rank: What the server is started with.
+
+    Returns:
+        A list of sentences; an empty one means that nothing speaks against it. It
+        says nothing about which modules of a model the engine can adapt.
+
+    Raises:
+        ValueError: If the engine is unknown, or the adapter is damaged.
+        OSError: If a file cannot be read.
+
+    Examples:
+        >>> keras_lora.mark_only_lora_as_trainable(model)
+        >>> keras_lora.save_adapter(model, "adapter")
+        >>> keras_lora.check_adapter("adapter", max_lora_rank=64)
+        []
+    """
+    if engine != "vllm":
+        raise ValueError(f"`engine` must be 'vllm'. Received: engine={engine!r}.")
+    max_lora_rank = checked_rank(max_lora_rank)
+    adapter = adapter if isinstance(adapter, Adapter) else Adapter.read(adapter)
+    file, found = factors_of(adapter, ()), []
+    if heads := file.config["modules_to_save"]:
+        found.append(
+            f"{VLLM} refuses modules_to_save, here {heads}: train without "
+            "`also_train`, or merge and serve the whole model."
+        )
+    for word in file.method:
+        found.append(
+            f"{VLLM} refuses {word}: serve the merged model, or extract_adapter's "
+            "nearest plain LoRA of it."
+        )
+    if file.bias != "none":
+        found.append(
+            f"{VLLM} takes no bias, here bias={file.config['bias']!r}: train with "
+            'bias="none".'
+        )
+    others = sorted(file.others)
+    if others and not heads and file.bias == "none":
+        found.append(f"{VLLM} refuses tensors that are no A or B: {others[:5]}.")
+    if not adapter.config.get("target_modules"):
+        found.append(f"{VLLM} needs target_modules, which the file has not.")
+    largest = max(file.ranks, key=file.ranks.__getitem__)
+    if file.ranks[largest] > max_lora_rank:
+        found.append(
+            f"{VLLM} refuses ranks above max_lora_rank={max_lora_rank}, and "
+            f"{largest!r} has {file.ranks[largest]}: start it with --max-lora-rank, or "
+            f"cut with combine_adapters([adapter], rank={max_lora_rank})."
+        )
+    rslora = file.config["use_rslora"]
+    scaling = file.config["lora_alpha"] / divisor(file.config["r"], rslora)
+    otherwise = [
+        module
+        for module, rank in file.ranks.items()
+        if abs(file.alphas[module] / divisor(rank, rslora) - scaling) > 1e-6 * scaling
+    ]
+    if otherwise:
+        found.append(
+            f"{VLLM} reads no rank_pattern and no alpha_pattern: it would scale "
+            f"{otherwise[:5]} by {scaling:.4g}, which is another adapter. Give all "
+            "layers one alpha and one rank, or the same ratio of both."
+        )
+    return found

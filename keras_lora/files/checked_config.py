@@ -1,18 +1,20 @@
-"""Whether the settings of a folder can be read, and mean what is known here."""
+"""Checks that the settings of a folder can be read, those of token rows too."""
 
 from keras_lora.files.config import CONFIG
 from keras_lora.files.config import KEPT
+from keras_lora.files.disk import TENSORS
 from keras_lora.files.patterns import Budget
-from keras_lora.files.patterns import parse
-from keras_lora.files.tokens import checked_tokens
+from keras_lora.files.patterns import Pattern
 from keras_lora.keras_internals.callers import warn_caller
 from keras_lora.layers.method_files import METHODS
 from keras_lora.layers.method_files import TokenRowsFiles
 from keras_lora.layers.settings import checked_alpha
 from keras_lora.layers.settings import checked_bias
 from keras_lora.layers.settings import checked_dropout
+from keras_lora.layers.settings import checked_indices
 from keras_lora.layers.settings import checked_rank
 from keras_lora.layers.settings import is_number
+from keras_lora.layers.torch_layout import to_numpy
 
 KEYWORD = TokenRowsFiles.keyword
 # What a reader may meet and need not obey. Another key that is set is named in a
@@ -105,7 +107,7 @@ def checked_config(file):
                 f"{CONFIG}: {key} must be an object. Received: {values!r}."
             )
         for rule, value in values.items():
-            parse(rule, budget)
+            Pattern(rule, budget)
             check(value)
     return {
         "r": checked_rank(file.get("r", 8)),
@@ -147,3 +149,44 @@ def checked_file_alpha(alpha):
             f"Received: {alpha!r}."
         )
     return checked_alpha(alpha)
+
+
+SUFFIX = ".token_adapter.trainable_tokens_delta"
+
+
+def rows_of(tables) -> dict:
+    """Key -> rows. tables: module -> site."""
+    return {module + SUFFIX: to_numpy(x.lora.rows) for module, x in tables.items()}
+
+
+def take_rows(tensors) -> dict:
+    """Takes the rows out of a file's tensors: {module: rows}."""
+    keys = [key for key in tensors if key.endswith(SUFFIX)]
+    return {key.removesuffix(SUFFIX): tensors.pop(key) for key in keys}
+
+
+def checked_tokens(given) -> dict:
+    """{module, or the end of one: ids}; "" is the model's table of tokens."""
+    if not given:
+        return {}
+    named = given if isinstance(given, dict) else {"": given}
+    try:
+        return {name: checked_indices(indices) for name, indices in named.items()}
+    except ValueError as error:
+        raise ValueError(f"{CONFIG}: {error}") from error
+
+
+def checked_rows(rows, tokens) -> dict:
+    """{module: (ids, rows)}; a ValueError where configuration and tensors disagree."""
+    found = {}
+    for module, values in rows.items():
+        names = [n for n in tokens if not n or f".{module}".endswith(f".{n}")]
+        if len(names) != 1 or values.ndim != 2 or len(values) != len(tokens[names[0]]):
+            raise ValueError(
+                f"{TENSORS} has rows of shape {values.shape} for {module!r}, and "
+                f"{CONFIG} has {KEYWORD}={tokens}: the two do not belong together."
+            )
+        found[module] = tokens[names[0]], values
+    if len(found) < len(tokens):
+        raise ValueError(f"{CONFIG} has {KEYWORD}={tokens}, and {TENSORS} no rows.")
+    return found

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from keras_lora.files.combine_heads import checked_heads
-from keras_lora.files.combine_heads import in_full
+from keras_lora.files.analyze import cut
+from keras_lora.files.analyze import effective_rank
 from keras_lora.files.config import KEPT
 from keras_lora.files.config import settings
 from keras_lora.files.experts import parameters_in
@@ -16,8 +16,6 @@ from keras_lora.files.factors import low_rank_suffixes
 from keras_lora.files.factors import slots_of
 from keras_lora.files.folder import Adapter
 from keras_lora.files.slices import fuse
-from keras_lora.files.spectrum import cut
-from keras_lora.files.spectrum import effective_rank
 from keras_lora.keras_internals.callers import warn_caller
 from keras_lora.layers.settings import alpha_at
 from keras_lora.layers.settings import checked_rank
@@ -202,3 +200,48 @@ def checked_limit(rank, energy):
             f"update's singular values to keep. Received: energy={energy!r}."
         )
     return lambda values: max(1, effective_rank(values, energy))
+
+
+def in_full(files, heads) -> dict:
+    """Key -> what trained in full, where the adapters agree or `heads` decides."""
+    tensors = {}
+    for key in dict.fromkeys(key for file in files for key in file.others):
+        values = {n: x.others[key] for n, x in enumerate(files) if key in x.others}
+        tensors[key], *others = values.values()
+        if all(np.array_equal(value, tensors[key]) for value in others):
+            continue
+        if heads in values:
+            tensors[key] = values[heads]
+        elif heads != "average":
+            raise ValueError(
+                f"Several adapters trained {key!r} in full; there is no sum of that. "
+                'Choose with heads="average", or heads= and the place or the folder '
+                f"of one to keep: they are at {', '.join(map(str, values))}."
+            )
+        elif len({value.shape for value in values.values()}) > 1:
+            raise ValueError(
+                f"{key!r} has several shapes: they belong to different models."
+            )
+        else:
+            mean = np.mean(list(values.values()), axis=0, dtype="float64")
+            tensors[key] = mean.astype(tensors[key].dtype)
+    return tensors
+
+
+def checked_heads(heads, adapters):
+    """None, "average", or a place."""
+    if heads is None or heads == "average":
+        return heads
+    folders = {n: Path(x) for n, x in enumerate(adapters) if not isinstance(x, Adapter)}
+    if isinstance(heads, (str, Path)):
+        meant = {Path(heads)}
+        found = [n for n, x in folders.items() if meant & {x, Path(x.name)}]
+    else:
+        found = [n for n in range(len(adapters)) if type(heads) is int and n == heads]
+    if len(found) != 1:
+        raise ValueError(
+            '`heads` must be "average", a place in `adapters`, counted from 0, or the '
+            f"name of one folder there. Received: heads={heads!r}, folders "
+            f"{[str(x) for x in folders.values()]}."
+        )
+    return found[0]

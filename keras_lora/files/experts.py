@@ -23,13 +23,13 @@ import re
 import numpy as np
 
 from keras_lora.files.checked_config import checked_config
-from keras_lora.files.pair import TENSORS
+from keras_lora.files.config import check_targets
+from keras_lora.files.config import ends_of
+from keras_lora.files.config import pattern
+from keras_lora.files.config import value_of
+from keras_lora.files.disk import TENSORS
 from keras_lora.files.slices import fuse
 from keras_lora.files.slices import without_slice
-from keras_lora.files.targeting import check_targets
-from keras_lora.files.targeting import ends_of
-from keras_lora.files.targeting import pattern
-from keras_lora.files.targeting import value_of
 from keras_lora.layers.torch_layout import LINEAR
 
 PARAMETERS = ("gate_up_proj", "down_proj")  # as their modules register them

@@ -1,25 +1,30 @@
-"""The factors of an adapter by module, with their ranks and alphas; no model yet."""
+"""The factors of an adapter by module, with their ranks and alphas, without a model."""
 
 import dataclasses
+import math
+import warnings
 
 import numpy as np
 
 from keras_lora.files.checked_config import checked_config
+from keras_lora.files.checked_config import checked_rows
+from keras_lora.files.checked_config import take_rows
 from keras_lora.files.config import CONFIG
+from keras_lora.files.config import check_targets
+from keras_lora.files.config import value_of
+from keras_lora.files.disk import TENSORS
 from keras_lora.files.experts import parameters_in
-from keras_lora.files.pair import TENSORS
 from keras_lora.files.slices import slices_of
 from keras_lora.files.slices import split
 from keras_lora.files.slices import without_slice
-from keras_lora.files.targeting import check_targets
-from keras_lora.files.targeting import value_of
-from keras_lora.files.tokens import checked_rows
-from keras_lora.files.tokens import take_rows
 from keras_lora.layers.method_files import method_in
 from keras_lora.layers.settings import alpha_at
 from keras_lora.layers.settings import divisor
 from keras_lora.layers.torch_layout import EMBEDDING
 from keras_lora.layers.torch_layout import LINEAR
+from keras_lora.models.tables import counted
+from keras_lora.models.tables import in_bytes
+from keras_lora.models.tables import in_order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,3 +164,83 @@ def checked_starts(starts, factors, ranks):
                 "of an even rank. Load it with the `names` that it was written with."
             )
     return starts
+
+
+def quiet_factors(adapter):
+    """`factors_of` without its warnings, which came when the adapter was read."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return factors_of(adapter, slots_of([adapter]))
+
+
+def parts_of(adapter, most=math.inf):
+    """Title, head, rows and lines below, as a `Table` has them.
+
+    most: how many rows there are.
+    """
+    try:
+        file = quiet_factors(adapter)
+    except ValueError as error:  # printing something is no place for errors
+        return "Adapter", ["module"], [], [f"It cannot be loaded: {error}"]
+    head = ["module", "A, B", "rank", "alpha", "parameters", "size"]
+    head += ["error"] if adapter.errors else []
+    rows = []
+    for module in in_order(file.factors)[: min(most, len(file.factors))]:
+        pair = file.factors[module]
+        row = [
+            module,
+            " ".join(
+                str(pair[suffix].shape)
+                for suffix in (*low_rank_suffixes(pair), *other_suffixes(pair))
+            ),
+            f"{file.ranks[module]}",
+            f"{file.alphas[module]:g}",
+            f"{sum(value.size for value in pair.values()):,}",
+            size(pair.values()),
+        ]
+        if adapter.errors:
+            row.append(f"{adapter.errors.get(module, 0):.2g}")
+        rows.append(row)
+    more = len(file.factors) - len(rows)
+    lines = [f"and {counted(more, 'module')} more"] if more else []
+    return "Adapter", head, rows, [*lines, *totals(adapter, file)]
+
+
+def totals(adapter, file):
+    """What stands below the rows."""
+    method = ", ".join(["LoRA", *file.method])
+    lines = [f"{method}: {in_words(adapter)}"]
+    if file.others:
+        sizes = sum(value.size for value in file.others.values())
+        names = ", ".join(in_order(file.others))
+        lines.append(f"In full, {counted(sizes, 'parameter')}: {names}")
+    return lines
+
+
+def in_words(adapter):
+    """1 module, rank 8, alpha 16, 1,234 parameters, 4.9 kB."""
+    try:
+        file = quiet_factors(adapter)
+    except ValueError:
+        return f"{counted(len(adapter.tensors), 'tensor')}, which cannot be loaded"
+    parameters = sum(value.size for value in adapter.tensors.values())
+    errors = adapter.errors.values()
+    return ", ".join(
+        [
+            counted(len(file.factors), "module"),
+            f"rank {reach(file.ranks)}",
+            f"alpha {reach(file.alphas)}",
+            counted(parameters, "parameter"),
+            size(adapter.tensors.values()),
+            *([f"errors up to {max(errors):.2g}"] if errors else []),
+        ]
+    )
+
+
+def reach(values):
+    low, high = (f"{bound(values.values()):g}" for bound in (min, max))
+    return low if low == high else f"{low} to {high}"
+
+
+def size(arrays):
+    return in_bytes(sum(value.nbytes for value in arrays))

@@ -8,9 +8,9 @@ import keras
 import numpy as np
 
 from keras_lora.files.config import settings
+from keras_lora.files.disk import assert_readable
 from keras_lora.files.folder import Adapter
 from keras_lora.files.load import load_into
-from keras_lora.files.pair import assert_readable
 from keras_lora.keras_internals.layers import flatten_layers
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.kinds import form_of

@@ -10,11 +10,11 @@ import keras
 import numpy as np
 
 from keras_lora.files.config import settings
+from keras_lora.files.disk import assert_readable
+from keras_lora.files.disk import read_tensors
 from keras_lora.files.folder import Adapter
 from keras_lora.files.load import load_into
 from keras_lora.files.names import module_names
-from keras_lora.files.pair import assert_readable
-from keras_lora.files.pair import read_tensors
 from keras_lora.layers.kinds import kind_of
 from keras_lora.layers.settings import checked_alpha
 from keras_lora.layers.settings import checked_rank

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 
 import keras
 
-from keras_lora.files.checked_tensors import digest
 from keras_lora.files.config import remember_file
-from keras_lora.files.fitting import checked_values
-from keras_lora.files.fitting import refuse_other_modules
+from keras_lora.files.disk import digest
 from keras_lora.files.folder import Adapter
-from keras_lora.files.for_model import contents
+from keras_lora.files.matching import checked_values
+from keras_lora.files.matching import contents
+from keras_lora.files.matching import refuse_other_modules
 from keras_lora.files.names import module_names
 from keras_lora.files.names import refuse_tied_head
 from keras_lora.files.tensors import own_alpha

@@ -9,9 +9,9 @@ import numpy as np
 
 from keras_lora.files.config import CONFIG
 from keras_lora.files.config import settings
-from keras_lora.files.pair import TENSORS
-from keras_lora.files.pair import read_config
-from keras_lora.files.pair import read_tensors
+from keras_lora.files.disk import TENSORS
+from keras_lora.files.disk import read_config
+from keras_lora.files.disk import read_tensors
 from keras_lora.layers.settings import checked_alpha
 from keras_lora.layers.settings import checked_dropout
 from keras_lora.layers.settings import is_number

@@ -1,168 +1,106 @@
-"""Expressions of a file, which anybody may have written, for names of modules.
+"""Regular expressions for names of modules, from files that anybody may have written.
 
-Python's own matcher tries one way after another, for ever if an expression is made so.
-Here all places that a match can have reached are followed at once, as the bits of a
-number, and steps are counted: a file takes bounded time.
+`re` tries one way after another, for ever if an expression is made so. What could take
+that long is refused: repeats inside of repeats, and more ways than there is time for.
 """
 
+import math
 import re
 
-STEPS = 10_000_000  # some ten seconds
-LONGEST = 2000
+LONGEST = 2000  # characters of an expression, or of a name
+LIMIT = 10**9  # ways to match that one file may make `re` try: some ten seconds
 TOKEN = re.compile(
-    r"""(?P<repeat>[*+?]|\{(?P<low>\d+)(?P<upto>,(?P<high>\d*))?\})\??(?![+*?])
-    |(?P<open>\((?:\?:)?)|(?P<close>\))|(?P<either>\|)|(?P<start>\^)|(?P<end>\$)
-    |(?P<text>[\w/-]+(?![*+?{]))
-    |(?P<one>\\(?:[dDsSwW]|[^a-zA-Z0-9])|\[\^?\]?(?:\\.|[^\\\]])*\]|[^\\*+?])
+    r"""(?P<repeat>[*+]\??|\{\d+(?:,\d*)?\}\??)(?![?*+{])|(?P<option>\?\??)(?![?*+{])
+    |(?P<open>\((?:\?:)?)(?!\?)|(?P<close>\))|(?P<either>\|)
+    |(?P<one>\\(?:[dDsSwW]|[^a-zA-Z0-9])|\[\^?\]?(?:\\.|[^\\\]])*\]|[^\\?*+()|])
     """,
     re.VERBOSE,
 )
+WORDS = re.compile(r"(?:\w|\\\.|-)*(?:\|(?:\w|\\\.|-)*)+")  # alternatives without more
+ENDING = re.compile(r"(?:^|[^\\\w-])([\w-]+)$")
 
 
 class Budget:
-    """What one file may take."""
+    """The ways to match that may still be tried for one file."""
 
     def __init__(self):
-        self.steps = STEPS
+        self.ways = LIMIT
 
-    def spend(self, steps=1):
-        self.steps -= steps
-        if self.steps < 0:
+    def spend(self, ways):
+        self.ways -= ways
+        if self.ways < 0:
             raise ValueError(
                 "The file's expressions for modules take too long to match. Give the "
                 "modules' names instead: '^' and the whole name, escaped."
             )
 
 
-class Name:
-    """A module's name, and where in it something stands."""
+class Pattern:
+    """An expression that `re` matches in bounded time."""
 
-    def __init__(self, text, budget):
-        self.text, self.budget, self.found = text, budget, {}
-        self.start, self.end = 1, 1 << len(text)
+    def __init__(self, expression, budget):
+        budget.spend(len(expression))
+        try:
+            if len(expression) > LONGEST:
+                raise ValueError(f"it is longer than {LONGEST} characters")
+            self.repeats, self.choices = ways(expression)
+            self.compiled = re.compile(expression)
+        except (ValueError, OverflowError, RecursionError, re.error) as error:
+            raise ValueError(
+                f"{expression[:99]!r} is not a regular expression of the simple kind "
+                f"that is read from files: {error}."
+            ) from error
+        ending = ENDING.search(expression)
+        self.ending = ending[1] if ending and "|" not in expression else ""
+        self.budget = budget
 
-    def places(self, token):
-        """A bit for each place where the token, an expression without repeats, is."""
-        self.budget.spend(1 + len(self.text) // 500)
-        if token not in self.found:
-            self.budget.spend(len(self.text))
-            at = re.compile(token).match
-            bits = (1 << p for p in range(len(self.text)) if at(self.text, p))
-            self.found[token] = sum(bits)
-        return self.found[token]
-
-    def is_matched_by(self, expression, part=False):
+    def matches(self, name, part=False):
         """part: the whole name, or what follows one of its dots."""
-        self.budget.spend()
-        if not self.text.endswith(expression.suffix):
+        if not name.endswith(self.ending):
             return False
-        starts = self.start | (self.places(r"\.") << 1 if part else 0)
-        return bool(expression(self, starts) & self.end)
+        starts = [0, *(dot.end() for dot in re.finditer(r"\.", name) if part)]
+        ways = self.choices * math.comb(len(name) + self.repeats, self.repeats)
+        self.budget.spend(len(starts) * ways)
+        return any(self.compiled.fullmatch(name, start) for start in starts)
 
 
-def parse(expression, budget):
-    """(name, bits of starts) -> bits of ends, as a function."""
-    try:
-        if len(expression) > LONGEST:
-            raise ValueError(f"it is longer than {LONGEST} characters")
-        tokens = tokens_of(expression, budget)
-        choice = any(token["either"] for token in tokens)
-        suffix = tokens[0]["text"] if tokens and not choice else None
-        ends = alternatives(tokens)
-        if tokens:
-            raise ValueError("unbalanced parenthesis")
-    except (ValueError, re.error, RecursionError) as error:
-        raise ValueError(
-            f"{expression[:99]!r} is not a regular expression of the simple kind that "
-            f"is read from files: {error}."
-        ) from error
-    ends.suffix = suffix or ""  # most names are passed over by their last part
-    return ends
+def ways(expression):
+    """(number of repeats, product of the choices) of an expression.
 
-
-def tokens_of(expression, budget):
-    """Last first, as they are popped."""
-    tokens, place = [], 0
+    A name of n characters is matched in at most choices * comb(n + repeats, repeats)
+    ways, as no repeat has another one, or a choice, inside.
+    """
+    groups, closed, place = [[0, 0, 1]], None, 0  # start, repeats, choices
     while place < len(expression):
-        budget.spend(5)
         token = TOKEN.match(expression, place)
         if token is None:
             raise ValueError(f"{expression[place : place + 9]!r} is not read")
-        re.compile(token["one"] or "")
-        tokens.append(token)
+        if token["repeat"]:
+            if closed and (closed[1] or closed[2] > 1):
+                raise ValueError("a repeated group has a repeat or a choice inside")
+            groups[-1][1] += 1
+        elif token["option"]:
+            groups[-1][2] *= 2
+        elif token["either"]:
+            groups[-1].append(place)
+        elif token["open"]:
+            groups.append([token.end(), 0, 1])
+        closed = None
+        if token["close"]:
+            if len(groups) == 1:
+                raise ValueError("unbalanced parenthesis")
+            closed = groups.pop()
+            closed[2] *= choices(expression[closed[0] : place], len(closed) - 3)
+            groups[-1][1] += closed[1]
+            groups[-1][2] *= closed[2]
         place = token.end()
-    return tokens[::-1]
+    (start, repeats, product, *bars), *_ = groups
+    return repeats, product * choices(expression[start:], len(bars))
 
 
-def alternatives(tokens):
-    choices = [sequence(tokens)]
-    while tokens and tokens[-1]["either"]:
-        tokens.pop()
-        choices.append(sequence(tokens))
-
-    def ends(name, starts):
-        found = 0
-        for choice in choices:
-            name.budget.spend()
-            found |= choice(name, starts)
-        return found
-
-    return ends
-
-
-def sequence(tokens):
-    parts = []
-    while tokens and not (tokens[-1]["either"] or tokens[-1]["close"]):
-        token = tokens.pop()
-        if token["open"]:
-            part = alternatives(tokens)
-            if not tokens:
-                raise ValueError("missing )")
-            tokens.pop()
-        elif token["repeat"]:
-            raise ValueError(f"nothing to repeat before {token[0]!r}")
-        else:
-            part = piece(token)
-        if tokens and tokens[-1]["repeat"]:
-            part = repeated(part, tokens.pop())
-        parts.append(part)
-
-    def ends(name, starts):
-        for part in parts:
-            starts = starts and part(name, starts)
-        return starts
-
-    return ends
-
-
-def piece(token):
-    if token["start"]:
-        return lambda name, starts: starts & name.start
-    if token["end"]:
-        return lambda name, starts: starts & name.end
-    size = len(token["text"] or "1")
-    what = re.escape(token["text"]) if token["text"] else token["one"]
-    return lambda name, starts: (starts & name.places(what)) << size
-
-
-def repeated(part, token):
-    low, high = {"*": (0, None), "+": (1, None), "?": (0, 1)}.get(
-        token["repeat"], (int(token["low"] or 0), int(token["high"] or 0) or None)
-    )
-    if token["low"] and not token["upto"]:
-        high = low
-
-    def ends(name, starts):
-        for _ in range(low):
-            before, starts = starts, part(name, starts)
-            if starts == before:  # and so for ever; none at all among them
-                break
-        found = frontier = starts
-        count = low
-        while frontier and (high is None or count < high):
-            frontier = part(name, frontier) & ~found
-            found |= frontier
-            count += 1
-        return found
-
-    return ends
+def choices(text, bars):
+    """How many of the alternatives of a text can begin at one place of a name."""
+    if not bars or not WORDS.fullmatch(text):
+        return 1 + bars
+    words = text.split("|")
+    return max(sum(word.startswith(other) for other in words) for word in words)

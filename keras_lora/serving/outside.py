@@ -13,12 +13,12 @@ from keras_lora.keras_internals.compiled import take_compiled_functions
 from keras_lora.keras_internals.layers import flatten_layers
 from keras_lora.keras_internals.models_around import holders
 from keras_lora.serving.banked import Banked
-from keras_lora.serving.directory import Directory
-from keras_lora.serving.hosts import Hosts
+from keras_lora.serving.banked import Hosts
+from keras_lora.serving.calls import LOOPS
+from keras_lora.serving.calls import Running
+from keras_lora.serving.calls import needs_all
 from keras_lora.serving.rows import Choice
-from keras_lora.serving.running import LOOPS
-from keras_lora.serving.running import Running
-from keras_lora.serving.running import needs_all
+from keras_lora.serving.slots import Directory
 
 TRAINING = ("fit", "train_on_batch")
 COUNTED = ("call", "generate", *LOOPS)
