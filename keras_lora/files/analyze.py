@@ -4,9 +4,9 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 from typing import NamedTuple
 
-import keras
 import numpy as np
 
 from keras_lora.files.factors import assert_finite
@@ -21,6 +21,9 @@ from keras_lora.layers.settings import checked_rank
 from keras_lora.layers.settings import divisor
 from keras_lora.models.tables import Table
 from keras_lora.models.tables import in_order
+
+if TYPE_CHECKING:
+    import keras
 
 
 class Update(NamedTuple):
@@ -139,7 +142,7 @@ def analyze(source: "keras.layers.Layer | Adapter | str | os.PathLike") -> Analy
 
 
 def of_adapter(adapter, name):
-    file = factors_of(adapter, slots_of([adapter]))
+    file = factors_of(adapter)
     rows = [
         update(module, file.ranks[module], *file.product(module), file.scaling(module))
         for module in in_order(file.factors)

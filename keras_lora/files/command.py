@@ -19,7 +19,6 @@ from keras_lora.files.factors import checked_starts
 from keras_lora.files.factors import factors_of
 from keras_lora.files.factors import in_words
 from keras_lora.files.factors import parts_of
-from keras_lora.files.factors import slots_of
 from keras_lora.files.folder import Adapter
 from keras_lora.models.atomic import replacing
 from keras_lora.models.tables import printable
@@ -117,7 +116,7 @@ def check(options):
             warnings.simplefilter("always")
             try:
                 adapter = Adapter.read(folder)
-                file = factors_of(adapter, slots_of([adapter]))
+                file = factors_of(adapter)
                 checked_starts(adapter.starts, file.factors, file.ranks)
                 said = f"good: {in_words(adapter)}"
                 if options.engine:

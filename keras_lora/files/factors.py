@@ -87,9 +87,14 @@ def assert_finite(name, values):
         raise ValueError(f"The tensor {name!r} holds values that are not finite.")
 
 
-def factors_of(adapter, modules) -> FileFactors:
-    """modules: names that may mean slices, as in `keras_lora.files.slices`."""
+def factors_of(adapter, modules=None) -> FileFactors:
+    """Reads an adapter's tensors and settings, module by module.
+
+    modules: Names that may mean slices, as in `keras_lora.files.slices`; by default
+        those of the slices that the adapter itself has.
+    """
     config = checked_config(adapter.config)
+    modules = slots_of([adapter]) if modules is None else modules
     tensors = dict(adapter.tensors)
     for key, value in tensors.items():
         assert_finite(key, value)
@@ -170,7 +175,7 @@ def quiet_factors(adapter):
     """`factors_of` without its warnings, which came when the adapter was read."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return factors_of(adapter, slots_of([adapter]))
+        return factors_of(adapter)
 
 
 def parts_of(adapter, most=math.inf):

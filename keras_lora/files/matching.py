@@ -15,12 +15,8 @@ from keras_lora.files.factors import checked_starts
 from keras_lora.files.factors import factors_of
 from keras_lora.files.factors import low_rank_suffixes
 from keras_lora.files.other_formats import module_of
-from keras_lora.files.slices import fused_modules
-from keras_lora.files.slices import inputs_in_order
+from keras_lora.files.slices import layouts
 from keras_lora.files.slices import outputs_axis
-from keras_lora.files.slices import rows_of
-from keras_lora.files.slices import slices_of
-from keras_lora.files.slices import total_of
 from keras_lora.files.slices import without_slice
 from keras_lora.files.tensors import from_tensors
 from keras_lora.files.tensors import kernel_to_tensor
@@ -100,26 +96,23 @@ def heads_of(names, modules, others):
 
 def split_others(file):
     """Biases and weights of a fused module become those of its slices, in place."""
-    for module, count in fused_modules(file.modules).items():
+    for module, layout in layouts(file.modules, file.modules.places).items():
         for key in [key for key in file.others if key.startswith(f"{module}.")]:
             value = file.others.pop(key)
             name = key.split(".")[-1]
             if key.endswith(".base_layer.weight"):
                 continue  # PEFT repeats a targeted head
             axis = outputs_axis(value, file.config["fan_in_fan_out"])
-            names, places = slices_of(module, count), file.modules.places
-            total = total_of(names, value.shape[axis] // count, places)
-            if value.shape[axis] != total:
+            if not layout.fits(value, axis):
                 raise ValueError(
                     f"The tensor {key!r} has shape {value.shape}, which does not "
-                    f"divide into {count} slices."
+                    f"divide into {len(layout.names)} slices."
                 )
             if value.ndim > 1:
-                value = inputs_in_order(value, names, places, 1 - axis, inverse=True)
-            for part in names:
+                value = layout.order_inputs(value, 1 - axis, inverse=True)
+            for part, values in layout.scatter(value, axis).items():
                 infix = ".base_layer" if part in file.factors else ""
-                rows = rows_of(part, total, places)
-                file.others[f"{part}{infix}.{name}"] = value.take(rows, axis)
+                file.others[f"{part}{infix}.{name}"] = values
 
 
 def refuse_unknown_modules(factors, modules):

@@ -16,12 +16,8 @@ from keras_lora.files.names import module_names
 from keras_lora.files.names import refuse_tied_head
 from keras_lora.files.names import refuse_unnamed
 from keras_lora.files.slices import fuse
-from keras_lora.files.slices import fused_modules
-from keras_lora.files.slices import inputs_in_order
-from keras_lora.files.slices import joined
+from keras_lora.files.slices import layouts
 from keras_lora.files.slices import outputs_axis
-from keras_lora.files.slices import slices_of
-from keras_lora.files.slices import total_of
 from keras_lora.files.slices import without_slice
 from keras_lora.files.tensors import file_alpha
 from keras_lora.files.tensors import kernel_to_tensor
@@ -237,8 +233,7 @@ def method_of(adapters) -> dict:
 def of_unadapted_slices(modules, adapters) -> dict:
     """What a module's file needs of those of its slices that have no adapter."""
     tensors = {}
-    for module, count in fused_modules(adapters).items():
-        names = slices_of(module, count)
+    for module, (names, _) in layouts(adapters).items():
         method = next(type(adapters[name].lora) for name in names if name in adapters)
         if not method.more_suffixes:
             continue
@@ -269,8 +264,8 @@ def trained_beside(modules, adapters):
 
 def fuse_others(others, modules):
     """Biases and weights of slices become their module's, in place."""
-    for module, count in fused_modules(modules).items():
-        names = slices_of(module, count)
+    for module, layout in layouts(modules, modules.places).items():
+        names = layout.names
         for weight in {name for slot, name in others if slot in names}:
             missing = [name for name in names if name not in modules]
             if missing:
@@ -291,13 +286,13 @@ def fuse_others(others, modules):
             }
             first = parts[names[0]]
             axis = outputs_axis(first, names[0] in modules.inputs_first)
-            total = total_of(names, first.shape[axis], modules.places)
-            if sum(part.shape[axis] for part in parts.values()) != total:
+            sizes = sum(part.shape[axis] for part in parts.values())
+            if sizes != layout.total(first.shape[axis]):
                 raise ValueError(
                     f"The {weight} of {module!r} trains, of which the model has only a "
                     "part."
                 )
-            value = joined(parts, total, modules.places, axis)
+            value = layout.gather(parts, axis)
             if value.ndim > 1:
-                value = inputs_in_order(value, names, modules.places, 1 - axis)
+                value = layout.order_inputs(value, 1 - axis)
             others[module, weight] = value

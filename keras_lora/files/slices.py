@@ -33,8 +33,55 @@ class Share(NamedTuple):
     total: int
 
 
-def fused_modules(modules) -> dict:
-    """{module: number of slices} for what `module[i/n]` names stand for."""
+class Layout(NamedTuple):
+    """Which outputs and inputs of a module each of its slices has."""
+
+    names: list  # of the slices
+    places: dict
+
+    def total(self, size):
+        """How many outputs the module has; size: of one of its slices."""
+        first = self.places.get(self.names[0])
+        return first.total if first else size * len(self.names)
+
+    def fits(self, whole, axis=0):
+        size = whole.shape[axis]
+        return size == self.total(size // len(self.names))
+
+    def rows(self, name, total):
+        """Which of its module's outputs a slice has."""
+        if name in self.places:
+            return self.places[name].rows
+        size = total // len(self.names)
+        return np.arange(size) + self.names.index(name) * size
+
+    def gather(self, parts, axis=0):
+        """The value of a module from {slice: value}, 0 where a slice is left out."""
+        first = next(iter(parts.values()))
+        shape = list(first.shape)
+        shape[axis] = total = self.total(first.shape[axis])
+        whole = np.zeros(shape, first.dtype)
+        outputs = np.moveaxis(whole, axis, 0)
+        for name, part in parts.items():
+            outputs[self.rows(name, total)] = np.moveaxis(part, axis, 0)
+        return whole
+
+    def scatter(self, whole, axis=0):
+        """The inverse of `gather`, for all slices."""
+        total = whole.shape[axis]
+        return {name: whole.take(self.rows(name, total), axis) for name in self.names}
+
+    def order_inputs(self, value, axis, inverse=False):
+        """A value with a module's inputs on an axis, from the order here or to it."""
+        first = self.places.get(self.names[0])
+        if first is None or first.columns is None:
+            return value
+        columns = first.columns if inverse else np.argsort(first.columns)
+        return value.take(columns, axis)
+
+
+def layouts(modules, places=None) -> dict:
+    """{module: Layout} for what `module[i/n]` names stand for."""
     counts = {}
     for name in modules:
         match = SLICE.fullmatch(name)
@@ -46,16 +93,14 @@ def fused_modules(modules) -> dict:
                 f"{name!r} is no slice of a module of {counts.get(module, count)} "
                 "slices."
             )
-    return counts
+    return {
+        module: Layout(slices_of(module, count), places or {})
+        for module, count in counts.items()
+    }
 
 
 def slices_of(module, count):
     return [f"{module}[{index}/{count}]" for index in range(count)]
-
-
-def outputs_axis(value, inputs_first):
-    """Where a tensor of the module has its outputs."""
-    return 1 if inputs_first and value.ndim == 2 else 0
 
 
 def without_slice(name):
@@ -64,72 +109,31 @@ def without_slice(name):
     return match[1] if match else name
 
 
-def rows_of(name, total, places):
-    """Which of its module's outputs a slice has."""
-    if name in places:
-        return places[name].rows
-    _, index, count = SLICE.fullmatch(name).groups()
-    size = total // int(count)
-    return np.arange(size) + int(index) * size
-
-
-def total_of(names, size, places):
-    """How many outputs a module has; size: of one of its slices."""
-    return places[names[0]].total if names[0] in places else size * len(names)
-
-
-def joined(parts, total, places, axis=0):
-    """The value of a module from those of its slices: {slice: value}."""
-    first = next(iter(parts.values()))
-    shape = list(first.shape)
-    shape[axis] = total
-    whole = np.zeros(shape, first.dtype)
-    for name, part in parts.items():
-        index = [slice(None)] * whole.ndim
-        index[axis] = rows_of(name, total, places)
-        whole[tuple(index)] = part
-    return whole
-
-
-def inputs_in_order(value, names, places, axis, inverse=False):
-    """A value with a module's inputs on an axis, from the order here or to it."""
-    columns = places[names[0]].columns if names[0] in places else None
-    if columns is None:
-        return value
-    return value.take(columns if inverse else np.argsort(columns), axis)
+def outputs_axis(value, inputs_first):
+    """Where a tensor of the module has its outputs."""
+    return 1 if inputs_first and value.ndim == 2 else 0
 
 
 def fuse(tensors, ranks, alphas, use_rslora, places=None) -> dict:
     """Puts the factors of slices together, in place: {module: ranks of its slices}."""
-    layout, places = {}, places or {}
-    for module, count in fused_modules(ranks).items():
-        names = slices_of(module, count)
-        own = [name for name in names if name in ranks]
+    stacked = {}
+    for module, layout in layouts(ranks, places).items():
+        own = [name for name in layout.names if name in ranks]
         a, b = ([tensors.pop(name + suffix) for name in own] for suffix in LINEAR)
-        size = b[0].shape[0]
-        if names[0] not in places and any(block.shape[0] != size for block in b):
+        if not layout.places.keys() & own and len({len(block) for block in b}) > 1:
             raise ValueError(f"The slices of {module!r} have outputs of several sizes.")
-        outputs = total_of(names, size, places)
         for suffix in more_suffixes():
-            parts = {name: tensors.pop(name + suffix, None) for name in names}
-            if parts[names[0]] is not None:
-                tensors[module + suffix] = joined(parts, outputs, places)
+            parts = {name: tensors.pop(name + suffix, None) for name in layout.names}
+            if parts[layout.names[0]] is not None:
+                tensors[module + suffix] = layout.gather(parts)
         scaling = [alphas[name] / divisor(ranks[name], use_rslora) for name in own]
         b = [block * (s / scaling[0]) for block, s in zip(b, scaling, strict=True)]
-        shared = len(own) == count and all(np.array_equal(a[0], other) for other in a)
-        if shared:
-            fused_a = a[0]
-            fused_b = joined(dict(zip(own, b, strict=True)), outputs, places)
-        else:
-            layout[module] = [ranks.get(name, 0) for name in names]
-            fused_a = np.concatenate(a)
-            fused_b = np.zeros((outputs, len(fused_a), *b[0].shape[2:]), b[0].dtype)
-            column = 0
-            for name, block in zip(own, b, strict=True):
-                columns = slice(column, column + ranks[name])
-                fused_b[rows_of(name, outputs, places), columns] = block
-                column = columns.stop
-        fused_a = inputs_in_order(fused_a, names, places, 1)
+        shared = all(np.array_equal(a[0], other) for other in a)
+        if len(own) < len(layout.names) or not shared:
+            stacked[module] = [ranks.get(name, 0) for name in layout.names]
+            a, b = [np.concatenate(a)], side_by_side(b)
+        fused_a = layout.order_inputs(a[0], 1)
+        fused_b = layout.gather(dict(zip(own, b, strict=True)))
         for suffix, value in zip(LINEAR, (fused_a, fused_b), strict=True):
             tensors[module + suffix] = np.ascontiguousarray(value)
         total = len(fused_a)
@@ -137,24 +141,32 @@ def fuse(tensors, ranks, alphas, use_rslora, places=None) -> dict:
         for name in own:
             del ranks[name], alphas[name]
         ranks[module], alphas[module] = total, alpha
-    return layout
+    return stacked
 
 
-def split(tensors, modules, layout) -> dict:
+def side_by_side(blocks):
+    """Each block in columns of its own, beside zeros in those of the others."""
+    total, end = sum(block.shape[1] for block in blocks), 0
+    for block in blocks:
+        wide = np.zeros((len(block), total, *block.shape[2:]), block.dtype)
+        start, end = end, end + block.shape[1]
+        wide[:, start:end] = block
+        yield wide
+
+
+def split(tensors, modules, stacked) -> dict:
     """The inverse, in place: {slice: Share} for the slices that are adapted."""
     shares, places = {}, getattr(modules, "places", {})
-    for module, count in fused_modules(getattr(modules, "sites", modules)).items():
-        names = slices_of(module, count)
+    for module, layout in layouts(getattr(modules, "sites", modules), places).items():
         keys = [module + suffix for suffix in LINEAR]
         if not all(key in tensors for key in keys):
             continue
         a, b = (tensors.pop(key) for key in keys)
-        outputs = total_of(names, len(b) // count, places)
         stack = a.shape[1:-1], b.shape[2:]  # none, or as many matrices in both
-        if len(b) != outputs or b.shape[1:2] != a.shape[:1] or stack[0] != stack[1]:
+        if not layout.fits(b) or b.shape[1:2] != a.shape[:1] or stack[0] != stack[1]:
             raise ValueError(
                 f"The factors of {module!r} have shapes {a.shape} and {b.shape}, which "
-                f"do not fit {count} slices."
+                f"do not fit {len(layout.names)} slices."
             )
         for suffix in more_suffixes():
             values = tensors.pop(module + suffix, None)
@@ -164,20 +176,19 @@ def split(tensors, modules, layout) -> dict:
                         f"{suffix[1:]} of {module!r} has shape {values.shape}; B has "
                         f"{len(b)} outputs."
                     )
-                tensors |= {
-                    name + suffix: values[rows_of(name, outputs, places)]
-                    for name in names
-                }
-        ranks = layout.get(module, [len(a)] * count)
-        stacked = module in layout
-        if stacked and (len(ranks) != count or sum(ranks) != len(a)):
+                parts = layout.scatter(values)
+                tensors |= {name + suffix: part for name, part in parts.items()}
+        ranks = stacked.get(module, [len(a)] * len(layout.names))
+        if module in stacked and (
+            len(ranks) != len(layout.names) or sum(ranks) != len(a)
+        ):
             raise ValueError(f"{module!r} has rank {len(a)} and slices of {ranks}.")
-        a = inputs_in_order(a, names, places, 1, inverse=True)
+        a = layout.order_inputs(a, 1, inverse=True)
         column, rest = 0, b.copy()
-        for name, rank in zip(names, ranks, strict=True):
-            rows = rows_of(name, outputs, places)
+        for name, rank in zip(layout.names, ranks, strict=True):
+            rows = layout.rows(name, len(b))
             columns = slice(column, column + rank)
-            column += rank if stacked else 0
+            column += rank if module in stacked else 0
             rest[rows, columns] = 0
             if rank:
                 tensors[name + LINEAR[0]] = a[columns].copy()
