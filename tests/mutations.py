@@ -529,8 +529,8 @@ FAULTS = {
     ],
     "files/factors.py": [
         (
-            "self.alphas[module] / divisor(rank, self.use_rslora)",
-            "self.alphas[module] / rank",
+            "self.alpha / divisor(self.rank, self.use_rslora)",
+            "self.alpha / self.rank",
             "test_analyze.py -k 'a_folder_says and sequential'",
         ),
         (
@@ -567,7 +567,7 @@ FAULTS = {
             "test_other_formats.py -k prefix",
         ),
         (
-            "math.prod(form.a_shape) + math.prod(form.b_shape) > size",
+            "math.prod(form.a_shape) + math.prod(form.b_shape) > found.size",
             "False",
             "test_hostile_files.py -k without_its_values",
         ),
@@ -579,8 +579,8 @@ FAULTS = {
     ],
     "files/combine.py": [
         (
-            "pair[suffixes[1]] * (factor / scaling)",
-            "pair[suffixes[1]] * factor",
+            "weight * found.scaling / first.scaling for",
+            "weight * found.scaling for",
             "test_combining.py -k exact",
         ),
         (
@@ -589,7 +589,7 @@ FAULTS = {
             "test_combining.py -k bad_input",
         ),
         (
-            "stack = b.shape[2] if module in first.parameters and b.ndim == 3 else 1",
+            "stack = b.shape[2] if first.is_stack else 1",
             "stack = 1",
             "test_expert_files.py -k spectra",
         ),
@@ -617,8 +617,8 @@ FAULTS = {
         ),
         ("[b, -other_b]", "[b, other_b]", "test_command.py -k diff"),
         (
-            "abs(file.alphas[module]",
-            "0 * abs(file.alphas[module]",
+            "abs(found.scaling - scaling)",
+            "0 * abs(found.scaling - scaling)",
             "test_check_adapter.py",
         ),
         (
@@ -974,7 +974,7 @@ FAULTS = {
         ),
         (
             "        for variable, value in base_values(layer):\n"
-            "            variable.assign(value)\n",
+            "            put(variable, value)\n",
             "        pass\n",
             "test_trained_beside.py -k the_base_model_is",
         ),

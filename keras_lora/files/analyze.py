@@ -11,8 +11,6 @@ import numpy as np
 
 from keras_lora.files.factors import assert_finite
 from keras_lora.files.factors import factors_of
-from keras_lora.files.factors import low_rank_suffixes
-from keras_lora.files.factors import other_suffixes
 from keras_lora.files.factors import slots_of
 from keras_lora.files.folder import Adapter
 from keras_lora.files.plot import draw
@@ -144,8 +142,9 @@ def analyze(source: "keras.layers.Layer | Adapter | str | os.PathLike") -> Analy
 def of_adapter(adapter, name):
     file = factors_of(adapter)
     rows = [
-        update(module, file.ranks[module], *file.product(module), file.scaling(module))
+        update(module, found.rank, *found.product(), found.scaling)
         for module in in_order(file.factors)
+        for found in [file.factors[module]]
     ]
     return Analysis(name, rows, notes_of([method_in(file.method)]))
 
@@ -233,8 +232,9 @@ def tensors_apart(one, two) -> list:
     files = [factors_of(adapter, slots) for adapter in (one, two)]
     rows = []
     for module in in_order(files[0].factors.keys() | files[1].factors.keys()):
-        if found := updates_apart(files, module):
-            ranks = [str(file.ranks.get(module, "-")) for file in files]
+        if found := updates_apart(*(file.factors.get(module) for file in files)):
+            pair = [file.factors.get(module) for file in files]
+            ranks = [str(own.rank if own else "-") for own in pair]
             rows.append([module, " and ".join(dict.fromkeys(ranks)), found])
     beside = [in_full(file) for file in files]
     for key in in_order(beside[0].keys() | beside[1].keys()):
@@ -246,28 +246,27 @@ def tensors_apart(one, two) -> list:
 def in_full(file):
     """Key -> array for all that is no factor: heads, biases, DoRA's lengths."""
     more = {
-        module + suffix: pair[suffix]
-        for module, pair in file.factors.items()
-        for suffix in other_suffixes(pair)
+        module + suffix: found.tensors[suffix]
+        for module, found in file.factors.items()
+        for suffix in found.more
     }
     return file.others | more
 
 
-def updates_apart(files, module):
+def updates_apart(one, two):
     """The relative difference of two updates in words, None where they are equal."""
-    one, two = files
-    if module not in one.factors or module not in two.factors:
-        return f"only in the {'first' if module in one.factors else 'second'}"
-    own, other = (file.factors[module] for file in files)
-    if one.scaling(module) == two.scaling(module) and all(
-        suffix in other and np.array_equal(own[suffix], other[suffix])
-        for suffix in low_rank_suffixes(own)
+    if one is None or two is None:
+        return f"only in the {'second' if one is None else 'first'}"
+    if one.scaling == two.scaling and all(
+        suffix in two.tensors
+        and np.array_equal(one.tensors[suffix], two.tensors[suffix])
+        for suffix in one.low_rank
     ):
         return None
-    (b, a), (other_b, other_a) = (file.product(module) for file in files)
+    (b, a), (other_b, other_a) = one.product(), two.product()
     if b.shape[:-1] != other_b.shape[:-1] or a.shape[-1] != other_a.shape[-1]:
         return "other shapes"
-    b, other_b = b * one.scaling(module), other_b * two.scaling(module)
+    b, other_b = b * one.scaling, other_b * two.scaling
     both = np.concatenate([b, -other_b], -1), np.concatenate([a, other_a], -2)
     norms = [
         np.linalg.norm(singular_values(*pair))
@@ -343,19 +342,19 @@ def check_adapter(
         found.append(f"{VLLM} refuses tensors that are no A or B: {others[:5]}.")
     if not adapter.config.get("target_modules"):
         found.append(f"{VLLM} needs target_modules, which the file has not.")
-    largest = max(file.ranks, key=file.ranks.__getitem__)
-    if file.ranks[largest] > max_lora_rank:
+    largest = max(file.factors.values(), key=lambda found: found.rank)
+    if largest.rank > max_lora_rank:
         found.append(
             f"{VLLM} refuses ranks above max_lora_rank={max_lora_rank}, and "
-            f"{largest!r} has {file.ranks[largest]}: start it with --max-lora-rank, or "
+            f"{largest.module!r} has {largest.rank}: start it with --max-lora-rank, or "
             f"cut with combine_adapters([adapter], rank={max_lora_rank})."
         )
     rslora = file.config["use_rslora"]
     scaling = file.config["lora_alpha"] / divisor(file.config["r"], rslora)
     otherwise = [
         module
-        for module, rank in file.ranks.items()
-        if abs(file.alphas[module] / divisor(rank, rslora) - scaling) > 1e-6 * scaling
+        for module, found in file.factors.items()
+        if abs(found.scaling - scaling) > 1e-6 * scaling
     ]
     if otherwise:
         found.append(

@@ -12,7 +12,6 @@ from keras_lora.files.config import KEPT
 from keras_lora.files.config import settings
 from keras_lora.files.experts import parameters_in
 from keras_lora.files.factors import factors_of
-from keras_lora.files.factors import low_rank_suffixes
 from keras_lora.files.factors import slots_of
 from keras_lora.files.folder import Adapter
 from keras_lora.files.slices import fuse
@@ -89,26 +88,26 @@ def combine_adapters(
             f"those of all, {listed(sorted(modules), most=4)}."
         )
     for file in files:
-        for module in file.factors:
-            file.product(module)  # which is an error where they are no matrices
+        for found in file.factors.values():
+            found.product()  # which is an error where they are no matrices
     use_rslora = all(file.use_rslora for file in files)
     tensors, ranks, alphas, errors = {}, {}, {}, {}
     for module in dict.fromkeys(m for file in files for m in file.factors):
         terms = [
-            (file.factors[module], weight * file.scaling(module))
+            (file.factors[module], weight)
             for file, weight in zip(files, weights, strict=True)
             if module in file.factors
         ]
-        first = next(file for file in files if module in file.factors)
-        scaling = first.scaling(module)
-        suffixes = low_rank_suffixes(terms[0][0])
-        assert_same_shapes(module, [pair for pair, _ in terms])
-        a = np.concatenate([pair[suffixes[0]] for pair, _ in terms])
+        first, _ = terms[0]
+        assert_same_shapes(module, [found for found, _ in terms])
+        pairs = [[found.tensors[x] for x in first.low_rank] for found, _ in terms]
+        scales = [weight * found.scaling / first.scaling for found, weight in terms]
+        a = np.concatenate([a for a, _ in pairs])
         b = np.concatenate(
-            [pair[suffixes[1]] * (factor / scaling) for pair, factor in terms], axis=1
+            [b * scale for (_, b), scale in zip(pairs, scales, strict=True)], axis=1
         )
         if limit is not None:
-            stack = b.shape[2] if module in first.parameters and b.ndim == 3 else 1
+            stack = b.shape[2] if first.is_stack else 1
             left, right, error = cut(
                 b.reshape(len(b), -1, stack).transpose(2, 0, 1),
                 a.reshape(len(a), stack, -1).transpose(1, 0, 2),
@@ -119,12 +118,12 @@ def combine_adapters(
                 right, left = right.transpose(1, 0, 2), left.transpose(1, 2, 0)
                 a = right.astype(a.dtype).reshape(-1, *a.shape[1:])
                 b = left.astype(b.dtype).reshape(len(b), -1, *b.shape[2:])
-        tensors |= zip((module + suffix for suffix in suffixes), (a, b), strict=True)
+        keys = (module + suffix for suffix in first.low_rank)
+        tensors |= zip(keys, (a, b), strict=True)
         ranks[module] = len(a)
-        alphas[module] = scaling * divisor(len(a), use_rslora)
+        alphas[module] = first.scaling * divisor(len(a), use_rslora)
         if use_rslora == first.use_rslora:  # exactly its own, for one
-            own = first.alphas[module], first.ranks[module]
-            alphas[module] = alpha_at(len(a), *own, use_rslora)
+            alphas[module] = alpha_at(len(a), first.alpha, first.rank, use_rslora)
     slices = fuse(tensors, ranks, alphas, use_rslora)
     tensors |= in_full(files, heads)
     bias = max((file.bias for file in files), key=BIASES.index)
@@ -172,15 +171,18 @@ def checked_weights(weights, adapters):
 
 def assert_same_shapes(module, pairs):
     """All but the rank, which is A's first axis and B's second."""
+    first = pairs[0]
     for pair in pairs:
-        if low_rank_suffixes(pair) != low_rank_suffixes(pairs[0]):
+        if pair.low_rank != first.low_rank:
             raise ValueError(f"{module!r} is an embedding in some adapters only.")
-        for place, suffix in enumerate(low_rank_suffixes(pair)):
-            shapes = [np.delete(p[suffix].shape, place) for p in (pair, pairs[0])]
+        for place, suffix in enumerate(pair.low_rank):
+            both = (pair.tensors[suffix], first.tensors[suffix])
+            shapes = [np.delete(value.shape, place) for value in both]
             if not np.array_equal(*shapes):
+                own, other = (value.shape for value in both)
                 raise ValueError(
-                    f"The factors of {module!r} have shapes {pair[suffix].shape} and "
-                    f"{pairs[0][suffix].shape}: they belong to different models."
+                    f"The factors of {module!r} have shapes {own} and {other}: they "
+                    "belong to different models."
                 )
 
 

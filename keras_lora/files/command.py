@@ -117,7 +117,7 @@ def check(options):
             try:
                 adapter = Adapter.read(folder)
                 file = factors_of(adapter)
-                checked_starts(adapter.starts, file.factors, file.ranks)
+                checked_starts(adapter.starts, file.factors)
                 said = f"good: {in_words(adapter)}"
                 if options.engine:
                     rank = options.max_lora_rank

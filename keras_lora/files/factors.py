@@ -28,15 +28,70 @@ from keras_lora.models.tables import in_order
 
 
 @dataclasses.dataclass(frozen=True)
+class Factors:
+    """What a file has for one module: A, B, and what more its method has."""
+
+    module: str
+    tensors: dict  # suffix -> array
+    rank: int
+    alpha: float
+    use_rslora: bool
+    parameter: str | None  # that PEFT adapts, of a module with several
+
+    @property
+    def scaling(self) -> float:
+        """The factor in front of B @ A."""
+        return self.alpha / divisor(self.rank, self.use_rslora)
+
+    @property
+    def low_rank(self) -> tuple:
+        """The suffixes of A and B; none where a method has other factors."""
+        both = (LINEAR, EMBEDDING)
+        return next((pair for pair in both if pair[0] in self.tensors), ())
+
+    @property
+    def more(self) -> list:
+        """The suffixes of what a method has beside A and B, or in their place."""
+        return sorted(self.tensors.keys() - {*LINEAR, *EMBEDDING})
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether A and B are those of a stack of matrices, one for each expert."""
+        return self.parameter is not None and all(
+            self.tensors[suffix].ndim == 3 for suffix in self.low_rank
+        )
+
+    @property
+    def size(self) -> int:
+        return sum(value.size for value in self.tensors.values())
+
+    def product(self):
+        """B and A as matrices, (out, r) and (r, in), or as stacks of them."""
+        if not self.low_rank:
+            raise ValueError(
+                f"{self.module!r} has no A and B, but {sorted(self.tensors)}."
+            )
+        a, b = (self.tensors[suffix] for suffix in self.low_rank)
+        if self.is_stack:
+            return b.transpose(2, 0, 1), a.transpose(1, 0, 2)
+        rank = self.rank
+        if len(a) != rank or b.shape[1] != rank or b.size != len(b) * rank:
+            raise ValueError(
+                f"The factors of {self.module!r} have shapes {a.shape} and {b.shape}, "
+                f"and not rank {rank} on one side: they are a layer's own form of a "
+                'stack of kernels or of factorization="loralib". Load the adapter into '
+                "its model for what needs their product."
+            )
+        return b.reshape(len(b), rank), a.reshape(rank, -1)
+
+
+@dataclasses.dataclass(frozen=True)
 class FileFactors:
     """What a file has, by what it is for."""
 
-    factors: dict  # module -> {suffix: array}
+    factors: dict  # module -> Factors
     others: dict  # key -> array, for what trained in full
-    ranks: dict
-    alphas: dict
     unadapted: dict  # slice of an adapted module -> {suffix: array}, without A and B
-    parameters: dict  # module -> parameter, for those that PEFT adapts as one
     config: dict  # checked
     rows: dict  # module -> (ids of tokens, their rows)
 
@@ -52,28 +107,6 @@ class FileFactors:
     def method(self) -> dict:
         """The keyword of another method than LoRA."""
         return self.config["method"]
-
-    def scaling(self, module):
-        """The factor in front of B @ A."""
-        rank = self.ranks[module]
-        return self.alphas[module] / divisor(rank, self.use_rslora)
-
-    def product(self, module):
-        """B and A as matrices, (out, r) and (r, in), or as stacks of them."""
-        pair, rank = self.factors[module], self.ranks[module]
-        if not low_rank_suffixes(pair):
-            raise ValueError(f"{module!r} has no A and B, but {sorted(pair)}.")
-        a, b = (pair[suffix] for suffix in low_rank_suffixes(pair))
-        if module in self.parameters and a.ndim == b.ndim == 3:
-            return b.transpose(2, 0, 1), a.transpose(1, 0, 2)
-        if len(a) != rank or b.shape[1] != rank or b.size != len(b) * rank:
-            raise ValueError(
-                f"The factors of {module!r} have shapes {a.shape} and {b.shape}, and "
-                f"not rank {rank} on one side: they are a layer's own form of a stack "
-                'of kernels or of factorization="loralib". Load the adapter into its '
-                "model for what needs their product."
-            )
-        return b.reshape(len(b), rank), a.reshape(rank, -1)
 
 
 def slots_of(adapters) -> list:
@@ -145,25 +178,24 @@ def factors_of(adapter, modules=None) -> FileFactors:
         ranks[module] = rank
         alphas[module] = alpha_at(rank, alphas[module], total, config["use_rslora"])
     parameters = parameters_in(factors, config["target_parameters"])
+    found = {
+        name: Factors(
+            name,
+            pair,
+            ranks[name],
+            alphas[name],
+            config["use_rslora"],
+            parameters.get(name),
+        )
+        for name, pair in factors.items()
+    }
     rows = checked_rows(rows, config["tokens"])
-    return FileFactors(
-        factors, others, ranks, alphas, unadapted, parameters, config, rows
-    )
+    return FileFactors(found, others, unadapted, config, rows)
 
 
-def low_rank_suffixes(pair) -> tuple:
-    """Those of A and B; none where a method has other factors."""
-    return next((both for both in (LINEAR, EMBEDDING) if both[0] in pair), ())
-
-
-def other_suffixes(pair) -> list:
-    """What a method has beside A and B, or in their place."""
-    return sorted(pair.keys() - {*LINEAR, *EMBEDDING})
-
-
-def checked_starts(starts, factors, ranks):
+def checked_starts(starts, factors):
     for module in starts:
-        if module not in factors or ranks[module] % 2:
+        if module not in factors or factors[module].rank % 2:
             raise ValueError(
                 f"The file has a start for {module!r}, and for that module no factors "
                 "of an even rank. Load it with the `names` that it was written with."
@@ -191,17 +223,15 @@ def parts_of(adapter, most=math.inf):
     head += ["error"] if adapter.errors else []
     rows = []
     for module in in_order(file.factors)[: min(most, len(file.factors))]:
-        pair = file.factors[module]
+        found = file.factors[module]
+        shapes = [found.tensors[x].shape for x in (*found.low_rank, *found.more)]
         row = [
             module,
-            " ".join(
-                str(pair[suffix].shape)
-                for suffix in (*low_rank_suffixes(pair), *other_suffixes(pair))
-            ),
-            f"{file.ranks[module]}",
-            f"{file.alphas[module]:g}",
-            f"{sum(value.size for value in pair.values()):,}",
-            size(pair.values()),
+            " ".join(map(str, shapes)),
+            f"{found.rank}",
+            f"{found.alpha:g}",
+            f"{found.size:,}",
+            size(found.tensors.values()),
         ]
         if adapter.errors:
             row.append(f"{adapter.errors.get(module, 0):.2g}")
@@ -233,8 +263,8 @@ def in_words(adapter):
     return ", ".join(
         [
             counted(len(file.factors), "module"),
-            f"rank {reach(file.ranks)}",
-            f"alpha {reach(file.alphas)}",
+            f"rank {reach([x.rank for x in file.factors.values()])}",
+            f"alpha {reach([x.alpha for x in file.factors.values()])}",
             counted(parameters, "parameter"),
             size(adapter.tensors.values()),
             *([f"errors up to {max(errors):.2g}"] if errors else []),
@@ -243,7 +273,7 @@ def in_words(adapter):
 
 
 def reach(values):
-    low, high = (f"{bound(values.values()):g}" for bound in (min, max))
+    low, high = (f"{bound(values):g}" for bound in (min, max))
     return low if low == high else f"{low} to {high}"
 
 

@@ -144,7 +144,7 @@ def load_into(model, paths, adapter, names=None, trainable=True) -> Report:
     for variable, value in values:
         put(variable, value)
     for module, layer in file.adapted.items():
-        alpha = own_alpha(layer, file.alphas[module], file.use_rslora)
+        alpha = own_alpha(layer, file.factors[module].alpha, file.use_rslora)
         layer.lora.set_alpha(alpha, file.use_rslora)
     before = trainable_state(layers)
     (train_adapters if trainable else freeze_adapters)(layers)
@@ -166,7 +166,8 @@ def unread_base_values(layers, values):
 
 def adapter_options(file, module) -> dict:
     """The arguments of the adapter that a file has for a module."""
-    settings = Settings(file.ranks[module], file.alphas[module], file.use_rslora)
+    found = file.factors[module]
+    settings = Settings(found.rank, found.alpha, found.use_rslora)
     if module in file.starts:
         settings = settings.at(settings.rank // 2)
     return {

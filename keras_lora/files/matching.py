@@ -13,7 +13,6 @@ from keras_lora.files.experts import with_stacks
 from keras_lora.files.factors import FileFactors
 from keras_lora.files.factors import checked_starts
 from keras_lora.files.factors import factors_of
-from keras_lora.files.factors import low_rank_suffixes
 from keras_lora.files.other_formats import module_of
 from keras_lora.files.slices import layouts
 from keras_lora.files.slices import outputs_axis
@@ -60,17 +59,18 @@ class Contents(FileFactors):
 def contents(adapter, modules) -> Contents:
     adapter = with_stacks(adapter, modules.parameters)
     found = factors_of(adapter, modules)
-    for values in (found.factors, found.ranks, found.alphas):
-        for name in [*values]:
-            values[module_of(name, modules)] = values.pop(name)
+    for name in [*found.factors]:
+        module = module_of(name, modules)
+        own = dataclasses.replace(found.factors.pop(name), module=module)
+        found.factors[module] = own
     refuse_unknown_modules(found.factors, modules)
     refuse_unknown_modules(found.rows, modules)
-    refuse_ranks_without_values(found.factors, found.ranks, modules)
+    refuse_ranks_without_values(found.factors, modules)
     file = Contents(
         **vars(found),
         modules=modules,
         heads=heads_of(found.config["modules_to_save"], modules, found.others),
-        starts=checked_starts(adapter.starts, found.factors, found.ranks),
+        starts=checked_starts(adapter.starts, found.factors),
     )
     split_others(file)
     return file
@@ -155,20 +155,19 @@ def prefix_between(factors, able) -> str:
     return ""
 
 
-def refuse_ranks_without_values(factors, ranks, modules):
+def refuse_ranks_without_values(factors, modules):
     """Refuses ranks without values, so that a small file makes no large factors."""
-    for module, pair in factors.items():
-        if not low_rank_suffixes(pair):
+    for module, found in factors.items():
+        if not found.low_rank:
             continue
         site = modules.sites[module]
         updates = form_of(site, 1).file_rank or 1  # side by side
-        form = form_of(site, max(ranks[module] // updates, 1))
-        size = sum(value.size for value in pair.values())
-        if math.prod(form.a_shape) + math.prod(form.b_shape) > size:
-            shapes = " and ".join(str(value.shape) for value in pair.values())
+        form = form_of(site, max(found.rank // updates, 1))
+        if math.prod(form.a_shape) + math.prod(form.b_shape) > found.size:
+            shapes = " and ".join(str(x.shape) for x in found.tensors.values())
             raise ValueError(
                 f"The file's factors of {module!r}, with shapes {shapes}, are smaller "
-                f"than rank {ranks[module]} needs for this model's kernel of shape "
+                f"than rank {found.rank} needs for this model's kernel of shape "
                 f"{shape_of(site)}: the adapter is of another model."
             )
 
@@ -232,9 +231,9 @@ def refuse_changed_slices(file):
 def checked_values(file):
     """[(variable, value)] for the whole file, of which every shape fits."""
     values = []
-    for module, pair in file.factors.items():
+    for module, found in file.factors.items():
         layer = file.adapted[module]
-        rank, own = file.ranks[module], layer.lora.file_rank
+        rank, own = found.rank, layer.lora.file_rank
         if rank != own:
             cut = (
                 f" Or cut the file: combine_adapters([adapter], rank={own}) is the "
@@ -245,7 +244,7 @@ def checked_values(file):
                 "Call remove_lora(model) first: the file then brings its own."
                 f"{cut if rank > own else ''}"
             )
-        values += from_tensors(layer, pair, module)
+        values += from_tensors(layer, found.tensors, module)
     for module, site in file.tables.items():
         _, rows = file.rows[module]
         expected = tuple(site.lora.rows.shape)

@@ -193,7 +193,7 @@ def read(model, paths, adapter, names, most) -> Reading:
     changed = {module: modules[module] for module in [*file.factors, *file.heads]}
     refuse_tied_head(model, names, changed)
     for module, host in file.adapted.items():
-        rank = own_rank(host, file.ranks[module], module)
+        rank = own_rank(host, file.factors[module].rank, module)
         if rank > most:
             raise ValueError(
                 f"The adapter has rank {rank} at {module!r}, and the bank has room for "
@@ -216,7 +216,7 @@ def read(model, paths, adapter, names, most) -> Reading:
         if id(variable) in factors:
             variable.assign(value)
     for module, host in file.adapted.items():
-        alpha = own_alpha(host, file.alphas[module], file.use_rslora)
+        alpha = own_alpha(host, file.factors[module].alpha, file.use_rslora)
         host.lora.set_alpha(alpha, file.use_rslora)
         parts[path_of[id(host)]] = Part(modules[module], host)
     reading = Reading(parts, file.adapted, hosts, [])
