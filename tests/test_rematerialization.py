@@ -218,11 +218,45 @@ def test_weights_that_are_read_under_remat_train_or_are_refused():
 
 
 @over(DROPOUT)
-def test_dropout_under_remat_of_a_function_is_refused(case):
-    around, inputs = Around(case.trained_layer(), remat=True), case.inputs()
+def test_dropout_under_remat_of_a_function_is_one_or_refused(case, monkeypatch):
+    """TensorFlow tells nowhere which run a second one repeats."""
+    layer, inputs = case.trained_layer(), case.inputs()
+    around = Around(layer, remat=True)
     weights = weights_of(around, inputs)  # without training nothing is dropped
-    with pytest.raises(ValueError, match="RematScope, or set dropout=0"):
-        gradients(around, inputs, weights)
+    if BACKEND == "tensorflow":
+        with pytest.raises(ValueError, match="RematScope, or set dropout=0"):
+            gradients(around, inputs, weights)
+        return
+    drop, seeds = keras.random.dropout, []
+
+    def recorded(inputs, rate, seed):
+        seeds.append(seed)
+        return drop(inputs, rate, seed=seed)
+
+    monkeypatch.setattr(keras.random, "dropout", recorded)
+    own = found(around, inputs, weights)
+
+    def repeated(inputs, rate, seed):
+        return drop(inputs, rate, seed=seeds[0] if BACKEND == "torch" else seed)
+
+    monkeypatch.setattr(keras.random, "dropout", repeated)
+    plain = Around(layer)
+    plain(inputs)  # which builds what is around the layer
+    expected = found(plain, inputs, weights)
+    for gradient, other in zip(own, expected, strict=True):
+        assert np.abs(other).max() > 0
+        assert_close(gradient, other)
+
+
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="refused there")
+def test_each_step_drops_other_inputs_under_remat_of_a_function():
+    layer = keras_lora.LoRADense(3, rank=2, dropout=0.5)
+    model = keras.Sequential([keras.Input((6,)), Around(layer, remat=True)])
+    layer.lora.b.assign(np.ones(layer.lora.b.shape))
+    model.compile(keras.optimizers.SGD(0.0), "mse", jit_compile=BACKEND == "jax")
+    x, y = np.ones((8, 6), "float32"), np.zeros((8, 3), "float32")
+    losses = model.fit(x, y, epochs=4, verbose=0).history["loss"]
+    assert len(set(losses)) == 4
 
 
 @over(KINDS + DORA)

@@ -1,10 +1,10 @@
 """What runs now: inside of which call, loop, trace or saving."""
 
 import contextlib
-import inspect
 
 import keras
 
+from keras_lora.keras_internals.private_names import DROPOUT
 from keras_lora.keras_internals.private_names import IN_FUNCTIONS
 from keras_lora.keras_internals.private_names import require
 from keras_lora.keras_internals.probes import global_state
@@ -61,36 +61,67 @@ def is_traced(flag):
     return keras.ops.is_tensor(flag) and in_tensorflow_graph()
 
 
-# Where a function runs under `keras.remat`, and where it is computed once more.
-REMAT = {
-    "jax._src.ad_checkpoint": (),  # which traces it once
-    "tensorflow.python.ops.custom_gradient": ("inner_recompute_grad",),
-    "torch.utils.checkpoint": ("recompute_fn",),
-}
+def inside_checkpoint() -> bool:
+    """Whether torch saves tensors by hooks, as a function under `keras.remat` does."""
+    if keras.backend.backend() != "torch":
+        return False
+    import torch
+
+    if torch.compiler.is_compiling():
+        return False
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks("There are some."):
+            return False
+    except RuntimeError:
+        return True
 
 
-def callers():
-    """The frames of the functions that called this one's caller."""
-    frame = inspect.currentframe().f_back
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
+def drawn_in_checkpoint() -> int:
+    """A number that is drawn again where a function is computed once more.
 
-
-def inside_remat() -> bool:
-    """Whether this runs inside of a function that will be computed once more."""
-    return any(frame.f_globals.get("__name__") in REMAT for frame in callers())
-
-
-def is_recomputed() -> bool:
-    """Whether a function under `keras.remat` is computed once more.
-
-    A backward pass does it, outside of the calls of layers in which it ran at first.
+    torch sets its generator back for that.
     """
-    return any(
-        frame.f_code.co_name in REMAT.get(frame.f_globals.get("__name__"), ())
-        for frame in callers()
-    )
+    import torch
+
+    return int(torch.randint(2**31, ()))
+
+
+def recording_is_stopped(variable) -> bool:
+    """Whether TensorFlow's tapes record nothing now.
+
+    So a function under `keras.remat` runs at first, and not when it is computed once
+    more.
+    """
+    import tensorflow as tf
+
+    with tf.GradientTape() as tape:
+        tape.watch(variable.value)
+    return not tape.watched_variables()
+
+
+def tensorflow_graph():
+    """The graph that is traced now; one for all that runs eagerly."""
+    import tensorflow as tf
+
+    return tf.compat.v1.get_default_graph()
+
+
+def next_seed(generator):
+    """The next seed of a generator.
+
+    JAX traces a function under `keras.remat` by itself: the generator's state may not
+    become a value of that trace.
+    """
+    if keras.backend.backend() != "jax" or not in_stateless_scope():
+        return generator.next()
+    import jax
+    from jax.extend.core import set_current_trace
+
+    require(DROPOUT)
+    state = generator.state.value
+    traced = isinstance(state, jax.core.Tracer)
+    with set_current_trace(state._trace) if traced else jax.core.eval_context():
+        return generator.next()
 
 
 def in_stateless_scope():

@@ -40,6 +40,7 @@ PROCESSES = "adapters over several processes"
 REMAT = "adapters in a keras.RematScope"
 MASKS = "ReversibleEmbedding and AdapterBank.fit"
 HUB = 'names="transformers"'
+DROPOUT = "adapters with dropout in compiled functions"
 IN_FUNCTIONS = "layers with `use_dora` that are built inside a compiled function"
 
 
@@ -244,6 +245,13 @@ TABLE = [
         "The public `named_children` leaves out second names.",
         probes.has("_modules"),
         "torch",
+    ),
+    PrivateName(
+        "Tracer._trace, jax.extend.core: set_current_trace",
+        DROPOUT,
+        "A function under `keras.remat` cannot write a seed into a generator.",
+        probes.traces_can_be_set,
+        "JAX",
     ),
     PrivateName(
         "distributed: global_state",

@@ -119,6 +119,12 @@ def converters_are_there() -> bool:
     )
 
 
+def traces_can_be_set() -> bool:
+    return hasattr(module("jax").core.Tracer, "_trace") and hasattr(
+        module("jax.extend.core"), "set_current_trace"
+    )
+
+
 def processes_can_meet() -> bool:
     state = getattr(module("jax._src.distributed"), "global_state", None)
     return hasattr(state, "client")

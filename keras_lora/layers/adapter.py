@@ -10,7 +10,7 @@ from keras_lora.keras_internals.distribution import lay_out
 from keras_lora.keras_internals.hidden_state import HiddenVariable
 from keras_lora.keras_internals.layers import Place
 from keras_lora.layers.adapter_files import AdapterFiles
-from keras_lora.layers.rematerialized import generator_of
+from keras_lora.layers.rematerialized import seed_of
 from keras_lora.layers.scaled import Scaled
 from keras_lora.layers.settings import Settings
 from keras_lora.layers.settings import checked_dropout
@@ -66,7 +66,6 @@ class LowRankAdapter(Scaled, AdapterFiles, keras.layers.Layer):
     takes_start = True  # a subclass with other factors says it for itself
     taken_off_by = "merge_lora(model) or remove_lora(model)"
     is_bank = False  # many adapters, which their bank alone may change
-    trains_in_call = False  # whether the last call was one of training
     stand_in = None  # what acts for it inside `merged()`
     kernel_place: Place | None = None  # where W stood before it was frozen
 
@@ -225,7 +224,7 @@ class LowRankAdapter(Scaled, AdapterFiles, keras.layers.Layer):
         if self.seed_generator is None:
             return inputs
         inputs = ops.convert_to_tensor(inputs, sparse=False)
-        return keras.random.dropout(inputs, self.dropout, seed=generator_of(self))
+        return keras.random.dropout(inputs, self.dropout, seed=seed_of(self))
 
 
 class FixedKernel:

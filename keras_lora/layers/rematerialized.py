@@ -1,12 +1,17 @@
 """Calls that a backward pass computes once more: keras.RematScope and keras.remat."""
 
+import collections
 import contextvars
 import functools
+from weakref import WeakKeyDictionary
 
 import keras
 
-from keras_lora.keras_internals.calls import inside_remat
-from keras_lora.keras_internals.calls import is_recomputed
+from keras_lora.keras_internals.calls import drawn_in_checkpoint
+from keras_lora.keras_internals.calls import inside_checkpoint
+from keras_lora.keras_internals.calls import next_seed
+from keras_lora.keras_internals.calls import recording_is_stopped
+from keras_lora.keras_internals.calls import tensorflow_graph
 from keras_lora.keras_internals.hidden_state import DrawnSeeds
 from keras_lora.keras_internals.layers import flatten_layers
 from keras_lora.keras_internals.private_names import REMAT
@@ -14,6 +19,12 @@ from keras_lora.keras_internals.private_names import require
 
 # Inside of a call that is computed twice: {id of an adapter: what its seeds are from}.
 _seeds: contextvars.ContextVar[dict] = contextvars.ContextVar("seeds")
+
+# Calls with training=True that may be computed once more: {adapter: those calls}.
+_first_runs: WeakKeyDictionary = WeakKeyDictionary()
+FIRST_RUNS = 256  # of an adapter, whose gradients are not computed yet
+
+BACKEND = keras.backend.backend()
 
 
 class Rematerialized:
@@ -57,19 +68,25 @@ def drawn_seeds(layer) -> dict:
     """{id of an adapter that has dropout: a seed for one call of the layer}."""
     adapters = [getattr(part, "lora", None) for part in flatten_layers(layer)]
     dropping = [x for x in adapters if getattr(x, "seed_generator", None) is not None]
-    return {id(adapter): generator_of(adapter).next() for adapter in dropping}
+    return {id(adapter): next_seed(adapter.seed_generator) for adapter in dropping}
 
 
-def generator_of(adapter):
-    """Where the seeds of an adapter's dropout are from, in the call that runs now."""
-    generator = _seeds.get({}).get(id(adapter))
-    if generator is None and inside_remat():
+def seed_of(adapter):
+    """Where the seed of an adapter's dropout is from, in the call that runs now."""
+    if id(adapter) in _seeds.get({}):
+        return _seeds.get()[id(adapter)]
+    if inside_checkpoint():
+        return drawn_in_checkpoint()
+    if BACKEND == "tensorflow" and recording_is_stopped(adapter.variables[0]):
         raise ValueError(
-            "An adapter with dropout is called inside of keras.remat(function), which "
-            "would drop other inputs when the function is computed once more. Make the "
+            "An adapter with dropout is called with training=True while TensorFlow "
+            "records no gradients, as inside of keras.remat(function), which would "
+            "drop other inputs when the function is computed once more. Make the "
             "layers in a keras.RematScope, or set dropout=0."
         )
-    return generator or adapter.seed_generator
+    if BACKEND == "jax":
+        return DrawnSeeds(next_seed(adapter.seed_generator))
+    return adapter.seed_generator
 
 
 def training_of(adapter, training):
@@ -77,7 +94,37 @@ def training_of(adapter, training):
 
     Keras knows it from the layer around, which is not called again.
     """
-    if training is None and adapter.trains_in_call and is_recomputed():
-        return True
-    vars(adapter)["trains_in_call"] = training is True
+    again = {"tensorflow": runs_again, "torch": runs_again_on_torch}.get(BACKEND)
+    if again is not None and (training is None or training is True):
+        return again(adapter, training) or training
     return training
+
+
+def runs_again(adapter, training) -> bool:
+    """Whether a call is the second run of one with training=True, on TensorFlow.
+
+    The first run is the one in which no tape records. A second one is taken for it only
+    in the graph of the first, and once.
+    """
+    if training is None and adapter not in _first_runs:
+        return False
+    graph = tensorflow_graph()
+    runs = _first_runs.setdefault(adapter, WeakKeyDictionary())
+    if recording_is_stopped(adapter.variables[0]):
+        runs[graph] = runs.get(graph, 0) + (training is True)
+        return False
+    count = runs.pop(graph, 0)
+    if count > 1:
+        runs[graph] = count - 1
+    return count > 0
+
+
+def runs_again_on_torch(adapter, training) -> bool:
+    """Likewise on torch, where both runs draw the same number."""
+    if not inside_checkpoint():
+        return False
+    number = drawn_in_checkpoint()
+    runs = _first_runs.setdefault(adapter, collections.deque(maxlen=FIRST_RUNS))
+    if training is True:
+        runs.append(number)
+    return number in runs

@@ -30,7 +30,6 @@ class BankAdapters:
     taken_off_by = "release() on the bank"
     is_bank = True
     stand_in = None
-    trains_in_call = False
 
     def __init__(self, choice, form, slots, name):
         self.choice, self.form, self.slots, self.name = choice, form, slots, name
