@@ -57,6 +57,13 @@ USES = {
         "from keras_lora.keras_internals import keras_hub",
         "keras_hub.converters()",
     ),
+    private_names.DROPOUT: (
+        "layer = keras_lora.LoRADense(4, rank=2, dropout=0.5);"
+        "layer.build((None, 3));"
+        "scope = keras.StatelessScope();"
+        "scope.__enter__()",
+        "layer(keras.ops.ones((2, 3)), training=True)",
+    ),
     private_names.IN_FUNCTIONS: (
         "import tensorflow as tf;"
         "layer = keras_lora.LoRADense(4, rank=2, use_dora=True)",
@@ -105,7 +112,9 @@ def words(row):
 def every_name():
     """Each word once: an optimizer and a layer have some in common."""
     table = reversed(private_names.TABLE)
-    return list({word: row for row in table for word in words(row)}.items())[::-1]
+    found = {word: row for row in table for word in words(row)}
+    del found["_trace"]  # JAX stays imported, and `set_current_trace` is in its row
+    return list(found.items())[::-1]
 
 
 def rename(word, package):
@@ -156,7 +165,8 @@ if __name__ == "__main__":
     wanted, failed = sys.argv[1:] or list(ROWS), 0
     # The processes find imported what Keras imports, but Keras itself.
     forget("keras", "keras_lora")
-    sys.modules.pop("jax._src.distributed", None)
+    for name in ("jax._src.distributed", "jax.extend.core"):
+        sys.modules.pop(name, None)
     with multiprocessing.get_context("fork").Pool(maxtasksperchild=1) as pool:
         for word, text in zip(wanted, pool.imap(said, wanted), strict=True):
             row = ROWS[word]

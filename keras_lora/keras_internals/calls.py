@@ -114,10 +114,10 @@ def next_seed(generator):
     """
     if keras.backend.backend() != "jax" or not in_stateless_scope():
         return generator.next()
+    require(DROPOUT)
     import jax
     from jax.extend.core import set_current_trace
 
-    require(DROPOUT)
     state = generator.state.value
     traced = isinstance(state, jax.core.Tracer)
     with set_current_trace(state._trace) if traced else jax.core.eval_context():
