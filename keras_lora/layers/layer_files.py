@@ -1,7 +1,6 @@
 """What a LoRA layer writes into configurations and Keras's weight files."""
 
 from keras_lora.keras_internals.layers import own_variables
-from keras_lora.keras_internals.layers import refuse_other_copy
 from keras_lora.layers.trained_values import TrainedValues
 
 
@@ -9,7 +8,6 @@ class LayerFiles:
     """Mixin before the Keras class: the adapter's settings, and what is frozen."""
 
     def get_config(self):
-        refuse_other_copy(self)
         options = self.adapter_config()
         options["merge_weights"] = self.merge_weights
         if self.trainable and self.loras:
