@@ -667,6 +667,30 @@ def test_an_artefact_that_cannot_be_run_is_not_kept(format, tmp_path, monkeypatc
     assert [x.name for x in tmp_path.iterdir()] == [path.name]
 
 
+def run_openvino(path, inputs):
+    import openvino
+
+    exact = {"INFERENCE_PRECISION_HINT": "f32"}
+    return openvino.Core().compile_model(path, "CPU", exact)([inputs])[0]
+
+
+@only_tensorflow
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["int4", "int8"])
+def test_openvino_gets_what_it_computes_rightly(mode, tmp_path):
+    """It takes products of integers for zeros, those of the plain model too."""
+    model, inputs, _ = model_of(HOSTS["dense"], mode)
+    fill(model.get_layer("host").lora.b, 9, scale=0.3)
+    path = tmp_path / "model.xml"
+    if mode == "int8":
+        with pytest.raises(ValueError, match="'openvino' cannot be run.*integers"):
+            keras_lora.export(model, path, format="openvino")
+        assert not list(tmp_path.iterdir())
+        return
+    keras_lora.export(model, path, format="openvino")
+    close(run_openvino(path, inputs), predict(model, inputs))
+
+
 @over_kept
 def test_an_adapter_goes_to_the_float_model_and_back(name, mode, tmp_path):
     host = HOSTS[name]

@@ -31,8 +31,8 @@ def export(
     gives the predictions of the live model, which is not changed. It is written under
     another name and renamed, so a failure leaves an earlier artefact intact. A folder
     that holds anything else than an earlier artefact is not touched. The artefact is
-    run once on zeros if its runtime is installed (TensorFlow, onnxruntime or torch),
-    but not if `target_spec` describes another runtime of LiteRT.
+    run once on zeros if its runtime is installed (TensorFlow, onnxruntime, OpenVINO or
+    torch), but not if `target_spec` describes another runtime of LiteRT.
 
     Args:
         model: A Keras model that holds LoRA layers.

@@ -51,6 +51,26 @@ def run_onnx(path):
 ONNX_TYPES = {"tensor(float)": "float32", "tensor(double)": "float64"}
 
 
+def run_openvino(path):
+    import openvino
+
+    model = openvino.Core().read_model(path)
+    for operation in model.get_ops():
+        is_product = operation.get_type_name() == "MatMul"
+        if is_product and operation.get_input_element_type(0).is_integral():
+            raise ValueError(
+                "OpenVINO computes a product of integers, as of int8 kernels with "
+                "quantized activations, wrongly."
+            )
+    served = openvino.compile_model(model, "CPU")
+    served([np.zeros(*openvino_shape_and_type(x)) for x in served.inputs])
+
+
+def openvino_shape_and_type(port):
+    sizes = [size.get_length() if size.is_static else 1 for size in port.partial_shape]
+    return sizes, port.element_type.to_dtype()
+
+
 def run_torch(path):
     import torch
 
@@ -64,6 +84,7 @@ RUNTIMES = {
     "tf_saved_model": ("tensorflow", run_saved_model),
     "litert": ("tensorflow", run_litert),
     "onnx": ("onnxruntime", run_onnx),
+    "openvino": ("openvino", run_openvino),
     "torch": ("torch", run_torch),
 }
 
