@@ -193,6 +193,26 @@ FAULTS = {
             "pass",
             "test_carriers.py -k 'do_not_go_into_a_plain_model'",
         ),
+        (
+            "not to_numpy(lora.delta()).any()",
+            "False",
+            "test_laws.py -k 'fresh_layer_takes and dora'",
+        ),
+        (
+            "to_numpy(lora.delta()).any()",
+            "False",
+            "test_laws.py -k 'leave_the_adapter_alone and dora'",
+        ),
+        (
+            "reversed(sites)",
+            "sites",
+            "test_laws.py -k 'fresh_layer_takes and recurrent'",
+        ),
+        (
+            "if tuple(variable.shape) != tuple(value.shape):",
+            "if False:",
+            "test_laws.py -k 'leave_the_adapter_alone and dense'",
+        ),
     ],
     "layers/dense.py": [
         (

@@ -50,6 +50,45 @@ def test_fresh_adapter_changes_nothing_in_half_precision(case):
     test_fresh_adapter_changes_nothing(case, "mixed_bfloat16")
 
 
+def plain_values(case):
+    """Random weights for the plain layer of a case, in the order of its own."""
+    random = np.random.default_rng(5)
+    weights = case.plain_layer(case.layer(), {}).get_weights()
+    return [random.standard_normal(w.shape).astype("float32") for w in weights]
+
+
+@over_cases
+def test_a_fresh_layer_takes_the_weights_of_the_plain_one(case):
+    layer, inputs = case.layer(), case.inputs()
+    plain = case.plain_layer(layer, {})
+    plain.set_weights(plain_values(case))
+    layer.set_weights(plain.get_weights())
+    for training in (True, False):
+        assert_equal_bits(layer(inputs, training=training), plain(inputs))
+
+
+@over_cases
+def test_weights_of_the_plain_layer_leave_the_adapter_alone(case):
+    layer = case.trained_layer()
+    before = {name: to_numpy(factor) for name, factor in factors(layer).items()}
+    values = plain_values(case)
+    wrong = [*values[:-1], np.zeros((*values[-1].shape, 2))]
+    kernels = {name: to_numpy(w) for name, w in frozen_kernels(layer).items()}
+    with pytest.raises(ValueError, match="Give the weights of a plain layer"):
+        layer.set_weights(wrong)
+    for name, kernel in frozen_kernels(layer).items():
+        np.testing.assert_array_equal(to_numpy(kernel), kernels[name])
+    layer.set_weights(values)
+    for name, factor in factors(layer).items():
+        np.testing.assert_array_equal(to_numpy(factor), before[name])
+    plain = case.plain_layer(layer, {})
+    plain.set_weights(values)
+    assert_equal_bits(
+        case.plain_layer(layer, frozen_kernels(layer))(case.inputs()),
+        plain(case.inputs()),
+    )
+
+
 @over_cases
 def test_training_and_merged_paths_agree(case):
     layer = case.trained_layer(dropout=0.0)
