@@ -223,6 +223,12 @@ def test_ways_to_match_are_counted(expression, repeats, choices):
     assert patterns.ways(expression) == (repeats, choices)
 
 
+@pytest.mark.parametrize("expression", ["(a+)+", "(a|aa)*", "((?:a?)b){2,}"])
+def test_repeats_inside_of_repeats_are_refused(expression):
+    with pytest.raises(ValueError, match="a repeated group has a repeat or a choice"):
+        patterns.ways(expression)
+
+
 def test_what_takes_time_is_spent():
     budget = patterns.Budget()
     pattern = patterns.Pattern("(a|a).*.*", budget)
