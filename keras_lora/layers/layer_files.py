@@ -57,8 +57,8 @@ class LayerFiles:
             if tuple(variable.shape) != tuple(value.shape):
                 raise ValueError(
                     f"The weight {variable.path!r} has the shape {variable.shape}. "
-                    f"Received: {tuple(value.shape)}. Give the weights of a plain layer "
-                    "of the same settings, in the order of its get_weights()."
+                    f"Received: {tuple(value.shape)}. Give the weights of a plain "
+                    "layer of the same settings, in the order of its get_weights()."
                 )
         for variable, value in zip(variables, weights, strict=True):
             variable.assign(value)
