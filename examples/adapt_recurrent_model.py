@@ -15,7 +15,9 @@ import os
 import textwrap
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+import quiet
+
+quiet.import_keras()  # without TensorFlow's log lines
 os.environ.setdefault("MPLBACKEND", "Agg")  # a notebook has its own
 
 from pydoc_data.topics import topics

@@ -19,7 +19,9 @@ import tempfile
 import zlib
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+import quiet
+
+quiet.import_keras()  # without TensorFlow's log lines
 os.environ.setdefault("MPLBACKEND", "Agg")  # a notebook has its own
 
 import keras

@@ -9,10 +9,7 @@ against the learning rate: the mean, and all that was between.
 """
 
 import argparse
-import os
 from pathlib import Path
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import adapt_text_model as text
 import finetune_digits as digits

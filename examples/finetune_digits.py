@@ -16,7 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+import quiet
+
+quiet.import_keras()  # without TensorFlow's log lines
 os.environ.setdefault("MPLBACKEND", "Agg")  # a notebook has its own
 
 import keras
@@ -94,8 +96,7 @@ def train(model, title, data, epochs, learning_rate):
 def start_from(pretrained, model):
     """Copies the hidden layers' kernels and biases; the head starts anew."""
     for old, new in zip(pretrained.layers[:-1], model.layers[:-1], strict=True):
-        new.kernel.assign(old.kernel)
-        new.bias.assign(old.bias)
+        new.set_weights(old.get_weights())
     return model
 
 
@@ -124,7 +125,10 @@ def serve_elsewhere(model, images):
         paths = [Path(folder, name) for name in ("served", "images.npy", "outputs.npy")]
         keras_lora.export(model, paths[0])
         np.save(paths[1], images)
-        subprocess.run([sys.executable, "-c", SERVE, *map(str, paths)], check=True)
+        command = [sys.executable, "-c", SERVE, *map(str, paths)]
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise RuntimeError(done.stderr)
         return np.load(paths[2])
 
 

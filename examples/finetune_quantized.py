@@ -5,10 +5,6 @@ It takes less than a minute on two cores.
     python examples/finetune_quantized.py
 """
 
-import os
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-
 import finetune_digits as digits
 import keras
 import numpy as np

@@ -1,6 +1,7 @@
 """python -m keras_lora: adapter folders from a terminal."""
 
 import argparse
+import contextlib
 import importlib
 import os
 import sys
@@ -88,7 +89,8 @@ def merge(options):
     if not options.output.endswith(".keras"):
         raise ValueError(f"OUT must end with .keras. Received: {options.output!r}.")
     # Here: no other command needs Keras, which takes seconds to load.
-    import keras
+    with without_first_logs():
+        import keras
 
     from keras_lora import load_adapter
     from keras_lora import merge_lora
@@ -106,6 +108,21 @@ def merge(options):
         model.save(new)
     write_lines([f"Merged {len(report)} layers into {options.output}."])
     return 0
+
+
+@contextlib.contextmanager
+def without_first_logs():
+    """Hides what TensorFlow logs at import, which no setting stops in full."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    sys.stderr.flush()
+    stderr, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nothing)
 
 
 def check(options):
