@@ -41,6 +41,13 @@ FORMATS = [
     Format("LoHa of LyCORIS", r"\.hada_(w[12]_[ab]|t[12])$", NO_PRODUCT),
     Format("LoCon of LyCORIS with three factors", r"\.lora_mid\.weight$", NO_PRODUCT),
     Format("OFT or BOFT", r"\.(oft_(blocks|diag|R|r)|boft_[RS])(\.|$)", NO_PRODUCT),
+    Format("IA3", r"\.ia3_l$", NO_PRODUCT),
+    Format("VB-LoRA", r"\.vblora_", NO_PRODUCT),
+    Format(
+        "prompt or prefix tuning",
+        r"^prompt_embeddings$",
+        "It has inputs for the model, and no update of its weights.",
+    ),
     Format(
         "DoRA of LyCORIS or ComfyUI",
         r"\.dora_scale$",
@@ -57,7 +64,9 @@ FORMATS = [
     ),
     Format("XLabs's for Flux", r"(proj|qkv)_lora\d?\.(down|up)\.weight$", IN_DIFFUSERS),
     Format(
-        "the one of diffusers before PEFT", r"_lora\.(down|up)\.weight$", IN_DIFFUSERS
+        "the one of diffusers before PEFT",
+        r"[_.]lora\.(down|up)\.weight$",
+        IN_DIFFUSERS,
     ),
     Format("kohya's (sd-scripts, ComfyUI)", r"\.lora_(down|up)\.weight$", ""),
     Format(

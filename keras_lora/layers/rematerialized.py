@@ -66,7 +66,7 @@ def has_gradient(argument) -> bool:
 
 def drawn_seeds(layer) -> dict:
     """{id of an adapter that has dropout: a seed for one call of the layer}."""
-    adapters = [getattr(part, "lora", None) for part in flatten_layers(layer)]
+    adapters: list = [getattr(x, "lora", None) for x in flatten_layers(layer)]
     dropping = [x for x in adapters if getattr(x, "seed_generator", None) is not None]
     return {id(adapter): next_seed(adapter.seed_generator) for adapter in dropping}
 
