@@ -9,6 +9,7 @@ from functools import partial
 from typing import NamedTuple
 
 import keras
+import keras_hub
 import numpy as np
 
 import keras_lora
@@ -370,34 +371,26 @@ def transposed(channels, size, rank, batch=8):
     return Work(x, y, frozen_and_adapted(build, rank))
 
 
-class Experts(keras.layers.Layer):
-    """A bank of experts as KerasHub computes it: every expert, for every token."""
-
-    def __init__(self, count, inner, **kwargs):
-        super().__init__(**kwargs)
-        self.count, self.inner = count, inner
-
-    def build(self, input_shape):
-        width = input_shape[-1]
-        self.up = self.add_weight((self.count, width, 2 * self.inner), name="up")
-        self.down = self.add_weight((self.count, self.inner, width), name="down")
-
-    def call(self, inputs):
-        both = keras.ops.einsum("th,ehm->etm", inputs, self.up)
-        gate, value = keras.ops.split(both, 2, axis=-1)
-        hidden = keras.ops.silu(gate) * value
-        return keras.ops.mean(
-            keras.ops.einsum("eti,eih->eth", hidden, self.down), axis=0
-        )
-
-
 def experts(count, width, inner, tokens, rank):
-    """A bank of experts, both of whose weights are adapted."""
+    """KerasHub's bank of Qwen MoE, both of whose weights are adapted."""
+    backbone = keras_hub.models.QwenMoeBackbone(
+        vocabulary_size=2,
+        num_layers=1,
+        num_query_heads=1,
+        num_key_value_heads=1,
+        hidden_dim=2,
+        intermediate_dim=2,
+        moe_intermediate_dim=2,
+        shared_expert_intermediate_dim=2,
+        num_experts=2,
+        top_k=1,
+    )
+    bank = type(backbone.transformer_layers[0].mlp.expert_bank)
 
     def build():
         inputs = keras.Input((width,))
-        layer = Experts(count, inner, name="adapted")
-        return keras.Model(inputs, layer(Scale()(inputs)))
+        outputs = bank(count, width, inner, name="adapted")(Scale()(inputs))
+        return keras.Model(inputs, keras.ops.mean(outputs, axis=0))
 
     x = normal(tokens, width)
     return Work(x, x, frozen_and_adapted(build, rank))

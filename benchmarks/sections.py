@@ -157,9 +157,12 @@ SECTIONS = [
         ),
     ),
     Section(
-        "Training step: kernels that W + delta takes the place of",
-        "Recurrent layers, transposed convolutions, banks of experts, and rows of a "
-        "table (trainable_token_indices), over the same network, frozen.",
+        "Training step: every other weight",
+        "Recurrent layers, transposed convolutions, a bank of experts of KerasHub's, "
+        "and rows of a table (trainable_token_indices), over the same network, "
+        "frozen. PEFT adapts the same matrices by target_parameters, in the experts "
+        "of transformers' Mixtral, all of which every token goes through as in "
+        "KerasHub.",
         [
             ("LSTM, 256 units, 64 steps", training.step, "recurrent", (256, 64, 8), 15),
             (
@@ -173,7 +176,7 @@ SECTIONS = [
             ("Conv2DTranspose, 256", training.step, "transposed", (256, 8, 8), 15),
             (
                 "8 experts, 512 x 1024, 512 tokens",
-                training.step,
+                training.experts,
                 "experts",
                 (8, 512, 1024, 512, 8),
                 8,

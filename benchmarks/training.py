@@ -4,6 +4,8 @@ import loralib
 import peft
 import tensorflow as tf
 import torch
+import transformers
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from benchmarks import networks
 from benchmarks.networks import normal
@@ -134,6 +136,38 @@ def dense(network, arguments, rounds):
         "PEFT": torch_step(peft.get_peft_model(linear(), config), x, x),
     }
     return found | ratios(steps, "torch floor", rounds)
+
+
+def experts(network, arguments, rounds):
+    """The same, and PEFT over a bank of transformers, which all tokens go through."""
+    count, width, inner, _, rank = arguments
+    config = transformers.MixtralConfig(
+        hidden_size=width,
+        intermediate_size=inner,
+        num_local_experts=count,
+        num_experts_per_tok=count,
+    )
+    x = networks.normal(arguments[3], width)
+
+    class Bank(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = MixtralExperts(config)
+            for parameter in self.parameters():
+                torch.nn.init.normal_(parameter, std=0.02)
+
+        def forward(self, x):
+            chosen = torch.arange(count).expand(len(x), count)
+            return self.experts(x, chosen, torch.full(chosen.shape, 1 / count))
+
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    lora = peft.LoraConfig(r=rank, target_modules=[], target_parameters=names)
+    theirs = {
+        "torch floor": torch_step(Bank().requires_grad_(False), x, x),
+        "PEFT": torch_step(peft.get_peft_model(Bank(), lora), x, x),
+    }
+    found = step("experts", arguments, rounds)
+    return found | ratios(theirs, "torch floor", rounds)
 
 
 def fused(network, arguments, rounds):

@@ -6,7 +6,10 @@ from layer_cases import to_numpy
 
 
 def gradients(layer, inputs, weights, training=True, compiled=False):
-    """d sum(weights * layer(inputs)) by A, B, DoRA's m and float inputs."""
+    """d sum(weights * layer(inputs)) by A, B, DoRA's m and float inputs.
+
+    Of a plain layer by its weights.
+    """
     backend = _BACKENDS[keras.backend.backend()]
     return backend(layer, inputs, weights, training, compiled)
 
@@ -16,6 +19,9 @@ def factors(layer):
 
 
 def factor_variables(layer):
+    """Those of its adapters, or of a plain layer all its weights."""
+    if not hasattr(layer, "loras"):
+        return layer.trainable_variables
     adapters = layer.loras.values()
     return [x for adapter in adapters for x in adapter.named_factors().values()]
 

@@ -1254,7 +1254,44 @@ FAULTS = {
             "test_laws.py -k 'toggling and recurrent-lstm'",
         ),
     ],
+    "layers/experts.py": [
+        (
+            "return outputs + ops.cast(more, outputs.dtype)",
+            "return outputs",
+            "test_experts.py -k 'both_paths and QwenMoe'",
+        ),
+        (
+            "args = [x.whole() if isinstance(x, Stack) else x for x in args]",
+            "args = [0 if isinstance(x, Stack) else x for x in args]",
+            "test_experts.py -k does_otherwise",
+        ),
+        (
+            "or lora.stand_in is not None",
+            "",
+            "test_experts.py -k 'both_paths and QwenMoe'",
+        ),
+        (
+            "or not adds",
+            "",
+            "test_experts.py -k dora",
+        ),
+        (
+            "and rows not in outputs",
+            "",
+            "test_experts.py -k another_kind",
+        ),
+        (
+            "# Keras then says whether a call is one of training.",
+            "return",
+            "test_experts.py -k 'size and QwenMoe and float32'",
+        ),
+    ],
     "layers/substituted.py": [
+        (
+            "if not places or kept_for != [adapters, weights_at(self, places)]:",
+            "if not places:",
+            "test_every_weight.py -k stand_elsewhere",
+        ),
         (
             "ops.transpose(product, np.argsort(order).tolist())",
             "ops.reshape(product, sizes)",

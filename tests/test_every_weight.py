@@ -157,6 +157,20 @@ def test_one_adapted_weight_is_the_layers_adapter():
         _ = model.layers[0].nothing
 
 
+def test_weights_that_stand_elsewhere_are_found_again():
+    model, x = own_model(), rows()
+    keras_lora.apply_lora(model, rank=2, target=["own"])
+    filled(model)
+    layer = model.layers[0]
+    layer(x)  # and remembers where its weights stand
+    vars(layer)["listed"] = layer.listed[::-1]
+    values = values_of(layer)
+    for name, lora in layer.loras.items():
+        values[name] = values[name] + delta(lora, values[name].shape)
+    values["listed0"], values["listed1"] = values["listed1"], values["listed0"]
+    assert_close(layer(x), layer.numpy(x, values))
+
+
 def test_registered_axes():
     class Turned(L.Layer):
         def build(self, input_shape):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import keras
 import numpy as np
 import pytest
+from gradients import factors
 from layer_cases import Case
 from layer_cases import to_numpy
 
@@ -94,7 +95,7 @@ def training_step(layer, inputs):
             if x.dtype.is_floating:
                 tape.watch(x)
             loss = tf.reduce_sum(layer(x, training=True) ** 2)
-        sources = [v.value for v in layer.lora.named_factors().values()]
+        sources = factors(layer)
         if x.dtype.is_floating:
             sources.append(x)
         return tape.gradient(loss, sources)

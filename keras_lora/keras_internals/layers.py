@@ -260,16 +260,6 @@ def layer_state(layer):
     return list(layer._trainable_variables), others
 
 
-def made_by(tensor):
-    """The operation that made a symbolic tensor, and the tensors that it made it of.
-
-    Keras's public `Model.operations` do not say which of them makes the outputs.
-    """
-    history = tensor._keras_history
-    node = history.operation._inbound_nodes[history.node_index]
-    return history.operation, node.input_tensors
-
-
 # Where Keras lists what a layer holds, under no names of its own.
 VARIABLE_LISTS = ("_trainable_variables", "_non_trainable_variables", "_layers")
 

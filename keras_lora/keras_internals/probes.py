@@ -84,7 +84,8 @@ def class_changes() -> bool:
 def tensors_know_their_operation() -> bool:
     tensor = keras.Input((1,), name="sample")
     history = getattr(tensor, "_keras_history", None)
-    return hasattr(getattr(history, "operation", None), "_inbound_nodes")
+    [node] = getattr(history, "operation", None)._inbound_nodes
+    return hasattr(node, "arguments") and node.outputs[0] is tensor
 
 
 def variables_learn_to_train() -> bool:

@@ -15,6 +15,8 @@ from keras_lora.layers.conv import LoRAConv3D
 from keras_lora.layers.dense import LoRADense
 from keras_lora.layers.einsum_dense import LoRAEinsumDense
 from keras_lora.layers.embedding import LoRAEmbedding
+from keras_lora.layers.experts import Experts
+from keras_lora.layers.experts import is_bank
 from keras_lora.layers.host_checks import refuse_bound_functions
 from keras_lora.layers.host_checks import refuse_constraint
 from keras_lora.layers.host_checks import refuse_keras_adapter
@@ -163,6 +165,7 @@ def substituted_class(cls, weight):
     weight: Its only weight that can be adapted, or None: it has several.
     """
     mixin = SeveralWeights if weight is None else SubstitutedLayer
+    mixin = Experts if is_bank(cls) else mixin
     axes = [AXES[base] for base in reversed(cls.__mro__) if base in AXES]
     attributes = {
         "plain_class": cls,

@@ -13,6 +13,7 @@ from keras_lora.keras_internals.classes import like_method
 from keras_lora.keras_internals.classes import value_at
 from keras_lora.keras_internals.layers import attach
 from keras_lora.keras_internals.layers import weight_places
+from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.form import LowRankForm
 from keras_lora.layers.form import same
 from keras_lora.layers.host_checks import refuse_bound_functions
@@ -54,9 +55,13 @@ def weight_form(sizes, axes, rank) -> LowRankForm:
     )
 
     def compose(a, b):
-        a = ops.reshape(a, (*stack, math.prod(rows), a.shape[-1]))
-        b = ops.reshape(b, (*stack, a.shape[-1], math.prod(columns)))
-        product = ops.reshape(ops.matmul(a, b), (*stack, *rows, *columns))
+        if len(rows) != 1:
+            a = ops.reshape(a, (*stack, math.prod(rows), a.shape[-1]))
+        if len(columns) != 1:
+            b = ops.reshape(b, (*stack, b.shape[len(stack)], math.prod(columns)))
+        product = ops.matmul(a, b)
+        if len(rows) != 1 or len(columns) != 1:
+            product = ops.reshape(product, (*stack, *rows, *columns))
         if order == sorted(order):
             return product
         return ops.transpose(product, np.argsort(order).tolist())
@@ -103,15 +108,19 @@ class SubstitutedSite(Site):
             axes = self.lora_class.axes_of(self.weight_name, ndim)
         return weight_form(self.kernel_shape, axes, rank)
 
+    @property
+    def dtype_in_call(self):
+        """The dtype in which the call reads W."""
+        place = self.lora.kernel_place
+        casts = place is None or place.autocast
+        return self.kernel_owner().compute_dtype if casts else self.kernel_dtype
+
     def kernel_in_call(self):
         """What the call computes with in the place of W."""
-        lora, place = self.lora, self.lora.kernel_place
+        lora = self.lora
         kernel = ops.stop_gradient(self.base_kernel(lora.variable_dtype))
         kernel = (lora.stand_in or lora).effective_kernel(kernel)
-        casts = place is None or place.autocast
-        return ops.cast(
-            kernel, self.kernel_owner().compute_dtype if casts else self.kernel_dtype
-        )
+        return ops.cast(kernel, self.dtype_in_call)
 
 
 class WeightSite(SubstitutedSite):
@@ -188,6 +197,17 @@ class WeightSite(SubstitutedSite):
         return hash((id(self.lora_layer()), self.weight_name))
 
 
+def weights_at(layer, places):
+    """Which variables stand at some places of a layer; None where one does not."""
+    try:
+        return [id(value_at(layer, keys)[1]) for keys in places.values()]
+    except (AttributeError, LookupError):
+        return None
+
+
+KEPT = "_kept_places"
+
+
 def attribute(weight):
     """Where a layer of several weights holds the adapter of one."""
     return f"lora_{weight.replace('/', '_')}"
@@ -248,9 +268,19 @@ class SubstitutedLayer(SubstitutedSite, LoRALayer):
     def in_all_linear(self):
         return self.weight_name in self.linear_weights
 
+    def kept_places(self) -> dict:
+        """`places_of`, kept while adapters and weights are the same ones."""
+        adapters = [n for n, x in vars(self).items() if isinstance(x, LowRankAdapter)]
+        places, *kept_for = vars(self).get(KEPT, ({}, [], []))
+        if not places or kept_for != [adapters, weights_at(self, places)]:
+            places = self.places_of(self)
+            # Not as an attribute, which Keras and torch would track.
+            vars(self)[KEPT] = places, adapters, weights_at(self, places)
+        return places
+
     @property
     def kernel_keys(self):
-        return self.places_of(self)[self.kernel_name]
+        return self.kept_places()[self.kernel_name]
 
     @property
     def frozen_kernel(self):
@@ -286,7 +316,7 @@ class SeveralWeights(SubstitutedLayer):
     kernel_name = None
 
     def sites(self) -> dict:
-        places = self.places_of(self) or dict.fromkeys(self.adapted_weights)
+        places = self.kept_places() or dict.fromkeys(self.adapted_weights)
         sites = {
             name: WeightSite(self, name, keys, type(self))
             for name, keys in places.items()

@@ -6,7 +6,7 @@ import re
 
 import keras
 
-from keras_lora.keras_internals.layers import made_by
+from keras_lora.keras_internals.operations import made_by
 from keras_lora.layers.kinds import layer_of
 
 # Layers between the last kernel and the model's outputs that hold no kernel.
