@@ -66,7 +66,7 @@ def generator_of(adapter):
     if generator is None and inside_remat():
         raise ValueError(
             "An adapter with dropout is called inside of keras.remat(function), which "
-            "would drop other inputs when the function is computed once more. Make the "
+            "would drop different inputs when it runs the function again. Make the "
             "layers in a keras.RematScope, or set dropout=0."
         )
     return generator or adapter.seed_generator
