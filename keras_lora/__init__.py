@@ -57,7 +57,7 @@ if not is_command():
 
 
 def __getattr__(name):
-    """What was left out for the command; a user's module may ask for it there."""
+    """Loads what was left out for the command, if a user's module asks for it."""
     if name not in __all__ or name in globals():
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     importlib.reload(sys.modules[__name__])

@@ -287,7 +287,7 @@ def refused(folder, match=None, adapted_already=False):
         ({"target_modules": None}, "target_modules"),
         ({"target_modules": 3}, "target_modules"),
         ({"modules_to_save": "head"}, "modules_to_save"),
-        ({"modules_to_save": ["nothing"]}, "'nothing', which is no layer"),
+        ({"modules_to_save": ["nothing"]}, "'nothing', which is the name of no layer"),
         ({"fan_in_fan_out": "yes"}, "fan_in_fan_out must be a Boolean"),
         ({"target_parameters": "experts"}, "target_parameters must be a list"),
         ({"task_type": 3}, "task_type must be a name"),

@@ -72,7 +72,7 @@ def test_kernel_constraint(case):
 
 @over_kinds
 def test_enable_lora(case):
-    with pytest.raises(ValueError, match="brings its own adapter"):
+    with pytest.raises(ValueError, match="has an adapter of its own"):
         case.layer().enable_lora(4)
 
 
@@ -140,8 +140,11 @@ def test_unbuilt_model(load):
 
 
 WRONG_TARGETS = {
-    "object": (lambda model: model.layers[-1], "the layer 'out' itself: give its path"),
-    "objects": (lambda model: [model.layers[-1]], "the layer 'out' itself"),
+    "object": (
+        lambda model: model.layers[-1],
+        "the layer object 'out': give",
+    ),
+    "objects": (lambda model: [model.layers[-1]], "the layer object 'out'"),
     "function": (
         lambda model: lambda layer: True,
         r"of (path, layer). Received one of",

@@ -279,7 +279,7 @@ def test_a_folder_that_changed_is_not_trained(tmp_path):
     bank = AdapterBank(network(), {"a": tmp_path / "a"})
     assert bank.adapter("a") == adapters["a"]
     adapters["b"].save(tmp_path / "a")
-    with pytest.raises(ValueError, match="another adapter than when"):
+    with pytest.raises(ValueError, match="a different adapter than when"):
         bank.adapter("a")
 
 

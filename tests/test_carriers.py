@@ -296,11 +296,11 @@ def test_an_adapter_without_its_layer_is_an_error_that_says_so(tmp_path):
 def test_old_h5_files_are_refused(adapted, tmp_path):
     (tmp_path / "old.h5").write_text("an earlier model")
     for name in ("model.h5", "model.hdf5", "old.h5"):
-        with pytest.raises(ValueError, match=r"\.h5 format cannot hold"):
+        with pytest.raises(ValueError, match=r"\.h5 format cannot store"):
             adapted.save(tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == ["old.h5"]
     assert (tmp_path / "old.h5").read_text() == "an earlier model"
-    with pytest.raises(ValueError, match=r"\.h5 format cannot hold"):
+    with pytest.raises(ValueError, match=r"\.h5 format cannot store"):
         keras.saving.save_model(adapted, tmp_path / "model.h5")
 
 

@@ -180,7 +180,7 @@ def test_settings_that_change_the_mathematics_are_refused(key, value, found):
     folder, model, _ = found
     config = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps(config | {key: value}))
-    refused(model, folder, f"{key}=.*changes what the factors mean")
+    refused(model, folder, f"{key}=.*changes the meaning of the factors")
 
 
 def test_other_settings_are_named_in_one_warning(found):

@@ -342,7 +342,7 @@ def test_a_target_among_others_that_means_nothing_is_named(tmp_path):
 
 def test_heads_that_the_file_does_not_have(tmp_path):
     write(tmp_path, modules_to_save=["head", "score"])
-    match = "modules_to_save names 'head', 'score', which is no layer"
+    match = "modules_to_save has 'head', 'score', which is the name of no layer"
     refused(lambda m: keras_lora.load_adapter(m, tmp_path), match)
 
 

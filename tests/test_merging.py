@@ -251,7 +251,7 @@ def test_unbuilt_layer_is_an_error():
 def test_quantize_works_once_merged():
     model = trained(sequential)
     layer = adapted_sites(model)[0]
-    with pytest.raises(ValueError, match="beside a kernel in 'float8'"):
+    with pytest.raises(ValueError, match="over a kernel in 'float8'"):
         layer.quantize("float8")
     before = predict(model)
     keras_lora.merge_lora(model)

@@ -147,7 +147,7 @@ def test_a_warning_says_that_models_that_were_frozen_are_not_seen(monkeypatch):
     monkeypatch.setattr(models_around, "gc", gc)  # which conftest.py has replaced
     monkeypatch.setattr(models_around.WARNED_AT, "count", gc.get_freeze_count())
     gc.freeze()  # as servers do before they fork
-    with pytest.warns(UserWarning, match="hides models .*Compile them again"):
+    with pytest.warns(UserWarning, match="hides the models .*Compile them again"):
         keras_lora.apply_lora(found[INNER], rank=2, target=["shared"])
     assert gc.get_freeze_count() > 0  # the user's own: it stays
     keras_lora.remove_lora(found[INNER])

@@ -231,7 +231,7 @@ def test_a_prefix_between_a_file_and_a_model_is_named(written, names, tmp_path):
     model = build()
     keras_lora.apply_lora(model, rank=2, target=["attn_1/to_q"])
     keras_lora.save_adapter(model, tmp_path, names=written)
-    with pytest.raises(ValueError, match=f"All of the file's.*{names}") as error:
+    with pytest.raises(ValueError, match=f"The file's names are.*{names}") as error:
         keras_lora.load_adapter(build(), tmp_path)
     shown = str(error.value).partition("names=")[2].partition(" `names`")[0]
     found = eval(shown.rstrip("."))  # what the error says is what a user writes

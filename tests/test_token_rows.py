@@ -191,7 +191,7 @@ def test_ids_that_are_none(given, message):
 
 
 def test_a_table_is_a_target_or_has_rows():
-    with pytest.raises(ValueError, match="W cannot have an update and other rows"):
+    with pytest.raises(ValueError, match="a table cannot have both an update and rows"):
         keras_lora.apply_lora(
             tied(), target=["token_embedding"], trainable_token_indices=IDS
         )

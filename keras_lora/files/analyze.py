@@ -38,7 +38,7 @@ class Update(NamedTuple):
     singular_values: np.ndarray
 
     def effective_rank(self, energy: float = 0.99) -> int:
-        """How many singular values hold this share of the sum of their squares."""
+        """How many singular values account for this share of the sum of squares."""
         return effective_rank(self.singular_values, energy)
 
 
@@ -75,7 +75,7 @@ class Analysis(Table, Sequence):
             ]
             for row in self
         ]
-        line = "90%, 99%: how many singular values hold that share of their squares."
+        line = "90%, 99%: how many singular values have that share of the squares' sum."
         return f"Updates of {self.name}", head, rows, [line, *self.notes]
 
     def plot(self, path):
@@ -95,9 +95,9 @@ def analyze(source: "keras.layers.Layer | Adapter | str | os.PathLike") -> Analy
     """Computes the singular values of every update scaling * A @ B.
 
     They say how far a layer has moved, absolutely and relative to its W, and how much
-    of its rank it uses. If two of eight singular values hold 99% of the squares, rank
-    2 is enough, and `combine_adapters([adapter], energy=0.99)` reduces to it. The
-    updates themselves are not formed, except for convolutions with
+    of its rank it uses. If two of eight singular values make up 99% of the sum of
+    squares, rank 2 is enough, and `combine_adapters([adapter], energy=0.99)` reduces to
+    it. The updates themselves are not formed, except for convolutions with
     factorization="loralib".
 
     A kernel is taken as the matrix that multiplies the inputs of one output. A stack
@@ -150,9 +150,9 @@ def of_adapter(adapter, name):
 
 
 def notes_of(methods) -> list:
-    """What the rows do not show of what methods train."""
+    """Notes on what methods train and the rows do not show."""
     return [
-        f"With {method.keyword}: rows are of scaling * A @ B, and not of "
+        f"With {method.keyword}: the rows show scaling * A @ B, without "
         f"{method.beside_update}."
         for method in dict.fromkeys(methods)
         if method.beside_update
@@ -180,13 +180,13 @@ def core(left, right):
 
 
 def singular_values(left, right):
-    """Of left @ right, the largest first; of a stack of them, those of all."""
+    """Singular values of left @ right, or of all in a stack, the largest first."""
     values = np.linalg.svd(core(left, right)[1], compute_uv=False)
     return np.sort(values, axis=None)[::-1]
 
 
 def effective_rank(values, energy):
-    """How many of the largest values hold this share of the sum of squares."""
+    """How many of the largest values account for this share of the sum of squares."""
     sums = np.cumsum(np.square(values))
     if not len(sums) or sums[-1] == 0:
         return 0
@@ -296,7 +296,7 @@ def check_adapter(
     engine: str = "vllm",
     max_lora_rank: int = 16,
 ) -> list:
-    """Says what a serving engine would refuse in an adapter, or read otherwise.
+    """Returns what a serving engine would refuse in an adapter, or read differently.
 
     Args:
         adapter: A folder, or an `Adapter`.
@@ -304,8 +304,8 @@ def check_adapter(
         max_lora_rank: What the server is started with.
 
     Returns:
-        A list of sentences; an empty one means that nothing speaks against it. It
-        says nothing about which modules of a model the engine can adapt.
+        A list of sentences, empty if no problem was found. They
+        say nothing about which modules of a model the engine can adapt.
 
     Raises:
         ValueError: If the engine is unknown, or the adapter is damaged.

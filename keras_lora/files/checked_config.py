@@ -51,9 +51,9 @@ def checked_config(file):
     for key in REFUSED:
         if file.get(key) and key not in METHODS:
             raise ValueError(
-                f"{CONFIG} has {key}={file[key]!r}, which changes what the factors "
-                "mean and is not read. In PEFT, merge the adapter into its base model, "
-                "or train one without it."
+                f"{CONFIG} has {key}={file[key]!r}, which changes the meaning of the "
+                "factors and is not supported. In PEFT, merge the adapter into its "
+                "base model, or train one without it."
             )
     start = file.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower().startswith(
@@ -142,7 +142,7 @@ def is_list_of(values, kind):
 
 
 def checked_file_alpha(alpha):
-    """JSON's numbers have no limits, the scaling here is a float32."""
+    """Refuses an alpha that float32 cannot represent; JSON's numbers have no limits."""
     if is_number(alpha) and not 1e-37 < alpha < 3e38:
         raise ValueError(
             f"{CONFIG}: lora_alpha must be a finite number > 0, in float32 too. "

@@ -98,7 +98,7 @@ class AdapterCheckpoint(keras.callbacks.Callback):
             print(f"\nEpoch {epoch + 1}: {what}")
 
     def _is_best(self, logs):
-        """Keras's own callbacks know from the compiled metrics which way is up."""
+        """Whether the value is the best so far; Keras knows the metrics' direction."""
         if self._watch is None:
             self._watch = self._watcher(self.mode)
         try:

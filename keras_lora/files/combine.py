@@ -32,15 +32,15 @@ def combine_adapters(
     energy: float | None = None,
     heads: int | str | Path | None = None,
 ) -> Adapter:
-    """The adapter whose updates are weighted sums of those of others.
+    """Returns an adapter whose updates are weighted sums of those of others.
 
         delta = sum over i of weights[i] * delta_i
 
-    Exactly, with the factors side by side: A = [A_1; A_2; ...], and B likewise with
-    weights and scalings in it, so that the ranks add up. With `rank` or `energy` each
-    sum is cut to the nearest update of a lower rank (its singular value
-    decomposition), and `.errors` of the result says what that lost. Of one adapter
-    that is how to make it smaller: `combine_adapters([adapter], energy=0.99)`.
+    The sum is exact: A = [A_1; A_2; ...] has the factors of all adapters, and so has B,
+    with their weights and scalings, so that the ranks add up. With `rank` or `energy`
+    each sum is cut to the nearest update of a lower rank (its singular value
+    decomposition), and `.errors` of the result says what that lost. A single adapter is
+    made smaller in the same way: `combine_adapters([adapter], energy=0.99)`.
 
     Args:
         adapters: Folders, or `Adapter` values.
@@ -57,7 +57,7 @@ def combine_adapters(
 
     Returns:
         An `Adapter`: `.save(directory)` writes it, and `load_adapter(model, adapter)`
-        takes it. What the adapters trained in full goes along unweighted.
+        takes it. What the adapters trained in full is kept without a weight.
 
     Raises:
         ValueError: If there is no adapter, the weights do not fit, `rank` and
@@ -84,8 +84,8 @@ def combine_adapters(
     modules = [module for file in files for module in file.factors]
     if len(files) > 1 and len(set(modules)) == len(modules):
         warn_caller(
-            "The adapters have no module in common: the result fits a model that has "
-            f"those of all, {listed(sorted(modules), most=4)}."
+            "The adapters have no module in common. The result fits a model that has "
+            f"all of their modules, {listed(sorted(modules), most=4)}."
         )
     for file in files:
         for found in file.factors.values():
@@ -147,9 +147,9 @@ def combine_adapters(
 def refuse_methods(files):
     for word in [word for file in files for word in file.method]:
         raise ValueError(
-            f"An adapter with {word} is no update that could be added to others. Load "
-            "it into a model and merge it, `merge_lora(model)`; what "
-            "`extract_adapter(base_model, model, rank)` gives can be combined."
+            f"Adapters with {word} cannot be added up. Load the adapter into a model, "
+            "call `merge_lora(model)`, and combine what `extract_adapter(base_model, "
+            "model, rank)` returns."
         )
 
 
@@ -170,7 +170,7 @@ def checked_weights(weights, adapters):
 
 
 def assert_same_shapes(module, pairs):
-    """All but the rank, which is A's first axis and B's second."""
+    """Raises if shapes differ other than in the rank: A's first axis and B's second."""
     first = pairs[0]
     for pair in pairs:
         if pair.low_rank != first.low_rank:
@@ -187,7 +187,7 @@ def assert_same_shapes(module, pairs):
 
 
 def checked_limit(rank, energy):
-    """Singular values -> the rank to cut to; None where nothing is cut."""
+    """Returns a function from singular values to the rank to keep, or None."""
     if rank is not None and energy is not None:
         raise ValueError(
             f"`rank` and `energy` cannot be used together. Received: rank={rank!r}, "

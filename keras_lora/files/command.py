@@ -22,6 +22,7 @@ from keras_lora.files.factors import in_words
 from keras_lora.files.factors import parts_of
 from keras_lora.files.folder import Adapter
 from keras_lora.models.atomic import replacing
+from keras_lora.models.tables import counted
 from keras_lora.models.tables import printable
 
 
@@ -106,7 +107,7 @@ def merge(options):
         write_lines([f"{row.path}: relative error {row.error:.3g}"])
     with replacing(options.output) as new:
         model.save(new)
-    write_lines([f"Merged {len(report)} layers into {options.output}."])
+    write_lines([f"Merged {counted(len(report), 'layer')} into {options.output}."])
     return 0
 
 
@@ -155,7 +156,7 @@ EPILOG = (
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors as the other ones are written, with the same exit status."""
+    """Writes errors like those of the commands, with the same exit status."""
 
     def error(self, message):
         self.exit(1, f"error: {message}. See `{self.prog} --help`.\n")

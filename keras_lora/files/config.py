@@ -79,7 +79,7 @@ EXACT = re.compile(r"\^((?:\\\W|[^\\^$.|?*+(){}\[\]])+)")
 
 
 def pattern(values, usual, parameters: Mapping = MappingProxyType({})):
-    """Keys that mean one module each: module -> value where it is not the usual one.
+    """One key for each module whose value is not the usual one.
 
     parameters: module -> the parameter that PEFT adapts, and looks for by its name.
     """
@@ -152,6 +152,6 @@ def check_targets(config, found):
 def warn_of_unmatched(key, unmatched):
     if unmatched:
         warn_caller(
-            f"{key} has {', '.join(map(repr, unmatched[:5]))}, which means no module "
-            "that there are tensors for."
+            f"{key} has {', '.join(map(repr, unmatched[:5]))}, but the file has no "
+            "tensors for such a module."
         )

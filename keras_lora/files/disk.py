@@ -57,7 +57,7 @@ def belonging_config(directory):
 
 
 def belonging(config, metadata):
-    """Of a save that was interrupted, the settings for the tensors that there are."""
+    """After an interrupted save, the settings that belong to the tensors."""
     if not isinstance(config, dict) or config.get("peft_type") != INTERRUPTED:
         return config
     written = config.get("sha256") == metadata.get("sha256")
@@ -65,7 +65,7 @@ def belonging(config, metadata):
 
 
 def read_together(directory):
-    """Both files as they were at one moment: a writer may be at work."""
+    """Reads both files as they were at one moment, even while one is written."""
     for _ in range(9):
         config = read_config(directory)
         tensors, metadata = read_all(directory)
@@ -89,7 +89,9 @@ def read_all(directory):
     if not isinstance(parts, dict) or not all(
         isinstance(name, str) and Path(name).name == name for name in parts.values()
     ):
-        raise ValueError(f"{INDEX}: weight_map must say a file of the folder for each.")
+        raise ValueError(
+            f"{INDEX}: weight_map must name a file of the folder for each tensor."
+        )
     tensors = {}
     for name in sorted(set(parts.values())):
         found, _ = read_tensors(directory / name)
@@ -117,7 +119,7 @@ def parsed(text):
 
 
 def assert_readable(path, limit=math.inf):
-    """Opening a pipe or a device may wait for ever, or read for ever."""
+    """Raises for pipes and devices, which could be read without end."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise OSError(f"{path} is not a file but a folder, a pipe or a device.")
@@ -154,7 +156,7 @@ UNNAMED = re.compile(r"\.lora_(?:[AB]\.weight|embedding_[AB])$")
 
 
 def adapter_name(tensors):
-    """What an adapter is called in the keys; None where PEFT left it out."""
+    """The adapter's name in the keys; None if PEFT left it out."""
     if any(map(UNNAMED.search, tensors)):
         return None
     names = {match[1] for key in tensors if (match := NAMED.search(key))}
@@ -197,7 +199,7 @@ def magnitude_of_factors(key, tensors):
 
 
 def repeats_untrained(key, adapter, tensors):
-    """Whether it is what PEFT's bias="all" repeats of a head: it was not trained."""
+    """Whether this is the untrained copy of a head that PEFT's bias="all" adds."""
     parts = key.split(".original_module.", 1)
     trained = (".modules_to_save.", f".modules_to_save.{adapter}.", ".")
     return len(parts) == 2 and any(part.join(parts) in tensors for part in trained)
@@ -216,7 +218,7 @@ def digest(tensors, metadata):
 
 
 def checked_metadata(metadata, config, tensors):
-    """What a file of ours says of itself: the ranks of slices, and the starts."""
+    """Metadata of files of keras_lora: the ranks of slices, and starts."""
     if "settings" not in metadata:
         return {}, []
     found = digest(tensors, metadata)

@@ -31,14 +31,14 @@ def extract_adapter(
     rank: int,
     names: str | Mapping | Callable | None = None,
 ) -> Adapter:
-    """The best update of a rank between two models of one architecture.
+    """Returns the best update of a rank between two models of one architecture.
 
         scaling * A @ B = the nearest of rank r to W_tuned - W_base
 
     in the Frobenius norm, by singular value decomposition, for every weight that can
-    be adapted and that differs. What else differs goes along in full, as
-    biases and heads do: a base model that loads the adapter is the tuned model but
-    for what `.errors` of the result says.
+    be adapted and that differs. Everything else that differs, such as
+    biases and heads, is kept in full: a base model that loads the adapter equals the
+    tuned model, up to the errors that `.errors` of the result lists.
 
     Args:
         base_model: A plain Keras model that is built. It is left as it is.
@@ -97,7 +97,9 @@ def extract_adapter(
             updates[name] = a, b
             adapters[site] = {"rank": own_rank}
     if not adapters:
-        raise ValueError("The two models differ in no kernel that could be adapted.")
+        raise ValueError(
+            "No kernel that can be adapted differs between the two models."
+        )
     with adapted(base_model, paths, adapters):
         for module, (a, b) in updates.items():
             lora = base.sites[module].lora

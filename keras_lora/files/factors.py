@@ -247,7 +247,7 @@ def parts_of(adapter, most=math.inf):
 
 
 def totals(adapter, file):
-    """What stands below the rows."""
+    """The lines below the rows."""
     method = ", ".join(["LoRA", *file.method])
     lines = [f"{method}: {in_words(adapter)}"]
     if file.others:

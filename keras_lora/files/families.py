@@ -162,7 +162,7 @@ def rename(module, rules):
 
 
 def prefix_of(key, names):
-    """What stands before one of the names in a tensor's key; None if none is in it."""
+    """The part of a tensor's key before one of the names; None if it has none."""
     parts = key.split(".")
     for start in range(len(parts)):
         for end in range(len(parts) - 1, start, -1):
@@ -172,7 +172,7 @@ def prefix_of(key, names):
 
 
 class Indices(np.ndarray):
-    """What a converter gets in place of a tensor; some round theirs to float16."""
+    """Given to converters instead of a tensor; exact even where they round it."""
 
     def astype(self, dtype, **kwargs):
         return self

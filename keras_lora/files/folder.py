@@ -108,8 +108,7 @@ class Adapter(Table):
         """
         if not isinstance(directory, (str, os.PathLike)):
             raise ValueError(
-                "An adapter is read from the path of its folder. Received: "
-                f"{directory!r}."
+                f"Give the path of an adapter's folder. Received: {directory!r}."
             )
         if other := read_other_format(directory):
             config, tensors = other

@@ -185,8 +185,8 @@ def converted(layer, a, b, module):
     last = len(shape) - 1
     if form.batch_axes or last in form.input_axes:
         raise ValueError(
-            f"Keras's factors of {module!r} have no form of a low rank here: its "
-            f"equation is {layer.equation!r}."
+            f"Keras's factors of {module!r} cannot be written as a low-rank update "
+            f"here: its equation is {layer.equation!r}."
         )
     # Output axes before the last one, heads for example, are A's in Keras.
     heads = [axis for axis in range(last) if axis not in form.input_axes]

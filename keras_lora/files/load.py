@@ -39,8 +39,8 @@ from keras_lora.models.sites import checked_sites
 from keras_lora.models.trainable_flags import trainable_state
 
 OTHER_FILES = (
-    "The processes have read other files under this name. Give all of them the same "
-    "files, on a disk that they share or as copies."
+    "The processes have read different files under this name. Give all of them the "
+    "same files, on a disk that they share or as copies."
 )
 
 
@@ -62,8 +62,8 @@ def load_adapter(
     Heads and biases that trained with another adapter, and that this file does not
     have, get back the values from before that training.
 
-    Where the model lies over several processes of JAX, all of them call, and read the
-    same files.
+    If the model is distributed over several processes of JAX, all of them must make
+    this call, and read the same files.
 
     Args:
         model: A Keras model that is built.
@@ -154,7 +154,7 @@ def load_into(model, paths, adapter, names=None, trainable=True) -> Report:
 
 
 def unread_base_values(layers, values):
-    """The base's own values for what trains beside A and B and the file has not."""
+    """The base's own values for what trains with A and B and is not in the file."""
     read = {id(variable) for variable, _ in values}
     unread = []
     for layer in layers.values():

@@ -88,8 +88,9 @@ def heads_of(names, modules, others):
             heads |= {part: modules[part] for part in slices[module]}
     if names and not heads:  # PEFT names those of other models too, its "score"
         raise ValueError(
-            f"modules_to_save names {', '.join(map(repr, names))}, which is no layer "
-            "that the file has tensors for."
+            f"The file's modules_to_save has {', '.join(map(repr, names))}, which is "
+            "the name of no layer here that the file has tensors for. Map the path of "
+            "the layer to that name with `names`."
         )
     return heads
 
@@ -144,12 +145,12 @@ def prefix_between(factors, able) -> str:
             continue
         if longer == first and {f"{prefix}.{x}" for x in hosts} >= set(factors):
             return (
-                f" All of the file's modules are the model's behind {prefix!r}: "
+                f" The file's names are the model's with {prefix!r} in front: "
                 f'names=lambda path: "{prefix}." + path.replace("/", ".").'
             )
         if longer == module and {f"{prefix}.{x}" for x in factors} <= hosts:
             return (
-                f" All of the file's modules are the model's without {prefix!r}: "
+                f" The file's names are the model's without {prefix!r} in front: "
                 f'names=lambda path: path.replace("/", ".").removeprefix("{prefix}.").'
             )
     return ""
@@ -168,7 +169,7 @@ def refuse_ranks_without_values(factors, modules):
             raise ValueError(
                 f"The file's factors of {module!r}, with shapes {shapes}, are smaller "
                 f"than rank {found.rank} needs for this model's kernel of shape "
-                f"{shape_of(site)}: the adapter is of another model."
+                f"{shape_of(site)}: the adapter belongs to another model."
             )
 
 
@@ -224,7 +225,8 @@ def refuse_changed_slices(file):
             ):
                 raise ValueError(
                     f"{suffix[1:]} of {module!r}, which has no A and B, does not leave "
-                    "the model's kernel as it is: the file is of another base model."
+                    "the model's kernel as it is: the file belongs to another base "
+                    "model."
                 )
 
 
@@ -265,8 +267,9 @@ def checked_values(file):
                 hint = ""
                 if layer.quantization_mode is not None:
                     hint = (
-                        " The layer is quantized, and the file has it as it trained, "
-                        "in float: leave it out with `filters` of `Model.quantize`."
+                        " The layer is quantized, but the file has its float values, "
+                        "trained in full: leave it out with `filters` of "
+                        "`Model.quantize`."
                     )
                 raise ValueError(f"The file has no tensor {key!r}.{hint}")
     for key, value in file.others.items():

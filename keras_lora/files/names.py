@@ -167,17 +167,17 @@ def derived_names(paths, names, model, adapter) -> Modules:
 
 
 def refuse_unnamed(modules, adapters):
-    """An adapter under a name that no module has is one that PEFT passes over."""
+    """Raises for adapters without a module there: PEFT would ignore them."""
     unnamed = sorted(modules.unnamed & adapters.keys())
     if unnamed:
         raise ValueError(
-            f"The layers {unnamed[:5]} have adapters and no module of their own in "
+            f"The layers {unnamed[:5]} have adapters but no module of their own in "
             "transformers. Leave them out with `exclude`, or give `names` as a dict."
         )
 
 
 def refuse_tied_head(model, names, layers):
-    """A tied embedding has another meaning where the names are another framework's.
+    """Raises for a tied embedding, which PEFT adapts differently.
 
     There it changes where tokens are looked up; the head keeps the base's weights.
 

@@ -1,4 +1,4 @@
-"""Adapters in other formats than PEFT's: read where they say the same, else named."""
+"""Adapters in formats other than PEFT's: converted, or named in an error."""
 
 import collections
 import re
@@ -108,8 +108,8 @@ def refuse_other_format(keys, where=TENSORS):
     found, key = format_of(keys)
     if found is not None and found not in PEFT:
         step = found.next_step or (
-            "Such a file is read by itself, where no adapter_config.json with a "
-            "peft_type stands beside it."
+            "Such a file is read only if no adapter_config.json with a peft_type is "
+            "next to it."
         )
         raise ValueError(
             f"{where} has the tensor {key[:200]!r}, which looks like {found.name} "
@@ -118,7 +118,7 @@ def refuse_other_format(keys, where=TENSORS):
 
 
 def read_other_format(path):
-    """(config, tensors) in PEFT's words of a file that says the same in others.
+    """Converts a file of another format: (config, tensors) in PEFT's terms.
 
     None where there is nothing but what PEFT or `save_adapter` writes.
 
@@ -169,8 +169,8 @@ def modules_of(file, tensors, parts) -> dict:
             modules[key.removesuffix(ending)][parts[ending]] = value
     if others:
         raise ValueError(
-            f"{file} has {sorted(others)[:3]} beside its factors, which no LoRA has "
-            "room for. Leave them out, or merge the adapter with its own library."
+            f"{file} has {sorted(others)[:3]} besides its factors, which a LoRA cannot "
+            "store. Leave them out, or merge the adapter with its own library."
         )
     for module, found in modules.items():
         if not {"A", "B"} <= found.keys():
@@ -258,7 +258,7 @@ FLAT = re.compile(r"^lora_[a-z0-9]+_")
 
 
 def module_of(name, modules):
-    """What a file's module is called in a model, where the file has kohya's names."""
+    """The name in a model of a module under kohya's names."""
     if name in modules or not FLAT.match(name):
         return name
     flat = FLAT.sub("", name)

@@ -1,4 +1,4 @@
-"""Regular expressions for names of modules, from files that anybody may have written.
+"""Regular expressions for module names, from files that are not trusted.
 
 `re` tries one way after another, for ever if an expression is made so. What could take
 that long is refused: repeats inside of repeats, and more ways than there is time for.
@@ -55,7 +55,7 @@ class Pattern:
         self.budget = budget
 
     def matches(self, name, part=False):
-        """part: the whole name, or what follows one of its dots."""
+        """Whether it matches the whole name, or what follows one of its dots."""
         if not name.endswith(self.ending):
             return False
         starts = [0, *(dot.end() for dot in re.finditer(r"\.", name) if part)]

@@ -7,7 +7,7 @@ from keras_lora.models.tables import printable
 
 
 def draw(analysis, path):
-    """Left how far each layer has moved, right the singular values it moved by."""
+    """Draws the norm of each layer's update, and the singular values of the updates."""
     figure = new_figure(len(analysis))
     norms, spectra = figure.subplots(1, 2, sharey=True)
     over_kernel = all(row.relative_norm is not None for row in analysis)
@@ -42,7 +42,7 @@ def draw(analysis, path):
 
 
 def draw_sweep(sweep, path):
-    """Left the validation loss after each epoch, right after the last one."""
+    """Draws the validation loss after each epoch, and after the last one."""
     figure = new_figure(len(sweep))
     curves, last = figure.subplots(1, 2)
     names = [printable(row.name) for row in sweep]

@@ -1,4 +1,4 @@
-"""A model's adapter as PEFT's files hold it."""
+"""Writes a model's adapter as PEFT's files."""
 
 import collections
 import itertools
@@ -45,11 +45,11 @@ def save_adapter(
     """Writes what training changed: A, B, trained biases and heads, and settings.
 
     Two files, adapter_config.json and adapter_model.safetensors, as PEFT writes
-    them: for models that PEFT can hold, PEFT loads them. A save that is interrupted
+    them; PEFT loads them into every model that it can adapt. A save that is interrupted
     leaves the old adapter or the new one.
 
-    Where the model lies over several processes of JAX, all of them call: the first
-    writes, and the others return once it has.
+    If the model is distributed over several processes of JAX, all of them must make
+    this call: the first one writes, and the others return once it has.
 
     Args:
         model: A Keras model that holds LoRA layers.
@@ -62,7 +62,7 @@ def save_adapter(
             models of others. Layers that are one module there share a name:
             "qkv[0/3]" is the first third of its outputs. The default writes dots
             for slashes.
-        task_type: What PEFT is to make of the model, such as "SEQ_CLS" or
+        task_type: How PEFT should treat the model, such as "SEQ_CLS" or
             "CAUSAL_LM"; the default is that of the file that was loaded, if any.
         base_model_name_or_path: Where PEFT finds the base model; likewise.
 
@@ -196,7 +196,7 @@ def refuse_unreadable(adapted, others):
 
 
 def refuse_parameters(adapters, parameters):
-    """PEFT adapts a parameter by A and B alone."""
+    """Raises for DoRA of parameters, which PEFT does not have."""
     for module, layer in adapters.items():
         if without_slice(module) in parameters and layer.lora.keyword:
             raise ValueError(
@@ -207,12 +207,13 @@ def refuse_parameters(adapters, parameters):
 
 
 def file_dropout(adapters, parameters):
-    """What a file says: PEFT takes none where it adapts a parameter."""
+    """The dropout for the file: 0 if it adapts a parameter, as PEFT requires."""
     dropout = max([0.0, *(layer.lora.dropout for layer in adapters.values())])
     if dropout and parameters:
         warn_caller(
-            f"The file says lora_dropout=0.0, and not {dropout}: PEFT takes no other "
-            f"where it adapts a parameter, here {sorted(parameters.values())[0]!r}."
+            f"The file says lora_dropout=0.0, and not {dropout}: PEFT supports no "
+            "dropout where it adapts a parameter, here "
+            f"{sorted(parameters.values())[0]!r}."
         )
         return 0.0
     return dropout
@@ -225,13 +226,13 @@ def method_of(adapters) -> dict:
     if len(words) > 1:
         raise ValueError(
             f"The model has adapters of several methods, {sorted(map(str, words))}; a "
-            "file says one for all of them. Merge or remove those of one method."
+            "file can have only one. Merge or remove those of one method."
         )
     return {word: True for word in words if word}
 
 
 def of_unadapted_slices(modules, adapters) -> dict:
-    """What a module's file needs of those of its slices that have no adapter."""
+    """The tensors that a fused module needs for its slices without adapters."""
     tensors = {}
     for module, (names, _) in layouts(adapters).items():
         method = next(type(adapters[name].lora) for name in names if name in adapters)
@@ -249,7 +250,7 @@ def of_unadapted_slices(modules, adapters) -> dict:
 
 
 def trained_beside(modules, adapters):
-    """(module, variable) that train beside the factors, heads with all they have."""
+    """(module, variable) that train with the factors; of heads, all variables."""
     trained = []
     for module, layer in modules.items():
         if isinstance(layer, LowRankAdapter):

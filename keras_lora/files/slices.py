@@ -49,7 +49,7 @@ class Layout(NamedTuple):
         return size == self.total(size // len(self.names))
 
     def rows(self, name, total):
-        """Which of its module's outputs a slice has."""
+        """The indices of a slice's outputs among those of its module."""
         if name in self.places:
             return self.places[name].rows
         size = total // len(self.names)

@@ -1,4 +1,4 @@
-"""What runs now: inside of which call, loop, trace or saving."""
+"""Tells which call, loop, trace or save is running."""
 
 import contextlib
 
@@ -129,7 +129,7 @@ def in_stateless_scope():
 
 
 def traced_for_xla():
-    """Whether TensorFlow compiles what runs now with XLA.
+    """Whether the running code is being compiled with XLA by TensorFlow.
 
     A variable that is made there cannot start from another's value. (In a stateless
     scope, where Keras builds a model symbolically, it is made later.)
@@ -177,7 +177,7 @@ def lies_outside(variable) -> bool:
 
 @contextlib.contextmanager
 def keeping_weights(model):
-    """An error inside one of Keras's loops does not cost a model its weights.
+    """Keeps the model's weights if one of Keras's loops raises on JAX.
 
     On JAX they are taken out of the variables meanwhile, and Keras does not bring them
     back after an error: they are the loop's last ones, or the first ones still.

@@ -39,7 +39,7 @@ def renew_compiled_functions(layers):
 
 
 def bring_weights_back(model):
-    """On JAX, the weights of a model lie outside of it while Keras's loops run it.
+    """Puts the weights back that Keras's loops on JAX have taken out of models.
 
     Whichever model of those that hold the layers runs, they get them back; a loop
     reads them again after each of its callbacks.
@@ -73,9 +73,9 @@ def compile_all_again(layers) -> list:
         except Exception as error:  # whatever a user's optimizer raises
             renewed[id(old)] = None
             notes.append(
-                f"{layer.name!r} is not compiled any more: its "
-                f"{type(old).__name__} cannot be made anew for other variables "
-                f"({type(error).__name__}: {error}). Call `compile` again."
+                f"{layer.name!r} is no longer compiled: its {type(old).__name__} "
+                f"cannot be created again for other variables ({type(error).__name__}: "
+                f"{error}). Call `compile` again."
             )
     # Up to here nothing has changed; from here on nothing can fail.
     for layer in compiled:
@@ -101,7 +101,7 @@ class TrainingRefused:
 
 @contextlib.contextmanager
 def refusing_to_train(model, why):
-    """`fit` and `train_on_batch` of a model, and of live ones around, are refused."""
+    """Refuses `fit` and `train_on_batch` of a model and of live ones around it."""
     models = [layer for layer in holders(model) if isinstance(layer, keras.Model)]
     with CHANGING_REFUSALS:
         for each in models:

@@ -81,7 +81,7 @@ def put(variable, value):
 
 @contextlib.contextmanager
 def own_strategy(model):
-    """Variables that are made inside lie as those of the model do.
+    """Creates variables in the same strategy as the model's.
 
     Keras trains a model by the strategy of `tf.distribute` that it was built in.
 

@@ -1,4 +1,4 @@
-"""Variables that are read and are no weights, which TensorFlow has to find."""
+"""Variables that layers read but that are not weights; TensorFlow has to find them."""
 
 import json
 
@@ -8,7 +8,7 @@ from keras import ops
 
 
 class HiddenVariable:
-    """A variable that a layer reads, and that is none of its weights.
+    """A variable that a layer reads, but that is not one of its weights.
 
     Keras tracks what attributes hold; it does not look into this object.
     """
@@ -27,7 +27,7 @@ class HiddenVariable:
         )
 
     def passed_by_jax(self):
-        """JAX passes state by hand, and what is not passed becomes a constant."""
+        """The variable, if JAX has to pass it; otherwise it would become a constant."""
         on_jax = keras.backend.backend() == "jax"
         return [self.variable] if on_jax and self.variable is not None else []
 

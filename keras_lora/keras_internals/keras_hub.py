@@ -74,7 +74,7 @@ def stand_in(backbone_class, config):
 
 
 def add_absent_parts(copy):
-    """Gives a stand-in what it may be without and some converters do not ask for.
+    """Adds absent parts that some converters read without checking for them.
 
     Returns:
         Whether there was anything.
@@ -122,7 +122,7 @@ class Absent:
 
 
 class Loader:
-    """In the place of KerasHub's loader of safetensors."""
+    """Replaces KerasHub's loader of safetensors."""
 
     safetensor_config = prefix = preset = None
 
@@ -145,7 +145,7 @@ class Loader:
 
 
 class Config(dict):
-    """In the place of transformers' config.json: what the backbone says of itself."""
+    """Replaces transformers' config.json with what the backbone says about itself."""
 
     def __init__(self, family, backbone):
         if getattr(backbone, "vision_encoder", self) is None:

@@ -48,7 +48,7 @@ def drop_float_kernel(layer):
 
 @contextlib.contextmanager
 def listed_instead(layer, old, new):
-    """A layer lists another variable among its weights; its call goes on as it was."""
+    """Makes a layer list another variable among its weights, for a while."""
     lists = (layer._trainable_variables, layer._non_trainable_variables)
     tracked = next(x for x in lists if any(v is old for v in x))
     replace(tracked, old, new)

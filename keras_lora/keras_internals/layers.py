@@ -55,7 +55,7 @@ def freeze(layer, variable):
 
 
 def mark_frozen(variable, frozen=True):
-    """Says of a variable that it is the frozen kernel of an adapter."""
+    """Marks a variable as the frozen kernel of an adapter."""
     variable.lora_frozen = frozen
 
 
@@ -64,7 +64,7 @@ def is_frozen_kernel(variable) -> bool:
 
 
 def assign_outside_calls(variable, value):
-    """In the place of a frozen kernel's `assign`, for wrappers that would move W."""
+    """Replaces a frozen kernel's `assign`: wrappers must not change W in a call."""
     if in_a_call():
         raise ValueError(
             f"A layer assigns to {variable.path!r} in its call, which is the frozen "

@@ -36,9 +36,9 @@ def live_models() -> list:
     if gc.get_freeze_count() > WARNED_AT.count:  # what is deleted lowers it
         WARNED_AT.count = gc.get_freeze_count()
         warn_caller(
-            "gc.freeze() was called, and hides models that were made before it: those "
-            "that share layers with this one may go on with functions that were traced "
-            "before this change. Compile them again."
+            "gc.freeze() was called, which hides the models made before it: if they "
+            "share layers with this one, they may still use functions that were "
+            "traced before this change. Compile them again."
         )
     # By type, as there are millions of objects.
     wanted = subclasses(keras.Model)

@@ -1,4 +1,4 @@
-"""Optimizers for other variables than they were built for."""
+"""Creates optimizers like a given one for other variables."""
 
 import keras
 
@@ -7,7 +7,7 @@ from keras_lora.keras_internals.layers import name_scopes
 
 
 def renewed_optimizer(optimizer, variables):
-    """The optimizer itself where it has no state yet, else one like it without.
+    """Returns the optimizer itself if it has no state yet, else a copy without state.
 
     Not by way of `from_config`: the configuration of an optimizer leaves out what was
     called on it (`exclude_from_weight_decay`), and schedules, callables and
@@ -108,7 +108,7 @@ def is_register(value) -> bool:
 
 
 def replace_optimizer(model, optimizer):
-    """Past Keras's and TensorFlow's tracking, as `compile` itself does it."""
+    """Replaces a model's optimizer without Keras's and TensorFlow's tracking."""
     old = model.optimizer
     config = getattr(model, "_compile_config", None)
     if old is not optimizer:

@@ -1,4 +1,4 @@
-"""What this package uses of Keras that is not public: one table, with a probe each.
+"""Private names of Keras that this package uses: one table, with a probe for each.
 
 The probes run once, when the package is imported (those of KerasHub when it is first
 asked), and make no array. Where one fails, what needs the name refuses before it

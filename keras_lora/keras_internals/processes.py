@@ -1,4 +1,4 @@
-"""What several processes that hold one model do together: JAX has such models."""
+"""What several processes do together if a model is distributed over them, as on JAX."""
 
 import json
 
@@ -51,8 +51,8 @@ def exchange(message, seconds) -> list:
         client.key_value_delete(key)  # of a meeting that may be held again
         raise RuntimeError(
             f"Process {process} has waited {seconds} seconds for the others. The model "
-            "lies over several processes: all of them have to make each call of "
-            "keras_lora, in the same order. Nothing was changed."
+            "is distributed over several processes: all of them have to make each "
+            "call of keras_lora, in the same order. Nothing was changed."
         ) from error
     Meetings.count += 1
     said = dict(client.key_value_dir_get(f"{meeting}/"))

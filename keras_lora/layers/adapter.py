@@ -194,7 +194,7 @@ class LowRankAdapter(Scaled, AdapterFiles, keras.layers.Layer):
         return host.apply_kernel(inputs, kernel)
 
     def effective_kernel(self, kernel):
-        """W + delta, in the adapter's dtype: the kernel that stands for both."""
+        """W + delta, in the adapter's dtype."""
         return ops.add(ops.cast(kernel, self.variable_dtype), self.delta())
 
     def low_rank_outputs(self, host, inputs, training):
@@ -209,14 +209,14 @@ class LowRankAdapter(Scaled, AdapterFiles, keras.layers.Layer):
         return outputs + ops.cast(host.form.bypass(dropped, a, b), dtype)
 
     def for_bank(self) -> tuple:
-        """What a bank keeps of it: A, scaling * B, and gain or None.
+        """What a bank stores of the adapter: A, scaling * B, and gain or None.
 
             y = gain * (linear(x, W) + linear(x, A) @ (scaling * B))
 
         with the gain in the shape of the kernel's other axes.
         """
         if type(self).effective_kernel is not LowRankAdapter.effective_kernel:
-            raise ValueError(f"{type(self).__name__} cannot be one of a bank's.")
+            raise ValueError(f"{type(self).__name__} cannot be used in an AdapterBank.")
         return (*self.factors(self.variable_dtype), None)
 
     def dropped(self, inputs):

@@ -36,10 +36,10 @@ class AdapterFiles(MethodFiles):
         values = {key: store[key] for key in store.keys()}  # noqa: SIM118
         if not values:
             raise ValueError(
-                f"The file has no A and B for {self.path!r}: it is of a plain layer, "
-                "as merge_lora and remove_lora leave it, and the model that loads it "
-                "makes a LoRA layer. Build the model, call merge_lora on it too, and "
-                "load the file by load_weights."
+                f"The file has no A and B for {self.path!r}: it was saved from a plain "
+                "layer, for example after merge_lora or remove_lora, but the model "
+                "that loads it has a LoRA layer there. Build the model, call "
+                "merge_lora on it too, and load the file with load_weights."
             )
         if "alpha" in values:
             alpha = values.pop("alpha")[()]

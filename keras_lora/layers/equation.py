@@ -31,7 +31,7 @@ class SplitEquation(NamedTuple):
         lead, _, trail = self.outputs.rpartition("...")
         if any(axis in lead for axis in own):
             raise ValueError(
-                f"The kernel's axes of outputs {self.outputs!r} stand before '...'."
+                f"The kernel's axes of outputs {self.outputs!r} come before '...'."
             )
         value = ops.transpose(value, [own.index(axis) for axis in trail if axis in own])
         for place, axis in enumerate(trail):

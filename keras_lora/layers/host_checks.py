@@ -1,4 +1,4 @@
-"""Whether an adapter can do justice to a Keras layer, and who reads its kernel."""
+"""Checks whether a Keras layer can be adapted, and who reads its kernel."""
 
 import keras
 
@@ -16,7 +16,7 @@ class HostChecks:
 
     @classmethod
     def check_host(cls, layer):
-        """Raises ValueError where an adapter cannot do justice to the Keras layer."""
+        """Raises ValueError if an adapter would not work in the Keras layer."""
         name = f"{cls.kernel_name}_constraint"
         refuse_constraint(layer, name, getattr(layer, name, None))
         refuse_mode(layer, layer.quantization_mode)
@@ -27,8 +27,8 @@ class HostChecks:
         ):
             raise ValueError(
                 f"`{cls.kernel_name}` of layer {layer.name!r}, a "
-                f"{type(layer).__name__}, is computed and no variable: there is "
-                "nothing to freeze."
+                f"{type(layer).__name__}, is computed and is not a variable, so there "
+                "is nothing to freeze."
             )
 
 
@@ -44,9 +44,9 @@ def refuse_constraint(layer, name, constraint):
 def refuse_keras_adapter(layer):
     if getattr(layer, "lora_enabled", False):
         raise ValueError(
-            f"The layer {layer.name!r} has Keras's own adapter (`enable_lora`). "
-            "Save the model and load it again, which merges that adapter, and "
-            "start there."
+            f"The layer {layer.name!r} has Keras's own adapter (`enable_lora`). Save "
+            "the model and load it again, which merges that adapter, and then adapt "
+            "it."
         )
 
 
@@ -58,10 +58,10 @@ def refuse_bound_functions(layer):
     names = bound_functions(layer)
     if names:
         raise ValueError(
-            f"The layer {layer.name!r} keeps {' and '.join(map(repr, names))}, made of "
-            "a method of it: there an adapter would have no effect. Make it in `call`, "
-            "as keras.remat(lambda x: self.method(x))(x), or leave the layer out with "
-            "`exclude`."
+            f"The layer {layer.name!r} keeps {' and '.join(map(repr, names))}, created "
+            "from one of its methods, in which an adapter would have no effect. "
+            "Create it in `call`, as keras.remat(lambda x: self.method(x))(x), or "
+            "leave the layer out with `exclude`."
         )
     refuse_remat_of_weights(layer)
 
@@ -80,7 +80,7 @@ def refuse_remat_of_weights(layer):
 
 
 def watched(kernel):
-    """The Keras layer's property of its kernel, which tells who else computes with it.
+    """Wraps the kernel's property, to warn if another layer computes with the kernel.
 
     This library reads W by `frozen_kernel`. What reads the property inside of a call
     is another layer, and it gets W without the adapter.

@@ -1,4 +1,4 @@
-"""The table of kinds: which LoRA class stands for which layer class."""
+"""The table of kinds: which LoRA class belongs to which layer class."""
 
 import functools
 from collections.abc import Mapping
@@ -248,7 +248,8 @@ def out_of_reach(layer) -> dict:
     if isinstance(layer, keras.Model):
         return dict.fromkeys(
             weight_places(layer),
-            "it is a model's own weight, and adapters are for those of layers.",
+            "it belongs to the model itself, and only weights of layers can have "
+            "adapters.",
         )
     lora_class = adapting_class(layer)
     if lora_class is None or issubclass(lora_class, SubstitutedLayer):
@@ -259,7 +260,7 @@ def out_of_reach(layer) -> dict:
     name = lora_class.plain_class.__name__
     return dict.fromkeys(
         others,
-        f"an adapter of a {name} does not reach it: train the layer in full with "
+        f"an adapter of a {name} does not cover it: train the layer in full with "
         "`also_train`.",
     )
 

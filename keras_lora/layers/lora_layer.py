@@ -211,8 +211,8 @@ class LoRALayer(Rematerialized, HostChecks, LayerFiles, FrozenKernel, Site):
 
     def enable_lora(self, *args, **kwargs):
         raise ValueError(
-            f"Keras's own adapter was asked of {self.name!r}, a "
-            f"{type(self).__name__}, which brings its own adapter. Choose its rank "
+            f"Keras's own adapter was requested for {self.name!r}, a "
+            f"{type(self).__name__}, which has an adapter of its own. Choose its rank "
             "with `rank=` when it is constructed, or call "
             "`keras_lora.merge_lora(model)` first."
         )

@@ -130,7 +130,7 @@ class QuantizedHost(Leaf):
         return ops.matmul(upstream, ops.transpose(kernel))
 
     def from_integers(self, integers, scale, zero, groups):
-        """What they stand for: a scale, and a zero in blocks, for each output."""
+        """Converts integers to floats, with each output's scale, and zero in blocks."""
         return dequantize(integers, scale, zero, groups)
 
     def quantized_linear(self, inputs):
@@ -152,11 +152,11 @@ def refuse_mode(layer, mode):
     require(QUANTIZED)
     if mode in MODES or mode in CALIBRATED:
         return
-    why = ", as there the scales train" if mode == "float8" else ""
+    why = ", whose scales are trained" if mode == "float8" else ""
     raise ValueError(
-        f"The layer {layer.name!r} cannot have an adapter beside a kernel in {mode!r}"
-        f"{why}. Adapters work over float, int8 and int4 kernels, and over those that "
-        "GPTQ and AWQ have calibrated."
+        f"The layer {layer.name!r} cannot have an adapter over a kernel in "
+        f"{mode!r}{why}. Adapters work over float, int8 and int4 kernels, and over "
+        "those that GPTQ and AWQ have calibrated."
     )
 
 
@@ -171,7 +171,7 @@ def refuse_quantizing(layer, mode):
 
 
 def is_calibrated(layer, name):
-    """Whether integers are in the place of the float kernel, and not beside it."""
+    """Whether integers have replaced the float kernel, and are not kept next to it."""
     if layer.quantization_mode not in CALIBRATED:
         return False
     return sum(variable.name == name for variable in layer.variables) == 1

@@ -81,7 +81,7 @@ def seed_of(adapter):
         raise ValueError(
             "An adapter with dropout is called with training=True while TensorFlow "
             "records no gradients, as inside of keras.remat(function), which would "
-            "drop other inputs when the function is computed once more. Make the "
+            "drop different inputs when it runs the function again. Make the "
             "layers in a keras.RematScope, or set dropout=0."
         )
     if BACKEND == "jax":

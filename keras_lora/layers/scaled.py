@@ -48,7 +48,7 @@ class Scaled:
         self.set_alpha(alpha, self.use_rslora)
 
     def set_alpha(self, alpha, use_rslora=False):
-        """Another alpha, which compiled functions see too."""
+        """Sets alpha; compiled functions see the new value too."""
         self.settings = Settings(self.rank, alpha, use_rslora)
         self._write_scaling()
 
@@ -57,7 +57,7 @@ class Scaled:
         return not self.switched_off
 
     def switch(self, on):
-        """Off: the scaling is 0 wherever it is read, and W alone is left."""
+        """Switches the adapter off or on: when off, the scaling reads as 0."""
         self.switched_off += -1 if on else 1
         self._write_scaling()
 

@@ -70,7 +70,7 @@ class Site(TorchLayout):
         return ops.cast(ops.convert_to_tensor(self.frozen_kernel), dtype)
 
     def merged_kernel(self, dtype):
-        """The kernel that stands for W and the adapter, rounded once."""
+        """The merged kernel W + delta, rounded once."""
         kernel = self.base_kernel(self.lora.variable_dtype)
         return ops.cast(self.lora.effective_kernel(kernel), dtype)
 
@@ -98,7 +98,7 @@ class Site(TorchLayout):
             self.lora.kernel_place = freeze(self.kernel_owner(), self.frozen_kernel)
 
     def release_kernel(self, place):
-        """W trains again, at its place among the weights; None: it is quantized."""
+        """Makes W trainable again, at its old position; None if it is quantized."""
         if place is None:
             mark_frozen(self.frozen_kernel, False)
         else:

@@ -304,8 +304,8 @@ class SubstitutedLayer(SubstitutedSite, LoRALayer):
     def quantize(self, *args, **kwargs):
         if self.loras and self.plain_class.quantize is not keras.layers.Layer.quantize:
             raise ValueError(
-                f"The layer {self.name!r} has an adapter that takes the place of its "
-                "float kernel. Merge or remove it before the layer is quantized."
+                f"The layer {self.name!r} has an adapter that replaces its float "
+                "kernel in calls. Merge or remove it before the layer is quantized."
             )
         return self.plain_class.quantize(self, *args, **kwargs)
 

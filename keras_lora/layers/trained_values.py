@@ -1,9 +1,9 @@
 """Variables that have another value for a while, as heads do inside `disabled`.
 
-Heads and biases that trained beside A and B have their base values inside, and a file
-that is written there has what was trained, as outside. Several contexts may hold the
-same variable, and end in any order: the first gives it its other value, and the last
-gives back what it had.
+Heads and biases that trained together with A and B have their base values inside, and a
+file that is written there has what was trained, as outside. Several contexts may hold
+the same variable, and end in any order: the first gives it its other value, and the
+last gives back what it had.
 """
 
 import contextlib

@@ -29,9 +29,9 @@ def no_effect_in(owner, layer):
         return None
     # Gemma 4's feed-forward blocks multiply with `self.gating_ffw.kernel`.
     return (
-        f"{type(owner).__name__} reads its kernel itself, or leaves it out: it has "
-        "called other layers, and never this one. An adapter has no effect there until "
-        "it is merged."
+        f"{type(owner).__name__} reads the kernel of this layer itself, or does not "
+        "use it: it has called other layers, but never this one. An adapter has no "
+        "effect there until it is merged."
     )
 
 

@@ -159,7 +159,7 @@ class Request:
 
 @contextlib.contextmanager
 def applied(model, request: Request):
-    """The model as apply_lora makes it, with its report, until the change is kept."""
+    """Yields the adapted model's report; the change is undone unless it is kept."""
     checked_bias(request.bias)
     LowRankAdapter(  # errors without a path
         request.rank, request.alpha, request.dropout, request.use_rslora
@@ -199,7 +199,7 @@ def warn_of_high_ranks(layers):
     high = [f"{p!r} ({n})" for p, n in limits.items() if layers[p].lora.rank > n]
     if high:
         warn_caller(
-            "The rank is above that of any kernel of this size, so that parameters are "
-            f"spent for nothing, in {listed(high)}. Give a lower `rank`, or these "
-            "layers one of their own with `rank_pattern`."
+            "The rank is higher than any kernel of this size can have, which wastes "
+            f"parameters, in {listed(high)}. Give a lower `rank`, or set the rank of "
+            "these layers with `rank_pattern`."
         )

@@ -162,8 +162,8 @@ def nothing(target, skipped):
     """Why a target means nothing that can be adapted, each reason once."""
     if not skipped:
         return (
-            f"`target` {target!r} matches no layer: there is no Dense, EinsumDense or "
-            "convolution but those that make the outputs."
+            f"`target` {target!r} matches no layer: the only Dense, EinsumDense and "
+            "convolution layers make the outputs."
         )
     paths = collections.defaultdict(list)
     for path, why in skipped.items():
@@ -192,13 +192,13 @@ def unsupported(path, layer, trained, sites):
         pattern = f"{re.escape(path)}/.*"
         return (
             f"`target` names {path!r}, a {type(layer).__name__}, which holds "
-            f"{listed(inside)}: name those, or give the expression {pattern!r}."
+            f"{listed(inside)}: name them, or give the expression {pattern!r}."
         )
     if isinstance(layer, LowRankAdapter):
         return f"`target` names {path!r}, which is an adapter."
     return (
         f"`target` names the layer {path!r}, a {type(layer).__name__}, which has no "
-        "weight of two axes or more. Kinds with an adapter of their own are "
-        f"{', '.join(cls.__name__ for cls in LORA_CLASSES)}; of other layers any such "
-        "weight can be named."
+        "weight of two axes or more. Layers with adapters of their own are "
+        f"{', '.join(cls.__name__ for cls in LORA_CLASSES)}; in other layers, every "
+        "such weight can be named."
     )

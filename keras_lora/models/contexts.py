@@ -22,8 +22,8 @@ from keras_lora.models.sites import built_sites
 from keras_lora.models.sites import checked_sites
 
 UNTRAINED = (
-    "Adapters do not train inside `{}(model)`, where they stand still, and what trains "
-    "beside them has other values. Leave the context first."
+    "Adapters do not train inside `{}(model)`: they are frozen there, and what trains "
+    "with them has other values. Leave the context first."
 )
 
 CHANGING = threading.Lock()  # contexts of several threads need not nest
@@ -79,14 +79,14 @@ def _standing_in(model):
 def disabled(model: keras.layers.Layer):
     """Switches the adapters off inside a `with` block, which gives the base model.
 
-    Heads and biases that trained beside A and B have their values from before the
-    training inside the block; files and copies made there hold the trained values. The
-    adapters are off wherever the layers are called, also in functions that were traced
-    before: these read the scaling, which is 0 inside. A call costs as much as with
-    adapters. `fit` and `train_on_batch` raise an error, also for models that contain
-    this one. If your own training loop changes heads and biases inside, these changes
-    are lost at the end, with a warning. Contexts can be nested. They belong to the
-    model, not to a thread.
+    Heads and biases that trained together with A and B have their values from before
+    the training inside the block; files and copies made there hold the trained values.
+    The adapters are off wherever the layers are called, also in functions that were
+    traced before: these read the scaling, which is 0 inside. A call costs as much as
+    with adapters. `fit` and `train_on_batch` raise an error, also for models that
+    contain this one. If your own training loop changes heads and biases inside, these
+    changes are lost at the end, with a warning. Contexts can be nested. They belong to
+    the model, not to a thread.
 
     Layers are switched one after the other: a call that runs in another thread while
     the context is entered or left may see some with their adapters and some without.
@@ -147,6 +147,7 @@ def warn_of_lost_training(values):
     ]
     if changed:
         warn_caller(
-            f"{', '.join(changed)} changed inside `disabled(model)`. What was trained "
-            "before comes back now, and the change is lost. Train outside of it."
+            f"{', '.join(changed)} changed inside `disabled(model)`. The values from "
+            "before are restored now, so the change is lost. Train outside the "
+            "context."
         )

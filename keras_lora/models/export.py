@@ -59,8 +59,8 @@ def export(
         )
     if not adapted_sites(model):
         raise ValueError(
-            f"{model.name!r} holds no adapter: none was applied, or they are merged. A "
-            "plain model is exported with model.export(path)."
+            f"{model.name!r} has no adapters: none was applied, or they were merged. "
+            "Export a plain model with model.export(path)."
         )
     refuse_unknown_format(format)
     assert_replaceable(path, format)

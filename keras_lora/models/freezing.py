@@ -1,4 +1,4 @@
-"""Which variables train beside the adapters."""
+"""Which variables train together with the adapters."""
 
 import itertools
 
@@ -27,7 +27,7 @@ def mark_only_lora_as_trainable(model: keras.layers.Layer, bias: str = "none"):
 
     Layers in which nothing trains are frozen as layers, so that batch
     normalization keeps its moving statistics. A model that was compiled is
-    compiled again with the same settings; its optimizer starts anew.
+    compiled again with the same settings; its optimizer starts afresh.
 
     Args:
         model: Any Keras model that holds LoRA layers.

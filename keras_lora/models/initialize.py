@@ -54,7 +54,7 @@ def initialize_lora(
             spanning spaces at right angles; the ranks must be even. "eva": A spans
             the principal directions of each layer's inputs, B = 0. "loftq": for
             quantized kernels; A and B make up for what quantizing lost, and the
-            kernels are quantized anew around them. Or a function of a layer, whose
+            kernels are quantized again to fit them. Or a function of a layer, whose
             `kernel` is W, that returns A and B in the shapes of `layer.lora.a` and
             `layer.lora.b`.
         data: For "eva" batches of the model's inputs: an array, a dict of arrays, or
@@ -71,7 +71,7 @@ def initialize_lora(
 
     Raises:
         ValueError: If an adapter has trained or has a start; if a method does
-            not reach a layer (convolutions, embeddings, several projections in one
+            not support a layer (convolutions, embeddings, several projections in one
             kernel), a rank is above its kernel's, or values are not finite. The model
             is left unchanged.
 
@@ -94,9 +94,9 @@ def initialize_lora(
         needs_inputs = method == "eva" and layer.form.down is None
         if isinstance(method, str) and (needs_inputs or not layer.kernel_is_matrix):
             raise ValueError(
-                f"{method!r} does not reach {path!r}, a {kind_of(layer).__name__}: it "
-                "needs one kernel that is a matrix. Leave the layer out with exclude=, "
-                "or give a function of the layer."
+                f"{method!r} does not support {path!r}, a {kind_of(layer).__name__}: "
+                "it needs one kernel that is a matrix. Leave the layer out with "
+                "exclude=, or give a function of the layer."
             )
     if method == "eva":
         starts = eva(model, layers, data, budget)
@@ -140,7 +140,7 @@ def checked_arguments(method, data, budget):
         what = "batches of inputs" if method == "eva" else "the float model"
         raise ValueError(f"{method!r} needs `data`: {what}.")
     if data is not None and method not in ("eva", "loftq"):
-        raise ValueError(f"{method!r} looks at the kernels alone, and takes no `data`.")
+        raise ValueError(f"{method!r} uses only the kernels, and takes no `data`.")
 
 
 def checked_budget(method, budget):

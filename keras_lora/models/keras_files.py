@@ -113,8 +113,8 @@ class Adapted(Rematerialized):
             if layer is None or not layer.built:
                 raise ValueError(
                     f"The configuration of {model.name!r} does not build the layer "
-                    f"{path!r}, so that its adapter cannot be put back. Build the "
-                    "model as you did at first, then `apply_lora` and `load_weights`."
+                    f"{path!r}, so its adapter cannot be restored. Build the model as "
+                    "you did originally, then `apply_lora` and `load_weights`."
                 )
             sites = sites_of(layer)
             for weight, options in own.items():
@@ -194,7 +194,7 @@ LOOPS = (
 
 
 def kept(loop):
-    """A method that runs a model, where no error costs the model its weights.
+    """Wraps a method that runs a model, so that an error cannot lose its weights.
 
     What a layer refuses in its call is raised when Keras on JAX has taken them.
     """
@@ -226,7 +226,7 @@ def make_train_function(self, force=False):
 
 def refuse_legacy_format(model):
     raise ValueError(
-        f"{model.name!r} has adapters, which the .h5 format cannot hold. Save it as "
+        f"{model.name!r} has adapters, which the .h5 format cannot store. Save it as "
         ".keras, or write the adapters alone with `save_adapter`."
     )
 
@@ -234,7 +234,7 @@ def refuse_legacy_format(model):
 def carriers(model):
     """The layers whose own configuration does not say what they are.
 
-    Owners of adapted layers, classes made just now, what trains beside A and B.
+    Owners of adapted layers, classes made just now, what trains together with A and B.
     """
     for layer in flatten_layers(model):
         if isinstance(layer, Adapted):

@@ -1,4 +1,4 @@
-"""What a model's LoRA layers are fed: the principal directions of their inputs."""
+"""Records the inputs of LoRA layers: their moments and principal directions."""
 
 import collections
 import hashlib
@@ -17,7 +17,7 @@ class Moments:
         self.digests = []
 
     def add(self, rows, digest, time):
-        """Whether they are the rows of that time, if there are some already."""
+        """Adds rows; returns whether they equal those recorded for this batch."""
         if time < len(self.digests):
             return digest == self.digests[time]
         rows = rows.astype("float64")
@@ -53,8 +53,8 @@ class Recorder:
             self.moments = self.groups[digest]
         if not self.moments.add(rows, digest, self.times):
             raise ValueError(
-                f"The inputs of {host.name!r} were another layer's in the first batch "
-                "of `data`, and are not in a later one. Begin with a larger batch."
+                f"The inputs of {host.name!r} were those of another layer in the first "
+                "batch of `data`, but not in a later one. Start with a larger batch."
             )
         self.times += 1
         return host.frozen_linear(inputs)

@@ -120,7 +120,9 @@ def checked_optimizer(optimizer):
     if optimizer is None:
         raise ValueError("`optimizer` must be a Keras optimizer. Received: None.")
     if isinstance(optimizer, LoRAPlus):
-        raise ValueError("`optimizer` is a LoRAPlus. Hand over the optimizer alone.")
+        raise ValueError(
+            "`optimizer` is a LoRAPlus already. Give the optimizer inside it."
+        )
     if optimizer_class(type(optimizer)).update_step is UPDATE_STEP:
         raise ValueError(
             f"`optimizer` is a {name}, which has no update of its own but wraps "
@@ -129,8 +131,8 @@ def checked_optimizer(optimizer):
         )
     if optimizer.built:
         raise ValueError(
-            f"`optimizer`, a {name}, is built: traced functions would keep its one "
-            "rate. Wrap a new one, and compile with it."
+            f"`optimizer`, a {name}, is already built: traced functions would keep its "
+            "single learning rate. Wrap a new optimizer, and compile with that."
         )
 
 

@@ -98,7 +98,7 @@ def remove_lora(model: keras.layers.Layer):
     """Removes every adapter; the model computes with W alone again.
 
     The layers become plain Keras layers with trainable kernels. Heads and biases that
-    trained beside A and B get back the values from before that training.
+    trained together with A and B get back the values from before that training.
 
     Args:
         model: Any Keras model or layer that holds LoRA layers.
@@ -181,7 +181,7 @@ def listing_merged_kernels(model):
 
 
 def kernel_variable(site, values):
-    """A variable that can stand in for a site's kernel."""
+    """A variable with the merged kernel, listed instead of a site's kernel."""
     with own_strategy(site.kernel_owner()):
         return keras.Variable(
             values,
@@ -216,7 +216,7 @@ def refuse_not_finite(layer, arrays):
 
 
 def held_by_adapted(found, layers) -> set:
-    """Ids of layers of other models that have adapters still: there W stays frozen.
+    """Ids of layers in other adapted models, where W stays frozen.
 
     Args:
         found: What `holders` gives for a model.

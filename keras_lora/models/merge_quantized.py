@@ -1,4 +1,4 @@
-"""What merging makes of layers whose kernel is quantized."""
+"""Merging into layers whose kernel is quantized."""
 
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ class MergedLayer(NamedTuple):
 
 
 def checked_way(layers, way):
-    """How to merge quantized layers: a ValueError where it is not said."""
+    """Returns how to merge quantized layers; raises ValueError if it is not given."""
     if way is not None and way not in WAYS:
         raise ValueError(
             f"`quantized` must be None, 'dequantize' or 'requantize'. Received: {way!r}"
@@ -35,26 +35,25 @@ def checked_way(layers, way):
         names = ", ".join(repr(layer.name) for layer in layers[:5])
         raise ValueError(
             f"The kernels of {len(layers)} adapted layers are quantized ({names}), and "
-            "no integers stand for W + delta exactly. Say what to make of them: "
-            'quantized="dequantize" leaves float layers with the dequantized W + delta '
-            'and the memory of float kernels; quantized="requantize" quantizes W + '
-            "delta anew, and the report says each layer's error. `export` keeps the "
-            "quantized kernels with A and B beside them."
+            "no integers represent W + delta exactly. Choose how to merge: "
+            'quantized="dequantize" gives float layers with the dequantized W + delta, '
+            'which need the memory of float kernels; quantized="requantize" quantizes '
+            "W + delta again, and the report has each layer's error. `export` keeps "
+            "the quantized kernels, with A and B as they are."
         )
     if way == "requantize":
         refuse_calibrating("requantize", layers)
 
 
 def refuse_calibrating(word, layers):
-    """Raises ValueError where quantizing a kernel anew would need calibration data."""
+    """Raises ValueError where quantizing a kernel again would need calibration data."""
     for layer in layers:
         if layer.quantization_mode in CALIBRATED:
             raise ValueError(
-                f"{word!r} quantizes a kernel anew, and the integers of "
-                f"{layer.name!r} are for the inputs that Keras calibrated "
-                f"{layer.quantization_mode!r} with, which are not kept. "
-                'merge_lora(model, quantized="dequantize") makes a float model, which '
-                "`Model.quantize` can calibrate anew."
+                f"{word!r} quantizes kernels again, but the inputs that Keras has "
+                f"calibrated {layer.name!r} with ({layer.quantization_mode!r}) are not "
+                'kept. merge_lora(model, quantized="dequantize") makes a float model, '
+                "which `Model.quantize` can calibrate again."
             )
 
 

@@ -1,4 +1,4 @@
-"""What KerasHub writes of a task whose backbone has adapters."""
+"""Presets of KerasHub tasks whose backbone has adapters."""
 
 import contextlib
 import contextvars
@@ -68,7 +68,7 @@ def refuse_adapters_outside(layers):
 
 @contextlib.contextmanager
 def as_plain_layers(layers):
-    """Files hold of these layers, inside, what those of KerasHub's own task have."""
+    """Inside, these layers are saved as those of a plain KerasHub task."""
     token = _plain.set(frozenset(map(id, layers)))
     try:
         yield

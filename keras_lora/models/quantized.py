@@ -31,7 +31,7 @@ def mend_plain(layers) -> list:
 
 
 def renew_policy_maps(layers):
-    """Maps of policies, as a loaded model of KerasHub has one, say what layers are now.
+    """Updates the maps of policies of loaded KerasHub models to the layers' policies.
 
     The model writes its map into its configuration, and is built by it when loaded.
     """
@@ -88,9 +88,9 @@ def refuse_float_beside_integers(layer):
     mode = layer.quantization_mode
     if mode in CALIBRATED and not is_calibrated(layer, lora_class.kernel_name):
         raise ValueError(
-            f"{layer.path!r} is in {mode!r} and was not calibrated: Keras computes "
-            "with its float kernel, and writes the integers alone into files. Leave it "
-            "out with `filters` of `Model.quantize`."
+            f"{layer.path!r} is quantized with {mode!r} but was not calibrated: Keras "
+            "computes with its float kernel, but saves only the integers. Leave it out "
+            "with `filters` of `Model.quantize`."
         )
 
 
@@ -115,7 +115,7 @@ def quantize_again(layer, mode, config, *of_inputs):
 
 
 def quantization_config(layer):
-    """How the layer was quantized; without a word of it, what its policy says."""
+    """How the layer was quantized; if unknown, what its policy says."""
     config = getattr(layer, "quantization_config", None)
     block_size = getattr(policy_of(layer), "block_size", None)
     if config is None and block_size is not None:

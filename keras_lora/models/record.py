@@ -1,4 +1,4 @@
-"""What is known of a layer beside what it is now: flags before, what trains beside.
+"""Keeps what a layer was before it was adapted, and what trains besides A and B.
 
 A record stands on each layer, so that it is found from whatever model holds the layer:
 the one that was adapted, one around it, or one inside.
@@ -20,11 +20,11 @@ from keras_lora.models.tables import listed
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What is kept of a layer.
+    """What is stored for a layer.
 
     Attributes:
     before: (trainable, one flag per variable of its own) before `apply_lora`.
-    base: {index: value} of the variables that train beside A and B, by their place
+    base: {index: value} of the variables that train with A and B, by their place
         in `state_of`: their values when that began, None where they are unknown.
     """
 
@@ -60,7 +60,7 @@ def remember_flags(layer):
 
 
 def remember_base(layer, variables):
-    """From now on these variables of the layer train beside A and B."""
+    """Remembers the values of variables that will train besides A and B."""
     chosen = set(map(id, variables))
     base = {
         index: np.array(fetch(variable))
@@ -72,7 +72,7 @@ def remember_base(layer, variables):
 
 
 def remember_what_trains(layers):
-    """From now on all trains beside A and B that flags of the user's let train."""
+    """Remembers the values of all variables that the user's flags let train."""
     for layer in layers:
         if trained := unremembered(layer):
             # Where a layer trains, its moving statistics move too.
@@ -80,7 +80,7 @@ def remember_what_trains(layers):
 
 
 def warn_of_unremembered(layers):
-    """What flags of the user's let train, in a loop of the user's, stays as it is."""
+    """Warns that values trained in a user's loop cannot be restored."""
     found = [
         variable.path
         for layer in layers
@@ -89,9 +89,10 @@ def warn_of_unremembered(layers):
     ]
     if found:
         warn_caller(
-            f"{listed(found)} can train and did not when the adapters were made. They "
-            "stay as they are: `fit` and `train_on_batch` of the adapted model, and "
-            "`also_train` of apply_lora, remember what they were before."
+            f"{listed(found)} can train now, but could not when the adapters were "
+            "created. They keep their present values: `fit` and `train_on_batch` of "
+            "the adapted model, and `also_train` of apply_lora, remember the values "
+            "from before training."
         )
 
 
@@ -116,7 +117,7 @@ def set_base(layer, index, value):
 
 
 def beside(layer) -> list:
-    """The variables of a layer that train beside A and B, or did."""
+    """The variables of a layer that train together with A and B, or did."""
     base = record_of(layer).base
     return [
         variable
@@ -126,7 +127,7 @@ def beside(layer) -> list:
 
 
 def base_values(layer) -> list:
-    """[(variable, its value in the base model)] for what trains beside A and B."""
+    """[(variable, its base value)] for what trains together with A and B."""
     state = state_of(layer)
     return [
         (state[index], value)

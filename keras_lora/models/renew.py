@@ -12,7 +12,7 @@ from keras_lora.layers.methods import make_adapter
 
 @contextlib.contextmanager
 def renewed(model, options):
-    """The adapters are others inside, and stay so; if anything fails, they were not.
+    """Replaces adapters; if anything fails inside, the old ones are put back.
 
     Args:
         model: A Keras model.

@@ -123,7 +123,7 @@ class Report(Table, Sequence):
         ]
         title = f"LoRA in {self.model_name}"
         if self.is_dry_run:
-            title += " as it would be: a dry run, which has changed nothing"
+            title += " (dry run: nothing was changed)"
         return title, head, rows, lines
 
 
@@ -167,7 +167,7 @@ def adapted_row(path, site):
 
 
 def parameters_beside(layer):
-    """The parameters of a layer that train beside A and B, or did."""
+    """The parameters of a layer that train together with A and B, or did."""
     if isinstance(layer, LowRankAdapter):
         return []
     parameters = set(map(id, own_variables(layer)))

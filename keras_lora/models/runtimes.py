@@ -1,4 +1,4 @@
-"""What an export has written, run once by what will run it."""
+"""Runs an exported artefact once, in its own runtime."""
 
 import importlib.util
 import warnings
@@ -101,6 +101,6 @@ def assert_runs(path, format):
         run(str(path))
     except Exception as error:  # whatever the runtime raises
         raise ValueError(
-            f"The artefact in {format!r} cannot be run: {error}\nIt was not kept. See "
-            "whether the plain model's can, or choose another format."
+            f"The artefact in {format!r} cannot be run: {error}\nIt was deleted. Check "
+            "whether the plain model's artefact runs, or choose another format."
         ) from error

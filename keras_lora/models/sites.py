@@ -39,8 +39,8 @@ def refuse_banked(site, path):
     """Raises ValueError for a layer whose adapters are a bank's."""
     if site.lora.is_bank:
         raise ValueError(
-            f"The layer {path!r} holds the adapters of an AdapterBank, which alone may "
-            f"change them. Call {site.lora.taken_off_by} first."
+            f"The layer {path!r} holds the adapters of an AdapterBank, and only the "
+            f"bank may change them. Call {site.lora.taken_off_by} first."
         )
 
 

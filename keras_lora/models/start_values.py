@@ -79,7 +79,8 @@ def refuse_rank(path, rank, most):
     if rank > most:
         raise ValueError(
             f"The rank of {path!r} is {rank}, and its kernel's at most {most}: there "
-            "is no more to start from. Adapt it with a lower rank (`rank_pattern`)."
+            "are no more directions to start from. Adapt it with a lower rank "
+            "(`rank_pattern`)."
         )
 
 
@@ -102,7 +103,7 @@ def eva(model, layers, data, budget) -> dict:
     for path, layer in layers.items():
         if layer.form.batch_axes:
             raise ValueError(
-                f"'eva' does not reach {path!r}: its inputs differ between the batch "
+                f"'eva' does not support {path!r}: its inputs differ between the batch "
                 "axes of its kernel. Leave it out with exclude=."
             )
     moments = layer_moments(model, layers.values(), data)

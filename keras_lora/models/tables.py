@@ -36,7 +36,7 @@ def escaped(text):
 
 
 def printable(text):
-    """Names come from files, which anybody may have written: no control characters."""
+    """Replaces control characters; names come from files that are not trusted."""
     return "".join(
         x if x.isprintable() or x == "\n" else ascii(x).strip("'") for x in text
     )

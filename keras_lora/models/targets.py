@@ -45,8 +45,8 @@ def matching(rule, paths, argument, suggested=None):
         return ordered(found, paths, rule.__name__, argument, suggested)
     if isinstance(rule, keras.layers.Layer):
         raise ValueError(
-            f"`{argument}` has the layer {rule.name!r} itself: give its path, its name "
-            "or its class."
+            f"`{argument}` contains the layer object {rule.name!r}: give the layer's "
+            "path, name or class."
         )
     if callable(rule):
         refuse_other_arguments(rule, argument)
@@ -127,7 +127,10 @@ def hint(rule, paths, more=()):
         return 'It is a target by itself: target="all-linear".'
     called = [path for path, layer in paths.items() if layer.name == rule]
     if called:
-        return f"The layer that is called so has the path {called[0]!r}."
+        return (
+            f"The layer that is called so has the path {called[0]!r}. A string is an "
+            f"expression for a whole path; give a list for a name: [{rule!r}]."
+        )
     ends = [path.rsplit("/", 1)[-1] for path in paths]
     names = dict.fromkeys([*more, *ends, *paths])  # each once, as an end may be a path
     close = difflib.get_close_matches(str(rule), names, n=5, cutoff=0.5)

@@ -75,6 +75,6 @@ def refuse_both(tokens, chosen):
     both = sorted(tokens.keys() & chosen.keys())
     if both:
         raise ValueError(
-            f"{listed(both)} is in `{KEYWORD}` and in `target`: W cannot have an "
-            "update and other rows. Leave it out with exclude=."
+            f"{listed(both)} is in `{KEYWORD}` and in `target`: a table cannot have "
+            "both an update and rows that train. Leave it out with exclude=."
         )

@@ -58,8 +58,8 @@ class Artefacts:
 
         A SavedModel's `serve(inputs, adapter)` takes names as strings, one for each
         row: b"" is the base model, an unknown name an InvalidArgumentError. The
-        signature "serving_default" takes the same by name: "adapter" beside the
-        model's inputs, which are called by their keys, or "inputs". The signature
+        signature "serving_default" takes the same by keyword: "adapter", and the
+        model's inputs under their keys, or as "inputs". The signature
         "swap" replaces one adapter in the loaded artefact; `swap_inputs` says what to
         feed it. Other formats take ids, those of `bank.ids` now, as "adapter".
 
@@ -99,9 +99,9 @@ class Artefacts:
 
     def get_config(self):
         raise ValueError(
-            "A bank is not saved as a Keras model: its adapters have their folders. "
-            "`bank.export(path)` writes an artefact; `bank.model.save(path)` writes "
-            "the model without adapters."
+            "A bank cannot be saved as a Keras model; its adapters are saved in "
+            "folders of their own. `bank.export(path)` writes an artefact; "
+            "`bank.model.save(path)` writes the model without adapters."
         )
 
 
@@ -271,7 +271,7 @@ class AdapterBank(Artefacts, Calls, OutsideCalls, Training, keras.Model):
         """Removes an adapter. Rows with its id are NaN from then on."""
         with self.running.writing("bank.remove"), self.running.changed:
             if self.directory.checked(name) is None:
-                raise ValueError("None is the base model, which stays.")
+                raise ValueError("None is the base model, which cannot be removed.")
             if name == self._active:
                 raise ValueError(
                     f"{name!r} is active: bank.activate(None) first, or another name."

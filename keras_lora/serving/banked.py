@@ -18,7 +18,7 @@ from keras_lora.serving.slots import WithTrainees
 
 
 class BankAdapters:
-    """What stands in the place of a layer's adapter: those of a bank.
+    """The adapters of a bank, in the place of a layer's one adapter.
 
         y = gain[s] * (linear(x, W) + linear(x, A[s]) @ B[s]) + bias[s]
 
@@ -44,8 +44,8 @@ class BankAdapters:
         trainees = self.choice.trainees
         if training and trainees is None:
             raise ValueError(
-                f"{self.name!r} holds the adapters of an AdapterBank, which train in "
-                "`bank.fit` alone: it cannot be called with training=True."
+                f"{self.name!r} holds the adapters of an AdapterBank, which train only "
+                "in `bank.fit`: it cannot be called with training=True."
             )
         inputs = ops.convert_to_tensor(inputs, sparse=False)
         if self.choice.probe is not None:
@@ -97,7 +97,7 @@ class Banked:
         found = super().variables
         if keras.backend.backend() != "jax":
             return found
-        # JAX passes state by hand, and what is not passed becomes a constant.
+        # The variable, if JAX has to pass it; otherwise it would become a constant.
         known = set(map(id, found))
         return found + [v for v in self.lora.variables if id(v) not in known]
 
@@ -184,7 +184,7 @@ class Hosts:
         for path, part in parts.items():
             layer = self.layers.get(path)
             if layer is None:
-                no_room[path] = "the layer is none of the bank's"
+                no_room[path] = "the layer is not in the bank"
                 continue
             slots = layer.lora.slots
             if part.rank > slots.rank:

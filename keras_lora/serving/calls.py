@@ -111,7 +111,7 @@ class Running:
                 self.changed.notify_all()
 
     def _wait_for_turn(self, call, patience=None):
-        """In the order in which they came, where they cannot run together."""
+        """Waits for earlier calls that cannot run at the same time."""
         self.queue.append(call)
         try:
             return self.changed.wait_for(lambda: self._has_turn(call), patience)
@@ -130,7 +130,7 @@ class Running:
     # Changes.
 
     def point_soon(self):
-        """What is active is written as soon as no call reads it."""
+        """Writes the active adapter as soon as no call reads its slot."""
         with self.changed:
             others = self.others()
             self.to_point = any(c.outside for c in [*others, *self.own])
@@ -154,7 +154,7 @@ class Running:
                 self.changed.notify_all()
 
     def refuse_inside(self, what, test):
-        """An error where the change comes from inside such a call: a callback, say."""
+        """Raises if the change comes from inside such a call, such as a callback."""
         if any(map(test, self.own)):
             raise ValueError(
                 f"{what} is not possible from inside a call of the same model, a "
@@ -166,8 +166,8 @@ class Running:
         """Waits for calls of other threads, and not for ever."""
         if any(call.slots for call in self.own) and not test():
             raise ValueError(
-                f"{what} has to wait for calls that run, and comes from inside one of "
-                "them. Nothing was changed. Do it after that call."
+                f"{what} has to wait for running calls, but was called from inside one "
+                "of them. Nothing was changed. Do it after that call."
             )
         if not self.changed.wait_for(test, PATIENCE):
             raise ValueError(impatient(what))
@@ -175,8 +175,8 @@ class Running:
 
 def impatient(what):
     return (
-        f"{what} has waited {PATIENCE:g} s for calls that began before it, and they "
-        "still run. Nothing was changed. Try again when they have ended."
+        f"{what} has waited {PATIENCE:g} s for calls that began before it and are "
+        "still running. Nothing was changed. Try again when they have ended."
     )
 
 
@@ -298,7 +298,9 @@ class Calls:
 
 
 def unlike_inputs(inputs):
-    return (
-        'A bank is called with {"inputs": ..., "adapter": ids}. Received: '
-        f"{inputs!r}"[:300]
-    )
+    if isinstance(inputs, dict):
+        received = f"a dict with the keys {list(inputs)}"
+    else:
+        received = f"{inputs!r}"[:300]
+    expected = '{"inputs": ..., "adapter": ids}'
+    return f"A bank is called with {expected}. Received: {received}."

@@ -21,9 +21,9 @@ def export_by_name(bank, path):
     """
     if keras.backend.backend() != "tensorflow":
         raise ValueError(
-            "A bank is exported on the TensorFlow backend, which looks up names. "
-            f"Received: backend {keras.backend.backend()!r}. The adapters' folders and "
-            "the model's file make the same bank there."
+            "A bank can only be exported on the TensorFlow backend, which can look up "
+            f"names. Received: backend {keras.backend.backend()!r}. Create the same "
+            "bank there from the model's file and the adapters' folders."
         )
     import tensorflow as tf
 

@@ -131,13 +131,13 @@ def with_other_row(array, row):
 
 
 def as_rows(array):
-    """Three rows of a batch that a user has given."""
+    """Returns three rows of a user's batch."""
     array = to_numpy(array) if keras.ops.is_tensor(array) else np.asarray(array)
     return array[np.arange(COUNT) % len(array)]
 
 
 def specs_in(model):
-    """What a model says of its inputs; None: a subclassed one does not."""
+    """The specs of a model's inputs; None for a subclassed model, which has none."""
     try:
         return model.inputs[0] if isinstance(model, keras.Sequential) else model.input
     except (AttributeError, ValueError):

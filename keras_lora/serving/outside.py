@@ -65,7 +65,7 @@ class OutsideCalls:
         with self.running.changed:
             names = self.directory.known(names)
             if self._row_names is not None:
-                raise ValueError("The bank is inside of `rows` already.")
+                raise ValueError("The bank is already inside `rows`.")
             self._row_names = names
             self.running.point_soon()
         try:
@@ -76,7 +76,7 @@ class OutsideCalls:
                 self.running.point_soon()
 
     def _point(self):
-        """What is active, and the rows, are at the slots that their names have now."""
+        """Updates the slots of the active adapter and of the rows by their names."""
         slot_of, names = self.directory.slot_of, self._row_names
         count = None if names is None else len(names)
         if count != self._compiled.count:
@@ -130,7 +130,7 @@ class OutsideCalls:
             if name in TRAINING:
                 raise ValueError(
                     f"{layer.name!r} holds the adapters of an AdapterBank, which train "
-                    "in `bank.fit` alone."
+                    "only in `bank.fit`."
                 )
             with contextlib.ExitStack() as around:
                 around.enter_context(self._outside_call(alone))

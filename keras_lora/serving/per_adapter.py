@@ -14,7 +14,7 @@ REDUCTIONS = ("sum_over_batch_size", "mean", "mean_with_sample_weight", "sum")
 
 
 class LossOfEach(keras.losses.Loss):
-    """The sum of what the loss is for each adapter's rows alone.
+    """The sum of the losses of each adapter's rows alone.
 
         L = sum over the adapters k in the batch of loss(y[ids == k], f(x)[ids == k])
 
@@ -130,7 +130,7 @@ class OptimizerOfEach(keras.optimizers.Optimizer):
         )
 
     def train(self, trainees, id_of):
-        """From now on these; those that were here go on where they were.
+        """Trains these adapters from now on; earlier ones keep their optimizer state.
 
         id_of: name -> id in a batch.
         """

@@ -31,7 +31,7 @@ UNREAD = object()  # in the place of the adapter that a host may get
 
 
 class Part:
-    """What an adapter makes of one layer.
+    """What an adapter changes in one layer.
 
     Attributes:
         layer: The model's own.
@@ -139,7 +139,7 @@ class Reading:
         parts: Path -> Part, of the layers that the adapter changes.
         adapted: Module -> view, of those that have factors.
         modules: Module -> layer, of all, with what is known of them.
-        beside: [(module, layer, variable, own)] of what trained beside the factors:
+        beside: [(module, layer, variable, own)] of what trained with the factors:
             the layer's, and the part's in its place, None where rows share it.
     """
 
@@ -162,7 +162,7 @@ def as_host(layer):
 
 
 def read(model, paths, adapter, names, most) -> Reading:
-    """What an adapter makes of a model's layers, which stay as they are.
+    """Reads what an adapter changes in each layer, without changing the model.
 
     Args:
         model: A plain model, or one in a bank.
@@ -256,7 +256,7 @@ def own_rank(host, rank, module):
 
 
 def add_others(reading, pairs, layers, path_of):
-    """What trained beside the factors: biases, and layers in full.
+    """What trained together with the factors: biases, and layers in full.
 
     layers: Module -> the model's own layer.
     """

@@ -91,8 +91,8 @@ class RowByRow:
 def assert_equal(size, rows, name):
     """The leading axis of a layer's inputs is that of the ids, and not guessed."""
     message = (
-        f"{name!r} gets another number of rows than there are adapters for: one name "
-        "or id for each row of the batch."
+        f"{name!r} gets a different number of rows than there are adapters. Give one "
+        "name or id for each row of the batch."
     )
     if isinstance(size, int) and isinstance(rows, int):
         if size != rows:
@@ -135,7 +135,7 @@ class Choice(keras.layers.Layer):
         )
 
     def set_rows(self, count):
-        """From now on there are rows of a number; None: one slot for all."""
+        """Sets the number of rows; None means one slot for all rows."""
         if count is not None and count not in self._of:
             with unlocked(self):
                 self._of[count] = self.slots_variable((count,), f"rows_{count}")
@@ -149,7 +149,7 @@ class Choice(keras.layers.Layer):
 
     @property
     def probe(self):
-        """What looks at the layers' inputs in this thread, while it does."""
+        """The probe that records layers' inputs in this thread, if one is running."""
         return getattr(self._local, "probe", None)
 
     @probe.setter

@@ -170,7 +170,7 @@ class Directory(keras.layers.Layer):
             )
 
     def publish(self, name, slot):
-        """The adapter in a slot is from now on what a name means."""
+        """Makes a name refer to the adapter in a slot."""
         if name in self.slot_of:
             self.free_slots.append(self.slot_of[name])
         else:

@@ -98,8 +98,8 @@ class Folder:
         adapter = Adapter.read(self.path)
         if digest(adapter) != self.digest:
             raise ValueError(
-                f"The folder {self.path!r} holds another adapter than when the bank "
-                "read it. Add it again: bank.add(name, folder)."
+                f"The folder {self.path!r} holds a different adapter than when the "
+                "bank read it. Add it again: bank.add(name, folder)."
             )
         return adapter
 
@@ -266,8 +266,8 @@ class Training:
         for path, layer in self.hosts.paths.items():
             if getattr(layer, "activity_regularizer", None) is not None:
                 raise ValueError(
-                    f"{path!r} has an activity regularizer, a loss of all rows "
-                    "together: the adapters cannot be trained apart."
+                    f"{path!r} has an activity regularizer, which is a loss over all "
+                    "rows together, so the adapters cannot be trained separately."
                 )
         now = {} if self.trainees is None else self.trainees_by_name()
         if beside:
@@ -302,7 +302,7 @@ class Training:
         self.choice.moved.assign(moved)
 
     def write_back(self):
-        """What was trained until now is in the bank's calls from now on."""
+        """Writes the values trained so far into the bank's slots."""
         synchronize(self)
         for trainee in self.trainees.each:
             name = trainee.adapter_name
@@ -320,7 +320,7 @@ class Training:
 
     @contextlib.contextmanager
     def _model_frozen(self):
-        """The model is as in training of one adapter: normalization does not move."""
+        """Sets the model as in training of one adapter, with normalization frozen."""
         layers = {"": self.model, **self.hosts.paths}
         before = trainable_state(layers)
         self.model.trainable = False
@@ -348,7 +348,7 @@ class Training:
 
 
 class WriteBack(keras.callbacks.Callback):
-    """Before others look, the bank's calls have what was trained."""
+    """Callback that writes trained values back before other callbacks run."""
 
     def __init__(self, bank):
         super().__init__()
