@@ -184,7 +184,7 @@ class DoRAAdapter(DoRAFiles, LowRankAdapter):
 
     def own_norm(self):
         """||W||."""
-        return to_numpy(self.norm(self.read_kernel(), self.a, ops.zeros_like(self.b)))
+        return to_numpy(self.norm(self.read_kernel(), self.a, ops.zeros(self.b.shape)))
 
 
 def refuse_other_products(form, sizes):
