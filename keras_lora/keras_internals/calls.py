@@ -170,9 +170,10 @@ def synchronize(model):
 def lies_outside(variable) -> bool:
     """Whether a loop of Keras's on JAX has taken the value out of a variable."""
     try:
-        return variable.value is None
+        value = variable.value
     except TypeError:  # there is no initializer any more to make another one
         return True
+    return value is None or getattr(value, "is_deleted", bool)()
 
 
 @contextlib.contextmanager
@@ -192,8 +193,7 @@ def keeping_weights(model):
     except BaseException:
         synchronize(model)
         for variable, value in values:
-            gone = lies_outside(variable) or variable.value.is_deleted()
-            if gone and not value.is_deleted():
+            if lies_outside(variable) and not value.is_deleted():
                 type(variable).assign(variable, value)
         raise
 

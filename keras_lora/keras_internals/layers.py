@@ -99,7 +99,7 @@ def guard_assign(variable, refuse):
 
 
 def assign_guarded(variable, own, refuse, value):
-    if not (in_a_call() or lies_outside(variable)):
+    if not (in_a_call() or lies_outside(variable) or value is variable.value):
         refuse(variable.path)
     return type(variable).assign(variable, value) if own is None else own(value)
 

@@ -184,7 +184,8 @@ class DoRAAdapter(DoRAFiles, LowRankAdapter):
 
     def own_norm(self):
         """||W||."""
-        return to_numpy(self.norm(self.read_kernel(), self.a, ops.zeros_like(self.b)))
+        b = ops.zeros(self.b.shape, self.variable_dtype)
+        return to_numpy(self.norm(self.read_kernel(), self.a, b))
 
 
 def refuse_other_products(form, sizes):
