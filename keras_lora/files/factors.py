@@ -183,7 +183,7 @@ def factors_of(adapter, modules=None) -> FileFactors:
         ranks[module] = rank
         alphas[module] = alpha_at(rank, alphas[module], total, config["use_rslora"])
     parameters = parameters_in(factors, config["target_parameters"])
-    found = {
+    modules = {
         name: Factors(
             name,
             pair,
@@ -195,7 +195,7 @@ def factors_of(adapter, modules=None) -> FileFactors:
         for name, pair in factors.items()
     }
     rows = checked_rows(rows, config["tokens"])
-    return FileFactors(found, others, unadapted, config, rows)
+    return FileFactors(modules, others, unadapted, config, rows)
 
 
 def checked_starts(starts, factors):
