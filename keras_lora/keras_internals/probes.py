@@ -83,8 +83,7 @@ def class_changes() -> bool:
 
 def tensors_know_their_operation() -> bool:
     tensor = keras.Input((1,), name="sample")
-    history = getattr(tensor, "_keras_history", None)
-    [node] = getattr(history, "operation", None)._inbound_nodes
+    [node] = tensor._keras_history.operation._inbound_nodes
     return hasattr(node, "arguments") and node.outputs[0] is tensor
 
 
