@@ -10,12 +10,12 @@ from keras_lora.keras_internals.distribution import lay_out
 from keras_lora.keras_internals.hidden_state import HiddenVariable
 from keras_lora.keras_internals.layers import Place
 from keras_lora.layers.adapter_files import AdapterFiles
+from keras_lora.layers.merged_training import linear_with_update
+from keras_lora.layers.merged_training import merging_pays
 from keras_lora.layers.rematerialized import seed_of
 from keras_lora.layers.scaled import Scaled
 from keras_lora.layers.settings import Settings
 from keras_lora.layers.settings import checked_dropout
-from keras_lora.layers.small_kernel_training import linear_with_update
-from keras_lora.layers.small_kernel_training import merging_pays
 
 
 @keras.saving.register_keras_serializable(package="keras_lora")

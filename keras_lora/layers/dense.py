@@ -5,6 +5,8 @@ from keras import ops
 
 from keras_lora.layers.by_row import matmul_by_row
 from keras_lora.layers.form import LowRankForm
+from keras_lora.layers.form import gradient_of_matrix
+from keras_lora.layers.form import merging_size
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.loralib import merged_linear
 
@@ -51,6 +53,10 @@ class LoRADense(LoRALayer, keras.layers.Dense):
             up=ops.matmul,
             down_by_row=matmul_by_row,
             up_by_row=matmul_by_row,
+            merges_from=merging_size(inputs * units, inputs, units),
+            gradient_of_a=lambda x, of_hidden: gradient_of_matrix(
+                self.input_rows(x), of_hidden
+            ),
         )
 
     @classmethod

@@ -10,6 +10,8 @@ from keras_lora.layers.by_row import einsum_by_row
 from keras_lora.layers.equation import as_matrix
 from keras_lora.layers.equation import split_equation
 from keras_lora.layers.form import LowRankForm
+from keras_lora.layers.form import gradient_of_matrix
+from keras_lora.layers.form import merging_size
 from keras_lora.layers.form import unchanged
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.quantized_einsum import QuantizedEinsum
@@ -97,8 +99,16 @@ class LoRAEinsumDense(QuantizedEinsum, LoRALayer, keras.layers.EinsumDense):
             input_axes=split.axes(split.contracted),
             batch_axes=split.axes(split.batch),
             over_outputs=split.over_outputs,
+            merges_from=merging_size(
+                math.prod(self.kernel_shape), math.prod(contracted), math.prod(new)
+            ),
+            gradient_of_a=self._gradient_of_a if split.keeps_order else None,
             **in_file,
         )
+
+    def _gradient_of_a(self, inputs, of_hidden):
+        matrix = gradient_of_matrix(self.input_rows(inputs), of_hidden)
+        return ops.reshape(matrix, (*self.lora.form.a_shape[:-1], -1))
 
     def _down_by_row(self, inputs, a, slots):
         down, _, row = split_equation(self.equation).by_row(len(inputs.shape))

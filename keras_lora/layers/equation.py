@@ -53,6 +53,12 @@ class SplitEquation(NamedTuple):
         size = math.prod(inputs.shape[place] for place in places)
         return ops.reshape(ops.transpose(inputs, others + places), (-1, size))
 
+    @property
+    def keeps_order(self):
+        """Whether outputs have the inputs' other axes in their order, then new ones."""
+        others = "".join(axis for axis in self.inputs if axis not in self.contracted)
+        return not self.batch and self.outputs.startswith(others)
+
     def by_row(self, ndim):
         """(down, up, letter of the rows), with letters in the place of "..."."""
         free = (x for x in string.ascii_letters if x not in self.down + self.up)

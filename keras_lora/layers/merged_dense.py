@@ -7,6 +7,8 @@ from keras import ops
 from keras_lora.layers.blocks import gathered
 from keras_lora.layers.by_row import matmul_by_row
 from keras_lora.layers.form import LowRankForm
+from keras_lora.layers.form import gradient_of_matrix
+from keras_lora.layers.form import merging_size
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.loralib import checked_mask
 from keras_lora.layers.loralib import merged_linear
@@ -55,6 +57,9 @@ class LoRAMergedDense(LoRALayer, keras.layers.Dense):
     def linear(self, inputs, kernel):
         return ops.matmul(inputs, kernel)
 
+    def input_rows(self, inputs):
+        return ops.reshape(inputs, (-1, self.kernel_shape[0]))
+
     def low_rank_form(self, rank):
         inputs, units = self.kernel_shape
         adapted = sum(self.adapted_slices)
@@ -70,6 +75,10 @@ class LoRAMergedDense(LoRALayer, keras.layers.Dense):
             ),
             spread=self.spread,
             down_by_row=matmul_by_row,
+            merges_from=merging_size(inputs * units, inputs, units),
+            gradient_of_a=lambda x, of_hidden: gradient_of_matrix(
+                self.input_rows(x), of_hidden
+            ),
             up_by_row=self._up_by_row,
             to_file=lambda a, b: (a.T, ops.convert_to_numpy(self.spread(b)).T),
             from_file=lambda a, b: gathered(self, a.T, b.T),
