@@ -264,7 +264,7 @@ def test_what_fails_on_one_process_fails_on_all(kind, tmp_path):
     assert "Process 1" in first["seen by one"][1] and text in first["seen by one"][1]
     for found in (first, second):
         assert found["other files"][0] == "ValueError"
-        assert "other files" in found["other files"][1]
+        assert "different files" in found["other files"][1]
         assert found["other starts"][0] == "ValueError"
         assert "different values for A and B" in found["other starts"][1]
         assert found["full"][0] == "OSError"
