@@ -103,10 +103,8 @@ def read_for(model, directory) -> Adapter:
             return directory
         return Adapter.read(directory)
 
-    if not processes.is_shared(model):
-        return read()
-    processes.meet()
-    return processes.on_all(read, identity, OTHER_FILES)
+    processes.meet(model)
+    return processes.on_all(model, read, identity, OTHER_FILES)
 
 
 def identity(adapter) -> str:

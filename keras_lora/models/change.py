@@ -6,6 +6,7 @@ Of apply_lora, load_adapter, extract_adapter and mark_only_lora_as_trainable.
 import contextlib
 import dataclasses
 
+from keras_lora.keras_internals import processes
 from keras_lora.keras_internals.classes import change_class
 from keras_lora.keras_internals.compiled import bring_weights_back
 from keras_lora.keras_internals.compiled import compile_again
@@ -41,6 +42,7 @@ def adapted(model, paths, adapters):
         adapters: Site -> the arguments of its adapter.
     """
     bring_weights_back(model)
+    processes.meet(model)
     layers = with_model(model, paths)
     with own_strategy(model):
         yield from all_or_none(model, layers, adapters)

@@ -106,8 +106,7 @@ def initialize_lora(
         starts = with_bar(layers, lambda path, layer: from_kernel(path, layer, method))
     for path, layer in layers.items():
         refuse_unusable(path, layer, starts[path])
-    if processes.is_shared(model):
-        processes.on_all(lambda: starts, identity, OTHER_STARTS)
+    processes.on_all(model, lambda: starts, identity, OTHER_STARTS)
     options = {
         layer: options_for(layer, starts[path])
         for path, layer in layers.items()

@@ -6,7 +6,15 @@ import hashlib
 import keras
 import numpy as np
 
+from keras_lora.keras_internals import distribution
+from keras_lora.keras_internals import processes
 from keras_lora.layers.torch_layout import to_numpy
+
+OTHER_ROWS = (
+    "The processes have given different numbers of batches or rows, or different rows "
+    "where their devices hold the same part of a batch. Give each process what it "
+    "gives to `fit`."
+)
 
 
 class Moments:
@@ -67,7 +75,7 @@ def layer_moments(model, layers, data) -> dict:
     try:
         for layer, recorder in recorders.items():
             layer.lora.stand_in = recorder
-        for batch in batches_of(data):
+        for batch in batches_for(model, data):
             model(batch, training=False)
     finally:
         for layer in layers:
@@ -76,6 +84,15 @@ def layer_moments(model, layers, data) -> dict:
         if recorder.moments is None:
             raise ValueError(f"{layer.name!r} was not called for any batch of `data`.")
     return {layer: recorder.moments for layer, recorder in recorders.items()}
+
+
+def batches_for(model, data):
+    """Batches of the model's inputs; over several processes those of all together."""
+    batches = batches_of(data)
+    if not processes.is_shared(model):
+        return batches
+    batches = map(distribution.as_input, batches)
+    return processes.in_step(model, batches, distribution.rows_given, OTHER_ROWS)
 
 
 def batches_of(data):

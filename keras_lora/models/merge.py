@@ -8,8 +8,8 @@ from keras import ops
 from keras_lora.keras_internals.callers import warn_caller
 from keras_lora.keras_internals.classes import change_class
 from keras_lora.keras_internals.compiled import compile_all_again
-from keras_lora.keras_internals.distribution import own_strategy
 from keras_lora.keras_internals.distribution import put
+from keras_lora.keras_internals.distribution import variable_like
 from keras_lora.keras_internals.hidden_state import hold_resource
 from keras_lora.keras_internals.hidden_state import release_resource
 from keras_lora.keras_internals.kernels import listed_instead
@@ -182,14 +182,14 @@ def listing_merged_kernels(model):
 
 def kernel_variable(site, values):
     """A variable with the merged kernel, listed instead of a site's kernel."""
-    with own_strategy(site.kernel_owner()):
-        return keras.Variable(
-            values,
-            dtype=site.frozen_kernel.dtype,
-            trainable=False,
-            autocast=False,
-            name=site.frozen_kernel.name,
-        )
+    return variable_like(
+        site.frozen_kernel,
+        values,
+        dtype=site.frozen_kernel.dtype,
+        trainable=False,
+        autocast=False,
+        name=site.frozen_kernel.name,
+    )
 
 
 def checked_merged_kernel(layer):

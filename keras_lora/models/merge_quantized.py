@@ -1,5 +1,6 @@
 """Merging into layers whose kernel is quantized."""
 
+import contextlib
 from typing import NamedTuple
 
 import keras
@@ -7,9 +8,14 @@ import numpy as np
 
 from keras_lora.keras_internals.classes import seen_as
 from keras_lora.keras_internals.classes import twin
+from keras_lora.keras_internals.distribution import fetch
+from keras_lora.keras_internals.distribution import is_cut
+from keras_lora.keras_internals.distribution import on_host
 from keras_lora.keras_internals.distribution import own_strategy
+from keras_lora.keras_internals.distribution import put
 from keras_lora.keras_internals.kernels import exchange_variables
 from keras_lora.keras_internals.kernels import kernel_variables
+from keras_lora.keras_internals.layers import name_scopes
 from keras_lora.layers.quantized_host import CALIBRATED
 from keras_lora.layers.torch_layout import to_numpy
 from keras_lora.models.quantized import quantization_config
@@ -63,15 +69,21 @@ def merged_plain(layer, kernel, way):
     config["dtype"] = float_policy(layer).name
     config.pop("quantization_config", None)
     plain = layer.plain_class.from_config(config)
-    with own_strategy(layer):
+    requantize = way == "requantize"
+    owner = layer.path.removesuffix(layer.name)
+    with contextlib.ExitStack() as scopes:
+        scopes.enter_context(own_strategy(layer))
+        scopes.enter_context(name_scopes(owner))  # by paths a layout map knows them
+        values = {layer.kernel_name: kernel, **layer.other_kernels()}
+        if requantize and is_cut(layer.frozen_kernel):  # Keras does it on hosts
+            values = {name: fetch(value) for name, value in values.items()}
+            scopes.enter_context(on_host())
         plain.build_from_config(layer.get_build_config())
-    values = {layer.kernel_name: kernel, **layer.other_kernels()}
-    for variable in kernel_variables(plain).values():
-        variable.assign(values[variable.name])
-    if way == "requantize":
-        plain.quantize(
-            layer.quantization_mode, config=quantization_config(layer), type_check=False
-        )
+        for variable in kernel_variables(plain).values():
+            put(variable, values[variable.name])
+        if requantize:
+            config, mode = quantization_config(layer), layer.quantization_mode
+            plain.quantize(mode, config=config, type_check=False)
     return plain
 
 
@@ -93,7 +105,7 @@ def copy_kernel(layer, plain):
     if plain.quantization_mode is not None:
         own = kernel_variables(layer)
         for name, variable in kernel_variables(plain).items():
-            own[name].assign(variable)
+            put(own[name], fetch(variable) if is_cut(own[name]) else variable)
         return
     exchange_variables(layer, plain)
     layer.dtype_policy = float_policy(layer)

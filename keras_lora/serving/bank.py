@@ -1,6 +1,7 @@
 """AdapterBank: many adapters resident over one model, one for each row of a batch."""
 
 import contextlib
+import functools
 import itertools
 import os
 import threading
@@ -14,6 +15,7 @@ import numpy as np
 from keras import ops
 
 from keras_lora.files.folder import Adapter
+from keras_lora.keras_internals import processes
 from keras_lora.keras_internals.compiled import bring_weights_back
 from keras_lora.keras_internals.compiled import renew_compiled_functions
 from keras_lora.keras_internals.layers import guard_assign
@@ -154,12 +156,14 @@ class AdapterBank(Artefacts, Calls, OutsideCalls, Training, keras.Model):
         paths = layer_paths(model)
         refuse_adapters(paths)
         bring_weights_back(model)
+        meet = functools.partial(processes.meet, model)
+        meet()
         adapters = checked_adapters(adapters, target)
         capacity = checked_capacity(capacity, adapters)
         most = np.inf if max_rank is None else checked_rank(max_rank)
         found, sources = {}, {}
         for name, given in adapters.items():
-            adapter, sources[name] = named(name, source_of, given)
+            adapter, sources[name] = named(name, source_of, model, given)
             found[name] = named(name, read, model, paths, adapter, names, most)
         every = [item for each in found.values() for item in each.parts.items()]
         lora_ranks = [part.rank for _, part in every if not part.in_full]
@@ -175,7 +179,7 @@ class AdapterBank(Artefacts, Calls, OutsideCalls, Training, keras.Model):
         self._changes, self._active = threading.RLock(), None
         self._row_names = None
         self._compiled = CompiledFunctions(model)
-        self.running, self._slots_outside = Running(self._point), [BASE]
+        self.running, self._slots_outside = Running(self._point, meet), [BASE]
         self.__dict__["depends_on_base"] = {}  # name -> whether the adapter does
         self.__dict__["counted_layers"] = weakref.WeakSet()
         with_gain = any(part.has_gain for _, part in every)
@@ -234,7 +238,7 @@ class AdapterBank(Artefacts, Calls, OutsideCalls, Training, keras.Model):
     def _read(self, name, given):
         """The parts of an adapter, for which there is room, and its source."""
         with self.running.call(lambda: (None, ())), self._changes:
-            adapter, source = named(name, source_of, given)
+            adapter, source = named(name, source_of, self.model, given)
             arguments = self.model, self.hosts.paths, adapter, self.names_given
             reading = named(name, read, *arguments, self.max_rank)
             named(name, self.hosts.prepared, reading.parts)

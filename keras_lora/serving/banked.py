@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_lora.keras_internals.classes import change_class
 from keras_lora.keras_internals.classes import seen_as
+from keras_lora.keras_internals.distribution import layout_of
 from keras_lora.layers.kinds import lora_class_of
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.torch_layout import to_numpy
@@ -167,6 +168,9 @@ class Hosts:
             ).shape
         dtype = layer.variable_dtype
         slots = Slots(self.count, rank, form, bias_shape, gain_shape, dtype)
+        layout = layout_of(host.frozen_kernel)
+        if layout is not None:
+            slots.lay_out(layout, form)
         bank_layer(layer, BankAdapters(self.choice, form, slots, path))
         self.layers[path] = layer
         # Its functions know the layer that it is now.

@@ -12,7 +12,9 @@ import numpy as np
 
 from keras_lora.files.config import KEPT
 from keras_lora.files.folder import Adapter
+from keras_lora.files.load import read_for
 from keras_lora.files.save import adapter_from
+from keras_lora.keras_internals import processes
 from keras_lora.keras_internals.calls import keeping_weights
 from keras_lora.keras_internals.calls import synchronize
 from keras_lora.keras_internals.layers import attach
@@ -104,11 +106,11 @@ class Folder:
         return adapter
 
 
-def source_of(adapter):
+def source_of(model, adapter):
     """What a bank keeps of an adapter to read it again: (adapter, its source)."""
+    found = read_for(model, adapter)
     if isinstance(adapter, Adapter):
-        return adapter, Kept(adapter)
-    found = Adapter.read(adapter)
+        return found, Kept(found)
     return found, Folder(os.path.abspath(adapter), digest(found))
 
 
@@ -290,7 +292,7 @@ class Training:
         source = self.sources[name]
         if isinstance(source, Trainee):
             return source
-        return Trainee(self, name, source.read())
+        return Trainee(self, name, processes.on_all(self.model, source.read))
 
     def _show_trainees(self):
         """Rows in training use the trainees that stand for their slots."""
