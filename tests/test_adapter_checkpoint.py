@@ -3,14 +3,9 @@
 import keras
 import numpy as np
 import pytest
-from models import x
-from models import y
+from models import x, y
 from pretrained import sequential
-from shared import EAGERLY
-from shared import adapt
-from shared import compile_
-from shared import predict
-from shared import same_base
+from shared import EAGERLY, adapt, compile_, predict, same_base
 
 import keras_lora
 

@@ -7,13 +7,8 @@ import pytest
 import safetensors.numpy
 import test_name_tables as tables
 import torch
-from layer_cases import CASES
-from layer_cases import fill
-from layer_cases import to_numpy
-from test_peft_exchange import NAMES
-from test_peft_exchange import assert_same
-from test_peft_exchange import ids
-from test_peft_exchange import pair
+from layer_cases import CASES, fill, to_numpy
+from test_peft_exchange import NAMES, assert_same, ids, pair
 
 import keras_lora
 from keras_lora.files.disk import PREFIX

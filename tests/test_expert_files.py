@@ -9,11 +9,7 @@ import peft
 import pytest
 import safetensors.numpy
 import torch
-from families import FAMILIES
-from families import difference
-from families import ours
-from families import pair
-from families import theirs
+from families import FAMILIES, difference, ours, pair, theirs
 from layer_cases import to_numpy
 from shared import assert_close
 

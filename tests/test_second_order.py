@@ -3,9 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from layer_cases import CASES
-from layer_cases import KINDS
-from layer_cases import over
+from layer_cases import CASES, KINDS, over
 
 CONVOLUTIONS = [case for case in KINDS if case.name.startswith("conv")]
 CONVOLUTIONS += [case for case in CASES if case.name == "conv2d-pointwise"]

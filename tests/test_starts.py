@@ -6,18 +6,15 @@ import peft
 import pytest
 import safetensors.numpy
 import torch
-from layer_cases import CASES
-from layer_cases import to_numpy
+from layer_cases import CASES, to_numpy
 from peft.tuners.lora import eva
 from peft.utils.incremental_pca import IncrementalPCA
 from seeds import set_seed
 from shared import assert_close
 
 import keras_lora
-from keras_lora.models.decompositions import largest
 from keras_lora.models.sites import adapted_sites
-from keras_lora.models.start_values import LOFTQ_STEPS
-from keras_lora.models.start_values import shared_out
+from keras_lora.models.start_values import LOFTQ_STEPS, largest, shared_out
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Layer .* does not have a `quantize`",

@@ -4,21 +4,15 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from keras_lora.files.factors import assert_finite
-from keras_lora.files.factors import factors_of
-from keras_lora.files.factors import slots_of
+from keras_lora.files import factors
 from keras_lora.files.folder import Adapter
-from keras_lora.files.plot import draw
-from keras_lora.layers.method_files import method_in
-from keras_lora.layers.settings import checked_rank
-from keras_lora.layers.settings import divisor
+from keras_lora.layers import settings, torch_layout
+from keras_lora.models import tables
 from keras_lora.models.tables import Table
-from keras_lora.models.tables import in_order
 
 if TYPE_CHECKING:
     import keras
@@ -88,7 +82,7 @@ class Analysis(Table, Sequence):
             ImportError: Without matplotlib.
             ValueError: If there is no row, or the ending is no format's.
         """
-        draw(self, path)
+        tables.draw(self, path)
 
 
 def analyze(source: "keras.layers.Layer | Adapter | str | os.PathLike") -> Analysis:
@@ -140,13 +134,13 @@ def analyze(source: "keras.layers.Layer | Adapter | str | os.PathLike") -> Analy
 
 
 def of_adapter(adapter, name):
-    file = factors_of(adapter)
+    file = factors.factors_of(adapter)
     rows = [
         update(module, found.rank, *found.product(), found.scaling)
-        for module in in_order(file.factors)
+        for module in tables.in_order(file.factors)
         for found in [file.factors[module]]
     ]
-    return Analysis(name, rows, notes_of([method_in(file.method)]))
+    return Analysis(name, rows, notes_of([torch_layout.method_in(file.method)]))
 
 
 def notes_of(methods) -> list:
@@ -161,7 +155,7 @@ def notes_of(methods) -> list:
 
 def update(path, rank, left, right, scaling=1.0, kernel=None):
     for values in (left, right):
-        assert_finite(path, values)
+        factors.assert_finite(path, values)
     values = scaling * singular_values(left, right)
     norm = float(np.linalg.norm(values))
     relative = None if kernel is None else norm / kernel if kernel else math.inf
@@ -228,16 +222,16 @@ def settings_apart(one, two) -> list:
 
 def tensors_apart(one, two) -> list:
     """[module or tensor, ranks, |one - two| over the larger] for what differs."""
-    slots = slots_of([one, two])
-    files = [factors_of(adapter, slots) for adapter in (one, two)]
+    slots = factors.slots_of([one, two])
+    files = [factors.factors_of(adapter, slots) for adapter in (one, two)]
     rows = []
-    for module in in_order(files[0].factors.keys() | files[1].factors.keys()):
+    for module in tables.in_order(files[0].factors.keys() | files[1].factors.keys()):
         if found := updates_apart(*(file.factors.get(module) for file in files)):
             pair = [file.factors.get(module) for file in files]
             ranks = [str(own.rank if own else "-") for own in pair]
             rows.append([module, " and ".join(dict.fromkeys(ranks)), found])
     beside = [in_full(file) for file in files]
-    for key in in_order(beside[0].keys() | beside[1].keys()):
+    for key in tables.in_order(beside[0].keys() | beside[1].keys()):
         if found := arrays_apart(*(tensors.get(key) for tensors in beside)):
             rows.append([key, "", found])
     return rows
@@ -319,9 +313,9 @@ def check_adapter(
     """
     if engine != "vllm":
         raise ValueError(f"`engine` must be 'vllm'. Received: engine={engine!r}.")
-    max_lora_rank = checked_rank(max_lora_rank)
+    max_lora_rank = settings.checked_rank(max_lora_rank)
     adapter = adapter if isinstance(adapter, Adapter) else Adapter.read(adapter)
-    file, found = factors_of(adapter, ()), []
+    file, found = factors.factors_of(adapter, ()), []
     if heads := file.config["modules_to_save"]:
         found.append(
             f"{VLLM} refuses modules_to_save, here {heads}: train without "
@@ -350,7 +344,7 @@ def check_adapter(
             f"cut with combine_adapters([adapter], rank={max_lora_rank})."
         )
     rslora = file.config["use_rslora"]
-    scaling = file.config["lora_alpha"] / divisor(file.config["r"], rslora)
+    scaling = file.config["lora_alpha"] / settings.divisor(file.config["r"], rslora)
     otherwise = [
         module
         for module, found in file.factors.items()

@@ -2,28 +2,28 @@
 
 import numpy as np
 
+from keras_lora.files import analyze
 from keras_lora.files.analyze import Analysis
-from keras_lora.files.analyze import notes_of
-from keras_lora.files.analyze import update
-from keras_lora.layers.lora_layer import is_adapted
-from keras_lora.layers.torch_layout import to_numpy
-from keras_lora.models.paths import layer_paths
-from keras_lora.models.sites import checked_sites
-from keras_lora.models.sites import site_paths
+from keras_lora.layers import lora_layer, torch_layout
+from keras_lora.models.sites import checked_sites, layer_paths, site_paths
 
 
 def of_model(model):
     checked_sites(model)
     paths = layer_paths(model)
     sites = site_paths(paths)
-    adapters = {path: site for path, site in sites.items() if is_adapted(site)}
+    adapters = {
+        path: site for path, site in sites.items() if lora_layer.is_adapted(site)
+    }
     rows = []
     for path, layer in adapters.items():
-        kernel = np.linalg.norm(to_numpy(layer.base_kernel(layer.lora.variable_dtype)))
+        kernel = np.linalg.norm(
+            torch_layout.to_numpy(layer.base_kernel(layer.lora.variable_dtype))
+        )
         left, right = matrices(layer)
-        rows.append(update(path, layer.lora.rank, left, right, kernel=kernel))
+        rows.append(analyze.update(path, layer.lora.rank, left, right, kernel=kernel))
     methods = [type(layer.lora) for layer in adapters.values()]
-    return Analysis(model.name, rows, notes_of(methods))
+    return Analysis(model.name, rows, analyze.notes_of(methods))
 
 
 def matrices(layer):
@@ -32,9 +32,9 @@ def matrices(layer):
     if not {"a", "b"} <= set(lora.factor_names):
         raise ValueError(f"{layer.path!r} has no A and B, but {lora.factor_names}.")
     if not form.is_product(layer.kernel_shape):
-        matrix, _ = form.as_matrix(to_numpy(lora.delta()))
+        matrix, _ = form.as_matrix(torch_layout.to_numpy(lora.delta()))
         return matrix, np.eye(matrix.shape[-1])
     a, b = lora.factors(lora.variable_dtype)
-    a, b = to_numpy(a), to_numpy(form.spread(b))
+    a, b = torch_layout.to_numpy(a), torch_layout.to_numpy(form.spread(b))
     rank, lead = a.shape[-1], a.shape[: len(form.batch_axes)]
     return a.reshape(*lead, -1, rank), b.reshape(*lead, rank, -1)

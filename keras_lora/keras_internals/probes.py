@@ -7,7 +7,7 @@ import types
 
 import keras
 
-from keras_lora.keras_internals.classes import change_class
+from keras_lora.keras_internals import classes
 
 CONVERTERS = "keras_hub.src.utils.transformers"
 ON_JAX = keras.backend.backend() == "jax"
@@ -72,7 +72,7 @@ def class_changes() -> bool:
             return inputs
 
     layer, made = Before(name="sample"), After(name="sample")
-    change_class(layer, After)
+    classes.change_class(layer, After)
     layer.build((1,))
     parameters = [
         [list(x.parameters) for x in vars(each).values() if hasattr(x, "parameters")]

@@ -3,10 +3,9 @@
 import keras
 from keras import ops
 
-from keras_lora.layers.by_row import matmul_by_row
+from keras_lora.layers import form, loralib
 from keras_lora.layers.form import LowRankForm
 from keras_lora.layers.lora_layer import LoRALayer
-from keras_lora.layers.loralib import merged_linear
 
 
 @keras.saving.register_keras_serializable(package="keras_lora")
@@ -49,10 +48,10 @@ class LoRADense(LoRALayer, keras.layers.Dense):
             compose=ops.matmul,
             down=ops.matmul,
             up=ops.matmul,
-            down_by_row=matmul_by_row,
-            up_by_row=matmul_by_row,
+            down_by_row=form.matmul_by_row,
+            up_by_row=form.matmul_by_row,
         )
 
     @classmethod
     def read_loralib(cls, layer, a, b, rank, mask, module):
-        return merged_linear(layer, a, b, rank, mask, module)
+        return loralib.merged_linear(layer, a, b, rank, mask, module)

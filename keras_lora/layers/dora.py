@@ -6,11 +6,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lora.keras_internals.calls import traced_for_xla
+from keras_lora.keras_internals import calls
+from keras_lora.layers import torch_layout
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.form import last_axes
-from keras_lora.layers.method_files import DoRAFiles
-from keras_lora.layers.torch_layout import to_numpy
+from keras_lora.layers.torch_layout import DoRAFiles
 
 [MAGNITUDE] = DoRAFiles.more_suffixes
 
@@ -48,7 +48,7 @@ class DoRAAdapter(DoRAFiles, LowRankAdapter):
 
     def build_factors(self, form, regularizer, read_kernel):
         super().build_factors(form, regularizer, read_kernel)
-        if traced_for_xla():
+        if calls.traced_for_xla():
             raise ValueError(
                 "With `use_dora` a layer cannot be built inside a function that XLA "
                 "compiles: m starts from W. Build the model first, with "
@@ -155,7 +155,10 @@ class DoRAAdapter(DoRAFiles, LowRankAdapter):
     # What is kept.
 
     def to_file(self, suffixes):
-        magnitude, adapted = to_numpy(self.magnitude), self.form.adapted_outputs
+        magnitude, adapted = (
+            torch_layout.to_numpy(self.magnitude),
+            self.form.adapted_outputs,
+        )
         if adapted is not None:
             norm = self.own_norm()
             norm[adapted] = magnitude
@@ -185,7 +188,7 @@ class DoRAAdapter(DoRAFiles, LowRankAdapter):
     def own_norm(self):
         """||W||."""
         b = ops.zeros(self.b.shape, self.variable_dtype)
-        return to_numpy(self.norm(self.read_kernel(), self.a, b))
+        return torch_layout.to_numpy(self.norm(self.read_kernel(), self.a, b))
 
 
 def refuse_other_products(form, sizes):

@@ -6,13 +6,8 @@ import contextvars
 import keras
 from keras import ops
 
-from keras_lora.keras_internals.calls import in_tensorflow_graph
-from keras_lora.keras_internals.classes import twin
-from keras_lora.keras_internals.kernels import kernel_variables
+from keras_lora.keras_internals import calls, classes, layers, private_names
 from keras_lora.keras_internals.layers import Leaf
-from keras_lora.keras_internals.layers import mark_frozen
-from keras_lora.keras_internals.private_names import QUANTIZED
-from keras_lora.keras_internals.private_names import require
 
 MODES = ("int8", "int4")
 # Their integers are for inputs that were seen.
@@ -82,7 +77,7 @@ class QuantizedHost(Leaf):
         super().quantize(mode, type_check=False, config=config, **kwargs)
         if self.lora is not None:  # the kernel that was frozen is no more
             self.lora.kernel_place = None
-            mark_frozen(self.frozen_kernel)
+            layers.mark_frozen(self.frozen_kernel)
         self.warn_of_quantization()
 
     @property
@@ -149,7 +144,7 @@ def refuse_mode(layer, mode):
     """Raises ValueError for a mode in which a kernel has no adapter beside it."""
     if mode is None:
         return
-    require(QUANTIZED)
+    private_names.require(private_names.QUANTIZED)
     if mode in MODES or mode in CALIBRATED:
         return
     why = ", whose scales are trained" if mode == "float8" else ""
@@ -256,13 +251,13 @@ def straight_through(layer, inputs, forward, backward):
     from one to the other.
     """
     if in_artefact():
-        return forward(twin(layer, layer.plain_class, WITHOUT_FINISH), inputs)
-    names, variables = zip(*kernel_variables(layer).items(), strict=True)
+        return forward(classes.twin(layer, layer.plain_class, WITHOUT_FINISH), inputs)
+    names, variables = zip(*layers.kernel_variables(layer).items(), strict=True)
 
     def seen(cls, values, tensor):
         values = [not_before(tensor, value) for value in values]
         values = dict(zip(names, values, strict=True))
-        return twin(layer, cls, {**WITHOUT_FINISH, **values})
+        return classes.twin(layer, cls, {**WITHOUT_FINISH, **values})
 
     @ops.custom_gradient
     def call(inputs, *values):
@@ -286,7 +281,7 @@ def not_before(tensor, value):
     Else it forms the float kernels of all layers as it starts, or keeps them from
     forward to backward: the memory that quantization saved.
     """
-    if not in_tensorflow_graph() and keras.backend.backend() != "jax":
+    if not calls.in_tensorflow_graph() and keras.backend.backend() != "jax":
         return value
     first = ops.reshape(tensor, (-1,))[:1]
     # False for every number, which a compiler does not see.

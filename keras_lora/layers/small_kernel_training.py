@@ -8,13 +8,15 @@ import math
 
 from keras import ops
 
-from keras_lora.keras_internals.calls import in_tensorflow_graph
+from keras_lora.keras_internals import calls
 
 
 def merging_pays(host, adapter, inputs):
     """Whether a step is compiled by TensorFlow, exact, and the host's kernel small."""
     form = host.form
-    if not (form.merges_in_training and host.merges_in_call and in_tensorflow_graph()):
+    if not (
+        form.merges_in_training and host.merges_in_call and calls.in_tensorflow_graph()
+    ):
         return False
     sizes = [size or 16 for size in inputs.shape]  # 16 where it is not known
     return (

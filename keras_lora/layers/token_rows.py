@@ -4,9 +4,9 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_lora.layers import settings
 from keras_lora.layers.adapter import LowRankAdapter
-from keras_lora.layers.method_files import TokenRowsFiles
-from keras_lora.layers.settings import checked_indices
+from keras_lora.layers.torch_layout import TokenRowsFiles
 
 KEYWORD = TokenRowsFiles.keyword
 
@@ -40,7 +40,7 @@ class TokenRows(TokenRowsFiles, LowRankAdapter):
 
     def __init__(self, trainable_token_indices, dtype=None, name=None, **others):
         super().__init__(1, dtype=dtype, name=name)
-        self.indices = checked_indices(trainable_token_indices)
+        self.indices = settings.checked_indices(trainable_token_indices)
 
     def build_factors(self, form, regularizer, read_kernel):
         self.axis = 0 if form.looks_up else 1
