@@ -237,9 +237,10 @@ FAULTS = {
             "test_laws.py -k merging_rounds_once",
         ),
         (
-            "self.lora.kernel_place = layers.freeze(self.kernel_owner(), "
-            "self.frozen_kernel)",
-            "pass",
+            "self.lora.kernel_place = layers.freeze(\n"
+            "                self.kernel_owner(), self.frozen_kernel\n"
+            "            )\n",
+            "pass\n",
             "test_laws.py -k 'toggling and recurrent-lstm'",
         ),
     ],
@@ -729,8 +730,8 @@ FAULTS = {
             "test_combining.py -k extracted_adapter",
         ),
         (
-            "return isinstance(site, WeightSite) or lora",
-            "return lora",
+            "return isinstance(site, WeightSite) or kinds",
+            "return kinds",
             "test_expert_files.py -k are_extracted",
         ),
     ],

@@ -124,9 +124,7 @@ def analyze(source: "keras.layers.Layer | Adapter | str | os.PathLike") -> Analy
     import keras  # here: a file is shown without it
 
     if isinstance(source, keras.layers.Layer):
-        from keras_lora.files import analyze_model
-
-        return analyze_model.of_model(source)
+        return of_model(source)
     raise ValueError(
         "`source` must be a model, an Adapter or a folder. Received: "
         f"{type(source).__name__}, {str(source)[:99]!r}."
@@ -141,6 +139,37 @@ def of_adapter(adapter, name):
         for found in [file.factors[module]]
     ]
     return Analysis(name, rows, notes_of([torch_layout.method_in(file.method)]))
+
+
+def of_model(model):
+    from keras_lora.layers import lora_layer, torch_layout
+    from keras_lora.models import sites
+
+    sites.checked_sites(model)
+    rows, methods = [], []
+    for path, site in sites.site_paths(sites.layer_paths(model)).items():
+        if lora_layer.is_adapted(site):
+            kernel = torch_layout.to_numpy(site.base_kernel(site.lora.variable_dtype))
+            norm, pair = np.linalg.norm(kernel), matrices(site)
+            rows.append(update(path, site.lora.rank, *pair, kernel=norm))
+            methods.append(type(site.lora))
+    return Analysis(model.name, rows, notes_of(methods))
+
+
+def matrices(site):
+    """Two matrices, or stacks of them, whose product is the update."""
+    from keras_lora.layers.torch_layout import to_numpy
+
+    lora, form = site.lora, site.form
+    if not {"a", "b"} <= set(lora.factor_names):
+        raise ValueError(f"{site.path!r} has no A and B, but {lora.factor_names}.")
+    if not form.is_product(site.kernel_shape):
+        matrix, _ = form.as_matrix(to_numpy(lora.delta()))
+        return matrix, np.eye(matrix.shape[-1])
+    a, b = lora.factors(lora.variable_dtype)
+    a, b = to_numpy(a), to_numpy(form.spread(b))
+    rank, lead = a.shape[-1], a.shape[: len(form.batch_axes)]
+    return a.reshape(*lead, -1, rank), b.reshape(*lead, rank, -1)
 
 
 def notes_of(methods) -> list:

@@ -2,7 +2,7 @@
 
 from keras_lora.files import config, disk
 from keras_lora.files.patterns import Budget, Pattern
-from keras_lora.keras_internals import callers
+from keras_lora.keras_internals import warn_caller
 from keras_lora.layers import settings, torch_layout
 from keras_lora.layers.torch_layout import TokenRowsFiles
 
@@ -132,7 +132,7 @@ def warn_of_unknown(file):
     known = KNOWN | torch_layout.METHODS.keys()
     unknown = sorted(key for key in file.keys() - known if file[key])
     if unknown:
-        callers.warn_caller(f"{config.CONFIG}: ignored {', '.join(unknown)}.")
+        warn_caller(f"{config.CONFIG}: ignored {', '.join(unknown)}.")
 
 
 def is_list_of(values, kind):

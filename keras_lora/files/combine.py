@@ -10,7 +10,7 @@ from keras_lora.files import analyze, experts, factors
 from keras_lora.files.config import KEPT, settings
 from keras_lora.files.folder import Adapter
 from keras_lora.files.slices import fuse
-from keras_lora.keras_internals import callers
+from keras_lora.keras_internals import warn_caller
 from keras_lora.layers.settings import alpha_at, checked_rank, divisor, is_number
 from keras_lora.models import tables
 
@@ -75,7 +75,7 @@ def combine_adapters(
     refuse_methods(files)
     modules = [module for file in files for module in file.factors]
     if len(files) > 1 and len(set(modules)) == len(modules):
-        callers.warn_caller(
+        warn_caller(
             "The adapters have no module in common. The result fits a model that has "
             f"all of their modules, {tables.listed(sorted(modules), most=4)}."
         )

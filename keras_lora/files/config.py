@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from keras_lora.files import slices
 from keras_lora.files.patterns import Budget, Pattern
-from keras_lora.keras_internals import callers
+from keras_lora.keras_internals import warn_caller
 from keras_lora.layers import torch_layout
 from keras_lora.layers.settings import checked_alpha
 
@@ -150,7 +150,7 @@ def check_targets(config, found):
 
 def warn_of_unmatched(key, unmatched):
     if unmatched:
-        callers.warn_caller(
+        warn_caller(
             f"{key} has {', '.join(map(repr, unmatched[:5]))}, but the file has no "
             "tensors for such a module."
         )

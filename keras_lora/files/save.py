@@ -18,7 +18,7 @@ from keras_lora.files.tensors import (
     torch_name,
     weight_to_tensor,
 )
-from keras_lora.keras_internals import callers, layers, processes
+from keras_lora.keras_internals import layers, processes, warn_caller
 from keras_lora.layers import lora_layer, token_rows
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.models import record, sites
@@ -203,7 +203,7 @@ def file_dropout(adapters, parameters):
     """The dropout for the file: 0 if it adapts a parameter, as PEFT requires."""
     dropout = max([0.0, *(layer.lora.dropout for layer in adapters.values())])
     if dropout and parameters:
-        callers.warn_caller(
+        warn_caller(
             f"The file says lora_dropout=0.0, and not {dropout}: PEFT supports no "
             "dropout where it adapts a parameter, here "
             f"{sorted(parameters.values())[0]!r}."

@@ -110,7 +110,7 @@ def next_seed(generator):
     """
     if keras.backend.backend() != "jax" or not in_stateless_scope():
         return generator.next()
-    private_names.require(private_names.DROPOUT)
+    probes.require(private_names.DROPOUT)
     import jax
     from jax.extend.core import set_current_trace
 
@@ -136,7 +136,7 @@ def traced_for_xla():
 
     if tf.executing_eagerly():
         return False
-    private_names.require(private_names.IN_FUNCTIONS)
+    probes.require(private_names.IN_FUNCTIONS)
     graph = tf.compat.v1.get_default_graph()
     while graph is not None:
         context = graph._get_control_flow_context()

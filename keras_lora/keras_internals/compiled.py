@@ -7,7 +7,7 @@ import types
 
 import keras
 
-from keras_lora.keras_internals import callers, calls, distribution
+from keras_lora.keras_internals import calls, distribution, warn_caller
 from keras_lora.keras_internals.layers import (
     flatten_layers,
     layer_state,
@@ -41,7 +41,7 @@ def live_models() -> list:
     """All of the process but those that `gc.freeze` has hidden: a warning says so."""
     if gc.get_freeze_count() > WARNED_AT.count:  # what is deleted lowers it
         WARNED_AT.count = gc.get_freeze_count()
-        callers.warn_caller(
+        warn_caller(
             "gc.freeze() was called, which hides the models made before it: if they "
             "share layers with this one, they may still use functions that were "
             "traced before this change. Compile them again."

@@ -6,7 +6,7 @@ import weakref
 import keras
 import numpy as np
 
-from keras_lora.keras_internals import callers, private_names, probes, processes
+from keras_lora.keras_internals import private_names, probes, processes, warn_caller
 
 warned = weakref.WeakSet()  # the distributions of which a warning was given
 
@@ -16,7 +16,7 @@ def layout_of(variable):
     distribution = keras.distribution.distribution()
     if distribution is None or keras.backend.backend() != "jax":
         return None
-    private_names.require(private_names.LAYOUTS)
+    probes.require(private_names.LAYOUTS)
     layout = distribution.get_variable_layout(variable)
     return layout if any(getattr(layout, "axes", None) or ()) else None
 
@@ -41,7 +41,7 @@ def dividing(variable, axes, mesh, distribution):
     found = [None if axis and size % parts[axis] else axis for axis, size in sizes]
     if found != list(axes) and distribution not in warned:
         warned.add(distribution)
-        callers.warn_caller(
+        warn_caller(
             f"{variable.path!r} of shape {tuple(variable.shape)} does not divide over "
             f"the mesh axes {tuple(axes)} of its kernel's layout: it lies whole on "
             "every device there, as do others like it."

@@ -31,11 +31,11 @@ def is_backbone(layer):
 @functools.cache
 def converters() -> dict:
     """Family, as the converter is called -> its module."""
-    private_names.require(private_names.HUB)
+    probes.require(private_names.HUB)
     if probes.module("keras_hub") is None:
         return {}
     private_names.probe_package("KerasHub")
-    private_names.require(private_names.HUB)
+    probes.require(private_names.HUB)
     names = probes.converter_names(probes.module(probes.CONVERTERS))
     return {name.rpartition("convert_")[2]: probes.module(name) for name in names}
 

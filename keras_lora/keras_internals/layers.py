@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import keras
 
-from keras_lora.keras_internals import calls, private_names
+from keras_lora.keras_internals import calls, private_names, probes
 
 LORA_LAYER = "keras_lora.layers.lora_layer", "LoRALayer"
 
@@ -129,7 +129,7 @@ def unfreeze(layer, variable, place):
 
 def checked_model(model):
     """Raises if this is no model, or Keras is one that adapts none."""
-    private_names.require(private_names.MODELS)
+    probes.require(private_names.MODELS)
     if not isinstance(model, keras.layers.Layer):
         raise ValueError(
             "`model` must be a Keras model or layer. Received: "

@@ -1,4 +1,4 @@
-"""What looks for a private name: in milliseconds, and without making an array."""
+"""Probes for private names, and the error where one is missing."""
 
 import importlib
 import inspect
@@ -9,6 +9,25 @@ import keras
 
 from keras_lora.keras_internals import classes
 
+# The versions with which the laws have passed; see docs/compatibility.md.
+OLDEST, NIGHTLY = "3.12", "3.16.0.dev2026102704"
+HUB_NIGHTLY = "0.33.0.dev202610250352"
+TESTED = {
+    "Keras": f"{OLDEST}, 3.15 and {NIGHTLY}",
+    "TensorFlow": "2.21",
+    "torch": "2.13",
+    "JAX": "0.10",
+    "KerasHub": f"0.32 and {HUB_NIGHTLY}",
+}
+MODULES = {
+    "Keras": "keras",
+    "TensorFlow": "tensorflow",
+    "torch": "torch",
+    "JAX": "jax",
+    "KerasHub": "keras_hub",
+}
+
+MISSING: dict = {}  # feature -> rows that it needs and are not there
 CONVERTERS = "keras_hub.src.utils.transformers"
 ON_JAX = keras.backend.backend() == "jax"
 OPTIMIZER = keras.optimizers.Optimizer
@@ -20,6 +39,24 @@ def module(name):
         return importlib.import_module(name)
     except ImportError:
         return None
+
+
+def require(feature):
+    """Raises ValueError if a package has not what a feature needs."""
+    if feature in MISSING:
+        raise ValueError(sentence(feature))
+
+
+def sentence(feature) -> str:
+    rows = MISSING[feature]
+    package = rows[0].package
+    names = " and ".join(row.name for row in rows if row.package == package)
+    version = module(MODULES[package]).__version__
+    return (
+        f"keras_lora does not know how {package} {version} works inside: without "
+        f"{names} there are no {feature}. It was tested with {package} "
+        f"{TESTED[package]}: install one of these, or a later keras_lora."
+    )
 
 
 global_state = module("keras.src.backend.common.global_state")

@@ -4,7 +4,7 @@ import json
 
 import keras
 
-from keras_lora.keras_internals import callers, private_names, probes
+from keras_lora.keras_internals import private_names, probes, warn_caller
 
 MEETING_SECONDS = 30  # until a process that waits for the others gives up
 WORKING_SECONDS = 600  # the same, while one of them writes or reads a file
@@ -36,7 +36,7 @@ def exchange(message, seconds) -> list:
 
     message: what can be written as JSON.
     """
-    private_names.require(private_names.PROCESSES)
+    probes.require(private_names.PROCESSES)
     jax = probes.module("jax")
     client = probes.module("jax._src.distributed").global_state.client
     meeting, process = f"keras_lora/{Meetings.count}", jax.process_index()
@@ -99,7 +99,7 @@ def warn_of_process_group():
         return
     group = probes.module("torch.distributed")
     if group.is_available() and group.is_initialized() and group.get_world_size() > 1:
-        callers.warn_caller(
+        warn_caller(
             f"This is one of {group.get_world_size()} processes of a torch process "
             "group. Keras's `fit` trains each of them alone, and their adapters "
             "become different ones. Put torch.nn.parallel.DistributedDataParallel "

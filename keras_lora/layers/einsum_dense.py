@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lora.keras_internals import callers
+from keras_lora.keras_internals import warn_caller
 from keras_lora.layers import form, quantized_host
 from keras_lora.layers.form import LowRankForm
 from keras_lora.layers.lora_layer import LoRALayer
@@ -149,7 +149,7 @@ class QuantizedEinsum:
             first = first and self.g_idx.shape[0] == inputs
         scale, zero, _ = quantized_host.quantization(self, "kernel")
         if not first and not self.scales_outputs(scale, zero):
-            callers.warn_caller(
+            warn_caller(
                 f"The {mode} kernel of {self.name!r} has a large error: Keras "
                 f"quantizes it along axes over which {self.equation!r} does not sum. "
                 "Its error is several times that of a Dense kernel. Use int8 for this "

@@ -6,7 +6,7 @@ import contextvars
 import keras
 from keras import ops
 
-from keras_lora.keras_internals import calls, classes, layers, private_names
+from keras_lora.keras_internals import calls, classes, layers, private_names, probes
 from keras_lora.keras_internals.layers import Leaf
 
 MODES = ("int8", "int4")
@@ -144,7 +144,7 @@ def refuse_mode(layer, mode):
     """Raises ValueError for a mode in which a kernel has no adapter beside it."""
     if mode is None:
         return
-    private_names.require(private_names.QUANTIZED)
+    probes.require(private_names.QUANTIZED)
     if mode in MODES or mode in CALIBRATED:
         return
     why = ", whose scales are trained" if mode == "float8" else ""

@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 
 import keras
 
-from keras_lora.keras_internals import calls, layers, private_names
+from keras_lora.keras_internals import calls, layers, private_names, probes
 from keras_lora.keras_internals.hidden_state import DrawnSeeds
 
 # Inside of a call that is computed twice: {id of an adapter: what its seeds are from}.
@@ -30,7 +30,7 @@ class Rematerialized:
     """
 
     def rematerialized_call(self, call, *args, **kwargs):
-        private_names.require(private_names.REMAT)
+        probes.require(private_names.REMAT)
         fixed = {name: x for name, x in kwargs.items() if not has_gradient(x)}
         seeds = drawn_seeds(self) if kwargs.get("training") is True else {}
 

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_lora.keras_internals import calls, classes, private_names
+from keras_lora.keras_internals import calls, classes, private_names, probes
 from keras_lora.layers import quantized_host
 from keras_lora.layers.embedding import LoRAEmbedding
 from keras_lora.layers.form import LowRankForm, matmul_by_row
@@ -107,7 +107,7 @@ class LoRAReversibleEmbedding(LoRAEmbedding, keras.layers.ReversibleEmbedding):
     @classmethod
     def check_host(cls, layer):
         super().check_host(layer)
-        private_names.require(private_names.MASKS)
+        probes.require(private_names.MASKS)
 
     def call(self, inputs, reverse=False, training=None):
         outputs = self.adapted_call(inputs, training, reverse=reverse)

@@ -5,7 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_lora.keras_internals import callers, calls, classes, distribution, layers
+from keras_lora.keras_internals import calls, classes, distribution, layers, warn_caller
 from keras_lora.layers import quantized_host
 from keras_lora.layers.torch_layout import TorchLayout
 
@@ -87,7 +87,7 @@ def watched(kernel):
 
     def read(layer):
         if layer.lora is not None and calls.in_a_call():
-            callers.warn_caller(
+            warn_caller(
                 f"A layer reads the kernel of {layer.name!r}, which has an adapter, in "
                 "its own call: there the adapter has no effect until it is merged. "
                 "Leave that layer out with exclude=, or merge first."

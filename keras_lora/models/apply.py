@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from keras_lora.keras_internals import callers, processes
+from keras_lora.keras_internals import processes, warn_caller
 from keras_lora.layers import arguments, kinds, settings, token_rows
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.models import adapt, freezing, targets
@@ -188,7 +188,7 @@ def warn_of_high_ranks(layers):
     limits = {p: x.form.highest_rank(x.kernel_shape) for p, x in layers.items()}
     high = [f"{p!r} ({n})" for p, n in limits.items() if layers[p].lora.rank > n]
     if high:
-        callers.warn_caller(
+        warn_caller(
             "The rank is higher than any kernel of this size can have, which wastes "
             f"parameters, in {listed(high)}. Give a lower `rank`, or set the rank of "
             "these layers with `rank_pattern`."

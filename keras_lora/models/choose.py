@@ -5,7 +5,7 @@ import re
 
 import keras
 
-from keras_lora.keras_internals import callers
+from keras_lora.keras_internals import warn_caller
 from keras_lora.layers import kinds
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.models import adapt, tables, targets
@@ -59,7 +59,7 @@ def choose(model, paths, target, exclude, trained):
         else:
             chosen[path] = site
             if no_effect:
-                callers.warn_caller(f"{path!r}: {no_effect}")
+                warn_caller(f"{path!r}: {no_effect}")
     if not chosen:
         raise ValueError(nothing(target, skipped))
     return chosen, skipped, notes_of(model, sites, chosen) if everything else []
@@ -111,8 +111,9 @@ def is_known(site):
 
 def why_not_linear(site):
     """Why "all-linear" leaves a weight out, and what to do."""
+    kind = type(kinds.layer_of(site)).__name__
     return (
-        f'{type(kinds.layer_of(site)).__name__} is not in "all-linear": use target="all", '
+        f'{kind} is not in "all-linear": use target="all", '
         "name it in `target`, or train the layer in full with `also_train`."
     )
 

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lora.keras_internals import callers, compiled, distribution
+from keras_lora.keras_internals import compiled, distribution, warn_caller
 from keras_lora.keras_internals.layers import flatten_layers
 from keras_lora.layers import saved_values
 from keras_lora.models import merge, record
@@ -145,7 +145,7 @@ def warn_of_lost_training(values):
         )
     ]
     if changed:
-        callers.warn_caller(
+        warn_caller(
             f"{', '.join(changed)} changed inside `disabled(model)`. The values from "
             "before are restored now, so the change is lost. Train outside the "
             "context."

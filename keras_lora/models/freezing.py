@@ -4,7 +4,7 @@ import itertools
 
 import keras
 
-from keras_lora.keras_internals import callers
+from keras_lora.keras_internals import warn_caller
 from keras_lora.keras_internals.layers import (
     flatten_layers,
     keep_frozen,
@@ -45,7 +45,7 @@ def mark_only_lora_as_trainable(model: keras.layers.Layer, bias: str = "none"):
         freeze_all_but_lora(model, bias)
         notes = change.keep()
     for note in notes:
-        callers.warn_caller(note)
+        warn_caller(note)
 
 
 def freeze_all_but_lora(model, bias="none", also_train=()):

@@ -5,7 +5,7 @@ import math
 
 import keras
 
-from keras_lora.keras_internals import compiled, private_names
+from keras_lora.keras_internals import compiled, private_names, probes
 from keras_lora.keras_internals.compiled import TwoRates
 from keras_lora.layers import settings
 
@@ -52,7 +52,7 @@ class LoRAPlus(TwoRates):
     """
 
     def __new__(cls, optimizer, ratio=16.0):
-        private_names.require(private_names.LORA_PLUS)
+        probes.require(private_names.LORA_PLUS)
         optimizer = keras.optimizers.get(optimizer)
         checked_ratio(ratio)
         checked_optimizer(optimizer)

@@ -8,11 +8,11 @@ import numpy as np
 from keras import ops
 
 from keras_lora.keras_internals import (
-    callers,
     classes,
     compiled,
     distribution,
     hidden_state,
+    warn_caller,
 )
 from keras_lora.keras_internals.layers import (
     exchange_variables,
@@ -232,7 +232,7 @@ def _make_plain(model, layers):
     restore_models(layers, held)
     renew_policy_maps(layers)
     for note in compiled.compile_all_again(found):
-        callers.warn_caller(note)
+        warn_caller(note)
 
 
 @contextlib.contextmanager

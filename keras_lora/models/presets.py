@@ -6,7 +6,7 @@ import os
 
 import keras
 
-from keras_lora.keras_internals import callers, classes
+from keras_lora.keras_internals import classes, warn_caller
 from keras_lora.keras_internals.layers import flatten_layers
 from keras_lora.layers import lora_layer
 from keras_lora.layers.lora_layer import LoRALayer
@@ -40,13 +40,13 @@ def save_to_preset(self, preset_dir, *args, **kwargs):
         plain_class_of(type(self)).save_to_preset(view, preset_dir, *args, **kwargs)
     if view is self and not os.path.exists(os.path.join(preset_dir, "task.json")):
         name = plain_class_of(type(self)).__name__
-        callers.warn_caller(
+        warn_caller(
             "`from_preset` of a task of its family loads this preset, as that of "
             f"{name} does not know its class. To load it alone, save a .keras file."
         )
     trained = [path for path, layer in outside.items() if record.record_of(layer).base]
     if trained:
-        callers.warn_caller(
+        warn_caller(
             f"The preset has {tables.listed(trained)} as trained, and not as before "
             "training: "
             "`remove_lora` on what `from_preset` gives leaves that as it is. A .keras "

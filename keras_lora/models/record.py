@@ -9,7 +9,7 @@ import itertools
 
 import numpy as np
 
-from keras_lora.keras_internals import callers, distribution
+from keras_lora.keras_internals import distribution, warn_caller
 from keras_lora.keras_internals.layers import (
     keep_frozen,
     layer_state,
@@ -90,7 +90,7 @@ def warn_of_unremembered(layers):
         for variable in unremembered(layer)
     ]
     if found:
-        callers.warn_caller(
+        warn_caller(
             f"{tables.listed(found)} can train now, but could not when the adapters "
             "were "
             "created. They keep their present values: `fit` and `train_on_batch` of "

@@ -82,7 +82,8 @@ class Report(Table, Sequence):
 
     def __repr__(self):
         what = "dry run" if self.is_dry_run else "LoRA report"
-        return f"<{what} of {self.model_name}: {tables.counted(len(self), 'adapted layer')}>"
+        adapted = tables.counted(len(self), "adapted layer")
+        return f"<{what} of {self.model_name}: {adapted}>"
 
     def parts(self):
         adapters = sum(row.parameters for row in self)

@@ -12,7 +12,7 @@ import numpy as np
 
 from keras_lora.files import config, save
 from keras_lora.files.folder import Adapter
-from keras_lora.keras_internals import private_names
+from keras_lora.keras_internals import private_names, probes
 from keras_lora.keras_internals.calls import keeping_weights, synchronize
 from keras_lora.keras_internals.layers import attach, detach
 from keras_lora.models import record
@@ -191,7 +191,7 @@ class Training:
                 trains what rows of a batch share, or the model adds losses for its
                 activations.
         """
-        private_names.require(private_names.MASKS)
+        probes.require(private_names.MASKS)
         self._train(self._named_in(x))
         if isinstance(x, Mapping):
             self._look_at(x["inputs"])
