@@ -258,7 +258,8 @@ def probe():
     if list(map(int, version)) < list(map(int, oldest)):
         raise ImportError(
             f"keras_lora needs Keras {probes.OLDEST} or later, and Keras "
-            f"{keras.__version__} is installed. It was tested with Keras {probes.TESTED['Keras']}."
+            f"{keras.__version__} is installed. It was tested with Keras "
+            f"{probes.TESTED['Keras']}."
         )
     probe_package("Keras")
     for package, name in probes.MODULES.items():
