@@ -396,13 +396,19 @@ def experts(count, width, inner, tokens, rank):
     return Work(x, x, frozen_and_adapted(build, rank))
 
 
-def token_rows(vocabulary, width, rows, batch=64, length=32):
-    """A lookup in a table of which some rows train, over the frozen table's."""
+def token_rows(vocabulary, width, rows, layers=0, batch=64, length=32):
+    """A lookup in a table of which some rows train, over the frozen table's.
+
+    layers: how many frozen Dense layers come after it.
+    """
 
     def build():
         inputs = keras.Input((length,), dtype="int32")
         table = keras.layers.Embedding(vocabulary, width, name="table")
-        return keras.Model(inputs, Scale()(table(inputs)))
+        outputs = Scale()(table(inputs))
+        for _ in range(layers):
+            outputs = keras.layers.Dense(width, trainable=False)(outputs)
+        return keras.Model(inputs, outputs)
 
     def frozen():
         model = build()

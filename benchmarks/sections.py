@@ -184,6 +184,13 @@ SECTIONS = [
                 (250_000, 256, 8),
                 25,
             ),
+            (
+                "8 rows, then 2 Dense of 256",
+                training.step,
+                "token_rows",
+                (250_000, 256, 8, 2),
+                25,
+            ),
         ],
         bars=(
             Bar("keras_lora", 1.30, "LSTM"),

@@ -440,7 +440,7 @@ FAULTS = {
             "test_laws.py -k float64",
         ),
     ],
-    "layers/small_kernel_training.py": [
+    "layers/merged_training.py": [
         (
             "adapter.dropout == 0",
             "True",
@@ -452,14 +452,19 @@ FAULTS = {
             "test_gradient_sizes.py -k 'no_kernel_sized and conv2d'",
         ),
         (
-            "math.prod(host.kernel_shape) <= math.prod(sizes)",
-            "True",
+            ">= host.form.merges_from",
+            ">= 0",
             "test_gradient_sizes.py -k 'no_kernel_sized and deep'",
         ),
         (
             "return of_inputs, *tape.gradient(outputs, [a, b], upstream)",
             "return of_inputs, *tape.gradient(outputs, [a, b], 2 * upstream)",
             "test_against_torch.py -k 'gradients and conv and (compiled or True)'",
+        ),
+        (
+            "form.gradient_of_a(inputs, of_hidden), of_b",
+            "form.gradient_of_a(inputs, 2 * of_hidden), of_b",
+            "test_second_order.py -k dense",
         ),
     ],
     "layers/torch_layout.py": [
@@ -1318,6 +1323,16 @@ FAULTS = {
         ),
     ],
     "layers/token_rows.py": [
+        (
+            "own = tf.matmul(tf.cast(tf.gather(chosen, places), rows.dtype), rows)",
+            "own = tf.repeat(rows[:1], tf.shape(places)[0], axis=0)",
+            "test_token_rows.py -k touches_what_is_chosen",
+        ),
+        (
+            "return calls.in_tensorflow_graph() and not calls.traced_for_xla()",
+            "return calls.in_tensorflow_graph()",
+            "test_token_rows.py -k touches_what_is_chosen",
+        ),
         (
             "return outputs * others + ops",
             "return outputs + ops",

@@ -408,9 +408,9 @@ def test_kernel_that_the_parent_reads_itself_is_passed_over():
     )
     report = apply_lora(model)
     assert [row.path for row in report] == ["block/up"]
-    assert "Block reads its kernel itself" in report.skipped["block/gate"]
+    assert "Block reads the kernel of this layer itself" in report.skipped["block/gate"]
     keras_lora.remove_lora(model)
-    with pytest.warns(UserWarning, match="'block/gate': Block reads its kernel"):
+    with pytest.warns(UserWarning, match="'block/gate': Block reads the kernel"):
         apply_lora(model, target=["gate"])
 
 
@@ -604,7 +604,7 @@ def test_a_rank_that_no_update_can_have_is_warned_of_once(tmp_path):
 
 def test_a_warning_of_a_kernel_that_its_owner_reads_names_the_callers_line():
     model = keras.Sequential([keras.Input((6,)), Block(name="block")])
-    with pytest.warns(UserWarning, match="Block reads its kernel") as caught:
+    with pytest.warns(UserWarning, match="Block reads the kernel") as caught:
         apply_lora(model, target=["gate"], rank=1)
     assert caught[0].filename == __file__
 

@@ -446,7 +446,7 @@ def test_biases_and_heads_are_each_adapters_own():
         assert_rows(bank.predict(data, verbose=0), names, expected)
     bank.release()
     narrow = AdapterBank(model, {"b": adapters["b"]}, capacity=3)
-    with pytest.raises(ValueError, match=r"no room.* 'head': the layer is none"):
+    with pytest.raises(ValueError, match=r"no room.* 'head': the layer is not in"):
         narrow.add("a", adapters["a"])
     assert narrow.names == ["b"]
     narrow.release()

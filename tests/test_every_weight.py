@@ -365,7 +365,7 @@ def test_what_cannot_be_says_why():
         keras_lora.AdapterBank(model, target=["gru"])
     keras_lora.apply_lora(model, target=["gru"], rank=2)
     data = [np.zeros((2, 4, 6), "float32")]
-    with pytest.raises(ValueError, match="'eva' does not reach 'gru/kernel'"):
+    with pytest.raises(ValueError, match="'eva' does not support 'gru/kernel'"):
         keras_lora.initialize_lora(model, "eva", data)
     before = to_numpy(model(data[0] + 1))
     keras_lora.initialize_lora(model, "pissa")

@@ -1,7 +1,7 @@
 """No training step forms a gradient of the kernel's size.
 
-Nor any other array of that size, but where a float32 convolution that TensorFlow
-compiles uses W + delta: it is made of the weights alone, not of the inputs.
+Nor any other array of that size, but where a float32 step that TensorFlow compiles
+uses W + delta: it is made of the weights alone, not of the inputs.
 """
 
 from typing import NamedTuple
@@ -70,6 +70,25 @@ DEEP = Case(
     {"rank": 3},
 )
 SIZES.append(DEEP)
+# Their inputs are larger than their kernels.
+LARGE = [
+    Case("dense-large", keras_lora.LoRADense, {"units": 23}, (37, 11), {"rank": 3}),
+    Case(
+        "merged-dense-large",
+        keras_lora.LoRAMergedDense,
+        {"units": 46},
+        (37, 11),
+        {"rank": 3, "enable_lora": (True, False)},
+    ),
+    Case(
+        "einsum-dense-large",
+        keras_lora.LoRAEinsumDense,
+        {"equation": "abc,cde->abde", "output_shape": (37, 7, 13)},
+        (37, 11),
+        {"rank": 3},
+    ),
+]
+SIZES += LARGE
 over_kinds = pytest.mark.parametrize("case", SIZES, ids=lambda case: case.name)
 # Reading W, and laying it out anew for the product with it.
 READS = ("ReadVariableOp", "Identity", "StopGradient", "Cast")
@@ -135,9 +154,12 @@ def test_compiled_step_forms_no_kernel_sized_array(case, policy):
     assert {"ReadVariableOp", "ResourceGather"} & {op.kind for op in operations}
     found = formed(operations, size)
     assert [op for op in found if op.of_inputs] == []
-    merges = policy == "float32" and case.name.startswith("conv") and case is not DEEP
+    merges = case in LARGE or (case.name.startswith("conv") and case is not DEEP)
     # W + delta: the product A @ B, and the sum.
-    assert [op.kind for op in found] == ["MatMul", "AddV2"] * merges
+    product = "Einsum" if case.name.startswith("einsum") else "MatMul"
+    assert [op.kind for op in found] == [product, "AddV2"] * (
+        merges and policy == "float32"
+    )
     # A read on its own for the backward pass could come after the optimizer's update,
     # as it did where fit runs several steps at a time.
     for factor in () if case.vocabulary else (layer.lora.a, layer.lora.b):

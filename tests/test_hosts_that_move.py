@@ -168,7 +168,7 @@ def test_the_owner_is_a_layer_and_not_its_list():
     report = apply_lora(model)
     assert [row.layer for row in report] == model.layers[0].ups
     (reason,) = report.skipped.values()
-    assert reason.startswith("InLists reads its kernel itself")
+    assert reason.startswith("InLists reads the kernel of this layer itself")
 
 
 def test_a_layer_with_keras_own_adapter_is_passed_over_or_refused():

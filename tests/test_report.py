@@ -125,7 +125,7 @@ def test_weights_that_no_adapter_reaches_are_named():
     model = Own()
     model(np.ones((1, 3)))
     report = keras_lora.apply_lora(model, rank=1, target="all")
-    assert "a model's own weight" in report.skipped["matrix"]
+    assert "belongs to the model itself" in report.skipped["matrix"]
     assert "does not say which layers make its outputs" in str(report)
 
 

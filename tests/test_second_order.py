@@ -5,14 +5,16 @@ import numpy as np
 import pytest
 from layer_cases import CASES, KINDS, over
 
-CONVOLUTIONS = [case for case in KINDS if case.name.startswith("conv")]
-CONVOLUTIONS += [case for case in CASES if case.name == "conv2d-pointwise"]
+# A compiled step uses W + delta for these, where inputs are large.
+OTHERS = ("embedding-rank-2", "conv1d-loralib")
+MERGING = [case for case in KINDS if case.name not in OTHERS]
+MERGING += [case for case in CASES if case.name == "conv2d-pointwise"]
 
 
 @pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="what TensorFlow compiles differs"
 )
-@over(CONVOLUTIONS)
+@over(MERGING)
 def test_compiled_second_order_gradients_are_the_eager_ones(case):
     import tensorflow as tf
 
@@ -30,7 +32,8 @@ def test_compiled_second_order_gradients_are_the_eager_ones(case):
             total = tf.add_n([tf.reduce_sum(gradient**2) for gradient in first])
         return outer.gradient(total, [x, *sources])
 
-    x = tf.constant(case.inputs(dtype="float64"))
+    x = tf.constant(case.inputs(batch=16, dtype="float64"))
+    assert tf.size(x) >= layer.lora.form.merges_from
     for compiled, eager in zip(tf.function(penalty)(x), penalty(x), strict=True):
         scale = np.abs(eager).max()
         assert scale > 0

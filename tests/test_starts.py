@@ -433,7 +433,7 @@ def test_refusals():
 def test_kinds_that_are_not_reached(case):
     model = keras.Sequential([case.layer()])
     model(case.inputs())
-    unchanged(model, "does not reach", "pissa")
+    unchanged(model, "does not support", "pissa")
 
 
 def test_an_optimizer_s_failure_leaves_the_adapters(monkeypatch):

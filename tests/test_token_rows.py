@@ -92,6 +92,41 @@ def test_gradients_are_those_of_the_whole_tables_rows():
     assert_close(rows, to_numpy(plain.get_layer("token_embedding").embeddings)[IDS])
 
 
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow",
+    reason="there steps have a way of their own",
+)
+@pytest.mark.parametrize("xla", [True, False])
+def test_a_compiled_step_touches_what_is_chosen(xla):
+    import tensorflow as tf
+
+    model = untied()
+    keras_lora.apply_lora(model, target=None, trainable_token_indices=IDS)
+    layer = model.get_layer("table")
+    fill(layer.lora.rows, 1)
+    weights = np.random.default_rng(2).standard_normal((2, 5, 6)).astype("float32")
+
+    @tf.function(
+        jit_compile=xla, input_signature=[tf.TensorSpec((None, None), "int32")]
+    )
+    def step(ids):
+        with tf.GradientTape() as tape:
+            outputs = layer(ids, training=True)
+            loss = tf.reduce_sum(outputs * weights)
+        return outputs, tape.gradient(loss, layer.lora.rows.value)
+
+    outputs, gradient = step(X)
+    expected = to_numpy(layer.embeddings)
+    expected[IDS] = to_numpy(layer.lora.rows)
+    assert_equal_bits(outputs, expected[X])
+    for place, index in enumerate(IDS):
+        assert_close(gradient[place], weights[index == X].sum(axis=0))
+    kinds = {op.type for op in step.get_concrete_function().graph.get_operations()}
+    assert ("TensorScatterUpdate" in kinds) == (not xla)
+    with keras_lora.disabled(model):
+        assert_equal_bits(step(X)[0], to_numpy(layer.embeddings)[X])
+
+
 def test_beside_lora_and_in_keras_files(tmp_path):
     model = tied()
     report = keras_lora.apply_lora(

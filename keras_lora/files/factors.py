@@ -133,11 +133,11 @@ def factors_of(adapter, modules=None) -> FileFactors:
             factors.setdefault(name.removesuffix(suffix), {})[suffix] = value
     rows = take_rows(others)
     if not factors and not rows:
-        found = ", ".join(map(repr, [*tensors][:3])) or "nothing"
+        keys = ", ".join(map(repr, [*tensors][:3])) or "nothing"
         raise ValueError(
             f"{disk.TENSORS} holds no factors of an adapter, lora_A and lora_B in "
             "their "
-            f"names, but {found}. Kernels of a whole model become an adapter by "
+            f"names, but {keys}. Kernels of a whole model become an adapter by "
             "extract_adapter(base, tuned, rank)."
         )
     fused = {slices.without_slice(name) for name in shares}

@@ -10,7 +10,7 @@ from keras import ops
 from keras_lora.keras_internals import distribution, hidden_state
 from keras_lora.keras_internals.hidden_state import HiddenVariable
 from keras_lora.keras_internals.layers import Place
-from keras_lora.layers import rematerialized, small_kernel_training
+from keras_lora.layers import merged_training, rematerialized
 from keras_lora.layers.saved_values import AdapterFiles
 from keras_lora.layers.settings import Settings, checked_dropout
 
@@ -280,8 +280,8 @@ class LowRankAdapter(Scaled, AdapterFiles, keras.layers.Layer):
         """linear(x, W) + linear(drop(x), A) @ (scaling * B)."""
         dtype = self.variable_dtype if host.form.looks_up else host.compute_dtype
         a, b = self.factors(dtype)
-        if training and small_kernel_training.merging_pays(host, self, inputs):
-            return small_kernel_training.linear_with_update(host, inputs, a, b)
+        if training and merged_training.merging_pays(host, self, inputs):
+            return merged_training.linear_with_update(host, inputs, a, b)
         dropped = self.dropped(inputs) if training else inputs
         outputs = ops.cast(host.frozen_linear(inputs), dtype)
         # Not ops.add, which on TensorFlow takes an empty batch's rows for a bias.

@@ -50,7 +50,7 @@ class LoRAConv(LoRALayer):
             up=partial(up, self),
             input_axes=tuple(range(self.rank + 1)),
             over_outputs=self.over_outputs,
-            merges_in_training=True,
+            merges_from=math.prod(self.kernel_shape),
             **torch_layout.convolutions_in_file(self.groups, len(self.kernel_shape)),
         )
 

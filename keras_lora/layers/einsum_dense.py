@@ -60,6 +60,12 @@ class SplitEquation(NamedTuple):
         size = math.prod(inputs.shape[place] for place in places)
         return ops.reshape(ops.transpose(inputs, others + places), (-1, size))
 
+    @property
+    def keeps_order(self):
+        """Whether outputs have the inputs' other axes in their order, then new ones."""
+        others = "".join(axis for axis in self.inputs if axis not in self.contracted)
+        return not self.batch and self.outputs.startswith(others)
+
     def by_row(self, ndim):
         """(down, up, letter of the rows), with letters in the place of "..."."""
         free = (x for x in string.ascii_letters if x not in self.down + self.up)
@@ -255,8 +261,16 @@ class LoRAEinsumDense(QuantizedEinsum, LoRALayer, keras.layers.EinsumDense):
             input_axes=split.axes(split.contracted),
             batch_axes=split.axes(split.batch),
             over_outputs=split.over_outputs,
+            merges_from=form.merging_size(
+                math.prod(self.kernel_shape), math.prod(contracted), math.prod(new)
+            ),
+            gradient_of_a=self._gradient_of_a if split.keeps_order else None,
             **in_file,
         )
+
+    def _gradient_of_a(self, inputs, of_hidden):
+        matrix = form.gradient_of_matrix(self.input_rows(inputs), of_hidden)
+        return ops.reshape(matrix, (*self.lora.form.a_shape[:-1], -1))
 
     def _down_by_row(self, inputs, a, slots):
         down, _, row = split_equation(self.equation).by_row(len(inputs.shape))

@@ -39,6 +39,24 @@ def padded(value, shape):
     return ops.pad(value, more)
 
 
+def merging_size(kernel_size, inputs, outputs):
+    """The size of inputs from which W + delta is cheaper in a step, for products.
+
+    As measured: four fifths of what goes in and comes out are as large as the kernel.
+
+    inputs, outputs: How many of each a row has.
+    """
+    return -(-5 * kernel_size * inputs // (4 * (inputs + outputs)))
+
+
+def gradient_of_matrix(rows, of_hidden):
+    """That of A, where hidden = rows @ A, in the order that is faster."""
+    of_hidden = ops.reshape(of_hidden, (-1, of_hidden.shape[-1]))
+    product = ops.matmul(ops.transpose(of_hidden), rows)
+    # As an einsum: TensorFlow transposes small arrays slowly for oneDNN.
+    return ops.einsum("ri->ir", product)
+
+
 @dataclass(frozen=True)
 class LowRankForm:
     """One layer's way from A and B to its kernel and through its operation.
@@ -77,7 +95,10 @@ class LowRankForm:
             Without them the bypass is mapped over the rows.
         looks_up: Boolean: `linear` picks rows. What is added to its outputs is then
             added to the kernel, and one path serves training and inference.
-        merges_in_training: Boolean: a step may use W + delta where that is cheap.
+        merges_from: The size of inputs from which a training step may use W + delta;
+            None: it never does.
+        gradient_of_a: (inputs, gradient of hidden) -> gradient of A, where another
+            order of the product is faster than the backend's own.
 
     Examples:
         >>> form = LowRankForm(  # of a Dense layer of 6 inputs and 2 units, rank 4
@@ -112,7 +133,8 @@ class LowRankForm:
     down_by_row: Callable | None = None
     up_by_row: Callable | None = None
     looks_up: bool = False
-    merges_in_training: bool = False
+    merges_from: int | None = None
+    gradient_of_a: Callable | None = None
 
     def bypass(self, inputs, a, b):
         """linear(inputs, compose(A, B)), without forming that kernel."""

@@ -52,6 +52,9 @@ class LoRAMergedDense(LoRALayer, keras.layers.Dense):
     def linear(self, inputs, kernel):
         return ops.matmul(inputs, kernel)
 
+    def input_rows(self, inputs):
+        return ops.reshape(inputs, (-1, self.kernel_shape[0]))
+
     def low_rank_form(self, rank):
         inputs, units = self.kernel_shape
         adapted = sum(self.adapted_slices)
@@ -67,6 +70,10 @@ class LoRAMergedDense(LoRALayer, keras.layers.Dense):
             ),
             spread=self.spread,
             down_by_row=form.matmul_by_row,
+            merges_from=form.merging_size(inputs * units, inputs, units),
+            gradient_of_a=lambda x, of_hidden: form.gradient_of_matrix(
+                self.input_rows(x), of_hidden
+            ),
             up_by_row=self._up_by_row,
             to_file=lambda a, b: (a.T, ops.convert_to_numpy(self.spread(b)).T),
             from_file=lambda a, b: gathered(self, a.T, b.T),

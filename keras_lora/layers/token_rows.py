@@ -4,6 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_lora.keras_internals import calls
 from keras_lora.layers import settings
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.torch_layout import TokenRowsFiles
@@ -80,17 +81,19 @@ class TokenRows(TokenRowsFiles, LowRankAdapter):
 
     def outputs(self, host, inputs, training):
         if host.form.looks_up:
-            return self.looked_up(host, inputs)
+            return self.looked_up(host, inputs, training)
         if host.merges_in_call:
             kernel = ops.stop_gradient(host.base_kernel(self.variable_dtype))
             return host.apply_kernel(inputs, self.effective_kernel(kernel))
         return self.with_columns(host, inputs)
 
-    def looked_up(self, host, inputs):
+    def looked_up(self, host, inputs, training):
         outputs = ops.cast(host.frozen_linear(inputs), self.variable_dtype)
         ids = ops.expand_dims(ops.cast(inputs, "int32"), -1)
         chosen = ops.equal(ids, np.array(self.indices, "int32"))
         chosen = ops.logical_and(chosen, self.switched > 0)
+        if training is True and compiled_without_xla():
+            return with_rows(outputs, chosen, self.rows)
         chosen = ops.cast(chosen, self.variable_dtype)  # one for the row that it is
         others = 1 - ops.sum(chosen, axis=-1, keepdims=True)
         return outputs * others + ops.matmul(chosen, self.rows)
@@ -121,6 +124,32 @@ class TokenRows(TokenRowsFiles, LowRankAdapter):
 
     def for_bank(self):
         raise ValueError("A bank keeps no rows of a table for each adapter.")
+
+
+def compiled_without_xla():
+    """Whether TensorFlow compiles a step in which sizes may depend on values."""
+    return calls.in_tensorflow_graph() and not calls.traced_for_xla()
+
+
+def with_rows(outputs, chosen, rows):
+    """Outputs of a lookup in which rows stand where they are chosen.
+
+    Only what is chosen is touched; a product over all outputs reads them once more.
+
+    Args:
+        outputs: Of shape (..., dim).
+        chosen: Booleans of shape (..., n), at most one of them true.
+        rows: Of shape (n, dim).
+    """
+    import tensorflow as tf
+
+    flat = tf.reshape(outputs, (-1, outputs.shape[-1]))
+    chosen = tf.reshape(chosen, (-1, chosen.shape[-1]))
+    places = tf.where(chosen)[:, 0]
+    # A product, whose gradient is no sparse one as that of a lookup.
+    own = tf.matmul(tf.cast(tf.gather(chosen, places), rows.dtype), rows)
+    flat = tf.tensor_scatter_nd_update(flat, places[:, None], own)
+    return tf.reshape(flat, tf.shape(outputs))
 
 
 def refuse_outside(indices, size):

@@ -1,0 +1,71 @@
+"""W + delta in a training step, where that is cheaper than the low-rank path.
+
+The low-rank path reads and writes whole activations four times more: two products
+from rank r and two additions. W + delta costs one more array of the kernel's size,
+which is little where the activations are larger.
+"""
+
+import math
+
+from keras import ops
+
+from keras_lora.keras_internals import calls
+
+
+def merging_pays(host, adapter, inputs):
+    """Whether a step is compiled by TensorFlow, exact, and its inputs large enough.
+
+    A size that is not known, such as the batch's in `fit`, counts as 8: a choice that
+    waits for it (`tf.cond`) doubled the time that tracing takes.
+    """
+    if host.form.merges_from is None or not calls.in_tensorflow_graph():
+        return False
+    import tensorflow as tf
+
+    return (
+        host.merges_in_call
+        and adapter.dropout == 0  # it drops inputs of the adapter alone
+        # Rounding to half precision would swallow updates.
+        and host.compute_dtype == adapter.variable_dtype
+        and isinstance(inputs, tf.Tensor)  # not a sparse one
+        and inputs.dtype == host.compute_dtype
+        and inputs.shape.rank is not None
+        and math.prod(size or 8 for size in inputs.shape) >= host.form.merges_from
+    )
+
+
+def linear_with_update(host, inputs, a, b):
+    """linear(inputs, W + A @ B), with dA and dB by way of rank r.
+
+    The gradient is that of linear(inputs, W) + bypass(inputs, A, B), to any order,
+    and forms none of the kernel's size. Only for TensorFlow's graphs: the outputs
+    that are written down again for the gradient are needed by nothing there.
+    """
+    import tensorflow as tf
+
+    form = host.form
+    kernel = host.base_kernel(host.compute_dtype)
+
+    @tf.custom_gradient
+    def call(inputs, a, b):
+        merged = ops.add(kernel, form.compose(a, b))
+
+        def gradient(upstream):
+            with tf.GradientTape() as tape:
+                tape.watch(inputs)
+                outputs = host.linear(inputs, merged)
+            of_inputs = tape.gradient(outputs, inputs, upstream)
+            with tf.GradientTape() as tape:
+                tape.watch([a, b])
+                hidden = form.down(inputs, a)
+                outputs = form.up(hidden, b)
+            if form.gradient_of_a is None:
+                return of_inputs, *tape.gradient(outputs, [a, b], upstream)
+            of_hidden, of_b = tape.gradient(outputs, [hidden, b], upstream)
+            return of_inputs, form.gradient_of_a(inputs, of_hidden), of_b
+
+        return host.linear(inputs, merged), gradient
+
+    # Read once: a read for the backward pass alone came after the optimizer's update
+    # at times, where `fit` ran several steps in one call.
+    return call(inputs, tf.convert_to_tensor(a), tf.convert_to_tensor(b))
