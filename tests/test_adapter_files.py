@@ -19,7 +19,7 @@ from shared import adapt, adapted, assert_same, compile_, fit, flags, predict, s
 
 import keras_lora
 from keras_lora.files.config import CONFIG
-from keras_lora.files.folder import TENSORS
+from keras_lora.files.disk import TENSORS
 from keras_lora.files.save import adapter_of
 from keras_lora.models.sites import adapted_sites
 

@@ -351,7 +351,7 @@ def test_a_failure_while_compiling_again_leaves_all_as_it_was(monkeypatch):
     def fail(*args):
         raise MemoryError
 
-    monkeypatch.setattr(keras_lora.models.change, "compile_again", fail)
+    monkeypatch.setattr("keras_lora.keras_internals.compiled.compile_again", fail)
     with pytest.raises(MemoryError):
         keras_lora.apply_lora(model, rank=2)
     assert before == [(type(z), z.trainable) for z in model._flatten_layers()]

@@ -11,8 +11,7 @@ from layer_cases import CASES, fill, to_numpy
 from test_peft_exchange import NAMES, assert_same, ids, pair
 
 import keras_lora
-from keras_lora.files.disk import PREFIX
-from keras_lora.files.folder import TENSORS
+from keras_lora.files.disk import PREFIX, TENSORS
 from keras_lora.models.sites import adapted_sites
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

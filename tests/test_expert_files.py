@@ -16,7 +16,7 @@ from shared import assert_close
 import keras_lora
 from keras_lora.files.command import main
 from keras_lora.files.config import CONFIG
-from keras_lora.files.folder import TENSORS
+from keras_lora.files.disk import TENSORS
 from keras_lora.models.sites import adapted_sites
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's of patterns it obeys

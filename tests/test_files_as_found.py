@@ -16,7 +16,7 @@ from test_peft_exchange import NAMES, assert_same, ids, pair
 
 import keras_lora
 from keras_lora.files.config import CONFIG
-from keras_lora.files.folder import TENSORS
+from keras_lora.files.disk import TENSORS
 from keras_lora.models.sites import adapted_sites
 
 

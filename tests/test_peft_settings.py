@@ -16,7 +16,7 @@ from their_models import BERT, GEMMA, GPT2, ids, loaded_by_peft, theirs
 
 import keras_lora
 from keras_lora.files.config import CONFIG
-from keras_lora.files.folder import TENSORS
+from keras_lora.files.disk import TENSORS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
