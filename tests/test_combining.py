@@ -272,7 +272,7 @@ def test_extraction_of_a_fully_trained_model():
 
 def test_bad_input_to_extract():
     base = sequential()
-    with pytest.raises(ValueError, match="differ in no kernel"):
+    with pytest.raises(ValueError, match="No kernel that can be adapted differs"):
         keras_lora.extract_adapter(base, base, rank=2)
     with pytest.raises(ValueError, match="have different layers"):
         keras_lora.extract_adapter(base, transformer(), rank=2)
