@@ -3,6 +3,8 @@
 Written by tests/typed_face.py.
 """
 
+from keras_lora.files.analyze import analyze
+from keras_lora.files.analyze import check_adapter
 from keras_lora.files.checkpoint import AdapterCheckpoint
 from keras_lora.files.combine import combine_adapters
 from keras_lora.files.extract import extract_adapter
@@ -11,6 +13,9 @@ from keras_lora.files.from_keras import load_keras_lora
 from keras_lora.files.from_loralib import load_loralib
 from keras_lora.files.load import load_adapter
 from keras_lora.files.save import save_adapter
+from keras_lora.layers.conv import LoRAConv1D as _LoRAConv1D
+from keras_lora.layers.conv import LoRAConv2D as _LoRAConv2D
+from keras_lora.layers.conv import LoRAConv3D as _LoRAConv3D
 from keras_lora.layers.dense import LoRADense as _LoRADense
 from keras_lora.layers.einsum_dense import LoRAEinsumDense as _LoRAEinsumDense
 from keras_lora.layers.embedding import LoRAEmbedding as _LoRAEmbedding
@@ -18,11 +23,25 @@ from keras_lora.layers.form import LowRankForm
 from keras_lora.layers.kinds import register_lora_layer
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.merged_dense import LoRAMergedDense as _LoRAMergedDense
+from keras_lora.layers.recurrent import LoRAGRU as _LoRAGRU
+from keras_lora.layers.recurrent import LoRALSTM as _LoRALSTM
+from keras_lora.layers.recurrent import LoRASimpleRNN as _LoRASimpleRNN
+from keras_lora.layers.substituted_conv import LoRAConv1DTranspose as _LoRAConv1DTranspose
+from keras_lora.layers.substituted_conv import LoRAConv2DTranspose as _LoRAConv2DTranspose
+from keras_lora.layers.substituted_conv import LoRAConv3DTranspose as _LoRAConv3DTranspose
+from keras_lora.layers.substituted_conv import LoRADepthwiseConv1D as _LoRADepthwiseConv1D
+from keras_lora.layers.substituted_conv import LoRADepthwiseConv2D as _LoRADepthwiseConv2D
+from keras_lora.layers.substituted_conv import LoRASeparableConv1D as _LoRASeparableConv1D
+from keras_lora.layers.substituted_conv import LoRASeparableConv2D as _LoRASeparableConv2D
 from keras_lora.models.apply import apply_lora
+from keras_lora.models.contexts import disabled
+from keras_lora.models.contexts import merged
 from keras_lora.models.export import export
 from keras_lora.models.freezing import mark_only_lora_as_trainable
 from keras_lora.models.initialize import initialize_lora
 from keras_lora.models.lora_plus import LoRAPlus
+from keras_lora.models.merge import merge_lora
+from keras_lora.models.merge import remove_lora
 from keras_lora.models.report import summary
 from keras_lora.serving.bank import AdapterBank
 from keras_lora.serving.sweep import sweep

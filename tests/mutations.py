@@ -495,7 +495,7 @@ FAULTS = {
     ],
     "layers/quantized_host.py": [
         (
-            "and says_calibrated(layer)",
+            "and is_reported_calibrated(layer)",
             "and True",
             "test_quantized.py -k has_no_integers",
         ),

@@ -561,6 +561,6 @@ def test_optimizers_that_cannot_be_wrapped():
     refused(keras_lora.LoRAPlus(adam()), "is a LoRAPlus")
     built = adam()
     built.build(layer().trainable_variables)
-    refused(built, "is built")
+    refused(built, "is already built")
     refused(None, "Received: None")
     refused(3, "Could not interpret")

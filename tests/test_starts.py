@@ -14,7 +14,7 @@ from shared import assert_close
 
 import keras_lora
 from keras_lora.models.sites import adapted_sites
-from keras_lora.models.start_values import LOFTQ_STEPS, largest, shared_out
+from keras_lora.models.start_values import LOFTQ_STEPS, allocate_ranks, largest
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Layer .* does not have a `quantize`",
@@ -203,7 +203,7 @@ def test_a_layer_without_a_rank_is_a_plain_frozen_one():
     assert model.get_layer("one").lora.rank == 3
     assert type(model.get_layer("two")) is keras.layers.Dense
     assert [v.path for v in model.trainable_variables] == ["one/lora/a", "one/lora/b"]
-    assert shared_out({"a": [0.5, 0.1], "b": [0.4, 0.3]}, 3) == {"a": 1, "b": 2}
+    assert allocate_ranks({"a": [0.5, 0.1], "b": [0.4, 0.3]}, 3) == {"a": 1, "b": 2}
 
 
 # What it promises.

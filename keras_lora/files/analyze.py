@@ -238,7 +238,7 @@ def transposed(matrix):
     return np.swapaxes(matrix, -1, -2)
 
 
-def settings_apart(one, two) -> list:
+def settings_differences(one, two) -> list:
     """[key, first, second] for what the two configurations say otherwise."""
     keys = sorted(one.config.keys() | two.config.keys())
     pairs = [(key, one.config.get(key), two.config.get(key)) for key in keys]
@@ -249,19 +249,19 @@ def settings_apart(one, two) -> list:
     ]
 
 
-def tensors_apart(one, two) -> list:
+def tensor_differences(one, two) -> list:
     """[module or tensor, ranks, |one - two| over the larger] for what differs."""
     slots = factors.slots_of([one, two])
     files = [factors.factors_of(adapter, slots) for adapter in (one, two)]
     rows = []
     for module in tables.in_order(files[0].factors.keys() | files[1].factors.keys()):
-        if found := updates_apart(*(file.factors.get(module) for file in files)):
+        if found := update_difference(*(file.factors.get(module) for file in files)):
             pair = [file.factors.get(module) for file in files]
             ranks = [str(own.rank if own else "-") for own in pair]
             rows.append([module, " and ".join(dict.fromkeys(ranks)), found])
     beside = [in_full(file) for file in files]
     for key in tables.in_order(beside[0].keys() | beside[1].keys()):
-        if found := arrays_apart(*(tensors.get(key) for tensors in beside)):
+        if found := array_difference(*(tensors.get(key) for tensors in beside)):
             rows.append([key, "", found])
     return rows
 
@@ -276,7 +276,7 @@ def in_full(file):
     return file.others | more
 
 
-def updates_apart(one, two):
+def update_difference(one, two):
     """The relative difference of two updates in words, None where they are equal."""
     if one is None or two is None:
         return f"only in the {'second' if one is None else 'first'}"
@@ -298,7 +298,7 @@ def updates_apart(one, two):
     return f"{norms[0] / (max(norms[1:]) or 1):.3g}"
 
 
-def arrays_apart(one, two):
+def array_difference(one, two):
     if one is None or two is None:
         return f"only in the {'second' if one is None else 'first'}"
     if one.shape != two.shape:

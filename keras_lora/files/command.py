@@ -15,8 +15,8 @@ from keras_lora.files import factors
 from keras_lora.files.analyze import (
     analyze,
     check_adapter,
-    settings_apart,
-    tensors_apart,
+    settings_differences,
+    tensor_differences,
 )
 from keras_lora.files.combine import combine_adapters
 from keras_lora.files.folder import Adapter
@@ -52,7 +52,7 @@ def show(options):
 
 def diff(options):
     one, two = map(Adapter.read, options.folders)
-    settings, tensors = settings_apart(one, two), tensors_apart(one, two)
+    settings, tensors = settings_differences(one, two), tensor_differences(one, two)
     if settings:
         write("Settings", ["setting", *options.folders], settings)
     if tensors:

@@ -27,7 +27,7 @@ def replace_files(directory, new, tensors, config, sha256):
     """Puts both files in place, by way of `new`, a folder on the same disk."""
     atomic.write(new / TENSORS, tensors)
     atomic.write(new / CONFIG, config)
-    old = belonging_config(directory)
+    old = matching_config(directory)
     if old not in (None, config):
         both = {"old": json.loads(old), "new": json.loads(config), "sha256": sha256}
         both["peft_type"] = INTERRUPTED
@@ -43,7 +43,7 @@ def replace_files(directory, new, tensors, config, sha256):
     os.replace(new / CONFIG, directory / CONFIG)
 
 
-def belonging_config(directory):
+def matching_config(directory):
     """What adapter_config.json holds for the tensors there; None if it is no use."""
     try:
         config = read_config(directory)

@@ -91,7 +91,7 @@ def extract_adapter(
         raise ValueError(
             "No kernel that can be adapted differs between the two models."
         )
-    with change.adapted(base_model, paths, adapters):
+    with change.adapting(base_model, paths, adapters):
         for module, (a, b) in updates.items():
             lora = base.sites[module].lora
             distribution.put(lora.a, a)

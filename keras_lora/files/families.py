@@ -195,7 +195,7 @@ def placed_layers(backbone, family) -> dict:
     cls = type(backbone)
     cls = presets.plain_class_of(cls) if hasattr(cls, "plain_owner") else cls
     config = presets.plain_float_config(cls.get_config(backbone))
-    copy = keras_hub.stand_in(cls, {**config, "dtype": "float32"})
+    copy = keras_hub.uninitialized_copy(cls, {**config, "dtype": "float32"})
     owners, sizes = {}, collections.Counter()
     paths = layer_paths(copy)
     for path, layer in paths.items():

@@ -15,7 +15,7 @@ from keras_lora.layers import lora_layer, token_rows
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.settings import Settings
 from keras_lora.models import adapt, freezing, record, sites
-from keras_lora.models.change import adapted
+from keras_lora.models.change import adapting
 from keras_lora.models.report import Report
 
 OTHER_FILES = (
@@ -86,10 +86,10 @@ def read_for(model, directory) -> Adapter:
     if not processes.is_shared(model):
         return read()
     processes.meet()
-    return processes.on_all(read, identity, OTHER_FILES)
+    return processes.on_all(read, fingerprint, OTHER_FILES)
 
 
-def identity(adapter) -> str:
+def fingerprint(adapter) -> str:
     """A text that is the same for equal adapters."""
     said = {"settings": adapter.config, "slices": adapter.slices}
     said["starts"] = sorted(adapter.starts)
@@ -115,7 +115,7 @@ def load_into(model, paths, adapter, names=None, trainable=True) -> Report:
         }
         for module, site in file.tables.items():
             adapters[site] = {token_rows.KEYWORD: file.rows[module][0]}
-        with adapted(model, paths, adapters) as change:
+        with adapting(model, paths, adapters) as change:
             values = matching.checked_values(file)
             freezing.freeze_all_but_lora(model, file.bias, list(file.heads.values()))
             notes += change.keep()

@@ -248,7 +248,7 @@ def trained_beside(modules, adapters):
     for module, layer in modules.items():
         if isinstance(layer, LowRankAdapter):
             continue
-        found = record.beside(layer)
+        found = record.trained_variables(layer)
         if module not in adapters and {torch_name(layer, v) for v in found} - {"bias"}:
             known = set(map(id, found))
             found += [v for v in layers.layer_state(layer)[1] if id(v) not in known]

@@ -18,7 +18,7 @@ from keras_lora.keras_internals.layers import (
 WARNED_AT = types.SimpleNamespace(count=0)  # frozen objects, at the last warning
 
 
-def holders(model) -> list:
+def models_sharing_layers(model) -> list:
     """The layers of a model, and every live model that shares one which has variables.
 
     A layer does not know its owners, and their traced functions know it as it was. So
@@ -266,14 +266,14 @@ def renew_compiled_functions(layers):
             getattr(type(layer), f"make_{name}")(layer)
 
 
-def bring_weights_back(model):
+def restore_jax_weights(model):
     """Puts the weights back that Keras's loops on JAX have taken out of models.
 
     Whichever model of those that hold the layers runs, they get them back; a loop
     reads them again after each of its callbacks.
     """
     if keras.backend.backend() == "jax":
-        for layer in holders(model):
+        for layer in models_sharing_layers(model):
             calls.synchronize(layer)
 
 
@@ -285,11 +285,11 @@ def compile_again(model) -> list:
     Loss, metrics and all else that `compile` was told stay as they are. An optimizer
     that cannot be had anew leaves its model uncompiled; what is returned says so.
     """
-    return compile_all_again(holders(model))
+    return compile_all_again(models_sharing_layers(model))
 
 
 def compile_all_again(layers) -> list:
-    """`compile_again` for what `holders` has found: that takes a while."""
+    """Compiles the models again that `models_sharing_layers` has found."""
     compiled = [layer for layer in layers if getattr(layer, "compiled", False)]
     renewed, notes = {}, []
     for layer in compiled:
@@ -330,7 +330,11 @@ class TrainingRefused:
 @contextlib.contextmanager
 def refusing_to_train(model, why):
     """Refuses `fit` and `train_on_batch` of a model and of live ones around it."""
-    models = [layer for layer in holders(model) if isinstance(layer, keras.Model)]
+    models = [
+        layer
+        for layer in models_sharing_layers(model)
+        if isinstance(layer, keras.Model)
+    ]
     with CHANGING_REFUSALS:
         for each in models:
             vars(each).setdefault(HOOK, TrainingRefused()).reasons.append(why)

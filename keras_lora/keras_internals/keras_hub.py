@@ -53,7 +53,7 @@ def family_of(backbone_class):
     return extended[0] if len(extended) == 1 else None
 
 
-def stand_in(backbone_class, config):
+def uninitialized_copy(backbone_class, config):
     """A backbone of a configuration, whose variables hold nothing."""
     before = list(probes.global_state.get_global_attribute(UNINITIALIZED) or [])
     try:

@@ -70,7 +70,7 @@ def assign_outside_calls(variable, value):
     return type(variable).assign(variable, value)
 
 
-def keep_frozen(layer):
+def freeze_spectral_norm(layer):
     """A frozen SpectralNormalization leaves its kernel alone, as one that predicts.
 
     Keras's assigns to it in every training call, whether it is frozen or not.

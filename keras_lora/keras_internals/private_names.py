@@ -105,7 +105,7 @@ TABLE = [
         "KerasTensor._keras_history, Operation._inbound_nodes",
         MODELS,
         "`Operation.input` is that of the first call alone.",
-        probes.tensors_know_their_operation,
+        probes.has_tensor_history,
     ),
     PrivateName(
         "Model._compile_config, _compiled_trainable_state (since Keras 3.13)",
@@ -211,14 +211,14 @@ TABLE = [
         "Variable._trainable",
         MODELS,
         "A kernel that was made while it was frozen trains after `merge_lora`.",
-        probes.variables_learn_to_train,
+        probes.can_unfreeze_variable,
         "TensorFlow",
     ),
     PrivateName(
         "Graph._get_control_flow_context, outer_graph",
         IN_FUNCTIONS,
         "Nothing public tells what XLA compiles.",
-        probes.graphs_tell_of_xla,
+        probes.detects_xla,
         "TensorFlow",
     ),
     PrivateName(

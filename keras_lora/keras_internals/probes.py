@@ -118,13 +118,13 @@ def class_changes() -> bool:
     return hasattr(layer, "was_built") and parameters[0] == parameters[1] != []
 
 
-def tensors_know_their_operation() -> bool:
+def has_tensor_history() -> bool:
     tensor = keras.Input((1,), name="sample")
     [node] = tensor._keras_history.operation._inbound_nodes
     return hasattr(node, "arguments") and node.outputs[0] is tensor
 
 
-def variables_learn_to_train() -> bool:
+def can_unfreeze_variable() -> bool:
     """Whether a variable of TensorFlow's that was made frozen can train later."""
     tf = module("tensorflow")
     with tf.Graph().as_default():
@@ -133,7 +133,7 @@ def variables_learn_to_train() -> bool:
     return variable.trainable
 
 
-def graphs_tell_of_xla() -> bool:
+def detects_xla() -> bool:
     tf = module("tensorflow")
     graph = tf.Graph()
     traced = tf.__internal__.FuncGraph("sample")

@@ -26,7 +26,7 @@ class Scaled:
     variable_dtype: str
     has_start: bool
     _scaling: HiddenVariable
-    switched_off = 0  # by so many, each of which switches it on again
+    switched_off = 0  # by how many contexts
 
     @property
     def rank(self) -> int:
@@ -143,7 +143,7 @@ class LowRankAdapter(Scaled, AdapterFiles, keras.layers.Layer):
     magnitude = None  # DoRA's m
     has_gain = False  # whether outputs are multiplied too, as `for_bank` says
     takes_start = True  # a subclass with other factors says it for itself
-    taken_off_by = "merge_lora(model) or remove_lora(model)"
+    removal_hint = "merge_lora(model) or remove_lora(model)"
     is_bank = False  # many adapters, which their bank alone may change
     stand_in = None  # what acts for it inside `merged()`
     kernel_place: Place | None = None  # where W stood before it was frozen
@@ -200,7 +200,7 @@ class LowRankAdapter(Scaled, AdapterFiles, keras.layers.Layer):
                 start = self.add_factor(name, factor.shape, "zeros", trainable=False)
                 setattr(self, name, start)
 
-    def lay_out_factors(self, layout):
+    def shard_factors(self, layout):
         """A lies as the kernel's input axes do, B as its output axes.
 
         layout: the kernel's, under `keras.distribution.ModelParallel`.
@@ -228,7 +228,7 @@ class LowRankAdapter(Scaled, AdapterFiles, keras.layers.Layer):
 
     @property
     def variables(self):
-        return [*super().variables, *self._scaling.passed_by_jax()]
+        return [*super().variables, *self._scaling.jax_variables()]
 
     def named_factors(self) -> dict:
         """Name -> variable: what files, reports and checks go through."""

@@ -69,7 +69,7 @@ class DoRAAdapter(DoRAFiles, LowRankAdapter):
     def starting_magnitude(self):
         a, b = self.unscaled_factors()
         norm = self.norm(self.read_kernel(), a, ops.multiply(b, self.scaling))
-        return self.of_adapted(norm)
+        return self.select_adapted(norm)
 
     def start_from_kernel(self):
         self.magnitude.assign(self.starting_magnitude())
@@ -100,20 +100,20 @@ class DoRAAdapter(DoRAFiles, LowRankAdapter):
     def gain(self, kernel):
         """m / n for each output; 1 where there is no length, and in `disabled()`."""
         norm = self.norm(kernel, *self.factors(self.variable_dtype))
-        norm = self.of_adapted(norm)
+        norm = self.select_adapted(norm)
         there = norm > 0
         gain = ops.divide(self.magnitude, ops.where(there, norm, 1))
         acts = ops.logical_and(there, self.switched > 0)
-        return self.over_all(ops.where(acts, gain, 1))
+        return self.expand_to_outputs(ops.where(acts, gain, 1))
 
-    def of_adapted(self, values):
+    def select_adapted(self, values):
         """Of values for all outputs those that the update reaches."""
         adapted = self.form.adapted_outputs
         if adapted is None:
             return values
         return ops.take(values, np.flatnonzero(adapted))
 
-    def over_all(self, gain):
+    def expand_to_outputs(self, gain):
         """The inverse: the others are left as they are."""
         adapted = self.form.adapted_outputs
         if adapted is None:

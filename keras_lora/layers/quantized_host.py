@@ -87,7 +87,7 @@ class QuantizedHost(Leaf):
 
     def kernel_values(self):
         """W, or its integers, in the kernel's own shape."""
-        if lies_transposed(self):
+        if is_transposed(self):
             return calibrated_integers(self)
         return getattr(self.plain_class, self.kernel_name).fget(self)
 
@@ -175,7 +175,9 @@ def is_calibrated(layer, name):
 def refuse_uncalibrated(layer, name):
     """Raises if Keras still computes with the float kernel, or has none."""
     calibrates = layer.built and layer.quantization_mode in CALIBRATED
-    if calibrates and not (is_calibrated(layer, name) and says_calibrated(layer)):
+    if calibrates and not (
+        is_calibrated(layer, name) and is_reported_calibrated(layer)
+    ):
         raise ValueError(
             f"The layer {layer.name!r} is in {layer.quantization_mode!r} and was not "
             "calibrated: Keras computes with a float kernel, and has none or keeps it "
@@ -185,7 +187,7 @@ def refuse_uncalibrated(layer, name):
         )
 
 
-def says_calibrated(layer):
+def is_reported_calibrated(layer):
     """What Keras knows of it: a layer that was made by its policy has no integers."""
     pending = f"is_{layer.quantization_mode}_calibrated"  # before Keras 3.16
     if hasattr(layer, pending):
@@ -203,12 +205,12 @@ def own_kernel(layer, name):
 def quantization(layer, name):
     """Scale, zero and groups of a quantized variable; the latter only of blocks."""
     scale, zero = (getattr(layer, f"{name}_{x}", None) for x in ("scale", "zero"))
-    if lies_transposed(layer):
+    if is_transposed(layer):
         scale, zero = ops.transpose(scale), ops.transpose(zero)
     return scale, zero, None if zero is None else layer.g_idx
 
 
-def lies_transposed(layer):
+def is_transposed(layer):
     """Whether integers lie as (outputs, inputs): of GPTQ and AWQ, before Keras 3.16."""
     calibrated = layer.quantization_mode in CALIBRATED
     return calibrated and not hasattr(layer, "calibration_pending")
@@ -255,7 +257,7 @@ def straight_through(layer, inputs, forward, backward):
     names, variables = zip(*layers.kernel_variables(layer).items(), strict=True)
 
     def seen(cls, values, tensor):
-        values = [not_before(tensor, value) for value in values]
+        values = [ordered_after(tensor, value) for value in values]
         values = dict(zip(names, values, strict=True))
         return classes.twin(layer, cls, {**WITHOUT_FINISH, **values})
 
@@ -275,7 +277,7 @@ def straight_through(layer, inputs, forward, backward):
     return call(inputs, *map(ops.convert_to_tensor, variables))
 
 
-def not_before(tensor, value):
+def ordered_after(tensor, value):
     """Makes a value depend on a tensor, so that no compiler computes it earlier.
 
     Else it forms the float kernels of all layers as it starts, or keeps them from

@@ -26,8 +26,11 @@ class Held:
 
 
 @contextlib.contextmanager
-def other_values(pairs, lock):
-    """pairs: [(variable, its value inside)]. lock: taken at the beginning and end."""
+def temporary_values(pairs, lock):
+    """Gives variables other values inside the context.
+
+    pairs: [(variable, its value inside)]. lock: taken at the beginning and end.
+    """
     held = []
     try:
         with lock:

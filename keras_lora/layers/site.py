@@ -170,7 +170,7 @@ class Site(TorchLayout):
         self.lora.build(form, self.factor_regularizer, self.base_kernel)
         layout = distribution.layout_of(self.frozen_kernel)
         if layout is not None:
-            self.lora.lay_out_factors(layout)
+            self.lora.shard_factors(layout)
 
     def build_adapter(self):
         """Makes A and B to fit W, and freezes W."""

@@ -8,7 +8,7 @@ from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.lora_layer import LoRALayer
 
 
-def assigns_to(owner):
+def reassignment_reason(owner):
     """Why W would not stay where it is inside this owner, or None."""
     if isinstance(owner, keras.layers.SpectralNormalization):
         return "SpectralNormalization assigns to its kernel in every training call."
@@ -84,5 +84,5 @@ def refuse_adapters(paths):
         if lora_layer.has_adapters(layer):
             lora = next(iter(layer.loras.values()))
             raise ValueError(
-                f"The layer {path!r} has an adapter. Call {lora.taken_off_by} first."
+                f"The layer {path!r} has an adapter. Call {lora.removal_hint} first."
             )

@@ -11,7 +11,7 @@ from keras_lora.keras_internals import processes, warn_caller
 from keras_lora.layers import arguments, kinds, settings, token_rows
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.models import adapt, freezing, targets
-from keras_lora.models.change import adapted
+from keras_lora.models.change import adapting
 from keras_lora.models.choose import choose
 from keras_lora.models.report import Report
 from keras_lora.models.sites import layer_paths, site_paths
@@ -176,7 +176,7 @@ def applied(model, request: Request):
     without = [path for path, site in chosen.items() if not kinds.takes_dropout(site)]
     if request.dropout and without:
         notes = [*notes, f"No dropout: {listed(without)} (the adapter has no inputs)"]
-    with adapted(model, paths, adapters) as change:
+    with adapting(model, paths, adapters) as change:
         warn_of_high_ranks(chosen)
         freezing.freeze_all_but_lora(model, request.bias, heads)
         skipped = {p: why for p, why in skipped.items() if p not in tokens}

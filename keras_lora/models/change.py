@@ -15,7 +15,7 @@ from keras_lora.models.adapt import adapt, make_plain, new_adapter
 
 
 @contextlib.contextmanager
-def adapted(model, paths, adapters):
+def adapting(model, paths, adapters):
     """The layers of a model are LoRA layers inside, and stay so after `keep()`.
 
     Without it, or if anything fails, all is as it was: classes, order of weights,
@@ -26,7 +26,7 @@ def adapted(model, paths, adapters):
         paths: Path -> layer, all that the model holds; nothing is walked again.
         adapters: Site -> the arguments of its adapter.
     """
-    compiled.bring_weights_back(model)
+    compiled.restore_jax_weights(model)
     layers = sites.with_model(model, paths)
     with distribution.own_strategy(model):
         yield from all_or_none(model, layers, adapters)
@@ -47,7 +47,7 @@ def all_or_none(model, layers, adapters):
             undo.callback(make_plain_again, layer)
         for site, adapter in made.items():
             adapt(site, adapter)
-        for layer in quantized.mend_plain(layers.values()):
+        for layer in quantized.fix_quantized(layers.values()):
             undo.callback(make_plain, layer)
         refresh_torch_parameters(flatten_layers(model))
         yield Change(model, undo)

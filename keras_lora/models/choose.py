@@ -47,7 +47,7 @@ def choose(model, paths, target, exclude, trained):
     for path in found:
         site, layer = sites[path], kinds.layer_of(sites[path])
         owner = owner_of(model, paths, path)
-        reason = kinds.obstacle(site) or adapt.assigns_to(owner)
+        reason = kinds.obstacle(site) or adapt.reassignment_reason(owner)
         if reason and by_name and layer.built:
             raise ValueError(
                 f"The layer {path!r} cannot be adapted: {reason} Leave it out with "

@@ -51,11 +51,11 @@ def merged(model: keras.layers.Layer):
                 'merge_lora(model, quantized="dequantize").'
             )
         merge.refuse_factors_not_finite(layer)
-    return _standing_in(model)
+    return _merged(model)
 
 
 @contextlib.contextmanager
-def _standing_in(model):
+def _merged(model):
     sites = checked_sites(model)  # as they are at entry
     functions = compiled.take_compiled_functions(flatten_layers(model))
     refusing = compiled.refusing_to_train(model, UNTRAINED.format("merged"))
@@ -95,11 +95,11 @@ def disabled(model: keras.layers.Layer):
     """
     built_sites(model)
     record.warn_of_unremembered(flatten_layers(model))
-    return _switched_off(model)
+    return _disabled(model)
 
 
 @contextlib.contextmanager
-def _switched_off(model):
+def _disabled(model):
     sites = built_sites(model)
     beside = [layer for layer in flatten_layers(model) if record.base_values(layer)]
     values = [pair for layer in beside for pair in record.base_values(layer)]
@@ -114,7 +114,7 @@ def _switched_off(model):
     with (
         refusing,
         switched_off(adapters),
-        saved_values.other_values(values + kernels, CHANGING),
+        saved_values.temporary_values(values + kernels, CHANGING),
     ):
         yield
         warn_of_lost_training(values)

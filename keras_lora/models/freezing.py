@@ -7,14 +7,14 @@ import keras
 from keras_lora.keras_internals import warn_caller
 from keras_lora.keras_internals.layers import (
     flatten_layers,
-    keep_frozen,
+    freeze_spectral_norm,
     layer_state,
     own_variables,
 )
 from keras_lora.layers import lora_layer, settings
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.models import record
-from keras_lora.models.change import adapted
+from keras_lora.models.change import adapting
 from keras_lora.models.sites import built_sites, layer_paths
 
 
@@ -41,7 +41,7 @@ def mark_only_lora_as_trainable(model: keras.layers.Layer, bias: str = "none"):
     """
     settings.checked_bias(bias)
     built_sites(model)
-    with adapted(model, layer_paths(model), {}) as change:
+    with adapting(model, layer_paths(model), {}) as change:
         freeze_all_but_lora(model, bias)
         notes = change.keep()
     for note in notes:
@@ -70,7 +70,7 @@ def freeze_all_but_lora(model, bias="none", also_train=()):
     parts = [list(flatten_layers(layer)) for layer in flatten_layers(model)]
     for layer, *inside in sorted(parts, key=len, reverse=True):
         variables = [v for part in (layer, *inside) for v in own_variables(part)]
-        keep_frozen(layer)
+        freeze_spectral_norm(layer)
         layer.trainable = any(id(v) in kept for v in variables)
         for variable in own_variables(layer):
             variable.trainable = id(variable) in kept

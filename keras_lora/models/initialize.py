@@ -102,7 +102,7 @@ def initialize_lora(
     for path, layer in layers.items():
         refuse_unusable(path, layer, starts[path])
     if processes.is_shared(model):
-        processes.on_all(lambda: starts, start_values.identity, OTHER_STARTS)
+        processes.on_all(lambda: starts, start_values.fingerprint, OTHER_STARTS)
     options = {
         layer: options_for(layer, starts[path])
         for path, layer in layers.items()
@@ -214,7 +214,7 @@ def renewed(model, options):
         model: A Keras model.
         options: Site -> the arguments of its new adapter.
     """
-    compiled.bring_weights_back(model)
+    compiled.restore_jax_weights(model)
     with distribution.own_strategy(model):
         yield from all_or_none(model, options)
 

@@ -108,7 +108,7 @@ class Adapted(Rematerialized):
                     adapters.append((site, options))
         for site, options in adapters:
             adapt(site, new_adapter(site, options))
-        quantized.mend_plain(layers.values())
+        quantized.fix_quantized(layers.values())
         for path, merge_weights in config["merge_weights"].items():
             layers[places[path]].merge_weights = merge_weights
         layers_now = {"": model, **layer_paths(model, alone=False)}
@@ -118,7 +118,7 @@ class Adapted(Rematerialized):
             base = dict.fromkeys(beside.get(path, ()))
             before = config["trainable_before"].get(path)
             record.set_record(layers[place], Record(before, base))
-        carry(model)
+        use_owner_classes(model)
         return model
 
     def save_own_variables(self, store):
@@ -140,7 +140,7 @@ class Adapted(Rematerialized):
         for layer in adapted_sites(self):
             quantized_host.refuse_quantizing(layer, mode)  # before any layer changes
         super().quantize(mode, config=config, **kwargs)
-        quantized.mend_plain(flatten_layers(self))
+        quantized.fix_quantized(flatten_layers(self))
 
     def build_from_config(self, config):
         """Built in `from_config`, before the adapters could be attached."""
@@ -206,7 +206,7 @@ def make_train_function(self, force=False):
     self.plain_owner.make_train_function(self, force)
     if begins:
         record.remember_what_trains(flatten_layers(self))
-        carry(self)
+        use_owner_classes(self)
 
 
 def refuse_legacy_format(model):
@@ -232,12 +232,12 @@ def carriers(model):
         elif (
             record.record_of(layer).base
             or any(map(lora_layer.has_adapters, flatten_layers(layer)))
-            or has_own_flags(layer)
+            or has_mixed_flags(layer)
         ):
             yield layer
 
 
-def has_own_flags(layer):
+def has_mixed_flags(layer):
     """Whether `trainable` of a layer does not say it of all its variables."""
     return any(v.trainable != layer.trainable for v in own_variables(layer))
 
@@ -248,7 +248,7 @@ def parts(layer):
     return [x for x in inside if not isinstance(x, LowRankAdapter)]
 
 
-def carry(model):
+def use_owner_classes(model):
     """Gives the classes that carry adapters to what needs them."""
     for layer in list(carriers(model)):
         classes.change_class(layer, adapted_class(type(layer)))

@@ -224,7 +224,7 @@ def _make_plain(model, layers):
     adapted = [layer for layer in layers if isinstance(layer, LoRALayer)]
     for layer in adapted:
         adapt.make_plain(layer)
-    found = compiled.holders(model)
+    found = compiled.models_sharing_layers(model)
     held = held_by_adapted(found, layers)
     for layer in adapted:
         if id(layer) in held:
@@ -318,7 +318,7 @@ def held_by_adapted(found, layers) -> set:
     """Ids of layers in other adapted models, where W stays frozen.
 
     Args:
-        found: What `holders` gives for a model.
+        found: What `models_sharing_layers` gives for a model.
         layers: All of that model's own.
     """
     own = set(map(id, layers))

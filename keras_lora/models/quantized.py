@@ -8,7 +8,7 @@ from keras_lora.layers import kinds, quantized_host
 from keras_lora.layers.lora_layer import LoRALayer
 
 
-def mend_plain(layers) -> list:
+def fix_quantized(layers) -> list:
     """Gives quantized layers what Keras gets wrong; returns them.
 
     Without an adapter too: those of the layers before it learn by its gradient, and

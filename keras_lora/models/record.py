@@ -11,7 +11,7 @@ import numpy as np
 
 from keras_lora.keras_internals import distribution, warn_caller
 from keras_lora.keras_internals.layers import (
-    keep_frozen,
+    freeze_spectral_norm,
     layer_state,
     own_variables,
     sublayers,
@@ -119,7 +119,7 @@ def set_base(layer, index, value):
         set_record(layer, dataclasses.replace(old, base=base))
 
 
-def beside(layer) -> list:
+def trained_variables(layer) -> list:
     """The variables of a layer that train together with A and B, or did."""
     base = record_of(layer).base
     return [
@@ -174,19 +174,19 @@ def restore_trainable_state(layers, state):
     In a copy that calls its layers by other names, those with variables are counted
     instead.
     """
-    holders = {path: flags for path, flags in state.items() if flags[1]}
-    if holders.keys() <= layers.keys():
+    with_variables = {path: flags for path, flags in state.items() if flags[1]}
+    if with_variables.keys() <= layers.keys():
         state = {path: flags for path, flags in state.items() if path in layers}
     else:
         own = [path for path, layer in layers.items() if own_variables(layer)]
-        state = dict(zip(own, holders.values(), strict=True))
+        state = dict(zip(own, with_variables.values(), strict=True))
     # From the outside in: what is set on a layer reaches the layers inside it.
     for path, (trainable, flags) in state.items():
         set_flags(layers[path], trainable, flags)
 
 
 def set_flags(layer, trainable, flags):
-    keep_frozen(layer)
+    freeze_spectral_norm(layer)
     layer.trainable = trainable
     variables = own_variables(layer)
     # A kernel that was quantized since, or is float again, stands first.

@@ -171,7 +171,11 @@ def parameters_beside(layer):
     if isinstance(layer, LowRankAdapter):
         return []
     parameters = set(map(id, layers.own_variables(layer)))
-    return [variable for variable in record.beside(layer) if id(variable) in parameters]
+    return [
+        variable
+        for variable in record.trained_variables(layer)
+        if id(variable) in parameters
+    ]
 
 
 def count(weights):

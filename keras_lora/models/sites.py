@@ -52,13 +52,13 @@ def refuse_banked(site, path):
     if site.lora.is_bank:
         raise ValueError(
             f"The layer {path!r} holds the adapters of an AdapterBank, and only the "
-            f"bank may change them. Call {site.lora.taken_off_by} first."
+            f"bank may change them. Call {site.lora.removal_hint} first."
         )
 
 
 def built_sites(model):
     """The sites of a model that have adapters: one at least, and all built."""
-    compiled.bring_weights_back(model)
+    compiled.restore_jax_weights(model)
     sites = adapted_sites(model)
     if not sites:
         raise ValueError(

@@ -44,7 +44,7 @@ class Start:
             distribution.put(getattr(layer.lora, name), value)
 
 
-def identity(starts) -> str:
+def fingerprint(starts) -> str:
     """A text that is the same for equal starts."""
     found = hashlib.sha256()
     for path in sorted(starts):
@@ -110,7 +110,7 @@ def eva(model, layers, data, budget) -> dict:
         found |= dict.fromkeys(own, group.principal(most))
     ranks = {path: layer.lora.rank for path, layer in layers.items()}
     if budget is not None:
-        ranks = shared_out(
+        ranks = allocate_ranks(
             {path: found[path][1][: 2 * rank] for path, rank in ranks.items()}, budget
         )
     starts = {}
@@ -124,7 +124,7 @@ def eva(model, layers, data, budget) -> dict:
     return starts
 
 
-def shared_out(shares, budget) -> dict:
+def allocate_ranks(shares, budget) -> dict:
     """Path -> rank: how many of the largest shares of variance are its own."""
     total = sum(map(len, shares.values()))
     if budget > total:

@@ -137,7 +137,7 @@ class AdapterBank(Artefacts, Calls, OutsideCalls, Training, keras.Model):
     ):
         paths = sites.layer_paths(model)
         adapt.refuse_adapters(paths)
-        compiled.bring_weights_back(model)
+        compiled.restore_jax_weights(model)
         adapters = slots.checked_adapters(adapters, target)
         capacity = slots.checked_capacity(capacity, adapters)
         most = np.inf if max_rank is None else settings.checked_rank(max_rank)
@@ -179,7 +179,7 @@ class AdapterBank(Artefacts, Calls, OutsideCalls, Training, keras.Model):
             self._count_outside_calls()
             self._guard_weights()
             undo.pop_all()
-        compiled.renew_compiled_functions(compiled.holders(model))
+        compiled.renew_compiled_functions(compiled.models_sharing_layers(model))
         self.built = True
 
     @property
@@ -299,6 +299,8 @@ class AdapterBank(Artefacts, Calls, OutsideCalls, Training, keras.Model):
             self.running.wait("bank.release", lambda: not self.running.others())
             self._stop_counting()
             self._release_weights()
-            compiled.bring_weights_back(self.model)
+            compiled.restore_jax_weights(self.model)
             self.hosts.release()
-            compiled.renew_compiled_functions(compiled.holders(self.model))
+            compiled.renew_compiled_functions(
+                compiled.models_sharing_layers(self.model)
+            )

@@ -24,7 +24,7 @@ class BankAdapters:
     It is no Keras layer and not tracked: the plain model's files know nothing of it.
     """
 
-    taken_off_by = "release() on the bank"
+    removal_hint = "release() on the bank"
     is_bank = True
     stand_in = None
 
@@ -110,7 +110,7 @@ class Banked:
     def quantize(self, *args, **kwargs):
         raise ValueError(
             f"{self.name!r} holds the adapters of an AdapterBank. Call "
-            f"{self.lora.taken_off_by} first, quantize, and create the bank again."
+            f"{self.lora.removal_hint} first, quantize, and create the bank again."
         )
 
 

@@ -142,7 +142,7 @@ class Running:
         self.refuse_inside(what, lambda call: call.alone)
         with self.changed:
             if not self._wait_for_turn(Call(), PATIENCE):
-                raise ValueError(impatient(what))
+                raise ValueError(timeout_message(what))
             self.changes += 1
         try:
             yield
@@ -168,10 +168,10 @@ class Running:
                 "of them. Nothing was changed. Do it after that call."
             )
         if not self.changed.wait_for(test, PATIENCE):
-            raise ValueError(impatient(what))
+            raise ValueError(timeout_message(what))
 
 
-def impatient(what):
+def timeout_message(what):
     return (
         f"{what} has waited {PATIENCE:g} s for calls that began before it and are "
         "still running. Nothing was changed. Try again when they have ended."

@@ -88,7 +88,7 @@ class OutsideCalls:
 
     def _count_outside_calls(self):
         """Calls of the model, of models around it and of their parts are counted."""
-        for layer in compiled.holders(self.model):
+        for layer in compiled.models_sharing_layers(self.model):
             inside = any(
                 isinstance(part, Banked) for part in layers.flatten_layers(layer)
             )
@@ -159,7 +159,7 @@ class CompiledFunctions:
     def change_to(self, count):
         """Those for a number of rows take the place of those that are there."""
         self.kept[self.count] = compiled.take_compiled_functions(
-            compiled.holders(self.model)
+            compiled.models_sharing_layers(self.model)
         )
         self.count = count
         for owner, name, function in self.kept.pop(count, []):

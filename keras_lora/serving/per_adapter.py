@@ -12,7 +12,7 @@ from keras_lora.keras_internals import calls, compiled
 REDUCTIONS = ("sum_over_batch_size", "mean", "mean_with_sample_weight", "sum")
 
 
-class LossOfEach(keras.losses.Loss):
+class PerAdapterLoss(keras.losses.Loss):
     """The sum of the losses of each adapter's rows alone.
 
         L = sum over the adapters k in the batch of loss(y[ids == k], f(x)[ids == k])
@@ -109,7 +109,7 @@ def by_row(values):
     return ops.sum(values, axis=axes) if axes else values
 
 
-class OptimizerOfEach(keras.optimizers.Optimizer):
+class PerAdapterOptimizer(keras.optimizers.Optimizer):
     """An optimizer of its own for each trainee, all like the one that was given.
 
     A trainee without rows in a batch takes no step: its variables, momenta and count

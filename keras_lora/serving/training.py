@@ -18,7 +18,7 @@ from keras_lora.keras_internals.layers import attach, detach
 from keras_lora.models import record
 from keras_lora.serving import slots
 from keras_lora.serving.calls import Running, needs_all
-from keras_lora.serving.per_adapter import LossOfEach, OptimizerOfEach
+from keras_lora.serving.per_adapter import PerAdapterLoss, PerAdapterOptimizer
 from keras_lora.serving.reading import read
 from keras_lora.serving.slots import Directory
 
@@ -158,10 +158,10 @@ class Training:
                 "A bank does not train under mixed_float16, whose one loss scale would "
                 "tie the adapters to each other. Use mixed_bfloat16 or float32."
             )
-        optimizer = OptimizerOfEach(optimizer)
+        optimizer = PerAdapterOptimizer(optimizer)
         if loss is not None:
             loss = keras.tree.map_structure(
-                lambda each: LossOfEach(each, lambda: optimizer.ids), loss
+                lambda each: PerAdapterLoss(each, lambda: optimizer.ids), loss
             )
         super().compile(optimizer, loss, auto_scale_loss=False, **kwargs)
 
