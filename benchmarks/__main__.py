@@ -20,7 +20,7 @@ import matplotlib
 import tensorflow as tf
 
 from benchmarks import compare_enable_lora
-from benchmarks.sections import SECTIONS, sentence
+from benchmarks.sections import SECTIONS, TRIED, sentence
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -150,6 +150,9 @@ def main():
             draw_bars(rows, folder / "benchmarks.png")
     draw_costs(panels, folder / "benchmark_costs.png")
     text += ["## Beside Keras's own `layer.enable_lora`", compare_enable_lora.table()]
+    tried = ["| what | figure | why not kept |", "|---|---|---|"]
+    tried += [f"| {' | '.join(row)} |" for row in TRIED]
+    text += ["## What was tried and not kept", "\n".join(tried)]
     target = folder / "benchmarks.md"
     target.write_text("\n\n".join(text) + "\n")
     print(f"Written: {target}")

@@ -16,7 +16,13 @@ import keras_lora
 from keras_lora.models.sites import adapted_sites
 
 FLOOR = "floor"
-LINEAR = (keras.layers.Dense, keras.layers.EinsumDense, keras.layers.Conv2D)
+LINEAR = (
+    keras.layers.Dense,
+    keras.layers.EinsumDense,
+    keras.layers.Conv1D,
+    keras.layers.Conv2D,
+    keras.layers.Conv3D,
+)
 
 
 class Work(NamedTuple):
@@ -112,11 +118,21 @@ def methods(build, rank, dropout=0.0):
     return {"LoRA": lora, "control": lora, "DoRA": dora, "OLoRA's start": started}
 
 
-def dense(width, rows, rank, layers=6, dropout=0.0, dtype="float32", activation=None):
-    """A stack of square layers."""
+def dense(
+    width,
+    rows,
+    rank,
+    layers=6,
+    dropout=0.0,
+    dtype="float32",
+    activation=None,
+    length=None,
+):
+    """A stack of square layers; with a length the rows are tokens of sequences."""
+    shape = (rows, width) if length is None else (rows // length, length, width)
 
     def build():
-        inputs = keras.Input((width,), dtype="float32")
+        inputs = keras.Input(shape[1:], dtype="float32")
         x = Scale()(inputs)
         for _ in range(layers):
             x = keras.layers.Dense(
@@ -124,7 +140,7 @@ def dense(width, rows, rank, layers=6, dropout=0.0, dtype="float32", activation=
             )(x)
         return keras.Model(inputs, x)
 
-    x = normal(rows, width)
+    x = normal(*shape)
     return Work(
         x, x, variants(build, rank, dropout), methods=methods(build, rank, dropout)
     )
@@ -199,17 +215,19 @@ def kept_or_not(x, build):
     return Work(x, x, models, "kept")
 
 
-def convolution(channels, size, rank, batch=8):
-    """Three 3x3 convolutions."""
+def convolution(channels, size, rank, batch=8, kind="Conv2D", window=3):
+    """Three convolutions."""
+    shape = (*[size] * int(kind[4]), channels)
 
     def build():
-        inputs = keras.Input((size, size, channels))
+        inputs = keras.Input(shape)
         x = Scale()(inputs)
         for _ in range(3):
-            x = keras.layers.Conv2D(channels, 3, padding="same", use_bias=False)(x)
+            layer = getattr(keras.layers, kind)
+            x = layer(channels, window, padding="same", use_bias=False)(x)
         return keras.Model(inputs, x)
 
-    x = normal(batch, size, size, channels)
+    x = normal(batch, *shape)
     return Work(x, x, variants(build, rank), methods=methods(build, rank))
 
 

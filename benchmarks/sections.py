@@ -61,21 +61,24 @@ SECTIONS = [
             Bar("Keras enable_lora", 1.35, over="keras_lora", least=True),
         ),
         why=(
-            "At d=1024 what is left is memory traffic: six skinny products and two "
-            "additions read or write whole activations, where the floor has two "
-            "products a layer. At r=64 they are 3r/d = 19% of the floor's arithmetic "
-            "as well. At d=512 and 64 rows it is the number of operations, AdamW's "
-            "among them. Tried, over the same floor in one run (512 rows, 2048 "
-            "rows, r=64, d=2048): as it is 1.13, 1.12, 1.34, 1.06; a hand-written "
-            "gradient 1.12, 1.12, 1.32, 1.06; W + delta formed once for forward and "
-            "dx, with low-rank dA and dB 1.09, 1.10, 1.28, 1.05, but 1.38 for 1.32 at "
-            "d=512. On a machine with slower memory the same three gave 1.21, 1.27, "
-            "1.49, 1.08; 1.21, 1.24, 1.48, 1.07; 1.18, 1.19, 1.35, 1.12; TensorFlow's "
-            "fused addition 1.17, 1.25, 1.44, 1.08. W + delta keeps a kernel-sized "
-            "array a layer alive until the backward pass, as much memory again as the "
-            "frozen weights, and costs more than it saves for few rows. "
-            "None was kept."
+            "Where inputs are large, a step uses W + delta for outputs and dx, with "
+            "low-rank dA and dB: four skinny products a layer, each of which reads an "
+            "activation. Where they are small, it is the number of operations."
         ),
+    ),
+    Section(
+        "Training step: Dense stacks over sequences",
+        "The same with inputs of three axes, as transformers have them.",
+        [
+            (
+                f"d={d}, {n // length} x {length} tokens, r=8",
+                training.step,
+                "dense",
+                (d, n, 8, 6, 0.0, "float32", None, length),
+                k,
+            )
+            for d, n, length, k in ((512, 64, 16, 60), (1024, 1024, 128, 15))
+        ],
     ),
     Section(
         "Training step: dropout, jit_compile, bfloat16",
@@ -146,11 +149,6 @@ SECTIONS = [
             ),
         ],
         bars=(Bar("keras_lora", 1.15),),
-        why=(
-            "A small block is bound by the number of operations. Tried for the "
-            "projections: tensordot in place of einsum (a tie) and W + delta as above "
-            "(1.08 for 1.15 at d=768, but 1.12 for 1.08 at d=512, in one run)."
-        ),
     ),
     Section(
         "Training step: every other weight",
@@ -206,6 +204,32 @@ SECTIONS = [
             ("64 channels", training.step, "convolution", (64, 16, 8), 25),
             ("256 channels", training.step, "convolution", (256, 16, 8), 12),
             ("512 channels", training.step, "convolution", (512, 16, 8), 5),
+            ("16 channels", training.step, "convolution", (16, 16, 8), 30),
+            ("32 channels", training.step, "convolution", (32, 16, 8), 30),
+            ("64 channels, r=4", training.step, "convolution", (64, 16, 4), 20),
+            ("64 channels, r=64", training.step, "convolution", (64, 16, 64), 20),
+            ("256 channels, r=64", training.step, "convolution", (256, 16, 64), 6),
+            (
+                "1x1, 64 channels",
+                training.step,
+                "convolution",
+                (64, 16, 8, 8, "Conv2D", 1),
+                30,
+            ),
+            (
+                "Conv1D, 64 channels",
+                training.step,
+                "convolution",
+                (64, 256, 8, 8, "Conv1D"),
+                30,
+            ),
+            (
+                "Conv3D, 32 channels",
+                training.step,
+                "convolution",
+                (32, 8, 8, 4, "Conv3D"),
+                15,
+            ),
             ("ResNet block, 256", training.step, "resnet_block", (256, 16, 8), 25),
         ],
         bars=(
@@ -216,16 +240,8 @@ SECTIONS = [
             "Where channels are few, a convolution to eight channels takes far longer "
             "than its arithmetic says. So where a kernel is no larger than the "
             "layer's inputs, one convolution with W + delta gives the outputs and dx, "
-            "and only dA and dB are low-rank: 1.47 in place of 1.56 at 64 channels, "
-            "and with products for the 1x1 convolutions 1.32 in place of 1.50 in the "
-            "ResNet block. There it is level with `enable_lora`, within the control's "
-            "spread. With still fewer channels for each rank the full gradient, which "
-            "is promised not to be formed, is the cheaper one: 16 channels, r=8, 1.80 "
-            "against 1.38; 64 channels, r=64, 2.00 against 1.60; Conv3D of 32 "
-            "channels, r=8, 1.65 against 1.41. Tried and not kept: W + delta at 256 "
-            "channels (1.15 for 1.19, but 1.48 for 1.35 of the floor's memory); one "
-            "product to k*k*r channels and a sum of shifted slices (2.45 to 2.92 at "
-            "64 channels)."
+            "and only dA and dB are low-rank; with few filters for the rank they come "
+            "from the gradient of W + delta, as in `enable_lora`."
         ),
     ),
     Section(
@@ -319,9 +335,7 @@ SECTIONS = [
         why=(
             "One lookup of 2 MB becomes a lookup, a product and an addition of 2 MB "
             "each; the whole table is never touched, so the cost does not grow with "
-            "the vocabulary but for cache misses: a row of A is one more. Tried: ids "
-            "as one flat vector, their negative ones set right once, and the sum in "
-            "the other order, each a tie."
+            "the vocabulary but for cache misses: a row of A is one more."
         ),
     ),
     Section(
@@ -419,6 +433,52 @@ SECTIONS = [
         "Keras variables, and apply_lora.",
         [("1,000 Dense layers", files.adopting, "", (1000,), 5)],
         bars=(Bar("beyond the variables, s", 2.0),),
+    ),
+]
+
+
+# What was measured and not kept: what, its figure (and that of what is), and why.
+TRIED = [
+    (
+        "Dense: a hand-written gradient of the low-rank path",
+        "1.17 for 1.17 (d=1024, 512 rows)",
+        "no gain",
+    ),
+    (
+        "Dense: the skinny products as tf.einsum",
+        "1.33 for 1.17 (4,096 rows), 1.64 for 1.24 (d=512, 64 rows)",
+        "slower",
+    ),
+    (
+        "Dense: W + delta formed again in the backward pass",
+        "1.13 for 1.10 (2,048 rows), 1.26 for 1.23 (r=64)",
+        "slower; saves a kernel's size of memory a layer",
+    ),
+    (
+        "Dense: W + delta for few rows",
+        "1.33 for 1.24 (d=512, 64 rows)",
+        "slower",
+    ),
+    (
+        "Dense: tf.cond on the number of rows where the batch is unknown",
+        "1.10 for 1.16 (1,024 rows); tracing 40 layers 22 to 27 s for 14",
+        "tracing takes half as long again, and more",
+    ),
+    (
+        "Conv2D, 256 channels: W + delta",
+        "1.08 for 0.99, and 1.48 for 1.35 of the floor's memory",
+        "slower",
+    ),
+    (
+        "Conv2D: one product to k*k*r channels and a sum of shifted slices",
+        "2.45 to 2.92 at 64 channels",
+        "slower",
+    ),
+    (
+        "Embedding: ids as a flat vector, negative ids set right once, another order "
+        "of the sum",
+        "ties",
+        "no gain",
     ),
 ]
 

@@ -42,22 +42,22 @@ SIZES = [
     Case(
         "conv1d",
         keras_lora.LoRAConv1D,
-        {"filters": 23, "kernel_size": 5},
-        (97, 11),
+        {"filters": 41, "kernel_size": 5},
+        (113, 11),
         {"rank": 3},
     ),
     Case(
         "conv2d",
         keras_lora.LoRAConv2D,
-        {"filters": 23, "kernel_size": (5, 3)},
-        (13, 17, 11),
+        {"filters": 41, "kernel_size": (5, 3)},
+        (17, 19, 11),
         {"rank": 3},
     ),
     Case(
         "conv3d",
         keras_lora.LoRAConv3D,
-        {"filters": 23, "kernel_size": (5, 3, 2)},
-        (7, 8, 9, 11),
+        {"filters": 41, "kernel_size": (5, 3, 2)},
+        (9, 8, 10, 11),
         {"rank": 3},
     ),
 ]
@@ -65,7 +65,7 @@ SIZES = [
 DEEP = Case(
     "conv2d-deep",
     keras_lora.LoRAConv2D,
-    {"filters": 23, "kernel_size": (5, 3)},
+    {"filters": 41, "kernel_size": (5, 3)},
     (5, 3, 11),
     {"rank": 3},
 )
@@ -181,6 +181,22 @@ def test_convolution_keeps_to_the_low_rank_path(settings):
     layer = case.trained_layer(**settings)
     size = int(np.prod(layer.frozen_kernel.shape))
     assert formed(training_step(layer, case.inputs(batch=2)), size) == []
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="reads TensorFlow's graphs"
+)
+@pytest.mark.parametrize(
+    "filters, rank, forms", [(23, 3, True), (41, 20, False), (41, 21, True)]
+)
+def test_convolution_with_few_filters_forms_the_gradient(filters, rank, forms):
+    """Of W + delta, and smaller than the inputs: so Keras's enable_lora does it."""
+    case = next(case for case in SIZES if case.name == "conv2d")
+    layer = case.trained_layer(filters=filters, rank=rank)
+    size = int(np.prod(layer.frozen_kernel.shape))
+    found = formed(training_step(layer, case.inputs(batch=4)), size)
+    gradients = [op.kind for op in found if op.of_inputs]
+    assert gradients == ["Conv2DBackpropFilter"] * forms
 
 
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="reads JAX's programs")

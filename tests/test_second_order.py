@@ -3,12 +3,24 @@
 import keras
 import numpy as np
 import pytest
-from layer_cases import CASES, KINDS, over
+from layer_cases import CASES, KINDS, Case, over
+
+import keras_lora
 
 # A compiled step uses W + delta for these, where inputs are large.
 OTHERS = ("embedding-rank-2", "conv1d-loralib")
 MERGING = [case for case in KINDS if case.name not in OTHERS]
 MERGING += [case for case in CASES if case.name == "conv2d-pointwise"]
+# Too many filters for the gradient of its kernel to be formed.
+MERGING.append(
+    Case(
+        "conv2d-wide",
+        keras_lora.LoRAConv2D,
+        {"filters": 37, "kernel_size": 3},
+        (7, 6, 5),
+        {"rank": 2},
+    )
+)
 
 
 @pytest.mark.skipif(

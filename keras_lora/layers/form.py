@@ -97,6 +97,8 @@ class LowRankForm:
             added to the kernel, and one path serves training and inference.
         merges_from: The size of inputs from which a training step may use W + delta;
             None: it never does.
+        forms_gradient: Boolean: such a step takes the gradients of A and B from that of
+            W + delta, as there are too few outputs for rank r to be cheaper.
         gradient_of_a: (inputs, gradient of hidden) -> gradient of A, where another
             order of the product is faster than the backend's own.
 
@@ -134,6 +136,7 @@ class LowRankForm:
     up_by_row: Callable | None = None
     looks_up: bool = False
     merges_from: int | None = None
+    forms_gradient: bool = False
     gradient_of_a: Callable | None = None
 
     def bypass(self, inputs, a, b):

@@ -2,7 +2,9 @@
 
 The low-rank path reads and writes whole activations four times more: two products
 from rank r and two additions. W + delta costs one more array of the kernel's size,
-which is little where the activations are larger.
+which is little where the activations are larger. A convolution to few channels takes
+far longer on a CPU than its arithmetic says: with few filters dA and dB come from the
+gradient of W + delta, which is smaller than the activations too.
 """
 
 import math
@@ -16,7 +18,7 @@ def merging_pays(host, adapter, inputs):
     """Whether a step is compiled by TensorFlow, exact, and its inputs large enough.
 
     A size that is not known, such as the batch's in `fit`, counts as 8: a choice that
-    waits for it (`tf.cond`) doubled the time that tracing takes.
+    waits for it (`tf.cond`) made tracing take half as long again, and more.
     """
     if host.form.merges_from is None or not calls.in_tensorflow_graph():
         return False
@@ -38,13 +40,16 @@ def linear_with_update(host, inputs, a, b):
     """linear(inputs, W + A @ B), with dA and dB by way of rank r.
 
     The gradient is that of linear(inputs, W) + bypass(inputs, A, B), to any order,
-    and forms none of the kernel's size. Only for TensorFlow's graphs: the outputs
-    that are written down again for the gradient are needed by nothing there.
+    and forms none of the kernel's size, unless `form.forms_gradient`. Only for
+    TensorFlow's graphs: the outputs that are written down again for the gradient are
+    needed by nothing there.
     """
     import tensorflow as tf
 
     form = host.form
-    kernel = host.base_kernel(host.compute_dtype)
+    kernel = ops.stop_gradient(host.base_kernel(host.compute_dtype))
+    if form.forms_gradient:
+        return host.linear(inputs, ops.add(kernel, form.compose(a, b)))
 
     @tf.custom_gradient
     def call(inputs, a, b):
