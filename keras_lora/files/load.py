@@ -83,10 +83,8 @@ def read_for(model, directory) -> Adapter:
             return directory
         return Adapter.read(directory)
 
-    if not processes.is_shared(model):
-        return read()
-    processes.meet()
-    return processes.on_all(read, fingerprint, OTHER_FILES)
+    processes.meet(model)
+    return processes.on_all(model, read, fingerprint, OTHER_FILES)
 
 
 def fingerprint(adapter) -> str:

@@ -70,15 +70,10 @@ def save_adapter(
         "task_type": task_type,
         "base_model_name_or_path": base_model_name_or_path,
     }
-    is_shared = processes.is_shared(model)
-    if is_shared:
-        processes.meet()
     adapter = adapter_of(model, names)
     adapter.config.update(said_of(model, given))
-    if is_shared:
-        processes.on_all(lambda: processes.is_writer() and adapter.save(directory))
-    else:
-        adapter.save(directory)
+    writes = processes.is_writer(model)
+    processes.on_all(model, lambda: writes and adapter.save(directory))
 
 
 def adapter_of(model, names=None, trained=None) -> Adapter:

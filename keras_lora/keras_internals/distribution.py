@@ -1,6 +1,7 @@
 """Where variables lie: under `keras.distribution` of JAX, under `tf.distribute`."""
 
 import contextlib
+import hashlib
 import weakref
 
 import keras
@@ -9,6 +10,7 @@ import numpy as np
 from keras_lora.keras_internals import private_names, probes, processes, warn_caller
 
 warned = weakref.WeakSet()  # the distributions of which a warning was given
+WHOLE = 2**20  # bytes of a value that may lie whole on a device for a moment
 
 
 def layout_of(variable):
@@ -52,30 +54,124 @@ def dividing(variable, axes, mesh, distribution):
 def fetch(value):
     """The whole of a variable or tensor as NumPy.
 
-    Where it is cut over several processes, this is a collective: all of them call.
+    Where it is cut over several processes, this is a collective: all of them call. The
+    hosts get it part by part, so that no device holds a large value whole.
     """
     value = keras.ops.convert_to_tensor(value)
     if getattr(value, "is_fully_addressable", True) or value.is_fully_replicated:
         return keras.ops.convert_to_numpy(value)
-    processes.meet()
+    processes.exchange(None, processes.MEETING_SECONDS)
     multihost = probes.module("jax.experimental.multihost_utils")
-    return multihost.process_allgather(value, tiled=True)
+    if value.nbytes <= WHOLE:
+        return multihost.process_allgather(value, tiled=True)
+    here = probes.module("jax").process_index()
+    own = {str(x.index): x.data for x in value.addressable_shards}
+    whole, bits = np.empty(value.shape, value.dtype), f"u{value.dtype.itemsize}"
+    places = value.sharding.devices_indices_map(value.shape).items()
+    first = {str(index): device for device, index in reversed(places)}
+    for place, index in {str(index): index for _, index in places}.items():
+        is_source = first[place].process_index == here
+        part = own[place] if is_source else np.empty_like(whole[index])
+        part = np.ascontiguousarray(part).view(bits)  # which are added to zeros
+        part = multihost.broadcast_one_to_all(part, is_source)
+        whole[index] = np.asarray(part).view(whole.dtype)
+    return whole
+
+
+def is_cut(variable) -> bool:
+    """Whether several devices have parts of a variable."""
+    sharding = getattr(variable.value, "sharding", None)
+    return sharding is not None and not sharding.is_fully_replicated
 
 
 def put(variable, value):
-    """Assigns what every process has whole; each cuts out the parts that it holds."""
-    sharding = getattr(variable.value, "sharding", None)
-    if isinstance(value, np.ndarray) and sharding is not None:
-        jax = probes.module("jax")
-        if value.shape == tuple(variable.shape) and not sharding.is_fully_addressable:
-            value = value.astype(variable.dtype)  # ml_dtypes gives NumPy bfloat16
-            value = jax.make_array_from_callback(
-                value.shape, sharding, lambda index: value[index]
-            )
+    """Assigns what every process has whole; each device gets the part that it holds."""
+    if isinstance(value, np.ndarray) and value.shape == tuple(variable.shape):
+        value = cut_as(variable, value)
     variable.assign(value)
 
 
+def cut_as(variable, value):
+    """NumPy values of a variable's shape, on devices as the variable lies."""
+    sharding = getattr(variable.value, "sharding", None)
+    if sharding is None or len(sharding.device_set) == 1:
+        return value
+    value = value.astype(variable.dtype)  # ml_dtypes gives NumPy bfloat16
+    return probes.module("jax").make_array_from_callback(
+        value.shape, sharding, lambda index: value[index]
+    )
+
+
+def variable_like(variable, values, **options):
+    """A new variable that lies as another one of its shape does."""
+    if keras.backend.backend() == "jax" and keras.distribution.distribution():
+        probes.require(private_names.LAYOUTS)
+        options["layout"] = variable._layout
+        if isinstance(values, np.ndarray):
+            values = cut_as(variable, values)
+    with strategy_of([variable], variable.path):
+        return keras.Variable(values, **options)
+
+
 @contextlib.contextmanager
+def whole_on_host(model):
+    """Variables have whole values inside, in the memory of the host that writes files.
+
+    Yields whether this process is the one. The others have no part in what it does.
+    """
+    if not processes.is_shared(model):
+        yield True
+        return
+    is_writer, pairs = processes.is_writer(model), []
+    with on_host():
+        for variable in model.variables:
+            value = fetch(variable)
+            if is_writer:
+                pairs.append((variable, keras.ops.convert_to_tensor(value)))
+        scope = keras.StatelessScope(state_mapping=pairs)
+    with scope:
+        yield is_writer
+
+
+@contextlib.contextmanager
+def on_host():
+    """What is made inside on JAX lies whole in the host's memory."""
+    jax, distribution = probes.module("jax"), keras.distribution.distribution()
+    keras.distribution.set_distribution(None)
+    try:
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            yield
+    finally:
+        keras.distribution.set_distribution(distribution)
+
+
+def as_input(batch):
+    """A batch as `fit` lays it out: each process gives its own rows.
+
+    Processes that hold the same rows have to give the same; `rows_given` tells.
+    """
+    jax, distribution = probes.module("jax"), keras.distribution.distribution()
+
+    def place(x):
+        x = keras.ops.convert_to_numpy(x)
+        x = x.astype(jax.dtypes.canonicalize_dtype(x.dtype))
+        layout = distribution.get_data_layout(x.shape).backend_layout
+        return jax.make_array_from_process_local_data(layout, x)
+
+    return keras.tree.map_structure(place, batch)
+
+
+def rows_given(batch) -> dict:
+    """What a process says of a batch that `as_input` gives: {rows: digest}."""
+    found = {}
+    for number, x in enumerate(keras.tree.flatten(batch)):
+        found[f"shape {number}"] = str(x.shape)
+        for part in x.addressable_shards:
+            digest = hashlib.sha256(np.asarray(part.data).tobytes()).hexdigest()
+            found[f"{number} {part.index}"] = digest
+    return found
+
+
 def own_strategy(model):
     """Creates variables in the same strategy as the model's.
 
@@ -84,24 +180,26 @@ def own_strategy(model):
     Raises:
         ValueError: If another strategy's scope is entered than the model's.
     """
+    return strategy_of(model.variables, model.name)
+
+
+@contextlib.contextmanager
+def strategy_of(variables, name):
+    """The scope of the strategy of `tf.distribute` that variables were made in."""
     if keras.backend.backend() != "tensorflow":
         yield
         return
     tf = probes.module("tensorflow").distribute
     now = tf.get_strategy() if tf.has_strategy() else None
-    values = (variable.value for variable in model.variables)
-    own = next(filter(None, map(strategy_of, values)), None)
+    values = (getattr(x.value, "distribute_strategy", None) for x in variables)
+    own = next(filter(None, values), None)
     mirrored = tf.MirroredStrategy, tf.MultiWorkerMirroredStrategy, tf.TPUStrategy
     if own is not now and isinstance(now, mirrored):
         raise ValueError(
-            f"The model {model.name!r} was not built in the scope of this "
+            f"{name!r} was not built in the scope of this "
             f"{type(now).__name__}: its weights lie elsewhere, and what is made here "
             "would not train with them. Build the model in the scope, or make this "
             "call outside of it. Nothing was changed."
         )
     with contextlib.nullcontext() if own is None else own.scope():
         yield
-
-
-def strategy_of(value):
-    return getattr(value, "distribute_strategy", None)

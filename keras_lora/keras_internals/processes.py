@@ -24,9 +24,9 @@ def is_shared(model) -> bool:
     )
 
 
-def is_writer() -> bool:
-    """Whether this process is the one that writes files."""
-    return keras.backend.backend() != "jax" or probes.module("jax").process_index() == 0
+def is_writer(model) -> bool:
+    """Whether this process is the one of those that hold a model that writes files."""
+    return not is_shared(model) or probes.module("jax").process_index() == 0
 
 
 def exchange(message, seconds) -> list:
@@ -56,17 +56,22 @@ def exchange(message, seconds) -> list:
     return [json.loads(said[key]) for key in sorted(said)]
 
 
-def meet():
-    """Raises RuntimeError unless all processes call."""
-    exchange(None, MEETING_SECONDS)
+def meet(model):
+    """Raises RuntimeError unless all processes that hold a model call."""
+    if is_shared(model):
+        exchange(None, MEETING_SECONDS)
 
 
-def on_all(function, identity=None, differ=""):
+def on_all(model, function, identity=None, differ=""):
     """Returns function(), unless it raises on one of the processes: then all raise.
 
-    identity: a function of what it returns, to a text that all have to agree in.
+    model: What the processes hold; where one alone does, nothing is exchanged.
+    identity: a function of what it returns, to a text that all have to agree in, or
+        to {key: text} for those that have the key.
     differ: what an error says where they do not.
     """
+    if not is_shared(model):
+        return function()
     result = error = None
     try:
         result = function()
@@ -88,9 +93,30 @@ def on_all(function, identity=None, differ=""):
                 f"Process {process} has raised {other['kind']}: {other['text']} "
                 "Nothing was changed on any process."
             )
-    if len({other["identity"] for other in said}) > 1:
-        raise ValueError(f"{differ} Nothing was changed on any process.")
+    known: dict = {}
+    for other in said:
+        found = other["identity"]
+        for key, text in (found if isinstance(found, dict) else {"": found}).items():
+            if known.setdefault(key, text) != text:
+                raise ValueError(f"{differ} Nothing was changed on any process.")
     return result
+
+
+def in_step(model, items, identity, differ):
+    """Yields what each process has; all have to have as many, or all raise.
+
+    model, identity, differ: as in `on_all`, of each item.
+    """
+    items, end = iter(items), object()
+
+    def said(item):
+        return {"more": "no"} if item is end else {"more": "yes", **identity(item)}
+
+    while True:
+        item = on_all(model, lambda: next(items, end), said, differ)
+        if item is end:
+            return
+        yield item
 
 
 def warn_of_process_group():

@@ -6,7 +6,7 @@ Of apply_lora, load_adapter, extract_adapter and mark_only_lora_as_trainable.
 import contextlib
 import dataclasses
 
-from keras_lora.keras_internals import classes, compiled, distribution
+from keras_lora.keras_internals import classes, compiled, distribution, processes
 from keras_lora.keras_internals.layers import flatten_layers, refresh_torch_parameters
 from keras_lora.layers import kinds
 from keras_lora.layers.lora_layer import LoRALayer
@@ -27,6 +27,7 @@ def adapting(model, paths, adapters):
         adapters: Site -> the arguments of its adapter.
     """
     compiled.restore_jax_weights(model)
+    processes.meet(model)
     layers = sites.with_model(model, paths)
     with distribution.own_strategy(model):
         yield from all_or_none(model, layers, adapters)

@@ -9,7 +9,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from keras_lora.keras_internals import layers
+from keras_lora.keras_internals import distribution, layers, processes
 from keras_lora.models import atomic, merge, sites
 
 SAVED_MODEL = {"saved_model.pb", "fingerprint.pb", "variables", "assets"}
@@ -30,6 +30,9 @@ def export(
     that holds anything else than an earlier artefact is not touched. The artefact is
     run once on zeros if its runtime is installed (TensorFlow, onnxruntime, OpenVINO or
     torch), but not if `target_spec` describes another runtime of LiteRT.
+
+    Where the model lies over several processes of JAX, all of them call: the first
+    writes, and its host holds the whole merged model meanwhile.
 
     Args:
         model: A Keras model that holds LoRA layers.
@@ -60,13 +63,20 @@ def export(
             "Export a plain model with model.export(path)."
         )
     refuse_unknown_format(format)
-    assert_replaceable(path, format)
     refuse_format_of_other_backends(format)
+    processes.on_all(model, lambda: assert_replaceable(path, format))
     kwargs.setdefault("verbose", False)
-    with atomic.replacing(path) as new, merge.listing_merged_kernels(model):
-        model.export(str(new), format=format, **kwargs)
-        if "target_spec" not in kwargs:
-            assert_runs(new, format)
+
+    def write():
+        with distribution.whole_on_host(model) as is_writer:
+            if is_writer:
+                with atomic.replacing(path) as new:
+                    model.export(str(new), format=format, **kwargs)
+                    if "target_spec" not in kwargs:
+                        assert_runs(new, format)
+
+    with merge.listing_merged_kernels(model):
+        processes.on_all(model, write)
 
 
 def refuse_unknown_format(format):

@@ -101,8 +101,7 @@ def initialize_lora(
         )
     for path, layer in layers.items():
         refuse_unusable(path, layer, starts[path])
-    if processes.is_shared(model):
-        processes.on_all(lambda: starts, start_values.fingerprint, OTHER_STARTS)
+    processes.on_all(model, lambda: starts, start_values.fingerprint, OTHER_STARTS)
     options = {
         layer: options_for(layer, starts[path])
         for path, layer in layers.items()

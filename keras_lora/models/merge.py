@@ -19,6 +19,7 @@ from keras_lora.keras_internals.layers import (
     flatten_layers,
     kernel_variables,
     listed_instead,
+    name_scopes,
     refresh_torch_parameters,
     unlisted,
 )
@@ -93,15 +94,23 @@ def merged_plain(layer, kernel, way):
     config["dtype"] = float_policy(layer).name
     config.pop("quantization_config", None)
     plain = layer.plain_class.from_config(config)
-    with distribution.own_strategy(layer):
+    requantize = way == "requantize"
+    owner = layer.path.removesuffix(layer.name)
+    with contextlib.ExitStack() as scopes:
+        scopes.enter_context(distribution.own_strategy(layer))
+        scopes.enter_context(name_scopes(owner))  # by paths a layout map knows them
+        values = {layer.kernel_name: kernel, **layer.other_kernels()}
+        if requantize and distribution.is_cut(
+            layer.frozen_kernel
+        ):  # Keras does it on hosts
+            values = {name: distribution.fetch(value) for name, value in values.items()}
+            scopes.enter_context(distribution.on_host())
         plain.build_from_config(layer.get_build_config())
-    values = {layer.kernel_name: kernel, **layer.other_kernels()}
-    for variable in kernel_variables(plain).values():
-        variable.assign(values[variable.name])
-    if way == "requantize":
-        plain.quantize(
-            layer.quantization_mode, config=quantization_config(layer), type_check=False
-        )
+        for variable in kernel_variables(plain).values():
+            distribution.put(variable, values[variable.name])
+        if requantize:
+            config, mode = quantization_config(layer), layer.quantization_mode
+            plain.quantize(mode, config=config, type_check=False)
     return plain
 
 
@@ -124,7 +133,12 @@ def copy_kernel(layer, plain):
     if plain.quantization_mode is not None:
         own = kernel_variables(layer)
         for name, variable in kernel_variables(plain).items():
-            own[name].assign(variable)
+            distribution.put(
+                own[name],
+                distribution.fetch(variable)
+                if distribution.is_cut(own[name])
+                else variable,
+            )
         return
     exchange_variables(layer, plain)
     layer.dtype_policy = float_policy(layer)
@@ -281,14 +295,14 @@ def listing_merged_kernels(model):
 
 def kernel_variable(site, values):
     """A variable with the merged kernel, listed instead of a site's kernel."""
-    with distribution.own_strategy(site.kernel_owner()):
-        return keras.Variable(
-            values,
-            dtype=site.frozen_kernel.dtype,
-            trainable=False,
-            autocast=False,
-            name=site.frozen_kernel.name,
-        )
+    return distribution.variable_like(
+        site.frozen_kernel,
+        values,
+        dtype=site.frozen_kernel.dtype,
+        trainable=False,
+        autocast=False,
+        name=site.frozen_kernel.name,
+    )
 
 
 def checked_merged_kernel(layer):

@@ -59,6 +59,7 @@ def refuse_banked(site, path):
 def built_sites(model):
     """The sites of a model that have adapters: one at least, and all built."""
     compiled.restore_jax_weights(model)
+    processes.meet(model)
     sites = adapted_sites(model)
     if not sites:
         raise ValueError(
@@ -79,8 +80,6 @@ def built_sites(model):
 def checked_sites(model):
     """The same, none of them inside `merged()` or `disabled()`."""
     sites = built_sites(model)
-    if processes.is_shared(model):
-        processes.meet()
     for site in sites:
         if site.lora.stand_in is not None or not site.lora.is_on:
             raise ValueError(

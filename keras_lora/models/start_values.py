@@ -8,7 +8,8 @@ from collections.abc import Callable
 import keras
 import numpy as np
 
-from keras_lora.keras_internals import classes, distribution
+from keras_lora.keras_internals import classes, distribution, processes
+from keras_lora.keras_internals.distribution import put
 from keras_lora.layers import kinds, torch_layout
 from keras_lora.models import merge, sites
 
@@ -41,7 +42,7 @@ class Start:
         if values and self.is_subtracted:
             values |= {"a_start": self.a, "b_start": self.b}
         for name, value in values.items():
-            distribution.put(getattr(layer.lora, name), value)
+            put(getattr(layer.lora, name), value)
 
 
 def fingerprint(starts) -> str:
@@ -250,6 +251,13 @@ def largest(matrix, rank):
     return left, values, np.swapaxes(right, -1, -2)
 
 
+OTHER_ROWS = (
+    "The processes have given different numbers of batches or rows, or different rows "
+    "where their devices hold the same part of a batch. Give each process what it "
+    "gives to `fit`."
+)
+
+
 class Moments:
     """Number, sum and products of rows that are seen one batch after the other."""
 
@@ -308,7 +316,7 @@ def layer_moments(model, layers, data) -> dict:
     try:
         for layer, recorder in recorders.items():
             layer.lora.stand_in = recorder
-        for batch in batches_of(data):
+        for batch in batches_for(model, data):
             model(batch, training=False)
     finally:
         for layer in layers:
@@ -317,6 +325,15 @@ def layer_moments(model, layers, data) -> dict:
         if recorder.moments is None:
             raise ValueError(f"{layer.name!r} was not called for any batch of `data`.")
     return {layer: recorder.moments for layer, recorder in recorders.items()}
+
+
+def batches_for(model, data):
+    """Batches of the model's inputs; over several processes those of all together."""
+    batches = batches_of(data)
+    if not processes.is_shared(model):
+        return batches
+    batches = map(distribution.as_input, batches)
+    return processes.in_step(model, batches, distribution.rows_given, OTHER_ROWS)
 
 
 def batches_of(data):

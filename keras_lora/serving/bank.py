@@ -1,6 +1,7 @@
 """AdapterBank: many adapters resident over one model, one for each row of a batch."""
 
 import contextlib
+import functools
 import itertools
 import os
 import threading
@@ -12,7 +13,7 @@ import numpy as np
 from keras import ops
 
 from keras_lora.files.folder import Adapter
-from keras_lora.keras_internals import compiled, layers
+from keras_lora.keras_internals import compiled, layers, processes
 from keras_lora.layers import settings
 from keras_lora.models import adapt, sites
 from keras_lora.serving import rows, slots, training
@@ -138,12 +139,14 @@ class AdapterBank(Artefacts, Calls, OutsideCalls, Training, keras.Model):
         paths = sites.layer_paths(model)
         adapt.refuse_adapters(paths)
         compiled.restore_jax_weights(model)
+        meet = functools.partial(processes.meet, model)
+        meet()
         adapters = slots.checked_adapters(adapters, target)
         capacity = slots.checked_capacity(capacity, adapters)
         most = np.inf if max_rank is None else settings.checked_rank(max_rank)
         found, sources = {}, {}
         for name, given in adapters.items():
-            adapter, sources[name] = slots.named(name, training.source_of, given)
+            adapter, sources[name] = slots.named(name, training.source_of, model, given)
             found[name] = slots.named(name, read, model, paths, adapter, names, most)
         every = [item for each in found.values() for item in each.parts.items()]
         lora_ranks = [part.rank for _, part in every if not part.in_full]
@@ -159,7 +162,7 @@ class AdapterBank(Artefacts, Calls, OutsideCalls, Training, keras.Model):
         self._changes, self._active = threading.RLock(), None
         self._row_names = None
         self._compiled = CompiledFunctions(model)
-        self.running, self._slots_outside = Running(self._point), [slots.BASE]
+        self.running, self._slots_outside = Running(self._point, meet), [slots.BASE]
         self.__dict__["depends_on_base"] = {}  # name -> whether the adapter does
         self.__dict__["counted_layers"] = weakref.WeakSet()
         with_gain = any(part.has_gain for _, part in every)
@@ -218,7 +221,7 @@ class AdapterBank(Artefacts, Calls, OutsideCalls, Training, keras.Model):
     def _read(self, name, given):
         """The parts of an adapter, for which there is room, and its source."""
         with self.running.call(lambda: (None, ())), self._changes:
-            adapter, source = slots.named(name, training.source_of, given)
+            adapter, source = slots.named(name, training.source_of, self.model, given)
             arguments = self.model, self.hosts.paths, adapter, self.names_given
             reading = slots.named(name, read, *arguments, self.max_rank)
             slots.named(name, self.hosts.prepared, reading.parts)

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lora.keras_internals import classes
+from keras_lora.keras_internals import classes, distribution
 from keras_lora.layers import kinds, torch_layout
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.serving import reading
@@ -164,6 +164,9 @@ class Hosts:
             ).shape
         dtype = layer.variable_dtype
         slots = Slots(self.count, rank, form, bias_shape, gain_shape, dtype)
+        layout = distribution.layout_of(host.frozen_kernel)
+        if layout is not None:
+            slots.lay_out(layout, form)
         bank_layer(layer, BankAdapters(self.choice, form, slots, path))
         self.layers[path] = layer
         # Its functions know the layer that it is now.

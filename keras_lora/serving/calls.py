@@ -65,10 +65,11 @@ class Running:
 
     Args:
         point: A function that writes what is active into the variables.
+        meet: A function that raises unless all processes call, before each change.
     """
 
-    def __init__(self, point):
-        self.point, self.to_point = point, False
+    def __init__(self, point, meet):
+        self.point, self.to_point, self.meet = point, False, meet
         self.changed = threading.Condition(threading.RLock())
         self.calls = {}  # thread -> its calls, the outermost first
         self.reads = collections.Counter()  # slot -> how many calls read it
@@ -159,6 +160,7 @@ class Running:
                 "callback of its `predict` for example: the call keeps the adapters "
                 "that it began with. Nothing was changed. Do it before or after."
             )
+        self.meet()
 
     def wait(self, what, test):
         """Waits for calls of other threads, and not for ever."""

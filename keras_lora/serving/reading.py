@@ -4,13 +4,12 @@ import copy
 import dataclasses
 import math
 
-import keras
 import numpy as np
 from keras import ops
 
 from keras_lora.files import load, matching, tensors
 from keras_lora.files.names import module_names, refuse_tied_head
-from keras_lora.keras_internals import classes
+from keras_lora.keras_internals import classes, distribution
 from keras_lora.keras_internals.layers import layer_state
 from keras_lora.layers import kinds, methods, torch_layout
 from keras_lora.layers.lora_layer import LoRALayer
@@ -196,8 +195,7 @@ def read(model, paths, adapter, names, most) -> Reading:
         options = {**load.adapter_options(file, module), "rank": rank, "alpha": None}
         lora = adapt.new_adapter(host, options)
         vars(host)["lora"] = lora  # not its tracker, which is the layer's
-        regularizer = getattr(host, f"{host.kernel_name}_regularizer", None)
-        lora.build(host.low_rank_form(rank), regularizer, host.base_kernel)
+        host.build_factors()
     pairs, parts = matching.checked_values(file), {}
     factors = {
         id(factor)
@@ -206,7 +204,7 @@ def read(model, paths, adapter, names, most) -> Reading:
     }
     for variable, value in pairs:
         if id(variable) in factors:
-            variable.assign(value)
+            distribution.put(variable, value)
     for module, host in file.adapted.items():
         alpha = tensors.own_alpha(host, file.factors[module].alpha, file.use_rslora)
         host.lora.set_alpha(alpha, file.use_rslora)
@@ -269,8 +267,8 @@ def add_others(reading, pairs, layers, path_of):
             part = reading.parts.get(path, Part(layer, view))
         if part is not None and variable.name == "bias":
             part.bias = own = own_variable(variable, value)
-        elif part is not None and can_be_in_full(part, variable, value):
-            part.kernel = own = own_variable(variable, value)
+        elif part is not None and (own := in_full(part, variable, value)) is not None:
+            part.kernel = own
         elif not np.array_equal(torch_layout.to_numpy(variable), value):
             raise ValueError(unable(path, layer, variable))
         reading.beside.append((module, layer, variable, own))
@@ -278,17 +276,21 @@ def add_others(reading, pairs, layers, path_of):
             reading.parts[path] = part
 
 
-def can_be_in_full(part, variable, value):
-    return (
-        part.lora is None
-        and variable.name == part.view.kernel_name
-        and full_update(part.view, value, checked=True) is not None
-    )
+def in_full(part, variable, value):
+    """The kernel that an adapter has trained in full, or None where it is not one."""
+    if part.lora is not None or variable.name != part.view.kernel_name:
+        return None
+    own = own_variable(variable, value)
+    return None if full_update(part.view, own, checked=True) is None else own
 
 
 def own_variable(like, value):
-    own = keras.Variable(
-        value, dtype=methods.wide_dtype(like.dtype), name=like.name, autocast=False
+    own = distribution.variable_like(
+        like,
+        value,
+        dtype=methods.wide_dtype(like.dtype),
+        name=like.name,
+        autocast=False,
     )
     own.regularizer = like.regularizer
     return own

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 import keras
 import numpy as np
 
-from keras_lora.files import config, save
+from keras_lora.files import config, load, save
 from keras_lora.files.folder import Adapter
-from keras_lora.keras_internals import private_names, probes
+from keras_lora.keras_internals import private_names, probes, processes
 from keras_lora.keras_internals.calls import keeping_weights, synchronize
 from keras_lora.keras_internals.layers import attach, detach
 from keras_lora.models import record
@@ -96,11 +96,11 @@ class Folder:
         return adapter
 
 
-def source_of(adapter):
+def source_of(model, adapter):
     """What a bank keeps of an adapter to read it again: (adapter, its source)."""
+    found = load.read_for(model, adapter)
     if isinstance(adapter, Adapter):
-        return adapter, Kept(adapter)
-    found = Adapter.read(adapter)
+        return found, Kept(found)
     return found, Folder(os.path.abspath(adapter), digest(found))
 
 
@@ -282,7 +282,7 @@ class Training:
         source = self.sources[name]
         if isinstance(source, Trainee):
             return source
-        return Trainee(self, name, source.read())
+        return Trainee(self, name, processes.on_all(self.model, source.read))
 
     def _show_trainees(self):
         """Rows in training use the trainees that stand for their slots."""
