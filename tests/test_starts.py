@@ -305,9 +305,11 @@ def test_merging_removing_and_exporting(tmp_path, use_dora):
     train(model, 3)
     outputs = model.predict(X, verbose=0)
     with keras_lora.disabled(model):
-        np.testing.assert_array_equal(
-            model.predict(X, verbose=0), mlp().predict(X, verbose=0)
-        )
+        base, off = mlp().predict(X, verbose=0), model.predict(X, verbose=0)
+    if keras.backend.backend() == "jax":  # XLA fuses the two programs differently
+        assert_close(off, base, 1e-6)
+    else:
+        np.testing.assert_array_equal(off, base)
     with keras_lora.merged(model):
         assert_close(model.predict(X, verbose=0), outputs)
     adapter = tmp_path / "adapter"
