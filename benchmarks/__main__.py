@@ -20,9 +20,7 @@ import matplotlib
 import tensorflow as tf
 
 from benchmarks import compare_enable_lora
-from benchmarks.sections import SECTIONS
-from benchmarks.sections import TRIED
-from benchmarks.sections import sentence
+from benchmarks.sections import SECTIONS, TRIED, sentence
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -8,8 +8,7 @@ import keras
 
 import keras_lora
 from benchmarks import networks
-from benchmarks.timing import Ratio
-from benchmarks.timing import ratios
+from benchmarks.timing import Ratio, ratios
 
 
 def switch(network, arguments, rounds):

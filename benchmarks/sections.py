@@ -2,11 +2,7 @@
 
 from typing import NamedTuple
 
-from benchmarks import files
-from benchmarks import inference
-from benchmarks import memory
-from benchmarks import serving
-from benchmarks import training
+from benchmarks import files, inference, memory, serving, training
 
 
 class Bar(NamedTuple):

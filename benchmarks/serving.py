@@ -10,8 +10,7 @@ import tensorflow as tf
 
 import keras_lora
 from benchmarks.networks import normal
-from benchmarks.timing import Ratio
-from benchmarks.timing import ratios
+from benchmarks.timing import Ratio, ratios
 from keras_lora.files.save import adapter_of
 
 COUNTS = (8, 64, 256)

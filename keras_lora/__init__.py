@@ -12,8 +12,7 @@ def is_command():
 
 
 if not is_command():
-    from keras_lora.files.analyze import analyze
-    from keras_lora.files.analyze import check_adapter
+    from keras_lora.files.analyze import analyze, check_adapter
     from keras_lora.files.checkpoint import AdapterCheckpoint
     from keras_lora.files.combine import combine_adapters
     from keras_lora.files.extract import extract_adapter
@@ -22,9 +21,7 @@ if not is_command():
     from keras_lora.files.from_loralib import load_loralib
     from keras_lora.files.load import load_adapter
     from keras_lora.files.save import save_adapter
-    from keras_lora.layers.conv import LoRAConv1D
-    from keras_lora.layers.conv import LoRAConv2D
-    from keras_lora.layers.conv import LoRAConv3D
+    from keras_lora.layers.conv import LoRAConv1D, LoRAConv2D, LoRAConv3D
     from keras_lora.layers.dense import LoRADense
     from keras_lora.layers.einsum_dense import LoRAEinsumDense
     from keras_lora.layers.embedding import LoRAEmbedding
@@ -32,25 +29,23 @@ if not is_command():
     from keras_lora.layers.kinds import register_lora_layer
     from keras_lora.layers.lora_layer import LoRALayer
     from keras_lora.layers.merged_dense import LoRAMergedDense
-    from keras_lora.layers.recurrent import LoRAGRU
-    from keras_lora.layers.recurrent import LoRALSTM
-    from keras_lora.layers.recurrent import LoRASimpleRNN
-    from keras_lora.layers.separable import LoRADepthwiseConv1D
-    from keras_lora.layers.separable import LoRADepthwiseConv2D
-    from keras_lora.layers.separable import LoRASeparableConv1D
-    from keras_lora.layers.separable import LoRASeparableConv2D
-    from keras_lora.layers.transposed import LoRAConv1DTranspose
-    from keras_lora.layers.transposed import LoRAConv2DTranspose
-    from keras_lora.layers.transposed import LoRAConv3DTranspose
+    from keras_lora.layers.recurrent import LoRAGRU, LoRALSTM, LoRASimpleRNN
+    from keras_lora.layers.substituted_conv import (
+        LoRAConv1DTranspose,
+        LoRAConv2DTranspose,
+        LoRAConv3DTranspose,
+        LoRADepthwiseConv1D,
+        LoRADepthwiseConv2D,
+        LoRASeparableConv1D,
+        LoRASeparableConv2D,
+    )
     from keras_lora.models.apply import apply_lora
-    from keras_lora.models.contexts import disabled
-    from keras_lora.models.contexts import merged
+    from keras_lora.models.contexts import disabled, merged
     from keras_lora.models.export import export
     from keras_lora.models.freezing import mark_only_lora_as_trainable
     from keras_lora.models.initialize import initialize_lora
     from keras_lora.models.lora_plus import LoRAPlus
-    from keras_lora.models.merge import merge_lora
-    from keras_lora.models.merge import remove_lora
+    from keras_lora.models.merge import merge_lora, remove_lora
     from keras_lora.models.report import summary
     from keras_lora.serving.bank import AdapterBank
     from keras_lora.serving.sweep import sweep

@@ -26,13 +26,13 @@ from keras_lora.layers.merged_dense import LoRAMergedDense as _LoRAMergedDense
 from keras_lora.layers.recurrent import LoRAGRU as _LoRAGRU
 from keras_lora.layers.recurrent import LoRALSTM as _LoRALSTM
 from keras_lora.layers.recurrent import LoRASimpleRNN as _LoRASimpleRNN
-from keras_lora.layers.separable import LoRADepthwiseConv1D as _LoRADepthwiseConv1D
-from keras_lora.layers.separable import LoRADepthwiseConv2D as _LoRADepthwiseConv2D
-from keras_lora.layers.separable import LoRASeparableConv1D as _LoRASeparableConv1D
-from keras_lora.layers.separable import LoRASeparableConv2D as _LoRASeparableConv2D
-from keras_lora.layers.transposed import LoRAConv1DTranspose as _LoRAConv1DTranspose
-from keras_lora.layers.transposed import LoRAConv2DTranspose as _LoRAConv2DTranspose
-from keras_lora.layers.transposed import LoRAConv3DTranspose as _LoRAConv3DTranspose
+from keras_lora.layers.substituted_conv import LoRAConv1DTranspose as _LoRAConv1DTranspose
+from keras_lora.layers.substituted_conv import LoRAConv2DTranspose as _LoRAConv2DTranspose
+from keras_lora.layers.substituted_conv import LoRAConv3DTranspose as _LoRAConv3DTranspose
+from keras_lora.layers.substituted_conv import LoRADepthwiseConv1D as _LoRADepthwiseConv1D
+from keras_lora.layers.substituted_conv import LoRADepthwiseConv2D as _LoRADepthwiseConv2D
+from keras_lora.layers.substituted_conv import LoRASeparableConv1D as _LoRASeparableConv1D
+from keras_lora.layers.substituted_conv import LoRASeparableConv2D as _LoRASeparableConv2D
 from keras_lora.models.apply import apply_lora
 from keras_lora.models.contexts import disabled
 from keras_lora.models.contexts import merged

@@ -2,7 +2,7 @@
 
 import sys
 
-from keras_lora.files.command import main
+from keras_lora.files import command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.main())

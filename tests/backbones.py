@@ -1,8 +1,7 @@
 """Every KerasHub backbone in a small configuration, with random weights."""
 
 import keras_hub
-from keras_hub import layers
-from keras_hub import models
+from keras_hub import layers, models
 
 TEXT = {"vocabulary_size": 50, "num_layers": 2, "hidden_dim": 16}
 HEADS = {"num_heads": 2, "intermediate_dim": 32}

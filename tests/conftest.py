@@ -17,7 +17,7 @@ TESTS = itertools.count(1)
 def fresh_module():
     import keras
 
-    from keras_lora.keras_internals import models_around
+    from keras_lora.keras_internals import compiled
 
     keras.backend.clear_session(free_memory=False)
     keras.utils.set_random_seed(7)
@@ -27,7 +27,7 @@ def fresh_module():
     gc.freeze()
     # Each change of a model asks how much is frozen, which Python counts one by one.
     uncounted = types.SimpleNamespace(get_freeze_count=int, get_objects=gc.get_objects)
-    models_around.gc = uncounted
+    compiled.gc = uncounted
 
 
 @pytest.fixture(autouse=True)

@@ -16,15 +16,10 @@ import torch
 import transformers
 from layer_cases import to_numpy
 from page_sections import write_section
-from their_models import BERT
-from their_models import GEMMA
-from their_models import GPT2
-from their_models import SIZES
-from their_models import loaded_by_peft
+from their_models import BERT, GEMMA, GPT2, SIZES, loaded_by_peft
 
 import keras_lora
-from keras_lora.models.paths import layer_paths
-from keras_lora.models.sites import site_paths
+from keras_lora.models.sites import layer_paths, site_paths
 
 TEXT = {**SIZES, "num_attention_heads": 2, "intermediate_size": 24}
 SEQUENCE = {"max_position_embeddings": 12}

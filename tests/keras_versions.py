@@ -16,9 +16,7 @@ import tempfile
 
 from page_sections import write_section
 
-from keras_lora.keras_internals.private_names import HUB_NIGHTLY
-from keras_lora.keras_internals.private_names import NIGHTLY
-from keras_lora.keras_internals.private_names import OLDEST
+from keras_lora.keras_internals.probes import HUB_NIGHTLY, NIGHTLY, OLDEST
 
 VERSIONS = {
     OLDEST: [f"keras=={OLDEST}.*"],

@@ -1,8 +1,7 @@
 """One row per kind of layer, setting and method; the laws run over all rows."""
 
 import dataclasses
-from dataclasses import dataclass
-from dataclasses import field
+from dataclasses import dataclass, field
 
 import keras
 import numpy as np

@@ -100,8 +100,19 @@ FAULTS = {
         ),
         ("[a - a_start, a_start]", "[a, a_start]", "test_starts.py -k nothing_changes"),
         ("[b, b - b_start]", "[b, b]", "test_starts.py -k delta_is_the_difference"),
+        (
+            "self.switched_off += -1 if on else 1",
+            "self.switched_off = 0 if on else 1",
+            "test_merging.py test_models_around.py test_trained_beside.py -k nest",
+        ),
+        (
+            "self.settings = Settings(self.rank, alpha, use_rslora)\n"
+            "        self._write_scaling()",
+            "self.settings = Settings(self.rank, alpha, use_rslora)",
+            "test_laws.py -k delta_is_scaling",
+        ),
     ],
-    "layers/adapter_files.py": [
+    "layers/saved_values.py": [
         ('"b_start": b - b_change', '"b_start": b', "test_starts.py -k losses_go_on"),
         (
             'store["alpha"] = self.alpha',
@@ -123,6 +134,11 @@ FAULTS = {
             '"dropout": 0.0',
             "test_laws.py -k config_round_trip",
         ),
+        (
+            "    if not held.contexts:",
+            "    if True:",
+            "test_trained_beside.py -k do_not_nest",
+        ),
     ],
     "layers/rematerialized.py": [
         (
@@ -136,8 +152,8 @@ FAULTS = {
             "test_rematerialization.py -k 'scope_train and dropout'",
         ),
         (
-            'BACKEND == "tensorflow" and recording_is_stopped',
-            "False and recording_is_stopped",
+            'BACKEND == "tensorflow" and calls.recording_is_stopped',
+            "False and calls.recording_is_stopped",
             "test_rematerialization.py -k is_one_or_refused",
         ),
         (
@@ -148,7 +164,7 @@ FAULTS = {
     ],
     "layers/lora_layer.py": [
         (
-            "if is_traced(training):",
+            "if calls.is_traced(training):",
             "if False:",
             "test_rematerialization.py -k 'flag_that_is_traced and relu'",
         ),
@@ -167,45 +183,23 @@ FAULTS = {
             "and False",
             "test_base_arguments.py -k refuses_dropout",
         ),
-    ],
-    "layers/frozen_kernel.py": [
         (
             "kernel = ops.stop_gradient(self.base_kernel(self.compute_dtype))",
             "kernel = self.base_kernel(self.compute_dtype)",
             "test_gradient_sizes.py -k 'eager_gradient or no_kernel_sized'",
         ),
-    ],
-    "layers/host_checks.py": [
-        ("    if names:", "    if False:", "test_rematerialization.py -k bound_to"),
-        (
-            '== "tensorflow" and calls_remat(layer)',
-            '== "none" and calls_remat(layer)',
-            "test_rematerialization.py -k read_under_remat",
-        ),
-        (
-            "if constraint is not None:",
-            "if False:",
-            "test_bad_input.py -k kernel_constraint",
-        ),
-        (
-            'if getattr(layer, "lora_enabled", False):',
-            "if False:",
-            "test_hosts_that_move.py -k keras_own_adapter",
-        ),
-    ],
-    "layers/layer_files.py": [
         (
             'store["adapter"] = max(x.settings.rank for x in self.loras.values())',
             "pass",
             "test_carriers.py -k 'do_not_go_into_a_plain_model'",
         ),
         (
-            "not to_numpy(lora.delta()).any()",
+            "not torch_layout.to_numpy(lora.delta()).any()",
             "False",
             "test_laws.py -k 'fresh_layer_takes and dora'",
         ),
         (
-            "to_numpy(lora.delta()).any()",
+            "torch_layout.to_numpy(lora.delta()).any()",
             "False",
             "test_laws.py -k 'leave_the_adapter_alone and dora'",
         ),
@@ -218,6 +212,36 @@ FAULTS = {
             "if tuple(variable.shape) != tuple(value.shape):",
             "if False:",
             "test_laws.py -k 'leave_the_adapter_alone and dense'",
+        ),
+    ],
+    "layers/site.py": [
+        ("    if names:", "    if False:", "test_rematerialization.py -k bound_to"),
+        (
+            '== "tensorflow" and classes.calls_remat(layer)',
+            '== "none" and classes.calls_remat(layer)',
+            "test_rematerialization.py -k read_under_remat",
+        ),
+        (
+            "if constraint is not None:",
+            "if False:",
+            "test_bad_input.py -k kernel_constraint",
+        ),
+        (
+            'if getattr(layer, "lora_enabled", False):',
+            "if False:",
+            "test_hosts_that_move.py -k keras_own_adapter",
+        ),
+        (
+            "kernel = self.base_kernel(self.lora.variable_dtype)",
+            "kernel = self.base_kernel(dtype)",
+            "test_laws.py -k merging_rounds_once",
+        ),
+        (
+            "self.lora.kernel_place = layers.freeze(\n"
+            "                self.kernel_owner(), self.frozen_kernel\n"
+            "            )\n",
+            "pass\n",
+            "test_laws.py -k 'toggling and recurrent-lstm'",
         ),
     ],
     "layers/dense.py": [
@@ -239,8 +263,8 @@ FAULTS = {
             "test_laws.py -k 'stays_float32 and embedding'",
         ),
         (
-            "return dequantize(integers, scale, zero, groups, axis=1)",
-            "return dequantize(integers, scale, zero, groups)",
+            "return quantized_host.dequantize(integers, scale, zero, groups, axis=1)",
+            "return quantized_host.dequantize(integers, scale, zero, groups)",
             "test_quantized.py -k 'what_it_loses or gradients_are'",
         ),
         (
@@ -270,8 +294,6 @@ FAULTS = {
             "fan_in=math.prod(window[:-1])",
             "test_laws.py -k 'starting_values and conv'",
         ),
-    ],
-    "layers/conv_bypass.py": [
         (
             "ops.tile(a, (1,) * (len(a.shape) - 1) + (layer.groups,))",
             "ops.repeat(a, layer.groups, axis=-1)",
@@ -289,12 +311,15 @@ FAULTS = {
             "fan_in=math.prod(new)",
             "test_laws.py -k 'starting_values and einsum'",
         ),
-    ],
-    "layers/equation.py": [
         (
             "batch + contracted + rank, batch + rank + new",
             "contracted + batch + rank, batch + rank + new",
             "test_laws.py -k 'training_and_merged and batch'",
+        ),
+        (
+            "if not first and not self.scales_outputs(scale, zero):",
+            "if False:",
+            "test_quantized.py -k named",
         ),
     ],
     "layers/merged_dense.py": [
@@ -315,23 +340,19 @@ FAULTS = {
             "len(self.adapted_slices)\n            ),",
             "test_dora.py -k 'merged-dense and outputs_are'",
         ),
-    ],
-    "layers/blocks.py": [
         (
             "if any(len(own) > rank for own in rows):",
             "if False:",
             "test_adapter_files.py -k another_slice",
         ),
     ],
-    "layers/by_row.py": [
+    "layers/form.py": [
         (
             "ids + slots * vocabulary",
             "ids + slots",
             "test_bank.py -k 'each_row_is_the_layer and embedding'",
         ),
         ("    if transpose:", "    if False:", "test_bank.py -k tied_embedding"),
-    ],
-    "layers/form.py": [
         (
             "for axis in sorted(self.input_axes):",
             "for axis in sorted(self.input_axes, reverse=True):",
@@ -451,19 +472,6 @@ FAULTS = {
             "test_second_order.py -k dense",
         ),
     ],
-    "layers/scaled.py": [
-        (
-            "self.switched_off += -1 if on else 1",
-            "self.switched_off = 0 if on else 1",
-            "test_merging.py test_models_around.py test_trained_beside.py -k nest",
-        ),
-        (
-            "self.settings = Settings(self.rank, alpha, use_rslora)\n"
-            "        self._write_scaling()",
-            "self.settings = Settings(self.rank, alpha, use_rslora)",
-            "test_laws.py -k delta_is_scaling",
-        ),
-    ],
     "layers/torch_layout.py": [
         (
             "return np.moveaxis(a, (0, 1), (-1, -2)), b",
@@ -474,13 +482,6 @@ FAULTS = {
             "if kernel.ndim < 2 or (inputs_first and kernel.ndim == 2):",
             "if kernel.ndim < 2:",
             "test_peft_settings.py -k fan_in_fan_out",
-        ),
-    ],
-    "layers/trained_values.py": [
-        (
-            "    if not held.contexts:",
-            "    if True:",
-            "test_trained_beside.py -k do_not_nest",
         ),
     ],
     "files/command.py": [
@@ -499,7 +500,7 @@ FAULTS = {
     ],
     "layers/quantized_host.py": [
         (
-            "and says_calibrated(layer)",
+            "and is_reported_calibrated(layer)",
             "and True",
             "test_quantized.py -k has_no_integers",
         ),
@@ -524,14 +525,7 @@ FAULTS = {
             "test_quantized.py -k 'gradients_are_those and awq'",
         ),
     ],
-    "layers/quantized_einsum.py": [
-        (
-            "if not first and not self.scales_outputs(scale, zero):",
-            "if False:",
-            "test_quantized.py -k named",
-        ),
-    ],
-    "layers/reverse_side.py": [
+    "layers/reversible_embedding.py": [
         (
             "ops.multiply(ops.tanh(ops.divide(logits, cap)), cap)",
             "ops.tanh(ops.divide(logits, cap))",
@@ -565,7 +559,7 @@ FAULTS = {
     ],
     "files/factors.py": [
         (
-            "self.alpha / divisor(self.rank, self.use_rslora)",
+            "self.alpha / settings.divisor(self.rank, self.use_rslora)",
             "self.alpha / self.rank",
             "test_analyze.py -k 'a_folder_says and sequential'",
         ),
@@ -746,8 +740,8 @@ FAULTS = {
             "test_combining.py -k extracted_adapter",
         ),
         (
-            "return isinstance(site, WeightSite) or lora",
-            "return lora",
+            "return isinstance(site, WeightSite) or kinds",
+            "return kinds",
             "test_expert_files.py -k are_extracted",
         ),
     ],
@@ -758,7 +752,7 @@ FAULTS = {
             "test_adapter_files.py -k bad_settings",
         ),
         (
-            "if file.get(key) and key not in METHODS:",
+            "if file.get(key) and key not in torch_layout.METHODS:",
             "if False:",
             "test_files_as_found.py -k change_the_mathematics",
         ),
@@ -836,14 +830,14 @@ FAULTS = {
             "test_expert_files.py -k has_not",
         ),
         (
-            "if without_slice(module) in parameters and layer.lora.keyword:",
+            "if slices.without_slice(module) in parameters and layer.lora.keyword:",
             "if False:",
             "test_expert_files.py -k has_not",
         ),
     ],
     "files/tensors.py": [
         (
-            "return layer.lora.scaling * divisor(rank, use_rslora)",
+            "return layer.lora.scaling * settings.divisor(rank, use_rslora)",
             "return layer.lora.alpha",
             "test_adapter_files.py -k 'every_kind and merged'",
         ),
@@ -860,12 +854,12 @@ FAULTS = {
             "test_bad_input.py test_adapter_files.py -k names",
         ),
         (
-            "if looks_up(layer) and id(layer_of(layer)) in heads:",
+            "if kinds.looks_up(layer) and id(kinds.layer_of(layer)) in heads:",
             "if False:",
             "test_peft_settings.py -k tied",
         ),
         (
-            "if names == TRANSFORMERS_4:  # whose",
+            "if names == families.TRANSFORMERS_4:  # whose",
             "if False:  # whose",
             "test_expert_files.py -k has_not",
         ),
@@ -956,8 +950,8 @@ FAULTS = {
             "test_every_weight.py -k means_the_weights",
         ),
         (
-            'target == "all" or (is_known(site) and in_all_linear(site))',
-            "in_all_linear",
+            'target == "all" or (is_known(site) and kinds.in_all_linear(site))',
+            "kinds.in_all_linear",
             "test_apply.py -k leaves_the_head_out",
         ),
         (
@@ -978,7 +972,7 @@ FAULTS = {
             "test_apply.py -k test_patterns",
         ),
         (
-            "    refuse_adapters(paths)\n",
+            "    adapt.refuse_adapters(paths)\n",
             "",
             "test_apply.py -k applying_twice",
         ),
@@ -1014,19 +1008,29 @@ FAULTS = {
         ),
         (
             "        for variable, value in base_values(layer):\n"
-            "            put(variable, value)\n",
+            "            distribution.put(variable, value)\n",
             "        pass\n",
             "test_trained_beside.py -k the_base_model_is",
+        ),
+        (
+            "dtype = layer.lora.variable_dtype",
+            "dtype = layer.kernel_dtype",
+            "test_quantized.py -k half_precision_is",
+        ),
+        (
+            "for x in (kernel, layer.merged_kernel(dtype))",
+            "for x in (kernel, kernel)",
+            "test_quantized.py -k 'what_it_loses and dense'",
         ),
     ],
     "models/contexts.py": [
         (
-            'refusing = refusing_to_train(model, UNTRAINED.format("merged"))',
+            'refusing = compiled.refusing_to_train(model, UNTRAINED.format("merged"))',
             "refusing = contextlib.nullcontext()",
             "test_merging.py -k fitting_inside",
         ),
     ],
-    "models/decompositions.py": [
+    "models/start_values.py": [
         (
             "np.sqrt(values / scaling)",
             "np.sqrt(values)",
@@ -1038,17 +1042,14 @@ FAULTS = {
             "test_starts.py -k trajectory",
         ),
         ("q[..., 1::2, :]", "q[..., 0::2, :]", "test_starts.py -k orthogonal"),
-    ],
-    "models/layer_inputs.py": [
         (" - np.outer(mean, mean)", "", "test_starts.py -k eva_starts"),
-    ],
-    "models/start_values.py": [
         ("-pair[0]", "pair[0]", "test_starts.py -k moves_ranks"),
         ("return min(tried", "return max(tried", "test_starts.py -k loftq"),
     ],
     "models/initialize.py": [
         (
-            "if to_numpy(lora.a).any() and to_numpy(lora.b).any():",
+            "if torch_layout.to_numpy(lora.a).any() and "
+            "torch_layout.to_numpy(lora.b).any():",
             "if False:",
             "test_starts.py -k refusals",
         ),
@@ -1072,19 +1073,22 @@ FAULTS = {
             "test_trained_beside.py test_freezing.py test_carriers.py"
             " -k 'base or marked'",
         ),
-    ],
-    "models/trainable_flags.py": [
         (
             "        variable.trainable = flag",
             "        variable.trainable = trainable",
             "test_trained_beside.py test_apply.py -k 'undoing or frozen'",
         ),
     ],
-    "models/paths.py": [
+    "models/sites.py": [
         (
             "            if used[part] > 1:",
             "            if False:",
             "test_report.py test_apply.py -k 'path or report or target'",
+        ),
+        (
+            "of_cells.add(id(site.kernel_owner()))",
+            "pass",
+            "test_every_weight.py -k means_the_weights",
         ),
     ],
     "models/report.py": [
@@ -1092,18 +1096,6 @@ FAULTS = {
             "return self.total - self.added",
             "return self.total",
             "test_report.py -k rows_and_table",
-        ),
-    ],
-    "models/merge_quantized.py": [
-        (
-            "dtype = layer.lora.variable_dtype",
-            "dtype = layer.kernel_dtype",
-            "test_quantized.py -k half_precision_is",
-        ),
-        (
-            "for x in (kernel, layer.merged_kernel(dtype))",
-            "for x in (kernel, kernel)",
-            "test_quantized.py -k 'what_it_loses and dense'",
         ),
     ],
     "models/atomic.py": [
@@ -1126,14 +1118,12 @@ FAULTS = {
             "test_other_formats.py -k pickles_are_not_opened",
         ),
     ],
-    "models/runtimes.py": [
+    "models/export.py": [
         (
             "get_input_element_type(0).is_integral()",
             "get_input_element_type(0).is_dynamic()",
             "test_quantized.py -m slow -k 'openvino and int8'",
         ),
-    ],
-    "models/export.py": [
         (
             "if format not in FORMATS:",
             "if False:",
@@ -1153,7 +1143,8 @@ FAULTS = {
             "test_carriers.py -k old_h5",
         ),
         (
-            "            refuse_quantizing(layer, mode)  # before any layer changes",
+            "            quantized_host.refuse_quantizing(layer, mode)  # before any "
+            "layer changes",
             "            pass",
             "test_quantized.py -k 'calibrating or before_any_layer'",
         ),
@@ -1163,7 +1154,7 @@ FAULTS = {
             "test_carriers.py -k how_a_layer_merges",
         ),
         (
-            '        restore_trainable_state(layers_now, config["trainable"])\n',
+            '        record.restore_trainable_state(layers_now, config["trainable"])\n',
             "",
             "test_carriers.py -k 'frozen_biases or only_marked'",
         ),
@@ -1184,6 +1175,11 @@ FAULTS = {
             "self.id_of.pop(name)",
             "test_bank.py -k ids_that_name_nothing",
         ),
+        (
+            "np.where(found[:, 0] == ids, found[:, 1], self.no_slot)",
+            "found[:, 1]",
+            "test_bank.py -k ids_that_name_nothing",
+        ),
     ],
     "serving/rows.py": [
         (
@@ -1192,13 +1188,6 @@ FAULTS = {
             "test_bank.py -k another_leading_axis",
         ),
         ("kept / (1 - rates)", "kept", "test_bank_fit.py -k dropout"),
-    ],
-    "serving/arguments.py": [
-        (
-            "np.where(found[:, 0] == ids, found[:, 1], self.no_slot)",
-            "found[:, 1]",
-            "test_bank.py -k ids_that_name_nothing",
-        ),
     ],
     "models/quantized.py": [
         (
@@ -1244,24 +1233,17 @@ FAULTS = {
             "pass",
             "test_merging.py -k leaves_plain_layers",
         ),
+        (
+            "    replace(tracked, old, new)\n    try",
+            "    try",
+            "test_every_weight.py -k exported",
+        ),
     ],
-    "keras_internals/optimizers.py": [
+    "keras_internals/compiled.py": [
         (
             "            learning_rate = self.faster(learning_rate)",
             "            pass",
             "test_lora_plus.py -k 'equals_two_plain and SGD'",
-        ),
-    ],
-    "layers/site.py": [
-        (
-            "kernel = self.base_kernel(self.lora.variable_dtype)",
-            "kernel = self.base_kernel(dtype)",
-            "test_laws.py -k merging_rounds_once",
-        ),
-        (
-            "self.lora.kernel_place = freeze(self.kernel_owner(), self.frozen_kernel)",
-            "pass",
-            "test_laws.py -k 'toggling and recurrent-lstm'",
         ),
     ],
     "layers/experts.py": [
@@ -1352,8 +1334,8 @@ FAULTS = {
             "test_token_rows.py -k touches_what_is_chosen",
         ),
         (
-            "return in_tensorflow_graph() and not traced_for_xla()",
-            "return in_tensorflow_graph()",
+            "return calls.in_tensorflow_graph() and not calls.traced_for_xla()",
+            "return calls.in_tensorflow_graph()",
             "test_token_rows.py -k touches_what_is_chosen",
         ),
         (
@@ -1375,20 +1357,6 @@ FAULTS = {
             "if i >= size",
             "if i > size",
             "test_token_rows.py -k ids_that_are_none",
-        ),
-    ],
-    "models/sites.py": [
-        (
-            "of_cells.add(id(site.kernel_owner()))",
-            "pass",
-            "test_every_weight.py -k means_the_weights",
-        ),
-    ],
-    "keras_internals/kernels.py": [
-        (
-            "    replace(tracked, old, new)\n    try",
-            "    try",
-            "test_every_weight.py -k exported",
         ),
     ],
 }

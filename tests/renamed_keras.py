@@ -4,8 +4,8 @@
     KERAS_BACKEND=jax python tests/renamed_keras.py _called    this one
 
 For each, a process of its own imports Keras (or what else has the name) with other
-source, then keras_lora, and does what needs the name. The sentence of `private_names`
-has to come, and nothing may have changed.
+source, then keras_lora, and does what needs the name. The sentence of `probes` has
+to come, and nothing may have changed.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import re
 import sys
 import traceback
 
-from keras_lora.keras_internals import private_names
+from keras_lora.keras_internals import private_names, probes
 
 # What a user does, by what needs the name: (statements before, the call).
 USES = {
@@ -145,7 +145,7 @@ def said(word) -> str:
     row = ROWS[word]
     before, call = USES.get(row.needed_by, ("", "keras_lora.apply_lora(model)"))
     program = PROGRAM.format(before=before.replace(";", "\n    "), call=call)
-    rename(word, private_names.MODULES[row.package])
+    rename(word, probes.MODULES[row.package])
     os.environ["KERAS_BACKEND"] = BACKENDS.get(row.package, "jax")
     with contextlib.redirect_stdout(io.StringIO()) as output:
         try:

@@ -2,12 +2,9 @@
 
 import keras
 import numpy as np
-from layer_cases import fill
-from layer_cases import to_numpy
-from models import x
-from models import y
-from pretrained import subclassed
-from pretrained import transformer
+from layer_cases import fill, to_numpy
+from models import x, y
+from pretrained import subclassed, transformer
 
 import keras_lora
 from keras_lora import apply_lora

@@ -3,14 +3,9 @@
 import keras
 import numpy as np
 import pytest
-from models import x
-from models import y
+from models import x, y
 from pretrained import sequential
-from shared import EAGERLY
-from shared import adapt
-from shared import compile_
-from shared import predict
-from shared import same_base
+from shared import EAGERLY, adapt, compile_, predict, same_base
 
 import keras_lora
 
@@ -88,7 +83,7 @@ def test_auto_is_what_keras_takes_it_for(metric, values, tmp_path, monkeypatch):
     model.compile("sgd", "mse", metrics=[metric], **EAGERLY)
     written = []
     monkeypatch.setattr(
-        "keras_lora.files.checkpoint.save_adapter", lambda *a, **k: written.append(a)
+        "keras_lora.files.save.save_adapter", lambda *a, **k: written.append(a)
     )
     checkpoint = keras_lora.AdapterCheckpoint(tmp_path, True, metric.name)
     stop = keras.callbacks.EarlyStopping(metric.name, patience=9)

@@ -12,28 +12,14 @@ import keras
 import numpy as np
 import pytest
 import safetensors.numpy
-from layer_cases import CASES
-from layer_cases import EVERY
-from layer_cases import factors
-from layer_cases import fill
-from layer_cases import frozen_kernels
-from layer_cases import to_numpy
-from pretrained import PRETRAINED
-from pretrained import sequential
-from pretrained import transformer
+from layer_cases import CASES, EVERY, factors, fill, frozen_kernels, to_numpy
+from pretrained import PRETRAINED, sequential, transformer
 from seeds import set_seed
-from shared import adapt
-from shared import adapted
-from shared import assert_same
-from shared import compile_
-from shared import fit
-from shared import flags
-from shared import predict
-from shared import same_base
+from shared import adapt, adapted, assert_same, compile_, fit, flags, predict, same_base
 
 import keras_lora
 from keras_lora.files.config import CONFIG
-from keras_lora.files.folder import TENSORS
+from keras_lora.files.disk import TENSORS
 from keras_lora.files.save import adapter_of
 from keras_lora.models.sites import adapted_sites
 

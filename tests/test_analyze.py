@@ -6,18 +6,12 @@ import keras
 import numpy as np
 import pytest
 import torch
-from layer_cases import CASES
-from layer_cases import fill
-from layer_cases import to_numpy
-from peft import LoraConfig
-from peft import get_peft_model
-from pretrained import convolutional
-from pretrained import sequential
-from pretrained import transformer
+from layer_cases import CASES, fill, to_numpy
+from peft import LoraConfig, get_peft_model
+from pretrained import convolutional, sequential, transformer
 
 import keras_lora
-from keras_lora.models.paths import layer_paths
-from keras_lora.models.sites import adapted_sites
+from keras_lora.models.sites import adapted_sites, layer_paths
 
 
 def as_matrices(name, kernel):

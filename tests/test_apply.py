@@ -6,25 +6,20 @@ import warnings
 import keras
 import numpy as np
 import pytest
-from layer_cases import CASES
-from layer_cases import KINDS
-from layer_cases import fill
-from layer_cases import to_numpy
+from layer_cases import CASES, KINDS, fill, to_numpy
 from models import x
-from pretrained import PRETRAINED
-from pretrained import Pretrained
-from pretrained import convolutional
-from pretrained import sequential
-from pretrained import transformer
+from pretrained import PRETRAINED, Pretrained, convolutional, sequential, transformer
 from seeds import set_seed
-from shared import HEADS
-from shared import adapt
-from shared import assert_close
-from shared import assert_same
-from shared import compile_
-from shared import fit
-from shared import flags
-from shared import predict
+from shared import (
+    HEADS,
+    adapt,
+    assert_close,
+    assert_same,
+    compile_,
+    fit,
+    flags,
+    predict,
+)
 
 import keras_lora
 from keras_lora import apply_lora

@@ -7,18 +7,9 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from layer_cases import CASES
-from layer_cases import KINDS
-from layer_cases import fill
-from layer_cases import merged_kernels
-from layer_cases import over
-from layer_cases import to_numpy
-from pretrained import convolutional
-from pretrained import sequential
-from pretrained import subclassed
-from pretrained import transformer
-from shared import EAGERLY
-from shared import assert_close
+from layer_cases import CASES, KINDS, fill, merged_kernels, over, to_numpy
+from pretrained import convolutional, sequential, subclassed, transformer
+from shared import EAGERLY, assert_close
 
 import keras_lora
 from keras_lora import AdapterBank

@@ -4,8 +4,7 @@ import keras
 import numpy as np
 import pytest
 from seeds import set_seed
-from shared import EAGERLY
-from shared import assert_close
+from shared import EAGERLY, assert_close
 
 import keras_lora
 from keras_lora import AdapterBank

@@ -7,11 +7,9 @@ import threading
 import keras
 import numpy as np
 import pytest
-from layer_cases import fill
-from layer_cases import to_numpy
+from layer_cases import fill, to_numpy
 from seeds import set_seed
-from shared import EAGERLY
-from shared import assert_close
+from shared import EAGERLY, assert_close
 
 import keras_lora
 from keras_lora import AdapterBank

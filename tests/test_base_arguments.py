@@ -5,14 +5,11 @@ import inspect
 import keras
 import numpy as np
 import pytest
-from layer_cases import merged_kernels
-from layer_cases import to_numpy
-from shared import assert_close
-from shared import assert_equal_bits
+from layer_cases import merged_kernels, to_numpy
+from shared import assert_close, assert_equal_bits
 
 import keras_lora
-from keras_lora import LoRADense
-from keras_lora import LoRAEmbedding
+from keras_lora import LoRADense, LoRAEmbedding
 
 LORA_ARGUMENTS = {"rank", "alpha", "dropout", "use_rslora", "merge_weights"}
 LORA_ARGUMENTS |= {"use_dora", "a_initializer", "b_initializer"}

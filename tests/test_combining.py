@@ -3,20 +3,12 @@
 import keras
 import numpy as np
 import pytest
-from layer_cases import fill
-from layer_cases import to_numpy
-from pretrained import PRETRAINED
-from pretrained import convolutional
-from pretrained import sequential
-from pretrained import transformer
-from shared import adapt
-from shared import adapted
-from shared import flags
-from shared import predict
+from layer_cases import fill, to_numpy
+from pretrained import PRETRAINED, convolutional, sequential, transformer
+from shared import adapt, adapted, flags, predict
 
 import keras_lora
-from keras_lora.models.paths import layer_paths
-from keras_lora.models.sites import adapted_sites
+from keras_lora.models.sites import adapted_sites, layer_paths
 
 over_models = pytest.mark.parametrize(
     "build", PRETRAINED, ids=lambda build: build.__name__

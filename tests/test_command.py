@@ -12,9 +12,7 @@ import numpy as np
 import pytest
 from pretrained import sequential
 from seeds import set_seed
-from shared import adapted
-from shared import predict
-from shared import same_base
+from shared import adapted, predict, same_base
 
 import keras_lora
 from keras_lora.files.command import main

@@ -7,8 +7,7 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
-from compatibility import application
-from compatibility import check
+from compatibility import application, check
 from layer_cases import fill
 
 import keras_lora

@@ -10,8 +10,7 @@ import keras_hub
 import numpy as np
 import pytest
 import transformers
-from layer_cases import fill
-from layer_cases import to_numpy
+from layer_cases import fill, to_numpy
 from name_tables import NAME_TABLES
 from pretrained import sequential
 
@@ -19,8 +18,7 @@ import keras_lora
 from keras_lora.files.names import module_names
 from keras_lora.files.save import adapter_of
 from keras_lora.keras_internals import keras_hub as internals
-from keras_lora.models.paths import layer_paths
-from keras_lora.models.sites import adapted_sites
+from keras_lora.models.sites import adapted_sites, layer_paths
 
 TABLES = {
     "bert": ("BertBackbone", "BertTextClassifier", {"num_classes": 3}),

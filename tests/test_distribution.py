@@ -5,11 +5,7 @@ import json
 import keras
 import numpy as np
 import pytest
-from processes import MODEL
-from processes import finish
-from processes import free_ports
-from processes import run
-from processes import start
+from processes import MODEL, finish, free_ports, run, start
 
 EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
 TENSORFLOW = """

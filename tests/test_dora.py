@@ -9,23 +9,17 @@ import peft
 import pytest
 import torch
 from gradients import gradients
-from layer_cases import CASES
-from layer_cases import DORA
-from layer_cases import Case
-from layer_cases import fill
-from layer_cases import over
-from layer_cases import to_numpy
-from test_against_torch import Pair
-from test_against_torch import Reference
-from test_against_torch import array
-from test_against_torch import kernel_to_last
-from test_against_torch import over_first_precision
-from test_against_torch import over_gradients
-from test_against_torch import over_precisions
-from test_gradient_sizes import DEEP
-from test_gradient_sizes import SIZES
-from test_gradient_sizes import formed
-from test_gradient_sizes import training_step
+from layer_cases import CASES, DORA, Case, fill, over, to_numpy
+from test_against_torch import (
+    Pair,
+    Reference,
+    array,
+    kernel_to_last,
+    over_first_precision,
+    over_gradients,
+    over_precisions,
+)
+from test_gradient_sizes import DEEP, SIZES, formed, training_step
 
 import keras_lora
 

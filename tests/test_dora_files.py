@@ -7,17 +7,11 @@ import pytest
 import safetensors.numpy
 import test_name_tables as tables
 import torch
-from layer_cases import CASES
-from layer_cases import fill
-from layer_cases import to_numpy
-from test_peft_exchange import NAMES
-from test_peft_exchange import assert_same
-from test_peft_exchange import ids
-from test_peft_exchange import pair
+from layer_cases import CASES, fill, to_numpy
+from test_peft_exchange import NAMES, assert_same, ids, pair
 
 import keras_lora
-from keras_lora.files.disk import PREFIX
-from keras_lora.files.folder import TENSORS
+from keras_lora.files.disk import PREFIX, TENSORS
 from keras_lora.models.sites import adapted_sites
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -4,8 +4,7 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
-from layer_cases import fill
-from layer_cases import to_numpy
+from layer_cases import fill, to_numpy
 
 import keras_lora
 from keras_lora.models.sites import adapted_sites

@@ -3,8 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from layer_cases import fill
-from layer_cases import to_numpy
+from layer_cases import fill, to_numpy
 from shared import EAGERLY
 
 import keras_lora

@@ -6,11 +6,8 @@ import keras
 import numpy as np
 import pytest
 from backbones import backbone
-from layer_cases import ON_TORCH
-from layer_cases import fill
-from layer_cases import to_numpy
-from shared import assert_close
-from shared import assert_equal_bits
+from layer_cases import ON_TORCH, fill, to_numpy
+from shared import assert_close, assert_equal_bits
 
 import keras_lora
 from keras_lora.layers import kinds

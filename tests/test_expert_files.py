@@ -9,18 +9,14 @@ import peft
 import pytest
 import safetensors.numpy
 import torch
-from families import FAMILIES
-from families import difference
-from families import ours
-from families import pair
-from families import theirs
+from families import FAMILIES, difference, ours, pair, theirs
 from layer_cases import to_numpy
 from shared import assert_close
 
 import keras_lora
 from keras_lora.files.command import main
 from keras_lora.files.config import CONFIG
-from keras_lora.files.folder import TENSORS
+from keras_lora.files.disk import TENSORS
 from keras_lora.models.sites import adapted_sites
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's of patterns it obeys

@@ -4,16 +4,11 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
-from backbones import CONFIGURATIONS
-from backbones import backbone
-from gradients import factor_variables
-from gradients import gradients
-from layer_cases import fill
-from layer_cases import to_numpy
-from shared import assert_close
-from shared import assert_equal_bits
-from test_gradient_sizes import formed
-from test_gradient_sizes import training_step
+from backbones import CONFIGURATIONS, backbone
+from gradients import factor_variables, gradients
+from layer_cases import fill, to_numpy
+from shared import assert_close, assert_equal_bits
+from test_gradient_sizes import formed, training_step
 
 import keras_lora
 from keras_lora.keras_internals.layers import flatten_layers

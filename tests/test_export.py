@@ -8,14 +8,8 @@ import keras
 import numpy as np
 import pytest
 from layer_cases import to_numpy
-from models import MODELS
-from models import sequential
-from models import trained
-from models import x
-from shared import assert_same_state
-from shared import optimizer_state
-from shared import predict
-from shared import state
+from models import MODELS, sequential, trained, x
+from shared import assert_same_state, optimizer_state, predict, state
 
 import keras_lora
 from keras_lora.models.atomic import replacing

@@ -1,11 +1,8 @@
 """Adapters of every family in transformers and here, both ways, run live."""
 
 import pytest
-from families import FAMILIES
-from families import TITLE
-from families import exchange
-from page_sections import PAGE
-from page_sections import sections
+from families import FAMILIES, TITLE, exchange
+from page_sections import PAGE, sections
 
 # One for each way in which modules differ: a head, fused and transposed projections,
 # rotary halves, experts, two stacks, images.

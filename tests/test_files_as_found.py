@@ -12,14 +12,11 @@ import pytest
 import safetensors.torch
 import torch
 from layer_cases import to_numpy
-from test_peft_exchange import NAMES
-from test_peft_exchange import assert_same
-from test_peft_exchange import ids
-from test_peft_exchange import pair
+from test_peft_exchange import NAMES, assert_same, ids, pair
 
 import keras_lora
 from keras_lora.files.config import CONFIG
-from keras_lora.files.folder import TENSORS
+from keras_lora.files.disk import TENSORS
 from keras_lora.models.sites import adapted_sites
 
 

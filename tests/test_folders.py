@@ -16,7 +16,7 @@ import torch
 
 import keras_lora
 from keras_lora.files.config import CONFIG
-from keras_lora.files.folder import TENSORS
+from keras_lora.files.disk import TENSORS
 from keras_lora.models import atomic
 from keras_lora.models.atomic import replacing
 

@@ -4,12 +4,7 @@ import keras
 import numpy as np
 import pytest
 from layer_cases import to_numpy
-from models import MODELS
-from models import functional
-from models import sequential
-from models import trained
-from models import x
-from models import y
+from models import MODELS, functional, sequential, trained, x, y
 
 import keras_lora
 from keras_lora.models.sites import adapted_sites

@@ -3,9 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from layer_cases import CASES
-from layer_cases import fill
-from layer_cases import to_numpy
+from layer_cases import CASES, fill, to_numpy
 
 DEVICES = []
 if keras.backend.backend() == "tensorflow":

@@ -10,8 +10,7 @@ import keras
 import numpy as np
 import pytest
 from gradients import factors
-from layer_cases import Case
-from layer_cases import to_numpy
+from layer_cases import Case, to_numpy
 
 import keras_lora
 

@@ -21,9 +21,8 @@ from layer_cases import to_numpy
 
 import keras_lora
 from keras_lora.files import patterns
-from keras_lora.files.config import CONFIG
-from keras_lora.files.config import value_of
-from keras_lora.files.folder import TENSORS
+from keras_lora.files.config import CONFIG, value_of
+from keras_lora.files.disk import TENSORS
 from keras_lora.models.sites import adapted_sites
 
 posix = pytest.mark.skipif(os.name != "posix", reason="of POSIX")

@@ -6,8 +6,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from layer_cases import fill
-from layer_cases import to_numpy
+from layer_cases import fill, to_numpy
 from seeds import set_seed
 
 import keras_lora

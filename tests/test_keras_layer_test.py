@@ -4,14 +4,16 @@ import keras
 import numpy as np
 import pytest
 from keras.src import testing
-from layer_cases import CASES
-from layer_cases import DORA
-from layer_cases import KINDS
-from layer_cases import SUBSTITUTED
-from layer_cases import bias_of
-from layer_cases import factors
-from layer_cases import frozen_kernels
-from layer_cases import over
+from layer_cases import (
+    CASES,
+    DORA,
+    KINDS,
+    SUBSTITUTED,
+    bias_of,
+    factors,
+    frozen_kernels,
+    over,
+)
 
 # A row for each way to compute, for masks, for a seed, and for lengths.
 ROWS = [case for case in CASES if case.name in ("embedding-mask", "dense-dropout")]

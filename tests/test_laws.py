@@ -7,25 +7,24 @@ import keras
 import numpy as np
 import pytest
 from gradients import gradients
-from layer_cases import CASES
-from layer_cases import DORA
-from layer_cases import EVERY
-from layer_cases import KINDS
-from layer_cases import POLICIES
-from layer_cases import SUBSTITUTED
-from layer_cases import bias_of
-from layer_cases import deltas
-from layer_cases import factors
-from layer_cases import fill
-from layer_cases import frozen_kernels
-from layer_cases import merged_kernels
-from layer_cases import over
-from layer_cases import sites
-from layer_cases import to_numpy
-from shared import EAGERLY
-from shared import assert_close
-from shared import assert_equal_bits
-from shared import losses
+from layer_cases import (
+    CASES,
+    DORA,
+    EVERY,
+    KINDS,
+    POLICIES,
+    SUBSTITUTED,
+    bias_of,
+    deltas,
+    factors,
+    fill,
+    frozen_kernels,
+    merged_kernels,
+    over,
+    sites,
+    to_numpy,
+)
+from shared import EAGERLY, assert_close, assert_equal_bits, losses
 
 import keras_lora
 from keras_lora.layers.adapter import LowRankAdapter

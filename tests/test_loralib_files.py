@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from layer_cases import fill
-from layer_cases import to_numpy
+from layer_cases import fill, to_numpy
 
 import keras_lora
 

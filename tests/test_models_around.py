@@ -5,11 +5,10 @@ import gc
 import keras
 import numpy as np
 import pytest
-from layer_cases import fill
-from layer_cases import to_numpy
+from layer_cases import fill, to_numpy
 
 import keras_lora
-from keras_lora.keras_internals import models_around
+from keras_lora.keras_internals import compiled
 
 INNER, OUTER, SIBLING = "inner", "outer", "sibling"
 
@@ -144,8 +143,8 @@ def test_a_single_layer_is_adapted_for_all(which):
 
 def test_a_warning_says_that_models_that_were_frozen_are_not_seen(monkeypatch):
     found = models()
-    monkeypatch.setattr(models_around, "gc", gc)  # which conftest.py has replaced
-    monkeypatch.setattr(models_around.WARNED_AT, "count", gc.get_freeze_count())
+    monkeypatch.setattr(compiled, "gc", gc)  # which conftest.py has replaced
+    monkeypatch.setattr(compiled.WARNED_AT, "count", gc.get_freeze_count())
     gc.freeze()  # as servers do before they fork
     with pytest.warns(UserWarning, match="hides the models .*Compile them again"):
         keras_lora.apply_lora(found[INNER], rank=2, target=["shared"])

@@ -9,15 +9,8 @@ import peft
 import pytest
 import torch
 import transformers
-from layer_cases import fill
-from layer_cases import to_numpy
-from their_models import BERT
-from their_models import GEMMA
-from their_models import GPT2
-from their_models import SIZES
-from their_models import ids
-from their_models import loaded_by_peft
-from their_models import theirs
+from layer_cases import fill, to_numpy
+from their_models import BERT, GEMMA, GPT2, SIZES, ids, loaded_by_peft, theirs
 
 import keras_lora
 from keras_lora.files.config import CONFIG

@@ -7,8 +7,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from layer_cases import fill
-from layer_cases import to_numpy
+from layer_cases import fill, to_numpy
 
 import keras_lora
 from keras_lora.layers import kinds

@@ -4,9 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from layer_cases import CASES
-from layer_cases import fill
-from layer_cases import to_numpy
+from layer_cases import CASES, fill, to_numpy
 
 import keras_lora
 from keras_lora.files.command import main

@@ -3,9 +3,7 @@
 import keras
 import pytest
 
-from keras_lora import LoRADense
-from keras_lora import LoRAEinsumDense
-from keras_lora import LoRAMergedDense
+from keras_lora import LoRADense, LoRAEinsumDense, LoRAMergedDense
 
 
 def factor_parameters(layer, inputs):

@@ -8,8 +8,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from layer_cases import fill
-from layer_cases import to_numpy
+from layer_cases import fill, to_numpy
 from seeds import set_seed
 
 import keras_lora

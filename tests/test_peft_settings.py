@@ -10,19 +10,13 @@ import pytest
 import safetensors.numpy
 import torch
 import transformers
-from layer_cases import fill
-from layer_cases import to_numpy
+from layer_cases import fill, to_numpy
 from name_tables import NAME_TABLES
-from their_models import BERT
-from their_models import GEMMA
-from their_models import GPT2
-from their_models import ids
-from their_models import loaded_by_peft
-from their_models import theirs
+from their_models import BERT, GEMMA, GPT2, ids, loaded_by_peft, theirs
 
 import keras_lora
 from keras_lora.files.config import CONFIG
-from keras_lora.files.folder import TENSORS
+from keras_lora.files.disk import TENSORS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),

@@ -10,9 +10,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from processes import finish
-from processes import free_ports
-from processes import start
+from processes import finish, free_ports, start
 
 pytestmark = [
     pytest.mark.skipif(
@@ -474,7 +472,9 @@ def test_what_fails_on_one_process_fails_on_all(results):
         assert "Process 0" in second[name][1]
     for found in (first, second):
         for name in ("other files", "others added"):
-            assert found[name][0] == "ValueError" and "different files" in found[name][1]
+            assert (
+                found[name][0] == "ValueError" and "different files" in found[name][1]
+            )
         assert "different values for A and B" in found["other starts"][1]
         assert "different numbers of batches" in found["more batches"][1]
         assert "different rows" in found["other rows"][1]

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import shared
 from gradients import gradients
-from layer_cases import fill
-from layer_cases import to_numpy
+from layer_cases import fill, to_numpy
 from seeds import set_seed
 
 import keras_lora

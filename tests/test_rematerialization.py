@@ -5,18 +5,10 @@ import numpy as np
 import pytest
 import test_quantized
 from gradients import gradients
-from layer_cases import CASES
-from layer_cases import DORA
-from layer_cases import EVERY
-from layer_cases import KINDS
-from layer_cases import SUBSTITUTED
-from layer_cases import fill
-from layer_cases import over
-from layer_cases import to_numpy
+from layer_cases import CASES, DORA, EVERY, KINDS, SUBSTITUTED, fill, over, to_numpy
 from seeds import set_seed
 from shared import assert_close
-from test_quantized import HOSTS
-from test_quantized import over_kept
+from test_quantized import HOSTS, over_kept
 
 import keras_lora
 from keras_lora.layers.adapter import LowRankAdapter

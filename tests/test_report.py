@@ -7,15 +7,11 @@ import keras
 import numpy as np
 import pretrained
 import pytest
-from models import MODELS
-from models import functional
-from models import nested
-from models import sequential
-from models import subclassed
+from models import MODELS, functional, nested, sequential, subclassed
 from seeds import set_seed
 
 import keras_lora
-from keras_lora.models.paths import layer_paths
+from keras_lora.models.sites import layer_paths
 
 
 def test_rows_and_table(capsys):

@@ -4,22 +4,11 @@ import keras
 import numpy as np
 import pytest
 import shared
-from layer_cases import CASES
-from layer_cases import DORA
-from layer_cases import KINDS
-from layer_cases import SUBSTITUTED
-from layer_cases import fill
-from layer_cases import over
-from layer_cases import to_numpy
-from models import MODELS
-from models import sequential
-from models import trained
-from models import x
-from models import y
+from layer_cases import CASES, DORA, KINDS, SUBSTITUTED, fill, over, to_numpy
+from models import MODELS, sequential, trained, x, y
 from seeds import set_seed
 
-from keras_lora import LoRADense
-from keras_lora import merge_lora
+from keras_lora import LoRADense, merge_lora
 from keras_lora.models.sites import adapted_sites
 
 # A row for each way to compute, and those whose dropout goes on where it was.

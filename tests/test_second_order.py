@@ -3,10 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from layer_cases import CASES
-from layer_cases import KINDS
-from layer_cases import Case
-from layer_cases import over
+from layer_cases import CASES, KINDS, Case, over
 
 import keras_lora
 

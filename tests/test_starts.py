@@ -6,18 +6,15 @@ import peft
 import pytest
 import safetensors.numpy
 import torch
-from layer_cases import CASES
-from layer_cases import to_numpy
+from layer_cases import CASES, to_numpy
 from peft.tuners.lora import eva
 from peft.utils.incremental_pca import IncrementalPCA
 from seeds import set_seed
 from shared import assert_close
 
 import keras_lora
-from keras_lora.models.decompositions import largest
 from keras_lora.models.sites import adapted_sites
-from keras_lora.models.start_values import LOFTQ_STEPS
-from keras_lora.models.start_values import shared_out
+from keras_lora.models.start_values import LOFTQ_STEPS, allocate_ranks, largest
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Layer .* does not have a `quantize`",
@@ -206,7 +203,7 @@ def test_a_layer_without_a_rank_is_a_plain_frozen_one():
     assert model.get_layer("one").lora.rank == 3
     assert type(model.get_layer("two")) is keras.layers.Dense
     assert [v.path for v in model.trainable_variables] == ["one/lora/a", "one/lora/b"]
-    assert shared_out({"a": [0.5, 0.1], "b": [0.4, 0.3]}, 3) == {"a": 1, "b": 2}
+    assert allocate_ranks({"a": [0.5, 0.1], "b": [0.4, 0.3]}, 3) == {"a": 1, "b": 2}
 
 
 # What it promises.
@@ -308,9 +305,11 @@ def test_merging_removing_and_exporting(tmp_path, use_dora):
     train(model, 3)
     outputs = model.predict(X, verbose=0)
     with keras_lora.disabled(model):
-        np.testing.assert_array_equal(
-            model.predict(X, verbose=0), mlp().predict(X, verbose=0)
-        )
+        base, off = mlp().predict(X, verbose=0), model.predict(X, verbose=0)
+    if keras.backend.backend() == "jax":  # XLA fuses the two programs differently
+        assert_close(off, base, 1e-6)
+    else:
+        np.testing.assert_array_equal(off, base)
     with keras_lora.merged(model):
         assert_close(model.predict(X, verbose=0), outputs)
     adapter = tmp_path / "adapter"

@@ -3,10 +3,8 @@
 import keras
 import numpy as np
 import pytest
-from layer_cases import fill
-from layer_cases import to_numpy
-from shared import assert_close
-from shared import assert_equal_bits
+from layer_cases import fill, to_numpy
+from shared import assert_close, assert_equal_bits
 
 import keras_lora
 
@@ -292,8 +290,7 @@ def test_the_file_is_pefts(ties, tmp_path):
     import peft
     import torch
     from families import DECODER
-    from transformers import LlamaConfig
-    from transformers import LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(**DECODER, tie_word_embeddings=ties)

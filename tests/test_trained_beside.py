@@ -8,8 +8,7 @@ import keras
 import numpy as np
 import pytest
 from layer_cases import to_numpy
-from models import x
-from models import y
+from models import x, y
 from seeds import set_seed
 
 import keras_lora

@@ -6,8 +6,8 @@ when its class is made and not before. So they are written down for static tools
     python tests/typed_face.py
 """
 
+import ast
 import inspect
-import re
 from pathlib import Path
 
 import keras
@@ -31,8 +31,11 @@ def stub() -> str:
     face = FACE.read_text()
     kinds = [name for name in keras_lora.__all__ if is_kind(vars(keras_lora)[name])]
     imports = [
-        f"{line} as _{name}" if name in kinds else line
-        for line, name in re.findall(r"^ *(from \S+ import (\w+))$", face, re.MULTILINE)
+        f"from {node.module} import {alias.name}"
+        + (f" as _{alias.name}" if alias.name in kinds else "")
+        for node in ast.walk(ast.parse(face))
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
     ]
     names = face[face.index("\n__all__ = ") + 1 :]
     version = keras.__version__.rsplit(".", 1)[0]

@@ -4,21 +4,15 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from keras_lora.files.factors import assert_finite
-from keras_lora.files.factors import factors_of
-from keras_lora.files.factors import slots_of
+from keras_lora.files import factors
 from keras_lora.files.folder import Adapter
-from keras_lora.files.plot import draw
-from keras_lora.layers.method_files import method_in
-from keras_lora.layers.settings import checked_rank
-from keras_lora.layers.settings import divisor
+from keras_lora.layers import settings, torch_layout
+from keras_lora.models import tables
 from keras_lora.models.tables import Table
-from keras_lora.models.tables import in_order
 
 if TYPE_CHECKING:
     import keras
@@ -88,7 +82,7 @@ class Analysis(Table, Sequence):
             ImportError: Without matplotlib.
             ValueError: If there is no row, or the ending is no format's.
         """
-        draw(self, path)
+        tables.draw(self, path)
 
 
 def analyze(source: "keras.layers.Layer | Adapter | str | os.PathLike") -> Analysis:
@@ -130,9 +124,7 @@ def analyze(source: "keras.layers.Layer | Adapter | str | os.PathLike") -> Analy
     import keras  # here: a file is shown without it
 
     if isinstance(source, keras.layers.Layer):
-        from keras_lora.files import analyze_model
-
-        return analyze_model.of_model(source)
+        return of_model(source)
     raise ValueError(
         "`source` must be a model, an Adapter or a folder. Received: "
         f"{type(source).__name__}, {str(source)[:99]!r}."
@@ -140,13 +132,44 @@ def analyze(source: "keras.layers.Layer | Adapter | str | os.PathLike") -> Analy
 
 
 def of_adapter(adapter, name):
-    file = factors_of(adapter)
+    file = factors.factors_of(adapter)
     rows = [
         update(module, found.rank, *found.product(), found.scaling)
-        for module in in_order(file.factors)
+        for module in tables.in_order(file.factors)
         for found in [file.factors[module]]
     ]
-    return Analysis(name, rows, notes_of([method_in(file.method)]))
+    return Analysis(name, rows, notes_of([torch_layout.method_in(file.method)]))
+
+
+def of_model(model):
+    from keras_lora.layers import lora_layer, torch_layout
+    from keras_lora.models import sites
+
+    sites.checked_sites(model)
+    rows, methods = [], []
+    for path, site in sites.site_paths(sites.layer_paths(model)).items():
+        if lora_layer.is_adapted(site):
+            kernel = torch_layout.to_numpy(site.base_kernel(site.lora.variable_dtype))
+            norm, pair = np.linalg.norm(kernel), matrices(site)
+            rows.append(update(path, site.lora.rank, *pair, kernel=norm))
+            methods.append(type(site.lora))
+    return Analysis(model.name, rows, notes_of(methods))
+
+
+def matrices(site):
+    """Two matrices, or stacks of them, whose product is the update."""
+    from keras_lora.layers.torch_layout import to_numpy
+
+    lora, form = site.lora, site.form
+    if not {"a", "b"} <= set(lora.factor_names):
+        raise ValueError(f"{site.path!r} has no A and B, but {lora.factor_names}.")
+    if not form.is_product(site.kernel_shape):
+        matrix, _ = form.as_matrix(to_numpy(lora.delta()))
+        return matrix, np.eye(matrix.shape[-1])
+    a, b = lora.factors(lora.variable_dtype)
+    a, b = to_numpy(a), to_numpy(form.spread(b))
+    rank, lead = a.shape[-1], a.shape[: len(form.batch_axes)]
+    return a.reshape(*lead, -1, rank), b.reshape(*lead, rank, -1)
 
 
 def notes_of(methods) -> list:
@@ -161,7 +184,7 @@ def notes_of(methods) -> list:
 
 def update(path, rank, left, right, scaling=1.0, kernel=None):
     for values in (left, right):
-        assert_finite(path, values)
+        factors.assert_finite(path, values)
     values = scaling * singular_values(left, right)
     norm = float(np.linalg.norm(values))
     relative = None if kernel is None else norm / kernel if kernel else math.inf
@@ -215,7 +238,7 @@ def transposed(matrix):
     return np.swapaxes(matrix, -1, -2)
 
 
-def settings_apart(one, two) -> list:
+def settings_differences(one, two) -> list:
     """[key, first, second] for what the two configurations say otherwise."""
     keys = sorted(one.config.keys() | two.config.keys())
     pairs = [(key, one.config.get(key), two.config.get(key)) for key in keys]
@@ -226,19 +249,19 @@ def settings_apart(one, two) -> list:
     ]
 
 
-def tensors_apart(one, two) -> list:
+def tensor_differences(one, two) -> list:
     """[module or tensor, ranks, |one - two| over the larger] for what differs."""
-    slots = slots_of([one, two])
-    files = [factors_of(adapter, slots) for adapter in (one, two)]
+    slots = factors.slots_of([one, two])
+    files = [factors.factors_of(adapter, slots) for adapter in (one, two)]
     rows = []
-    for module in in_order(files[0].factors.keys() | files[1].factors.keys()):
-        if found := updates_apart(*(file.factors.get(module) for file in files)):
+    for module in tables.in_order(files[0].factors.keys() | files[1].factors.keys()):
+        if found := update_difference(*(file.factors.get(module) for file in files)):
             pair = [file.factors.get(module) for file in files]
             ranks = [str(own.rank if own else "-") for own in pair]
             rows.append([module, " and ".join(dict.fromkeys(ranks)), found])
     beside = [in_full(file) for file in files]
-    for key in in_order(beside[0].keys() | beside[1].keys()):
-        if found := arrays_apart(*(tensors.get(key) for tensors in beside)):
+    for key in tables.in_order(beside[0].keys() | beside[1].keys()):
+        if found := array_difference(*(tensors.get(key) for tensors in beside)):
             rows.append([key, "", found])
     return rows
 
@@ -253,7 +276,7 @@ def in_full(file):
     return file.others | more
 
 
-def updates_apart(one, two):
+def update_difference(one, two):
     """The relative difference of two updates in words, None where they are equal."""
     if one is None or two is None:
         return f"only in the {'second' if one is None else 'first'}"
@@ -275,7 +298,7 @@ def updates_apart(one, two):
     return f"{norms[0] / (max(norms[1:]) or 1):.3g}"
 
 
-def arrays_apart(one, two):
+def array_difference(one, two):
     if one is None or two is None:
         return f"only in the {'second' if one is None else 'first'}"
     if one.shape != two.shape:
@@ -319,9 +342,9 @@ def check_adapter(
     """
     if engine != "vllm":
         raise ValueError(f"`engine` must be 'vllm'. Received: engine={engine!r}.")
-    max_lora_rank = checked_rank(max_lora_rank)
+    max_lora_rank = settings.checked_rank(max_lora_rank)
     adapter = adapter if isinstance(adapter, Adapter) else Adapter.read(adapter)
-    file, found = factors_of(adapter, ()), []
+    file, found = factors.factors_of(adapter, ()), []
     if heads := file.config["modules_to_save"]:
         found.append(
             f"{VLLM} refuses modules_to_save, here {heads}: train without "
@@ -350,7 +373,7 @@ def check_adapter(
             f"cut with combine_adapters([adapter], rank={max_lora_rank})."
         )
     rslora = file.config["use_rslora"]
-    scaling = file.config["lora_alpha"] / divisor(file.config["r"], rslora)
+    scaling = file.config["lora_alpha"] / settings.divisor(file.config["r"], rslora)
     otherwise = [
         module
         for module, found in file.factors.items()

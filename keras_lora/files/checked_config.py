@@ -1,20 +1,10 @@
 """Checks that the settings of a folder can be read, those of token rows too."""
 
-from keras_lora.files.config import CONFIG
-from keras_lora.files.config import KEPT
-from keras_lora.files.disk import TENSORS
-from keras_lora.files.patterns import Budget
-from keras_lora.files.patterns import Pattern
-from keras_lora.keras_internals.callers import warn_caller
-from keras_lora.layers.method_files import METHODS
-from keras_lora.layers.method_files import TokenRowsFiles
-from keras_lora.layers.settings import checked_alpha
-from keras_lora.layers.settings import checked_bias
-from keras_lora.layers.settings import checked_dropout
-from keras_lora.layers.settings import checked_indices
-from keras_lora.layers.settings import checked_rank
-from keras_lora.layers.settings import is_number
-from keras_lora.layers.torch_layout import to_numpy
+from keras_lora.files import config, disk
+from keras_lora.files.patterns import Budget, Pattern
+from keras_lora.keras_internals import warn_caller
+from keras_lora.layers import settings, torch_layout
+from keras_lora.layers.torch_layout import TokenRowsFiles
 
 KEYWORD = TokenRowsFiles.keyword
 # What a reader may meet and need not obey. Another key that is set is named in a
@@ -43,15 +33,19 @@ REFUSED = (
 
 def checked_config(file):
     if not isinstance(file, dict):
-        raise ValueError(f"{CONFIG} must hold a JSON object. Received: {file!r}.")
+        raise ValueError(
+            f"{config.CONFIG} must hold a JSON object. Received: {file!r}."
+        )
     if file.get("peft_type") != "LORA":
         raise ValueError(
-            f"{CONFIG} must have peft_type 'LORA'. Received: {file.get('peft_type')!r}."
+            f"{config.CONFIG} must have peft_type 'LORA'. Received: "
+            f"{file.get('peft_type')!r}."
         )
     for key in REFUSED:
-        if file.get(key) and key not in METHODS:
+        if file.get(key) and key not in torch_layout.METHODS:
             raise ValueError(
-                f"{CONFIG} has {key}={file[key]!r}, which changes the meaning of the "
+                f"{config.CONFIG} has {key}={file[key]!r}, which changes the meaning "
+                "of the "
                 "factors and is not supported. In PEFT, merge the adapter into its "
                 "base model, or train one without it."
             )
@@ -60,22 +54,24 @@ def checked_config(file):
         ("pissa", "olora", "corda", "loftq", "lora_ga")
     ):
         raise ValueError(
-            f"{CONFIG} has init_lora_weights={start!r}: its base weights were changed, "
+            f"{config.CONFIG} has init_lora_weights={start!r}: its base weights were "
+            "changed, "
             "so that the tensors do not fit the model. Convert it in PEFT first."
         )
     rslora = file.get("use_rslora", False)
     heads = file.get("modules_to_save") or []
     if not isinstance(rslora, bool) or not is_list_of(heads, str):
         raise ValueError(
-            f"{CONFIG}: use_rslora must be a Boolean and modules_to_save a list of "
+            f"{config.CONFIG}: use_rslora must be a Boolean and modules_to_save a list "
+            "of "
             f"names. Received: {rslora!r} and {heads!r}."
         )
     bias = file.get("bias", "none")
-    checked_bias(bias if isinstance(bias, str) else repr(bias))
+    settings.checked_bias(bias if isinstance(bias, str) else repr(bias))
     parameters = file.get("target_parameters") or []
     if not is_list_of(parameters, str):
         raise ValueError(
-            f"{CONFIG}: target_parameters must be a list of names. Received: "
+            f"{config.CONFIG}: target_parameters must be a list of names. Received: "
             f"{parameters!r}."
         )
     targets = file.get("target_modules") or []
@@ -83,38 +79,40 @@ def checked_config(file):
     named = isinstance(targets, str) or is_list_of(targets, str)
     if not named or not (targets or parameters or tokens):
         raise ValueError(
-            f"{CONFIG}: target_modules must be a list of names or an expression. "
+            f"{config.CONFIG}: target_modules must be a list of names or an "
+            "expression. "
             f"Received: {targets!r}."
         )
-    for key in KEPT:
+    for key in config.KEPT:
         if not isinstance(file.get(key), (str, type(None))):
             raise ValueError(
-                f"{CONFIG}: {key} must be a name. Received: {file[key]!r}."
+                f"{config.CONFIG}: {key} must be a name. Received: {file[key]!r}."
             )
     fan_in_fan_out = file.get("fan_in_fan_out") or False
     if not isinstance(fan_in_fan_out, bool):
         raise ValueError(
-            f"{CONFIG}: fan_in_fan_out must be a Boolean. Received: {fan_in_fan_out!r}."
+            f"{config.CONFIG}: fan_in_fan_out must be a Boolean. Received: "
+            f"{fan_in_fan_out!r}."
         )
     budget = Budget()
     for key, check in (
-        ("rank_pattern", checked_rank),
+        ("rank_pattern", settings.checked_rank),
         ("alpha_pattern", checked_file_alpha),
     ):
         values = file.get(key) or {}
         if not isinstance(values, dict):
             raise ValueError(
-                f"{CONFIG}: {key} must be an object. Received: {values!r}."
+                f"{config.CONFIG}: {key} must be an object. Received: {values!r}."
             )
         for rule, value in values.items():
             Pattern(rule, budget)
             check(value)
     return {
-        "r": checked_rank(file.get("r", 8)),
+        "r": settings.checked_rank(file.get("r", 8)),
         "lora_alpha": checked_file_alpha(file.get("lora_alpha", 8)),
         "rank_pattern": file.get("rank_pattern") or {},
         "alpha_pattern": file.get("alpha_pattern") or {},
-        "dropout": checked_dropout(file.get("lora_dropout", 0.0)),
+        "dropout": settings.checked_dropout(file.get("lora_dropout", 0.0)),
         "use_rslora": rslora,
         "fan_in_fan_out": fan_in_fan_out,
         "target_modules": targets,
@@ -123,7 +121,7 @@ def checked_config(file):
         "modules_to_save": heads,
         "method": {
             word: True
-            for word, method in METHODS.items()
+            for word, method in torch_layout.METHODS.items()
             if word and file.get(word) and not method.takes_value
         },
         "tokens": tokens,
@@ -131,10 +129,10 @@ def checked_config(file):
 
 
 def warn_of_unknown(file):
-    known = KNOWN | METHODS.keys()
+    known = KNOWN | torch_layout.METHODS.keys()
     unknown = sorted(key for key in file.keys() - known if file[key])
     if unknown:
-        warn_caller(f"{CONFIG}: ignored {', '.join(unknown)}.")
+        warn_caller(f"{config.CONFIG}: ignored {', '.join(unknown)}.")
 
 
 def is_list_of(values, kind):
@@ -143,12 +141,12 @@ def is_list_of(values, kind):
 
 def checked_file_alpha(alpha):
     """Refuses an alpha that float32 cannot represent; JSON's numbers have no limits."""
-    if is_number(alpha) and not 1e-37 < alpha < 3e38:
+    if settings.is_number(alpha) and not 1e-37 < alpha < 3e38:
         raise ValueError(
-            f"{CONFIG}: lora_alpha must be a finite number > 0, in float32 too. "
+            f"{config.CONFIG}: lora_alpha must be a finite number > 0, in float32 too. "
             f"Received: {alpha!r}."
         )
-    return checked_alpha(alpha)
+    return settings.checked_alpha(alpha)
 
 
 SUFFIX = ".token_adapter.trainable_tokens_delta"
@@ -156,7 +154,10 @@ SUFFIX = ".token_adapter.trainable_tokens_delta"
 
 def rows_of(tables) -> dict:
     """Key -> rows. tables: module -> site."""
-    return {module + SUFFIX: to_numpy(x.lora.rows) for module, x in tables.items()}
+    return {
+        module + SUFFIX: torch_layout.to_numpy(x.lora.rows)
+        for module, x in tables.items()
+    }
 
 
 def take_rows(tensors) -> dict:
@@ -171,9 +172,11 @@ def checked_tokens(given) -> dict:
         return {}
     named = given if isinstance(given, dict) else {"": given}
     try:
-        return {name: checked_indices(indices) for name, indices in named.items()}
+        return {
+            name: settings.checked_indices(indices) for name, indices in named.items()
+        }
     except ValueError as error:
-        raise ValueError(f"{CONFIG}: {error}") from error
+        raise ValueError(f"{config.CONFIG}: {error}") from error
 
 
 def checked_rows(rows, tokens) -> dict:
@@ -183,10 +186,13 @@ def checked_rows(rows, tokens) -> dict:
         names = [n for n in tokens if not n or f".{module}".endswith(f".{n}")]
         if len(names) != 1 or values.ndim != 2 or len(values) != len(tokens[names[0]]):
             raise ValueError(
-                f"{TENSORS} has rows of shape {values.shape} for {module!r}, and "
-                f"{CONFIG} has {KEYWORD}={tokens}: the two do not belong together."
+                f"{disk.TENSORS} has rows of shape {values.shape} for {module!r}, and "
+                f"{config.CONFIG} has {KEYWORD}={tokens}: the two do not belong "
+                "together."
             )
         found[module] = tokens[names[0]], values
     if len(found) < len(tokens):
-        raise ValueError(f"{CONFIG} has {KEYWORD}={tokens}, and {TENSORS} no rows.")
+        raise ValueError(
+            f"{config.CONFIG} has {KEYWORD}={tokens}, and {disk.TENSORS} no rows."
+        )
     return found

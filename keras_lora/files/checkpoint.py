@@ -3,12 +3,11 @@
 import math
 import os
 import string
-from collections.abc import Callable
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import keras
 
-from keras_lora.files.save import save_adapter
+from keras_lora.files import save
 
 
 class AdapterCheckpoint(keras.callbacks.Callback):
@@ -78,7 +77,7 @@ class AdapterCheckpoint(keras.callbacks.Callback):
                 self._say(epoch, f"{self.monitor} did not improve from {self.best}")
                 return
         directory = self._directory(epoch, logs)
-        save_adapter(self.model, directory, names=self.names)
+        save.save_adapter(self.model, directory, names=self.names)
         why = f"{self.monitor} improved from {before} to {self.best}, "
         why = why if self.save_best_only else ""
         self._say(epoch, f"{why}adapter saved to {directory}")

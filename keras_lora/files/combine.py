@@ -6,21 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from keras_lora.files.analyze import cut
-from keras_lora.files.analyze import effective_rank
-from keras_lora.files.config import KEPT
-from keras_lora.files.config import settings
-from keras_lora.files.experts import parameters_in
-from keras_lora.files.factors import factors_of
-from keras_lora.files.factors import slots_of
+from keras_lora.files import analyze, experts, factors
+from keras_lora.files.config import KEPT, settings
 from keras_lora.files.folder import Adapter
 from keras_lora.files.slices import fuse
-from keras_lora.keras_internals.callers import warn_caller
-from keras_lora.layers.settings import alpha_at
-from keras_lora.layers.settings import checked_rank
-from keras_lora.layers.settings import divisor
-from keras_lora.layers.settings import is_number
-from keras_lora.models.tables import listed
+from keras_lora.keras_internals import warn_caller
+from keras_lora.layers.settings import alpha_at, checked_rank, divisor, is_number
+from keras_lora.models import tables
 
 BIASES = ("none", "lora_only", "all")  # each trains what those before it train
 
@@ -78,14 +70,14 @@ def combine_adapters(
     opened = [x if isinstance(x, Adapter) else Adapter.read(x) for x in given]
     weights = checked_weights(weights, opened)
     limit = checked_limit(rank, energy)
-    slots = slots_of(opened)
-    files = [factors_of(adapter, slots) for adapter in opened]
+    slots = factors.slots_of(opened)
+    files = [factors.factors_of(adapter, slots) for adapter in opened]
     refuse_methods(files)
     modules = [module for file in files for module in file.factors]
     if len(files) > 1 and len(set(modules)) == len(modules):
         warn_caller(
             "The adapters have no module in common. The result fits a model that has "
-            f"all of their modules, {listed(sorted(modules), most=4)}."
+            f"all of their modules, {tables.listed(sorted(modules), most=4)}."
         )
     for file in files:
         for found in file.factors.values():
@@ -108,7 +100,7 @@ def combine_adapters(
         )
         if limit is not None:
             stack = b.shape[2] if first.is_stack else 1
-            left, right, error = cut(
+            left, right, error = analyze.cut(
                 b.reshape(len(b), -1, stack).transpose(2, 0, 1),
                 a.reshape(len(a), stack, -1).transpose(1, 0, 2),
                 limit,
@@ -136,7 +128,7 @@ def combine_adapters(
         bias=None if bias == "none" else bias,
         modules_to_save=sorted({m for f in files for m in f.config["modules_to_save"]}),
         fan_in_fan_out=any(x.config.get("fan_in_fan_out") for x in opened),
-        parameters=parameters_in(
+        parameters=experts.parameters_in(
             ranks, {x for f in files for x in f.config["target_parameters"]}
         ),
         **{key: found.pop() for key, found in said.items() if len(found) == 1},
@@ -201,7 +193,7 @@ def checked_limit(rank, energy):
             "`energy` must be a number in (0, 1], the share of the squares of an "
             f"update's singular values to keep. Received: energy={energy!r}."
         )
-    return lambda values: max(1, effective_rank(values, energy))
+    return lambda values: max(1, analyze.effective_rank(values, energy))
 
 
 def in_full(files, heads) -> dict:

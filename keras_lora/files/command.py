@@ -11,19 +11,16 @@ import rich.console
 import rich.table
 from rich.text import Text
 
-from keras_lora.files.analyze import analyze
-from keras_lora.files.analyze import check_adapter
-from keras_lora.files.analyze import settings_apart
-from keras_lora.files.analyze import tensors_apart
+from keras_lora.files import factors
+from keras_lora.files.analyze import (
+    analyze,
+    check_adapter,
+    settings_differences,
+    tensor_differences,
+)
 from keras_lora.files.combine import combine_adapters
-from keras_lora.files.factors import checked_starts
-from keras_lora.files.factors import factors_of
-from keras_lora.files.factors import in_words
-from keras_lora.files.factors import parts_of
 from keras_lora.files.folder import Adapter
-from keras_lora.models.atomic import replacing
-from keras_lora.models.tables import counted
-from keras_lora.models.tables import printable
+from keras_lora.models import atomic, tables
 
 
 def main(arguments=None) -> int:
@@ -45,7 +42,7 @@ def show(options):
         adapter = Adapter.read(folder)
         said = [[k, str(v)] for k, v in sorted(adapter.config.items()) if v is not None]
         write(folder, ["setting", "value"], said)
-        write(*parts_of(adapter))
+        write(*factors.parts_of(adapter))
         try:
             write(*analyze(adapter).parts())
         except ValueError as error:
@@ -55,7 +52,7 @@ def show(options):
 
 def diff(options):
     one, two = map(Adapter.read, options.folders)
-    settings, tensors = settings_apart(one, two), tensors_apart(one, two)
+    settings, tensors = settings_differences(one, two), tensor_differences(one, two)
     if settings:
         write("Settings", ["setting", *options.folders], settings)
     if tensors:
@@ -82,7 +79,7 @@ def combine(options):
         heads=options.heads,
     )
     combined.save(options.output)
-    write(*parts_of(combined))
+    write(*factors.parts_of(combined))
     return 0
 
 
@@ -93,8 +90,7 @@ def merge(options):
     with without_first_logs():
         import keras
 
-    from keras_lora import load_adapter
-    from keras_lora import merge_lora
+    from keras_lora import load_adapter, merge_lora
 
     for module in options.imports:
         importlib.import_module(module)
@@ -105,9 +101,11 @@ def merge(options):
     report = load_adapter(model, options.folder, names=options.names)
     for row in merge_lora(model, quantized=options.quantized):
         write_lines([f"{row.path}: relative error {row.error:.3g}"])
-    with replacing(options.output) as new:
+    with atomic.replacing(options.output) as new:
         model.save(new)
-    write_lines([f"Merged {counted(len(report), 'layer')} into {options.output}."])
+    write_lines(
+        [f"Merged {tables.counted(len(report), 'layer')} into {options.output}."]
+    )
     return 0
 
 
@@ -134,9 +132,9 @@ def check(options):
             warnings.simplefilter("always")
             try:
                 adapter = Adapter.read(folder)
-                file = factors_of(adapter)
-                checked_starts(adapter.starts, file.factors)
-                said = f"good: {in_words(adapter)}"
+                file = factors.factors_of(adapter)
+                factors.checked_starts(adapter.starts, file.factors)
+                said = f"good: {factors.in_words(adapter)}"
                 if options.engine:
                     rank = options.max_lora_rank
                     refused = check_adapter(adapter, options.engine, rank)
@@ -267,7 +265,7 @@ def say(text):
 
 
 def in_one_line(text):
-    return printable(" ".join(text.split()))[:2000]
+    return tables.printable(" ".join(text.split()))[:2000]
 
 
 def console():
@@ -278,16 +276,16 @@ def console():
 
 
 def write(title, head, rows, lines=()):
-    table = rich.table.Table(title=Text(printable(title)), title_justify="left")
+    table = rich.table.Table(title=Text(tables.printable(title)), title_justify="left")
     for place, name in enumerate(head):
         justify = "left" if place < 2 else "right"
-        table.add_column(Text(printable(name)), justify=justify, overflow="fold")
+        table.add_column(Text(tables.printable(name)), justify=justify, overflow="fold")
     for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
+        table.add_row(*(Text(tables.printable(cell)) for cell in row))
     console().print(table)
     write_lines(lines)
 
 
 def write_lines(lines):
     for line in lines:
-        console().print(Text(printable(line)), soft_wrap=True)
+        console().print(Text(tables.printable(line)), soft_wrap=True)

@@ -6,11 +6,10 @@ import weakref
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from keras_lora.files.patterns import Budget
-from keras_lora.files.patterns import Pattern
-from keras_lora.files.slices import without_slice
-from keras_lora.keras_internals.callers import warn_caller
-from keras_lora.layers.method_files import METHODS
+from keras_lora.files import slices
+from keras_lora.files.patterns import Budget, Pattern
+from keras_lora.keras_internals import warn_caller
+from keras_lora.layers import torch_layout
 from keras_lora.layers.settings import checked_alpha
 
 CONFIG = "adapter_config.json"
@@ -20,7 +19,7 @@ SETTINGS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 
 def stated(config) -> dict:
     """The settings that the tensors mean nothing without, another method's too."""
-    methods = [word for word in METHODS if word and config.get(word)]
+    methods = [word for word in torch_layout.METHODS if word and config.get(word)]
     return {key: config.get(key) for key in (*SETTINGS, *methods)}
 
 
@@ -105,7 +104,7 @@ def value_of(config, pattern_key, default_key, found, warns=True):
             expressions.append((place, key, Pattern(key, budget)))
     values, used = {}, set()
     for module in found:
-        name = without_slice(module)
+        name = slices.without_slice(module)
         place, first = names.get(name, (len(config[pattern_key]), None))
         for other_place, key, expression in expressions:
             if other_place > place:
@@ -131,7 +130,7 @@ def ends_of(name) -> list:
 def check_targets(config, found):
     """`target_modules` and `target_parameters` must mean modules of the tensors."""
     targets, parameters = config["target_modules"], config["target_parameters"]
-    modules = [without_slice(module) for module in found]
+    modules = [slices.without_slice(module) for module in found]
     ends = {end for module in modules for end in ends_of(module)}
     if isinstance(targets, str):
         expression = Pattern(targets, Budget())

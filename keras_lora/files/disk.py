@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 import safetensors
 
-from keras_lora.files.config import CONFIG
-from keras_lora.files.config import stated
-from keras_lora.files.patterns import LONGEST
-from keras_lora.layers.method_files import more_suffixes
-from keras_lora.models.atomic import write
+from keras_lora.files import patterns
+from keras_lora.files.config import CONFIG, stated
+from keras_lora.layers import torch_layout
+from keras_lora.models import atomic
 
 TENSORS = "adapter_model.safetensors"
 INDEX = f"{TENSORS}.index.json"  # of a file in parts
@@ -26,14 +25,14 @@ INTERRUPTED = "SAVE_INTERRUPTED"
 
 def replace_files(directory, new, tensors, config, sha256):
     """Puts both files in place, by way of `new`, a folder on the same disk."""
-    write(new / TENSORS, tensors)
-    write(new / CONFIG, config)
-    old = belonging_config(directory)
+    atomic.write(new / TENSORS, tensors)
+    atomic.write(new / CONFIG, config)
+    old = matching_config(directory)
     if old not in (None, config):
         both = {"old": json.loads(old), "new": json.loads(config), "sha256": sha256}
         both["peft_type"] = INTERRUPTED
-        write(new / "both", json.dumps(both).encode())
-        write(new / "old", old)
+        atomic.write(new / "both", json.dumps(both).encode())
+        atomic.write(new / "old", old)
         os.replace(new / "both", directory / CONFIG)
     try:
         os.replace(new / TENSORS, directory / TENSORS)
@@ -44,7 +43,7 @@ def replace_files(directory, new, tensors, config, sha256):
     os.replace(new / CONFIG, directory / CONFIG)
 
 
-def belonging_config(directory):
+def matching_config(directory):
     """What adapter_config.json holds for the tensors there; None if it is no use."""
     try:
         config = read_config(directory)
@@ -170,11 +169,16 @@ def adapter_name(tensors):
 
 def checked_tensors(tensors):
     """Module and suffix -> float32 or float64."""
-    floats, more, adapter = {}, tuple(more_suffixes()), adapter_name(tensors)
+    floats, more, adapter = (
+        {},
+        tuple(torch_layout.more_suffixes()),
+        adapter_name(tensors),
+    )
     for key, value in tensors.items():
-        if len(key) > LONGEST:
+        if len(key) > patterns.LONGEST:
             raise ValueError(
-                f"The tensor {key[:LONGEST]!r} has more than {LONGEST} characters."
+                f"The tensor {key[: patterns.LONGEST]!r} has more than "
+                f"{patterns.LONGEST} characters."
             )
         if repeats_untrained(key, adapter, tensors):
             continue

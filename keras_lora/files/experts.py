@@ -22,15 +22,11 @@ import re
 
 import numpy as np
 
+from keras_lora.files import disk
 from keras_lora.files.checked_config import checked_config
-from keras_lora.files.config import check_targets
-from keras_lora.files.config import ends_of
-from keras_lora.files.config import pattern
-from keras_lora.files.config import value_of
-from keras_lora.files.disk import TENSORS
-from keras_lora.files.slices import fuse
-from keras_lora.files.slices import without_slice
-from keras_lora.layers.torch_layout import LINEAR
+from keras_lora.files.config import check_targets, ends_of, pattern, value_of
+from keras_lora.files.slices import fuse, without_slice
+from keras_lora.layers import torch_layout
 
 PARAMETERS = ("gate_up_proj", "down_proj")  # as their modules register them
 OWNER = r"((?:.+\.)?experts)"
@@ -91,11 +87,12 @@ def from_wrapped(tensors, config) -> dict:
         modules = wrapped_modules(owner, meant)
         if modules and found != set(range(len(modules))):
             raise ValueError(
-                f"target_parameters means {sorted(modules)}, and {TENSORS} has factors "
+                f"target_parameters means {sorted(modules)}, and {disk.TENSORS} has "
+                "factors "
                 f"for {len(found)} parameters of {owner!r}."
             )
         for parameter, module in modules.items():
-            keys = [module + suffix for suffix in LINEAR]
+            keys = [module + suffix for suffix in torch_layout.LINEAR]
             if not all(key in tensors for key in keys):
                 raise ValueError(f"The adapter of {parameter!r} needs A and B.")
             a, b = (tensors.pop(key) for key in keys)
@@ -109,21 +106,25 @@ def from_wrapped(tensors, config) -> dict:
                 )
             a = a.reshape(-1, rank, a.shape[1]).transpose(1, 0, 2)
             b = b.reshape(len(b), rank, -1)
-            pair = (parameter + suffix for suffix in LINEAR)
+            pair = (parameter + suffix for suffix in torch_layout.LINEAR)
             tensors |= zip(pair, (a, b), strict=True)
     return tensors
 
 
 def to_wrapped(tensors, entries) -> dict:
     """The inverse; entries: the file's `target_parameters`."""
-    modules = (k.removesuffix(LINEAR[0]) for k in tensors if k.endswith(LINEAR[0]))
+    modules = (
+        k.removesuffix(torch_layout.LINEAR[0])
+        for k in tensors
+        if k.endswith(torch_layout.LINEAR[0])
+    )
     stacks = [module for module in modules if STACK.fullmatch(module)]
     meant, tensors = parameters_in(stacks, entries), dict(tensors)
     for owner in dict.fromkeys(stack.rpartition(".")[0] for stack in meant):
         for parameter, module in wrapped_modules(owner, meant).items():
-            a, b = (tensors.pop(parameter + suffix) for suffix in LINEAR)
+            a, b = (tensors.pop(parameter + suffix) for suffix in torch_layout.LINEAR)
             a = a.transpose(1, 0, 2).reshape(-1, a.shape[-1])
-            pair = (module + suffix for suffix in LINEAR)
+            pair = (module + suffix for suffix in torch_layout.LINEAR)
             tensors |= zip(pair, (a, b.reshape(len(b), -1)), strict=True)
     return tensors
 
@@ -145,7 +146,7 @@ def with_stacks(adapter, parameters):
     found = collections.defaultdict(lambda: collections.defaultdict(dict))
     rest, modules = {}, {}
     for key, value in adapter.tensors.items():
-        suffix = next((x for x in LINEAR if key.endswith(x)), "")
+        suffix = next((x for x in torch_layout.LINEAR if key.endswith(x)), "")
         module = key.removesuffix(suffix)
         match = EXPERT.match(module)
         if match is None or match[1] not in owners:
@@ -174,7 +175,11 @@ def stacked(adapter, tensors, found, modules):
         modules: Half of a stack -> the linear modules of its experts.
     """
     config = checked_config(adapter.config)
-    others = [key.removesuffix(LINEAR[0]) for key in tensors if key.endswith(LINEAR[0])]
+    others = [
+        key.removesuffix(torch_layout.LINEAR[0])
+        for key in tensors
+        if key.endswith(torch_layout.LINEAR[0])
+    ]
     every = [*others, *(module for own in modules.values() for module in own)]
     check_targets(config, every)
     said = [
@@ -191,9 +196,9 @@ def stacked(adapter, tensors, found, modules):
                     f"their own, {sorted(own)}; a stack has one for all."
                 )
             of_stack[stack] = own.pop()
-        a, b = (in_order(stack, pairs[suffix]) for suffix in LINEAR)
-        tensors[stack + LINEAR[0]] = np.stack(a, 1)
-        tensors[stack + LINEAR[1]] = np.stack(b, 2)
+        a, b = (in_order(stack, pairs[suffix]) for suffix in torch_layout.LINEAR)
+        tensors[stack + torch_layout.LINEAR[0]] = np.stack(a, 1)
+        tensors[stack + torch_layout.LINEAR[1]] = np.stack(b, 2)
     slices = fuse(tensors, ranks, alphas, config["use_rslora"])
     names = {without_slice(stack) for stack in found}
     said = {

@@ -2,27 +2,18 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import keras
 import numpy as np
 
+from keras_lora.files import save
 from keras_lora.files.folder import Adapter
 from keras_lora.files.names import module_names
-from keras_lora.files.save import adapter_of
-from keras_lora.keras_internals.distribution import put
-from keras_lora.keras_internals.layers import layer_state
-from keras_lora.layers.kinds import as_site
-from keras_lora.layers.kinds import form_of
-from keras_lora.layers.kinds import lora_class_of
-from keras_lora.layers.kinds import obstacle
-from keras_lora.layers.settings import checked_rank
+from keras_lora.keras_internals import distribution, layers
+from keras_lora.layers import kinds, settings, torch_layout
 from keras_lora.layers.substituted import WeightSite
-from keras_lora.layers.torch_layout import to_numpy
-from keras_lora.models.change import adapted
-from keras_lora.models.paths import layer_paths
-from keras_lora.models.sites import adapted_sites
+from keras_lora.models import change, sites
 
 
 def extract_adapter(
@@ -59,25 +50,25 @@ def extract_adapter(
         >>> adapter.config["r"]
         4
     """
-    rank = checked_rank(rank)
+    rank = settings.checked_rank(rank)
     for model in (base_model, tuned_model):
-        if adapted_sites(model):
+        if sites.adapted_sites(model):
             raise ValueError(
                 f"{model.name!r} holds LoRA layers. Call merge_lora or remove_lora on "
                 "it, or on a copy of it, first."
             )
-        for path, layer in layer_paths(model).items():
+        for path, layer in sites.layer_paths(model).items():
             if layer.quantization_mode is not None:
                 raise ValueError(
                     f"The layer {path!r} of {model.name!r} is quantized: kernels of "
                     "integers have no difference of low rank. Give the float models."
                 )
-    paths = layer_paths(base_model)
+    paths = sites.layer_paths(base_model)
     base = module_names(paths, names, base_model)
-    tuned = module_names(layer_paths(tuned_model), names, tuned_model)
+    tuned = module_names(sites.layer_paths(tuned_model), names, tuned_model)
     adapters, updates, beside, errors = {}, {}, [], {}
     kernels = {
-        id(as_site(site).frozen_kernel): module
+        id(kinds.as_site(site).frozen_kernel): module
         for module, site in base.sites.items()
         if site.built and is_of_kind(site) and module not in base.unnamed
     }
@@ -85,13 +76,13 @@ def extract_adapter(
         changed = [(v, other) for v, other in variables if differ(v, other)]
         pairs = {kernels[id(v)]: (v, x) for v, x in changed if id(v) in kernels}
         rest = [(v, other) for v, other in changed if id(v) not in kernels]
-        able = all(obstacle(base.sites[name]) is None for name in pairs)
+        able = all(kinds.obstacle(base.sites[name]) is None for name in pairs)
         if not able or {v.name for v, _ in rest} - {"bias"}:
             beside += [(module, other) for _, other in variables]  # all that it has
             continue
         beside += [(module, other) for _, other in rest]
         for name, (own, other) in pairs.items():
-            delta = to_numpy(other) - to_numpy(own)
+            delta = torch_layout.to_numpy(other) - torch_layout.to_numpy(own)
             site = base.sites[name]
             a, b, own_rank, errors[name] = nearest_factors(site, delta, rank)
             updates[name] = a, b
@@ -100,12 +91,12 @@ def extract_adapter(
         raise ValueError(
             "No kernel that can be adapted differs between the two models."
         )
-    with adapted(base_model, paths, adapters):
+    with change.adapting(base_model, paths, adapters):
         for module, (a, b) in updates.items():
             lora = base.sites[module].lora
-            put(lora.a, a)
-            put(lora.b, b)
-        adapter = adapter_of(base_model, names, beside)
+            distribution.put(lora.a, a)
+            distribution.put(lora.b, b)
+        adapter = save.adapter_of(base_model, names, beside)
     return dataclasses.replace(adapter, errors=errors)
 
 
@@ -119,7 +110,8 @@ def paired_layers(base, tuned):
     pairs = {}
     for module, layer in base.items():
         own, other = (
-            list(itertools.chain(*layer_state(x))) for x in (layer, tuned[module])
+            list(itertools.chain(*layers.layer_state(x)))
+            for x in (layer, tuned[module])
         )
         if [(v.name, v.shape) for v in own] != [(v.name, v.shape) for v in other]:
             raise ValueError(f"The variables of {module!r} have other shapes.")
@@ -128,21 +120,21 @@ def paired_layers(base, tuned):
 
 
 def differ(own, other):
-    return not np.array_equal(to_numpy(own), to_numpy(other))
+    return not np.array_equal(torch_layout.to_numpy(own), torch_layout.to_numpy(other))
 
 
 def is_of_kind(site):
     """Whether files say what the weight is: a known layer's, or one of several."""
-    return isinstance(site, WeightSite) or lora_class_of(type(site)) is not None
+    return isinstance(site, WeightSite) or kinds.lora_class_of(type(site)) is not None
 
 
 def nearest_factors(layer, delta, rank):
     """A and B of the nearest update of a rank, and its relative error."""
-    matrix, _ = form_of(layer, 1).as_matrix(delta.astype("float64"))
+    matrix, _ = kinds.form_of(layer, 1).as_matrix(delta.astype("float64"))
     left, values, right = np.linalg.svd(matrix, full_matrices=False)
     rank = min(rank, values.shape[-1])
     root = np.sqrt(values[..., None, :rank])
     a, b = left[..., :rank] * root, root.swapaxes(-1, -2) * right[..., :rank, :]
     error = np.linalg.norm(values[..., rank:]) / np.linalg.norm(values)
-    form = form_of(layer, rank)
+    form = kinds.form_of(layer, rank)
     return a.reshape(form.a_shape), b.reshape(form.b_shape), rank, float(error)

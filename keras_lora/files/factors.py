@@ -6,25 +6,11 @@ import warnings
 
 import numpy as np
 
-from keras_lora.files.checked_config import checked_config
-from keras_lora.files.checked_config import checked_rows
-from keras_lora.files.checked_config import take_rows
-from keras_lora.files.config import CONFIG
-from keras_lora.files.config import check_targets
-from keras_lora.files.config import value_of
-from keras_lora.files.disk import TENSORS
-from keras_lora.files.experts import parameters_in
-from keras_lora.files.slices import slices_of
-from keras_lora.files.slices import split
-from keras_lora.files.slices import without_slice
-from keras_lora.layers.method_files import method_in
-from keras_lora.layers.settings import alpha_at
-from keras_lora.layers.settings import divisor
-from keras_lora.layers.torch_layout import EMBEDDING
-from keras_lora.layers.torch_layout import LINEAR
-from keras_lora.models.tables import counted
-from keras_lora.models.tables import in_bytes
-from keras_lora.models.tables import in_order
+from keras_lora.files import disk, experts, slices
+from keras_lora.files.checked_config import checked_config, checked_rows, take_rows
+from keras_lora.files.config import CONFIG, check_targets, value_of
+from keras_lora.layers import settings, torch_layout
+from keras_lora.models import tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,18 +27,20 @@ class Factors:
     @property
     def scaling(self) -> float:
         """The factor in front of B @ A."""
-        return self.alpha / divisor(self.rank, self.use_rslora)
+        return self.alpha / settings.divisor(self.rank, self.use_rslora)
 
     @property
     def low_rank(self) -> tuple:
         """The suffixes of A and B; none where a method has other factors."""
-        both = (LINEAR, EMBEDDING)
+        both = (torch_layout.LINEAR, torch_layout.EMBEDDING)
         return next((pair for pair in both if pair[0] in self.tensors), ())
 
     @property
     def more(self) -> list:
         """The suffixes of what a method has beside A and B, or in their place."""
-        return sorted(self.tensors.keys() - {*LINEAR, *EMBEDDING})
+        return sorted(
+            self.tensors.keys() - {*torch_layout.LINEAR, *torch_layout.EMBEDDING}
+        )
 
     @property
     def is_stack(self) -> bool:
@@ -112,7 +100,9 @@ class FileFactors:
 def slots_of(adapters) -> list:
     """Names of the slices that adapters have of modules."""
     counts = {m: len(r) for adapter in adapters for m, r in adapter.slices.items()}
-    return [slot for module, n in counts.items() for slot in slices_of(module, n)]
+    return [
+        slot for module, n in counts.items() for slot in slices.slices_of(module, n)
+    ]
 
 
 def assert_finite(name, values):
@@ -131,10 +121,10 @@ def factors_of(adapter, modules=None) -> FileFactors:
     tensors = dict(adapter.tensors)
     for key, value in tensors.items():
         assert_finite(key, value)
-    shares = split(tensors, modules, adapter.slices)
+    shares = slices.split(tensors, modules, adapter.slices)
     factors, others = {}, {}
-    method = method_in(config["method"])
-    known = (*LINEAR, *EMBEDDING, *method.more_suffixes)
+    method = torch_layout.method_in(config["method"])
+    known = (*torch_layout.LINEAR, *torch_layout.EMBEDDING, *method.more_suffixes)
     for name, value in tensors.items():
         suffix = next((s for s in known if name.endswith(s)), None)
         if suffix is None:
@@ -145,18 +135,22 @@ def factors_of(adapter, modules=None) -> FileFactors:
     if not factors and not rows:
         keys = ", ".join(map(repr, [*tensors][:3])) or "nothing"
         raise ValueError(
-            f"{TENSORS} holds no factors of an adapter, lora_A and lora_B in their "
+            f"{disk.TENSORS} holds no factors of an adapter, lora_A and lora_B in "
+            "their "
             f"names, but {keys}. Kernels of a whole model become an adapter by "
             "extract_adapter(base, tuned, rank)."
         )
-    fused = {without_slice(name) for name in shares}
+    fused = {slices.without_slice(name) for name in shares}
     unadapted = {
         name: factors.pop(name)
         for name in [name for name in factors if name not in shares]
-        if name != without_slice(name) and without_slice(name) in fused
+        if name != slices.without_slice(name) and slices.without_slice(name) in fused
     }
     for module, pair in factors.items():
-        expected = [set(method.suffixes_for(kind)) for kind in (LINEAR, EMBEDDING)]
+        expected = [
+            set(method.suffixes_for(kind))
+            for kind in (torch_layout.LINEAR, torch_layout.EMBEDDING)
+        ]
         if set(pair) not in expected:
             raise ValueError(
                 f"The adapter of {module!r} needs A and B, as {sorted(expected[0])}; "
@@ -167,7 +161,11 @@ def factors_of(adapter, modules=None) -> FileFactors:
     ranks = value_of(config, "rank_pattern", "r", factors)
     alphas = value_of(config, "alpha_pattern", "lora_alpha", factors)
     for module, pair in factors.items():
-        low_rank = [pair[suffix] for suffix in LINEAR + EMBEDDING if suffix in pair]
+        low_rank = [
+            pair[suffix]
+            for suffix in torch_layout.LINEAR + torch_layout.EMBEDDING
+            if suffix in pair
+        ]
         if any(x.ndim < 2 or ranks[module] > x.size for x in low_rank):
             shapes = [value.shape for value in pair.values()]
             raise ValueError(
@@ -177,12 +175,15 @@ def factors_of(adapter, modules=None) -> FileFactors:
     for module, (rank, total) in shares.items():
         if ranks[module] != total:
             raise ValueError(
-                f"The rank of {without_slice(module)!r} is {ranks[module]} in {CONFIG} "
-                f"and {total} in {TENSORS}."
+                f"The rank of {slices.without_slice(module)!r} is {ranks[module]} in "
+                f"{CONFIG} "
+                f"and {total} in {disk.TENSORS}."
             )
         ranks[module] = rank
-        alphas[module] = alpha_at(rank, alphas[module], total, config["use_rslora"])
-    parameters = parameters_in(factors, config["target_parameters"])
+        alphas[module] = settings.alpha_at(
+            rank, alphas[module], total, config["use_rslora"]
+        )
+    parameters = experts.parameters_in(factors, config["target_parameters"])
     modules = {
         name: Factors(
             name,
@@ -227,7 +228,7 @@ def parts_of(adapter, most=math.inf):
     head = ["module", "A, B", "rank", "alpha", "parameters", "size"]
     head += ["error"] if adapter.errors else []
     rows = []
-    for module in in_order(file.factors)[: min(most, len(file.factors))]:
+    for module in tables.in_order(file.factors)[: min(most, len(file.factors))]:
         found = file.factors[module]
         shapes = [found.tensors[x].shape for x in (*found.low_rank, *found.more)]
         row = [
@@ -242,7 +243,7 @@ def parts_of(adapter, most=math.inf):
             row.append(f"{adapter.errors.get(module, 0):.2g}")
         rows.append(row)
     more = len(file.factors) - len(rows)
-    lines = [f"and {counted(more, 'module')} more"] if more else []
+    lines = [f"and {tables.counted(more, 'module')} more"] if more else []
     return "Adapter", head, rows, [*lines, *totals(adapter, file)]
 
 
@@ -252,8 +253,8 @@ def totals(adapter, file):
     lines = [f"{method}: {in_words(adapter)}"]
     if file.others:
         sizes = sum(value.size for value in file.others.values())
-        names = ", ".join(in_order(file.others))
-        lines.append(f"In full, {counted(sizes, 'parameter')}: {names}")
+        names = ", ".join(tables.in_order(file.others))
+        lines.append(f"In full, {tables.counted(sizes, 'parameter')}: {names}")
     return lines
 
 
@@ -262,15 +263,17 @@ def in_words(adapter):
     try:
         file = quiet_factors(adapter)
     except ValueError:
-        return f"{counted(len(adapter.tensors), 'tensor')}, which cannot be loaded"
+        return (
+            f"{tables.counted(len(adapter.tensors), 'tensor')}, which cannot be loaded"
+        )
     parameters = sum(value.size for value in adapter.tensors.values())
     errors = adapter.errors.values()
     return ", ".join(
         [
-            counted(len(file.factors), "module"),
+            tables.counted(len(file.factors), "module"),
             f"rank {reach([x.rank for x in file.factors.values()])}",
             f"alpha {reach([x.alpha for x in file.factors.values()])}",
-            counted(parameters, "parameter"),
+            tables.counted(parameters, "parameter"),
             size(adapter.tensors.values()),
             *([f"errors up to {max(errors):.2g}"] if errors else []),
         ]
@@ -283,4 +286,4 @@ def reach(values):
 
 
 def size(arrays):
-    return in_bytes(sum(value.nbytes for value in arrays))
+    return tables.in_bytes(sum(value.nbytes for value in arrays))

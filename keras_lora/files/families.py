@@ -11,28 +11,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+from keras_lora.files import family_names, tensors
 from keras_lora.files.experts import as_parameter
-from keras_lora.files.family_names import EXPERT_WEIGHTS
-from keras_lora.files.family_names import EXPERTS
-from keras_lora.files.family_names import HEADS
-from keras_lora.files.family_names import ROOTS
-from keras_lora.files.family_names import SINCE_5
-from keras_lora.files.tensors import torch_name
-from keras_lora.keras_internals.keras_hub import add_absent_parts
-from keras_lora.keras_internals.keras_hub import ask
-from keras_lora.keras_internals.keras_hub import converters
-from keras_lora.keras_internals.keras_hub import family_of
-from keras_lora.keras_internals.keras_hub import is_backbone
-from keras_lora.keras_internals.keras_hub import stand_in
+from keras_lora.keras_internals import keras_hub
 from keras_lora.keras_internals.layers import own_variables
-from keras_lora.layers.kinds import form_of
-from keras_lora.layers.kinds import kind_of
+from keras_lora.layers import kinds
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.substituted import WeightSite
-from keras_lora.models.adapted_config import plain_float_config
-from keras_lora.models.paths import layer_paths
-from keras_lora.models.presets import plain_class_of
-from keras_lora.models.sites import site_paths
+from keras_lora.models import presets
+from keras_lora.models.sites import layer_paths, site_paths
 
 TRANSFORMERS, TRANSFORMERS_4 = "transformers", "transformers4"
 BLOCK = re.compile(r"(?:.+/)?(?:transformer_layer|decoder_block)_\d+/")
@@ -89,15 +76,15 @@ def family(model, paths, names) -> Family:
     names: its family's, or "transformers".
     """
     layers = [model, *paths.values()]
-    backbone = next((layer for layer in layers if is_backbone(layer)), None)
+    backbone = next((layer for layer in layers if keras_hub.is_backbone(layer)), None)
     name, held = None, "a model without a backbone of KerasHub"
     if backbone is not None:
-        name, held = family_of(type(backbone)), f"a {type(backbone).__name__}"
+        name, held = keras_hub.family_of(type(backbone)), f"a {type(backbone).__name__}"
     asked = (
         None if names in (TRANSFORMERS, TRANSFORMERS_4) else ALIASES.get(names, names)
     )
     if name is None or asked not in (None, name):
-        known = [TRANSFORMERS, TRANSFORMERS_4, *converters()]
+        known = [TRANSFORMERS, TRANSFORMERS_4, *keras_hub.converters()]
         raise ValueError(
             f"`names` {names!r} does not fit {held}{f' of {name!r}' if name else ''}. "
             "Give a dict from paths here to modules there, or a function. A model of "
@@ -113,7 +100,7 @@ def family(model, paths, names) -> Family:
         ) from error
     path_of = {id(layer): path for path, layer in paths.items()}
     own = layer_paths(backbone)
-    root = ROOTS.get(name, "model")
+    root = family_names.ROOTS.get(name, "model")
     places = {
         path_of[id(own[path])]: place.without_prefix(f"{root}.")
         for path, place in placed.items()
@@ -123,10 +110,12 @@ def family(model, paths, names) -> Family:
         places = {  # a language model alone is a class of its own there
             path: p.without_prefix("language_model.") for path, p in places.items()
         }
-    places |= expert_places(site_paths(paths), places, EXPERTS.get(name))
-    heads = {} if backbone is model else HEADS.get(name, {})
+    places |= expert_places(site_paths(paths), places, family_names.EXPERTS.get(name))
+    heads = {} if backbone is model else family_names.HEADS.get(name, {})
     heads = {path: head for path, head in heads.items() if path in paths}
-    return Family(root, backbone is model, places, heads, SINCE_5.get(name, {}))
+    return Family(
+        root, backbone is model, places, heads, family_names.SINCE_5.get(name, {})
+    )
 
 
 def expert_places(sites, places, experts) -> dict:
@@ -143,7 +132,10 @@ def expert_places(sites, places, experts) -> dict:
         if block and number:
             blocks[block[0]] = number[0]
     for path, site in sites.items():
-        block, weight = BLOCK.match(path), EXPERT_WEIGHTS.get(path.split("/")[-1])
+        block, weight = (
+            BLOCK.match(path),
+            family_names.EXPERT_WEIGHTS.get(path.split("/")[-1]),
+        )
         if experts and isinstance(site, WeightSite) and block and weight:
             weights[f"{blocks[block[0]]}{experts}.{weight}"].append((path, site))
     found = {}
@@ -201,9 +193,9 @@ def placed_layers(backbone, family) -> dict:
     # Where the backbone is quantized or adapted, the kernels that the converter means
     # are not there.
     cls = type(backbone)
-    cls = plain_class_of(cls) if hasattr(cls, "plain_owner") else cls
-    config = plain_float_config(cls.get_config(backbone))
-    copy = stand_in(cls, {**config, "dtype": "float32"})
+    cls = presets.plain_class_of(cls) if hasattr(cls, "plain_owner") else cls
+    config = presets.plain_float_config(cls.get_config(backbone))
+    copy = keras_hub.uninitialized_copy(cls, {**config, "dtype": "float32"})
     owners, sizes = {}, collections.Counter()
     paths = layer_paths(copy)
     for path, layer in paths.items():
@@ -216,18 +208,18 @@ def placed_layers(backbone, family) -> dict:
     def place(variable, key, hook):
         path = owners.get(id(variable))
         module, _, word = key.rpartition(".")
-        if path is not None and torch_name(paths[path], variable) == word:
+        if path is not None and tensors.torch_name(paths[path], variable) == word:
             placed = place_of(paths[path], variable, hook, sizes[key])
             found[path][word] = placed and Place(module, *placed[1:])
 
     try:
-        ask(family, copy, count)
+        keras_hub.ask(family, copy, count)
     except Exception:  # of a converter that takes images for granted, say
-        if not add_absent_parts(copy):
+        if not keras_hub.add_absent_parts(copy):
             raise
         sizes.clear()
-        ask(family, copy, count)
-    ask(family, copy, place)
+        keras_hub.ask(family, copy, count)
+    keras_hub.ask(family, copy, place)
     places = {}
     for path in paths:
         values = list(found[path].values())
@@ -253,10 +245,10 @@ def place_of(layer, variable, hook, size):
 
     size: of the tensor there, of which several variables may be parts.
     """
-    kind, shape = kind_of(layer), tuple(variable.shape)
-    if kind is LoRALayer or torch_name(layer, variable) != "weight":
+    kind, shape = kinds.kind_of(layer), tuple(variable.shape)
+    if kind is LoRALayer or tensors.torch_name(layer, variable) != "weight":
         return vector_place(shape, hook, size)
-    form = form_of(layer, 1)
+    form = kinds.form_of(layer, 1)
     if form.batch_axes:
         return None
     matrix, back = form.as_matrix(np.broadcast_to(np.int32(0), shape))

@@ -9,27 +9,10 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
-from keras_lora.files.checked_config import checked_config
-from keras_lora.files.checked_config import warn_of_unknown
-from keras_lora.files.config import CONFIG
-from keras_lora.files.config import stated
-from keras_lora.files.disk import PREFIX
-from keras_lora.files.disk import TENSORS
-from keras_lora.files.disk import checked_metadata
-from keras_lora.files.disk import checked_tensors
-from keras_lora.files.disk import digest
-from keras_lora.files.disk import has_tensors
-from keras_lora.files.disk import read_together
-from keras_lora.files.disk import replace_files
-from keras_lora.files.experts import from_wrapped
-from keras_lora.files.experts import to_wrapped
-from keras_lora.files.factors import assert_finite
-from keras_lora.files.factors import in_words
-from keras_lora.files.factors import parts_of
-from keras_lora.files.other_formats import read_other_format
-from keras_lora.files.other_formats import refuse_other_format
-from keras_lora.models.atomic import refuse_file_name
-from keras_lora.models.atomic import temporary_folder
+from keras_lora.files import disk, experts, factors, other_formats
+from keras_lora.files.checked_config import checked_config, warn_of_unknown
+from keras_lora.files.config import CONFIG, stated
+from keras_lora.models import atomic
 from keras_lora.models.tables import Table
 
 CONVERT = (
@@ -89,10 +72,10 @@ class Adapter(Table):
         )
 
     def __repr__(self):
-        return f"<Adapter: {in_words(self)}>"
+        return f"<Adapter: {factors.in_words(self)}>"
 
     def parts(self):
-        return parts_of(self, most=20)
+        return factors.parts_of(self, most=20)
 
     @classmethod
     def read(cls, directory: str | os.PathLike) -> "Adapter":
@@ -110,19 +93,19 @@ class Adapter(Table):
             raise ValueError(
                 f"Give the path of an adapter's folder. Received: {directory!r}."
             )
-        if other := read_other_format(directory):
+        if other := other_formats.read_other_format(directory):
             config, tensors = other
             checked_config(config)
-            return cls(checked_tensors(tensors), config)
+            return cls(disk.checked_tensors(tensors), config)
         folder = adapter_folder(Path(directory))
-        if not has_tensors(folder):
+        if not disk.has_tensors(folder):
             refuse_pickles(folder, sorted(folder.iterdir()))
-        config, tensors, metadata = read_together(folder)
-        refuse_other_format(tensors)
+        config, tensors, metadata = disk.read_together(folder)
+        other_formats.refuse_other_format(tensors)
         checked = checked_config(config)
         warn_of_unknown(config)
-        slices, starts = checked_metadata(metadata, config, tensors)
-        tensors = from_wrapped(checked_tensors(tensors), checked)
+        slices, starts = disk.checked_metadata(metadata, config, tensors)
+        tensors = experts.from_wrapped(disk.checked_tensors(tensors), checked)
         return cls(tensors, config, slices, starts=starts)
 
     def save(self, directory: str | os.PathLike):
@@ -140,12 +123,15 @@ class Adapter(Table):
             ValueError: If a tensor holds values that are not finite.
             OSError: If a file cannot be written.
         """
-        refuse_file_name(directory, "an adapter")
+        atomic.refuse_file_name(directory, "an adapter")
         for key, value in self.tensors.items():
-            assert_finite(key, value)
-        wrapped = to_wrapped(self.tensors, self.config.get("target_parameters") or ())
+            factors.assert_finite(key, value)
+        wrapped = experts.to_wrapped(
+            self.tensors, self.config.get("target_parameters") or ()
+        )
         tensors = {
-            PREFIX + key: np.ascontiguousarray(value) for key, value in wrapped.items()
+            disk.PREFIX + key: np.ascontiguousarray(value)
+            for key, value in wrapped.items()
         }
         metadata = {
             "format": "pt",
@@ -155,15 +141,15 @@ class Adapter(Table):
             metadata["slices"] = json.dumps(self.slices)
         if self.starts:
             metadata["starts"] = json.dumps(self.starts)
-        metadata["sha256"] = digest(tensors, metadata)
+        metadata["sha256"] = disk.digest(tensors, metadata)
         config = json.dumps(self.config, indent=2, sort_keys=True).encode()
         data = safetensors.numpy.save(tensors, metadata)
         directory = Path(os.path.realpath(directory))
         is_new = not directory.exists()
         directory.mkdir(parents=True, exist_ok=True)
         try:
-            with temporary_folder(directory) as new:
-                replace_files(directory, new, data, config, metadata["sha256"])
+            with atomic.temporary_folder(directory) as new:
+                disk.replace_files(directory, new, data, config, metadata["sha256"])
         except BaseException:
             if is_new:
                 with contextlib.suppress(OSError):  # something is in it already
@@ -189,7 +175,8 @@ def adapter_folder(directory):
         refuse_pickles(directory.parent, [directory])
         raise NotADirectoryError(
             f"{directory} is a file, and an adapter is a folder with {CONFIG} and "
-            f"{TENSORS}. A .keras file is for keras.models.load_model, a .weights.h5 "
+            f"{disk.TENSORS}. A .keras file is for keras.models.load_model, a "
+            ".weights.h5 "
             "file for model.load_weights once the model has the same adapters."
         )
     inside = sorted(path.parent for path in directory.glob(f"*/{CONFIG}"))

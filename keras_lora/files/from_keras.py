@@ -7,16 +7,12 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from keras_lora.files.config import settings
-from keras_lora.files.disk import assert_readable
+from keras_lora.files import config, disk, load
 from keras_lora.files.folder import Adapter
-from keras_lora.files.load import load_into
 from keras_lora.keras_internals.layers import flatten_layers
+from keras_lora.layers import kinds, torch_layout
 from keras_lora.layers.adapter import LowRankAdapter
-from keras_lora.layers.kinds import form_of
-from keras_lora.layers.kinds import kind_of
-from keras_lora.layers.torch_layout import to_numpy
-from keras_lora.models.paths import layer_paths
+from keras_lora.models import sites
 from keras_lora.models.report import Report
 
 
@@ -53,7 +49,7 @@ def load_keras_lora(
         >>> [(row.path, row.rank) for row in report]
         [('dense', 4)]
     """
-    paths = layer_paths(model)
+    paths = sites.layer_paths(model)
     if isinstance(source, (str, Path)):
         found = read_factors(model, source)
     elif not isinstance(source, keras.layers.Layer):
@@ -67,12 +63,12 @@ def load_keras_lora(
     tensors, ranks, alphas = {}, {}, {}
     for layer, a, b, scaling in found:
         module = path_of[id(layer)].replace("/", ".")
-        suffixes = kind_of(layer).file_suffixes
+        suffixes = kinds.kind_of(layer).file_suffixes
         a, b = converted(layer, a, b, module)
         tensors[module + suffixes[0]], tensors[module + suffixes[1]] = a, b
         ranks[module], alphas[module] = len(a), scaling * len(a)
-    adapter = Adapter(tensors, settings(ranks, alphas, False))
-    return load_into(model, paths, adapter)
+    adapter = Adapter(tensors, config.settings(ranks, alphas, False))
+    return load.load_into(model, paths, adapter)
 
 
 def read_factors(model, path):
@@ -94,7 +90,7 @@ def factors_of_file(model, path):
         and layer.weights
         and not isinstance(layer, LowRankAdapter)
     ]
-    assert_readable(path)
+    disk.assert_readable(path)
     try:
         import h5py
     except ImportError as error:
@@ -157,15 +153,17 @@ def factors_of_model(own, source):
     own: path -> layer of the model that gets them.
     """
     found = []
-    for path, layer in layer_paths(source).items():
+    for path, layer in sites.layer_paths(source).items():
         if not getattr(layer, "lora_enabled", False):
             continue
         if path not in own:
             raise ValueError(f"The model has no layer {path!r}.")
-        name = kind_of(layer).kernel_name
+        name = kinds.kind_of(layer).kernel_name
         a, b = (getattr(layer, f"lora_{name}_{factor}") for factor in "ab")
         scaling = layer.lora_alpha / layer.lora_rank
-        found.append((own[path], to_numpy(a), to_numpy(b), scaling))
+        found.append(
+            (own[path], torch_layout.to_numpy(a), torch_layout.to_numpy(b), scaling)
+        )
     if not found:
         raise ValueError(f"`enable_lora` was called on no layer of {source.name!r}.")
     return found
@@ -173,7 +171,7 @@ def factors_of_model(own, source):
 
 def converted(layer, a, b, module):
     """Keras's A (*kernel axes but the last, r) and B (r, last), as a file has them."""
-    kind = kind_of(layer)
+    kind = kinds.kind_of(layer)
     kernel = getattr(layer, kind.kernel_name, None)
     shape = () if kernel is None else tuple(kernel.shape)
     if a.shape[:-1] != shape[:-1] or b.shape != (a.shape[-1], *shape[-1:]):
@@ -181,7 +179,7 @@ def converted(layer, a, b, module):
             f"The factors of {module!r} have shapes {a.shape} and {b.shape}, which do "
             f"not fit its kernel of shape {shape}."
         )
-    form = form_of(layer, 1)
+    form = kinds.form_of(layer, 1)
     last = len(shape) - 1
     if form.batch_axes or last in form.input_axes:
         raise ValueError(
@@ -191,7 +189,7 @@ def converted(layer, a, b, module):
     # Output axes before the last one, heads for example, are A's in Keras.
     heads = [axis for axis in range(last) if axis not in form.input_axes]
     count = math.prod(shape[axis] for axis in heads)
-    form = form_of(layer, count * len(b))
+    form = kinds.form_of(layer, count * len(b))
     a = a.transpose(*form.input_axes, *heads, last).reshape(form.a_shape)
     b = np.kron(np.eye(count, dtype=b.dtype), b).reshape(form.b_shape)
     return form.to_file(a, b)

@@ -1,24 +1,19 @@
 """Adapters of microsoft/LoRA: what `loralib.lora_state_dict` gives."""
 
 import zipfile
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import keras
 import numpy as np
 
+from keras_lora.files import disk, load
 from keras_lora.files.config import settings
-from keras_lora.files.disk import assert_readable
-from keras_lora.files.disk import read_tensors
 from keras_lora.files.folder import Adapter
-from keras_lora.files.load import load_into
 from keras_lora.files.names import module_names
-from keras_lora.layers.kinds import kind_of
-from keras_lora.layers.settings import checked_alpha
-from keras_lora.layers.settings import checked_rank
-from keras_lora.models.paths import layer_paths
+from keras_lora.layers import kinds
+from keras_lora.layers.settings import checked_alpha, checked_rank
+from keras_lora.models import sites
 from keras_lora.models.report import Report
 
 
@@ -81,7 +76,7 @@ def load_loralib(
             "`state_dict` must be what `loralib.lora_state_dict(model)` returns, or a "
             f"file of it. Received: {type(state_dict).__name__}."
         )
-    paths = layer_paths(model)
+    paths = sites.layer_paths(model)
     modules = module_names(paths, names, model)
     arrays = {key: as_array(key, value) for key, value in state_dict.items()}
     tensors, ranks = {}, {}
@@ -100,7 +95,7 @@ def load_loralib(
                 f"The factors of {module!r} have shapes {a.shape} and {b.shape}."
             )
         mask = enable_lora.get(module) if isinstance(enable_lora, dict) else enable_lora
-        kind = kind_of(layer)
+        kind = kinds.kind_of(layer)
         a, b = kind.read_loralib(layer, a, b, rank, mask, module)
         suffixes = kind.file_suffixes
         tensors[module + suffixes[0]], tensors[module + suffixes[1]] = a, b
@@ -124,13 +119,13 @@ def load_loralib(
     if any(".base_layer." not in key for key in biases):
         bias = "all"
     config = settings(ranks, alphas, use_rslora=False, bias=bias)
-    return load_into(model, paths, Adapter(tensors | biases, config), names)
+    return load.load_into(model, paths, Adapter(tensors | biases, config), names)
 
 
 def read_state_dict(path):
     if path.suffix == ".safetensors":
-        return read_tensors(path)[0]
-    assert_readable(path)
+        return disk.read_tensors(path)[0]
+    disk.assert_readable(path)
     try:
         import torch
     except ImportError as error:

@@ -3,40 +3,20 @@
 import dataclasses
 import json
 import os
-from collections.abc import Callable
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import keras
 
-from keras_lora.files.config import remember_file
-from keras_lora.files.disk import digest
+from keras_lora.files import config, disk, matching, tensors
 from keras_lora.files.folder import Adapter
-from keras_lora.files.matching import checked_values
-from keras_lora.files.matching import contents
-from keras_lora.files.matching import refuse_other_modules
-from keras_lora.files.names import module_names
-from keras_lora.files.names import refuse_tied_head
-from keras_lora.files.tensors import own_alpha
-from keras_lora.keras_internals import processes
-from keras_lora.keras_internals.compiled import compile_again
-from keras_lora.keras_internals.distribution import put
+from keras_lora.files.names import module_names, refuse_tied_head
+from keras_lora.keras_internals import compiled, distribution, processes
+from keras_lora.layers import lora_layer, token_rows
 from keras_lora.layers.adapter import LowRankAdapter
-from keras_lora.layers.lora_layer import has_adapters
 from keras_lora.layers.settings import Settings
-from keras_lora.layers.token_rows import KEYWORD
-from keras_lora.models.adapt import refuse_unbuilt
-from keras_lora.models.change import adapted
-from keras_lora.models.freezing import freeze_adapters
-from keras_lora.models.freezing import freeze_all_but_lora
-from keras_lora.models.freezing import train_adapters
-from keras_lora.models.paths import layer_paths
-from keras_lora.models.paths import with_model
-from keras_lora.models.record import base_values
-from keras_lora.models.record import remember_base
-from keras_lora.models.record import state_of
+from keras_lora.models import adapt, freezing, record, sites
+from keras_lora.models.change import adapting
 from keras_lora.models.report import Report
-from keras_lora.models.sites import checked_sites
-from keras_lora.models.trainable_flags import trainable_state
 
 OTHER_FILES = (
     "The processes have read different files under this name. Give all of them the "
@@ -90,8 +70,8 @@ def load_adapter(
         >>> [row.rank for row in report]
         [8]
     """
-    paths = layer_paths(model)
-    refuse_unbuilt(model)
+    paths = sites.layer_paths(model)
+    adapt.refuse_unbuilt(model)
     return load_into(model, paths, read_for(model, directory), names, trainable)
 
 
@@ -104,15 +84,15 @@ def read_for(model, directory) -> Adapter:
         return Adapter.read(directory)
 
     processes.meet(model)
-    return processes.on_all(model, read, identity, OTHER_FILES)
+    return processes.on_all(model, read, fingerprint, OTHER_FILES)
 
 
-def identity(adapter) -> str:
+def fingerprint(adapter) -> str:
     """A text that is the same for equal adapters."""
     said = {"settings": adapter.config, "slices": adapter.slices}
     said["starts"] = sorted(adapter.starts)
     words = {key: json.dumps(value, sort_keys=True) for key, value in said.items()}
-    return digest(adapter.tensors, words)
+    return disk.digest(adapter.tensors, words)
 
 
 def load_into(model, paths, adapter, names=None, trainable=True) -> Report:
@@ -120,34 +100,34 @@ def load_into(model, paths, adapter, names=None, trainable=True) -> Report:
 
     paths: Path -> layer, of all its layers.
     """
-    file = contents(adapter, module_names(paths, names, model, adapter))
+    file = matching.contents(adapter, module_names(paths, names, model, adapter))
     refuse_tied_head(model, names, file.adapted | file.heads)
-    layers, notes = with_model(model, paths), []
-    if any(map(has_adapters, layers.values())):
-        checked_sites(model)
-        refuse_other_modules(file)
-        values = checked_values(file)
+    layers, notes = sites.with_model(model, paths), []
+    if any(map(lora_layer.has_adapters, layers.values())):
+        sites.checked_sites(model)
+        matching.refuse_other_modules(file)
+        values = matching.checked_values(file)
     else:
         adapters = {
             site: adapter_options(file, module) for module, site in file.adapted.items()
         }
         for module, site in file.tables.items():
-            adapters[site] = {KEYWORD: file.rows[module][0]}
-        with adapted(model, paths, adapters) as change:
-            values = checked_values(file)
-            freeze_all_but_lora(model, file.bias, list(file.heads.values()))
+            adapters[site] = {token_rows.KEYWORD: file.rows[module][0]}
+        with adapting(model, paths, adapters) as change:
+            values = matching.checked_values(file)
+            freezing.freeze_all_but_lora(model, file.bias, list(file.heads.values()))
             notes += change.keep()
-    remember_file(model, adapter.config)
+    config.remember_file(model, adapter.config)
     values += unread_base_values(layers, values)
     for variable, value in values:
-        put(variable, value)
+        distribution.put(variable, value)
     for module, layer in file.adapted.items():
-        alpha = own_alpha(layer, file.factors[module].alpha, file.use_rslora)
+        alpha = tensors.own_alpha(layer, file.factors[module].alpha, file.use_rslora)
         layer.lora.set_alpha(alpha, file.use_rslora)
-    before = trainable_state(layers)
-    (train_adapters if trainable else freeze_adapters)(layers)
-    if trainable_state(layers) != before:
-        notes += compile_again(model)
+    before = record.trainable_state(layers)
+    (freezing.train_adapters if trainable else freezing.freeze_adapters)(layers)
+    if record.trainable_state(layers) != before:
+        notes += compiled.compile_again(model)
     return Report(model, paths, notes=notes)
 
 
@@ -157,8 +137,12 @@ def unread_base_values(layers, values):
     unread = []
     for layer in layers.values():
         if not isinstance(layer, LowRankAdapter):
-            remember_base(layer, [v for v in state_of(layer) if id(v) in read])
-            unread += [(v, x) for v, x in base_values(layer) if id(v) not in read]
+            record.remember_base(
+                layer, [v for v in record.state_of(layer) if id(v) in read]
+            )
+            unread += [
+                (v, x) for v, x in record.base_values(layer) if id(v) not in read
+            ]
     return unread
 
 

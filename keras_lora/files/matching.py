@@ -9,26 +9,11 @@ import math
 import ml_dtypes
 import numpy as np
 
-from keras_lora.files.experts import with_stacks
-from keras_lora.files.factors import FileFactors
-from keras_lora.files.factors import checked_starts
-from keras_lora.files.factors import factors_of
-from keras_lora.files.other_formats import module_of
-from keras_lora.files.slices import layouts
-from keras_lora.files.slices import outputs_axis
-from keras_lora.files.slices import without_slice
-from keras_lora.files.tensors import from_tensors
-from keras_lora.files.tensors import kernel_to_tensor
-from keras_lora.files.tensors import torch_name
-from keras_lora.files.tensors import weight_from_tensor
-from keras_lora.files.tensors import weight_to_tensor
-from keras_lora.keras_internals.layers import layer_state
-from keras_lora.layers.kinds import form_of
-from keras_lora.layers.kinds import obstacle
-from keras_lora.layers.kinds import shape_of
-from keras_lora.layers.lora_layer import is_adapted
-from keras_lora.layers.method_files import method_in
-from keras_lora.layers.token_rows import KEYWORD
+from keras_lora.files import experts, other_formats, tensors
+from keras_lora.files.factors import FileFactors, checked_starts, factors_of
+from keras_lora.files.slices import layouts, outputs_axis, without_slice
+from keras_lora.keras_internals import layers
+from keras_lora.layers import kinds, lora_layer, token_rows, torch_layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +42,10 @@ class Contents(FileFactors):
 
 
 def contents(adapter, modules) -> Contents:
-    adapter = with_stacks(adapter, modules.parameters)
+    adapter = experts.with_stacks(adapter, modules.parameters)
     found = factors_of(adapter, modules)
     for name in [*found.factors]:
-        module = module_of(name, modules)
+        module = other_formats.module_of(name, modules)
         own = dataclasses.replace(found.factors.pop(name), module=module)
         found.factors[module] = own
     refuse_unknown_modules(found.factors, modules)
@@ -162,26 +147,26 @@ def refuse_ranks_without_values(factors, modules):
         if not found.low_rank:
             continue
         site = modules.sites[module]
-        updates = form_of(site, 1).file_rank or 1  # side by side
-        form = form_of(site, max(found.rank // updates, 1))
+        updates = kinds.form_of(site, 1).file_rank or 1  # side by side
+        form = kinds.form_of(site, max(found.rank // updates, 1))
         if math.prod(form.a_shape) + math.prod(form.b_shape) > found.size:
             shapes = " and ".join(str(x.shape) for x in found.tensors.values())
             raise ValueError(
                 f"The file's factors of {module!r}, with shapes {shapes}, are smaller "
                 f"than rank {found.rank} needs for this model's kernel of shape "
-                f"{shape_of(site)}: the adapter belongs to another model."
+                f"{kinds.shape_of(site)}: the adapter belongs to another model."
             )
 
 
 def can_hold(site):
-    return is_adapted(site) or obstacle(site) is None
+    return lora_layer.is_adapted(site) or kinds.obstacle(site) is None
 
 
 def refuse_other_modules(file):
     """An adapted model takes a file for the same layers only."""
-    sites = {m: s for m, s in file.modules.sites.items() if is_adapted(s)}
+    sites = {m: s for m, s in file.modules.sites.items() if lora_layer.is_adapted(s)}
     refuse_other_rows(sites, file)
-    own = {m for m, site in sites.items() if site.lora.keyword != KEYWORD}
+    own = {m for m, site in sites.items() if site.lora.keyword != token_rows.KEYWORD}
     missing, more = sorted(own - set(file.factors)), sorted(set(file.factors) - own)
     if missing or more:
         raise ValueError(
@@ -203,11 +188,15 @@ def refuse_other_modules(file):
 
 def refuse_other_rows(sites, file):
     """An adapted model takes a file for the same rows of the same tables only."""
-    own = {m: s.lora.indices for m, s in sites.items() if s.lora.keyword == KEYWORD}
+    own = {
+        m: s.lora.indices
+        for m, s in sites.items()
+        if s.lora.keyword == token_rows.KEYWORD
+    }
     found = {module: ids for module, (ids, _) in file.rows.items()}
     if own != found:
         raise ValueError(
-            f"The model has {KEYWORD}={own}, and the file {found}. Call "
+            f"The model has {token_rows.KEYWORD}={own}, and the file {found}. Call "
             "remove_lora(model) first: the file then brings its own."
         )
 
@@ -217,8 +206,8 @@ def refuse_changed_slices(file):
     for module, arrays in file.unadapted.items():
         if module not in file.modules:
             raise ValueError(f"`names` has no layer for {module!r} of the file.")
-        method = method_in(file.method)
-        expected = method.of_plain_layer(kernel_to_tensor(file.modules[module]))
+        method = torch_layout.method_in(file.method)
+        expected = method.of_plain_layer(tensors.kernel_to_tensor(file.modules[module]))
         for suffix, value in arrays.items():
             if value.shape != expected[suffix].shape or not np.allclose(
                 value, expected[suffix], rtol=1e-4, atol=0
@@ -246,7 +235,7 @@ def checked_values(file):
                 "Call remove_lora(model) first: the file then brings its own."
                 f"{cut if rank > own else ''}"
             )
-        values += from_tensors(layer, found.tensors, module)
+        values += tensors.from_tensors(layer, found.tensors, module)
     for module, site in file.tables.items():
         _, rows = file.rows[module]
         expected = tuple(site.lora.rows.shape)
@@ -260,8 +249,8 @@ def checked_values(file):
     index = {}
     for module, layer in file.modules.items():
         infix = ".base_layer" if module in file.factors else ""
-        for variable in itertools.chain(*layer_state(layer)):
-            key = f"{module}{infix}.{torch_name(layer, variable)}"
+        for variable in itertools.chain(*layers.layer_state(layer)):
+            key = f"{module}{infix}.{tensors.torch_name(layer, variable)}"
             index[key] = layer, variable
             if module in file.heads and key not in file.others:
                 hint = ""
@@ -281,10 +270,10 @@ def checked_values(file):
             raise ValueError(f"Unexpected tensor {key!r}.{hint}")
         layer, variable = index[key]
         # Beside transformers' Conv1D there may be a head that is a Linear.
-        linear = weight_to_tensor(layer, variable).shape
+        linear = tensors.weight_to_tensor(layer, variable).shape
         is_linear = value.shape == linear and linear != linear[::-1]
         inputs_first = file.config["fan_in_fan_out"] and not is_linear
-        value = weight_from_tensor(layer, variable, value, key, inputs_first)
+        value = tensors.weight_from_tensor(layer, variable, value, key, inputs_first)
         values.append((variable, value))
     for variable, value in values:
         limit = float(ml_dtypes.finfo(variable.dtype).max)

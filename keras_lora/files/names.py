@@ -2,22 +2,15 @@
 
 import collections
 import difflib
-from collections.abc import Callable
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from keras_lora.files.experts import parameter_of
-from keras_lora.files.families import TRANSFORMERS_4
-from keras_lora.files.families import family
-from keras_lora.files.family_names import ROUTER
+from keras_lora.files import experts, families, family_names
 from keras_lora.keras_internals.layers import layer_state
-from keras_lora.layers.kinds import layer_of
-from keras_lora.layers.kinds import looks_up
-from keras_lora.layers.lora_layer import has_adapters
+from keras_lora.layers import kinds, lora_layer
+from keras_lora.models import targets
 from keras_lora.models.sites import site_paths
-from keras_lora.models.targets import output_layers
-from keras_lora.models.targets import refuse_two_meanings
 
 
 class Modules(dict):
@@ -54,7 +47,7 @@ def name_function(names: Mapping | Callable | None, paths) -> Callable:
             f"the path, or a family's name. Received: {names!r}."
         )
     for path in names:
-        refuse_two_meanings(path, {path} & paths.keys(), paths, "names")
+        targets.refuse_two_meanings(path, {path} & paths.keys(), paths, "names")
     unknown = [path for path in names if path not in paths]
     if unknown:
         close = difflib.get_close_matches(str(unknown[0]), paths, n=3)
@@ -107,7 +100,7 @@ def named_sites(modules, sites, get=lambda path: None) -> dict:
     module_of = {id(layer): module for module, layer in modules.items()}
     named = {}
     for path, site in sites.items():
-        layer = layer_of(site)
+        layer = kinds.layer_of(site)
         module = module_of.get(id(layer))
         if module is None:
             continue
@@ -120,15 +113,15 @@ def named_sites(modules, sites, get=lambda path: None) -> dict:
 
 def holds_weights(layer):
     """Whether a layer has weights itself: an InputLayer or a container has none."""
-    return has_adapters(layer) or any(layer_state(layer))
+    return lora_layer.has_adapters(layer) or any(layer_state(layer))
 
 
 def derived_names(paths, names, model, adapter) -> Modules:
     """As KerasHub's converters know them."""
-    found = family(model, paths, names)
+    found = families.family(model, paths, names)
     if adapter is None:
-        named = found.written(since_5=names != TRANSFORMERS_4)
-        if names == TRANSFORMERS_4:  # whose experts are modules, one by one
+        named = found.written(since_5=names != families.TRANSFORMERS_4)
+        if names == families.TRANSFORMERS_4:  # whose experts are modules, one by one
             named = {path: module for path, module in named.items() if path in paths}
     else:
         named = found.read(adapter.tensors)
@@ -149,13 +142,13 @@ def derived_names(paths, names, model, adapter) -> Modules:
                 modules[name] = paths[path]
             else:
                 modules.weights[path] = name
-                modules.parameters[module] = parameter_of(module)
+                modules.parameters[module] = experts.parameter_of(module)
             if not is_whole:
                 modules.places[name] = places[path]
             if places and places[path].inputs_first:
                 modules.inputs_first.add(name)
-            if names != TRANSFORMERS_4 and ROUTER.fullmatch(name):
-                modules.parameters[name] = parameter_of(name)
+            if names != families.TRANSFORMERS_4 and family_names.ROUTER.fullmatch(name):
+                modules.parameters[name] = experts.parameter_of(name)
     reached = set(map(id, modules.values()))
     for path, layer in paths.items():
         if id(layer) not in reached:
@@ -183,9 +176,9 @@ def refuse_tied_head(model, names, layers):
 
     layers: module -> layer, those that an adapter changes.
     """
-    heads = output_layers(model) if names is not None else ()
+    heads = targets.output_layers(model) if names is not None else ()
     for module, layer in layers.items():
-        if looks_up(layer) and id(layer_of(layer)) in heads:
+        if kinds.looks_up(layer) and id(kinds.layer_of(layer)) in heads:
             raise ValueError(
                 f"The embedding {module!r} makes the model's outputs too. PEFT changes "
                 "it where tokens are looked up and leaves the head as it was, so no "

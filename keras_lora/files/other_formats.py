@@ -7,14 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from keras_lora.files.config import CONFIG
-from keras_lora.files.config import settings
-from keras_lora.files.disk import TENSORS
-from keras_lora.files.disk import read_config
-from keras_lora.files.disk import read_tensors
-from keras_lora.layers.settings import checked_alpha
-from keras_lora.layers.settings import checked_dropout
-from keras_lora.layers.settings import is_number
+from keras_lora.files import disk
+from keras_lora.files.config import CONFIG, settings
+from keras_lora.layers.settings import checked_alpha, checked_dropout, is_number
 
 
 class Format(NamedTuple):
@@ -103,7 +98,7 @@ def format_of(keys):
     return None, None
 
 
-def refuse_other_format(keys, where=TENSORS):
+def refuse_other_format(keys, where=disk.TENSORS):
     """Raises ValueError where keys are those of another format than PEFT's."""
     found, key = format_of(keys)
     if found is not None and found not in PEFT:
@@ -129,10 +124,10 @@ def read_other_format(path):
     file = path if path.is_file() else tensors_in(path)
     if file is None or file.suffix != ".safetensors":
         return None
-    config = read_config(path) if (path / CONFIG).exists() else {}
+    config = disk.read_config(path) if (path / CONFIG).exists() else {}
     if not isinstance(config, dict) or "peft_type" in config:
         return None
-    tensors, _ = read_tensors(file)
+    tensors, _ = disk.read_tensors(file)
     found, key = format_of(tensors)
     if found is None:
         raise ValueError(
@@ -153,7 +148,7 @@ def tensors_in(folder):
     """The one .safetensors of a folder that is no pair of PEFT's files."""
     found = sorted(folder.glob("*.safetensors"))
     others = [x for x in found if x.name == "adapters.safetensors"] or found  # mlx's
-    if len(others) == 1 and others[0].name != TENSORS:
+    if len(others) == 1 and others[0].name != disk.TENSORS:
         return others[0]
     return None
 

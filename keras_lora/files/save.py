@@ -3,36 +3,25 @@
 import collections
 import itertools
 import os
-from collections.abc import Callable
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import keras
 
-from keras_lora.files.checked_config import rows_of
-from keras_lora.files.config import said_of
-from keras_lora.files.config import settings
+from keras_lora.files import checked_config, slices
+from keras_lora.files.config import said_of, settings
 from keras_lora.files.folder import Adapter
-from keras_lora.files.names import module_names
-from keras_lora.files.names import refuse_tied_head
-from keras_lora.files.names import refuse_unnamed
-from keras_lora.files.slices import fuse
-from keras_lora.files.slices import layouts
-from keras_lora.files.slices import outputs_axis
-from keras_lora.files.slices import without_slice
-from keras_lora.files.tensors import file_alpha
-from keras_lora.files.tensors import kernel_to_tensor
-from keras_lora.files.tensors import to_tensors
-from keras_lora.files.tensors import torch_name
-from keras_lora.files.tensors import weight_to_tensor
-from keras_lora.keras_internals import processes
-from keras_lora.keras_internals.callers import warn_caller
-from keras_lora.keras_internals.layers import layer_state
+from keras_lora.files.names import module_names, refuse_tied_head, refuse_unnamed
+from keras_lora.files.tensors import (
+    file_alpha,
+    kernel_to_tensor,
+    to_tensors,
+    torch_name,
+    weight_to_tensor,
+)
+from keras_lora.keras_internals import layers, processes, warn_caller
+from keras_lora.layers import lora_layer, token_rows
 from keras_lora.layers.adapter import LowRankAdapter
-from keras_lora.layers.lora_layer import is_adapted
-from keras_lora.layers.token_rows import KEYWORD
-from keras_lora.models.paths import layer_paths
-from keras_lora.models.record import beside
-from keras_lora.models.sites import built_sites
+from keras_lora.models import record, sites
 
 
 def save_adapter(
@@ -93,16 +82,18 @@ def adapter_of(model, names=None, trained=None) -> Adapter:
     trained: (module, variable) that go along with the factors; by default those
     that train beside them, or did.
     """
-    paths = layer_paths(model)
+    paths = sites.layer_paths(model)
     modules = module_names(paths, names, model)
-    built_sites(model)
-    adapters = {m: site for m, site in modules.sites.items() if is_adapted(site)}
+    sites.built_sites(model)
+    adapters = {
+        m: site for m, site in modules.sites.items() if lora_layer.is_adapted(site)
+    }
     if trained is None:
         trained = trained_beside(modules, adapters)
     changed = {
         **{module: modules[module] for module, _ in trained},
         # A tied head uses rows of the table, in PEFT too.
-        **{m: s for m, s in adapters.items() if s.lora.keyword != KEYWORD},
+        **{m: s for m, s in adapters.items() if s.lora.keyword != token_rows.KEYWORD},
     }
     refuse_tied_head(model, names, changed)
     return adapter_from(modules, adapters, trained)
@@ -116,13 +107,13 @@ def adapter_from(modules, adapters, trained) -> Adapter:
         adapters: Those of them that have an adapter.
         trained: (module, variable) that go along.
     """
-    tables = {m: s for m, s in adapters.items() if s.lora.keyword == KEYWORD}
+    tables = {m: s for m, s in adapters.items() if s.lora.keyword == token_rows.KEYWORD}
     adapters = {m: s for m, s in adapters.items() if m not in tables}
     refuse_unnamed(modules, tables)
-    stacks = modules.parameters.keys() & {without_slice(m) for m in adapters}
+    stacks = modules.parameters.keys() & {slices.without_slice(m) for m in adapters}
     parameters = {module: modules.parameters[module] for module in sorted(stacks)}
     refuse_parameters(adapters, parameters)
-    tensors = rows_of(tables)
+    tensors = checked_config.rows_of(tables)
     for module, layer in adapters.items():
         tensors |= {module + suffix: x for suffix, x in to_tensors(layer).items()}
     tensors |= of_unadapted_slices(modules, adapters)
@@ -131,7 +122,7 @@ def adapter_from(modules, adapters, trained) -> Adapter:
     use_rslora = use_rslora and bool(adapters)
     ranks = {module: layer.lora.file_rank for module, layer in adapters.items()}
     alphas = {m: file_alpha(layer, use_rslora) for m, layer in adapters.items()}
-    layout = fuse(tensors, ranks, alphas, use_rslora, modules.places)
+    layout = slices.fuse(tensors, ranks, alphas, use_rslora, modules.places)
     others = {
         (module, torch_name(modules[module], variable)): weight_to_tensor(
             modules[module], variable, module in modules.inputs_first
@@ -146,7 +137,9 @@ def adapter_from(modules, adapters, trained) -> Adapter:
     names_of = collections.defaultdict(list)
     for module, variable in trained:
         names_of[module].append(torch_name(modules[module], variable))
-    biases = {without_slice(m) for m, found in names_of.items() if found == ["bias"]}
+    biases = {
+        slices.without_slice(m) for m, found in names_of.items() if found == ["bias"]
+    }
     bias = "all" if biases - ranks.keys() else "lora_only"
     config = settings(
         ranks,
@@ -160,7 +153,7 @@ def adapter_from(modules, adapters, trained) -> Adapter:
         fan_in_fan_out=bool(modules.inputs_first),
         parameters=parameters,
         **method_of(adapters),
-        **{KEYWORD: {m: list(s.lora.indices) for m, s in tables.items()}},
+        **{token_rows.KEYWORD: {m: list(s.lora.indices) for m, s in tables.items()}},
     )
     starts = sorted(m for m, layer in adapters.items() if layer.lora.has_start)
     return Adapter(tensors, config, layout, starts=starts)
@@ -193,7 +186,7 @@ def refuse_unreadable(adapted, others):
 def refuse_parameters(adapters, parameters):
     """Raises for DoRA of parameters, which PEFT does not have."""
     for module, layer in adapters.items():
-        if without_slice(module) in parameters and layer.lora.keyword:
+        if slices.without_slice(module) in parameters and layer.lora.keyword:
             raise ValueError(
                 f"The adapter of {module!r} has {layer.lora.keyword}, which PEFT does "
                 "not have for a parameter. Leave out `names` for a file of "
@@ -229,7 +222,7 @@ def method_of(adapters) -> dict:
 def of_unadapted_slices(modules, adapters) -> dict:
     """The tensors that a fused module needs for its slices without adapters."""
     tensors = {}
-    for module, (names, _) in layouts(adapters).items():
+    for module, (names, _) in slices.layouts(adapters).items():
         method = next(type(adapters[name].lora) for name in names if name in adapters)
         if not method.more_suffixes:
             continue
@@ -250,17 +243,17 @@ def trained_beside(modules, adapters):
     for module, layer in modules.items():
         if isinstance(layer, LowRankAdapter):
             continue
-        found = beside(layer)
+        found = record.trained_variables(layer)
         if module not in adapters and {torch_name(layer, v) for v in found} - {"bias"}:
             known = set(map(id, found))
-            found += [v for v in layer_state(layer)[1] if id(v) not in known]
+            found += [v for v in layers.layer_state(layer)[1] if id(v) not in known]
         trained += [(module, variable) for variable in found]
     return trained
 
 
 def fuse_others(others, modules):
     """Biases and weights of slices become their module's, in place."""
-    for module, layout in layouts(modules, modules.places).items():
+    for module, layout in slices.layouts(modules, modules.places).items():
         names = layout.names
         for weight in {name for slot, name in others if slot in names}:
             missing = [name for name in names if name not in modules]
@@ -274,14 +267,14 @@ def fuse_others(others, modules):
                     modules[name], variable, name in modules.inputs_first
                 )
                 for name in names
-                for variable in itertools.chain(*layer_state(modules[name]))
+                for variable in itertools.chain(*layers.layer_state(modules[name]))
                 if torch_name(modules[name], variable) == weight
             }
             parts = {
                 name: others.pop((name, weight), untrained[name]) for name in names
             }
             first = parts[names[0]]
-            axis = outputs_axis(first, names[0] in modules.inputs_first)
+            axis = slices.outputs_axis(first, names[0] in modules.inputs_first)
             sizes = sum(part.shape[axis] for part in parts.values())
             if sizes != layout.total(first.shape[axis]):
                 raise ValueError(

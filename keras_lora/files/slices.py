@@ -18,10 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from keras_lora.layers.method_files import more_suffixes
-from keras_lora.layers.settings import alpha_at
-from keras_lora.layers.settings import divisor
-from keras_lora.layers.torch_layout import LINEAR
+from keras_lora.layers import settings, torch_layout
 
 SLICE = re.compile(r"(.+)\[(\d+)/(\d+)\]")
 
@@ -119,14 +116,19 @@ def fuse(tensors, ranks, alphas, use_rslora, places=None) -> dict:
     stacked = {}
     for module, layout in layouts(ranks, places).items():
         own = [name for name in layout.names if name in ranks]
-        a, b = ([tensors.pop(name + suffix) for name in own] for suffix in LINEAR)
+        a, b = (
+            [tensors.pop(name + suffix) for name in own]
+            for suffix in torch_layout.LINEAR
+        )
         if not layout.places.keys() & own and len({len(block) for block in b}) > 1:
             raise ValueError(f"The slices of {module!r} have outputs of several sizes.")
-        for suffix in more_suffixes():
+        for suffix in torch_layout.more_suffixes():
             parts = {name: tensors.pop(name + suffix, None) for name in layout.names}
             if parts[layout.names[0]] is not None:
                 tensors[module + suffix] = layout.gather(parts)
-        scaling = [alphas[name] / divisor(ranks[name], use_rslora) for name in own]
+        scaling = [
+            alphas[name] / settings.divisor(ranks[name], use_rslora) for name in own
+        ]
         b = [block * (s / scaling[0]) for block, s in zip(b, scaling, strict=True)]
         shared = all(np.array_equal(a[0], other) for other in a)
         if len(own) < len(layout.names) or not shared:
@@ -134,10 +136,10 @@ def fuse(tensors, ranks, alphas, use_rslora, places=None) -> dict:
             a, b = [np.concatenate(a)], side_by_side(b)
         fused_a = layout.order_inputs(a[0], 1)
         fused_b = layout.gather(dict(zip(own, b, strict=True)))
-        for suffix, value in zip(LINEAR, (fused_a, fused_b), strict=True):
+        for suffix, value in zip(torch_layout.LINEAR, (fused_a, fused_b), strict=True):
             tensors[module + suffix] = np.ascontiguousarray(value)
         total = len(fused_a)
-        alpha = alpha_at(total, alphas[own[0]], ranks[own[0]], use_rslora)
+        alpha = settings.alpha_at(total, alphas[own[0]], ranks[own[0]], use_rslora)
         for name in own:
             del ranks[name], alphas[name]
         ranks[module], alphas[module] = total, alpha
@@ -158,7 +160,7 @@ def split(tensors, modules, stacked) -> dict:
     """The inverse, in place: {slice: Share} for the slices that are adapted."""
     shares, places = {}, getattr(modules, "places", {})
     for module, layout in layouts(getattr(modules, "sites", modules), places).items():
-        keys = [module + suffix for suffix in LINEAR]
+        keys = [module + suffix for suffix in torch_layout.LINEAR]
         if not all(key in tensors for key in keys):
             continue
         a, b = (tensors.pop(key) for key in keys)
@@ -168,7 +170,7 @@ def split(tensors, modules, stacked) -> dict:
                 f"The factors of {module!r} have shapes {a.shape} and {b.shape}, which "
                 f"do not fit {len(layout.names)} slices."
             )
-        for suffix in more_suffixes():
+        for suffix in torch_layout.more_suffixes():
             values = tensors.pop(module + suffix, None)
             if values is not None:
                 if values.ndim != 1 or len(values) != len(b):
@@ -191,8 +193,8 @@ def split(tensors, modules, stacked) -> dict:
             column += rank if module in stacked else 0
             rest[rows, columns] = 0
             if rank:
-                tensors[name + LINEAR[0]] = a[columns].copy()
-                tensors[name + LINEAR[1]] = b[rows, columns].copy()
+                tensors[name + torch_layout.LINEAR[0]] = a[columns].copy()
+                tensors[name + torch_layout.LINEAR[1]] = b[rows, columns].copy()
                 shares[name] = Share(rank, len(a))
         if rest.any():
             raise ValueError(

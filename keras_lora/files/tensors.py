@@ -13,16 +13,13 @@ convolution. Suffixes follow the module's name in a file.
 
 import numpy as np
 
-from keras_lora.layers.kinds import kind_of
+from keras_lora.layers import kinds, saved_values, settings, torch_layout
 from keras_lora.layers.settings import Settings
-from keras_lora.layers.settings import divisor
-from keras_lora.layers.torch_layout import to_numpy
-from keras_lora.layers.trained_values import trained_value
 
 
 def suffixes(layer):
     """What A and B of a layer, plain or adapted, are called in a file."""
-    return kind_of(layer).file_suffixes
+    return kinds.kind_of(layer).file_suffixes
 
 
 def file_alpha(layer, use_rslora):
@@ -30,7 +27,7 @@ def file_alpha(layer, use_rslora):
     rank = layer.lora.file_rank
     if use_rslora == layer.lora.use_rslora and rank == layer.lora.rank:
         return layer.lora.alpha
-    return layer.lora.scaling * divisor(rank, use_rslora)
+    return layer.lora.scaling * settings.divisor(rank, use_rslora)
 
 
 def own_alpha(layer, alpha, use_rslora):
@@ -79,7 +76,7 @@ TORCH_NAMES = {
 
 
 def torch_name(layer, variable):
-    if variable.name == kind_of(layer).kernel_name:
+    if variable.name == kinds.kind_of(layer).kernel_name:
         return "weight"
     return TORCH_NAMES.get(variable.name, variable.name)
 
@@ -89,10 +86,10 @@ def weight_to_tensor(layer, variable, inputs_first=False):
 
     inputs_first: the module keeps (in, out), as `fan_in_fan_out` says.
     """
-    value = to_numpy(trained_value(variable))
+    value = torch_layout.to_numpy(saved_values.trained_value(variable))
     if variable.name == "bias":
         return value.reshape(-1)
-    kind = kind_of(layer)
+    kind = kinds.kind_of(layer)
     if variable.name == kind.kernel_name:
         value = kind.weight_to_file(layer, value, inputs_first)
     return np.ascontiguousarray(value)
@@ -100,7 +97,7 @@ def weight_to_tensor(layer, variable, inputs_first=False):
 
 def kernel_to_tensor(layer):
     """The kernel of a layer, plain or adapted, as (outputs, inputs)."""
-    return weight_to_tensor(layer, getattr(layer, kind_of(layer).kernel_name))
+    return weight_to_tensor(layer, getattr(layer, kinds.kind_of(layer).kernel_name))
 
 
 def weight_from_tensor(layer, variable, value, where, inputs_first=False):
@@ -110,7 +107,7 @@ def weight_from_tensor(layer, variable, value, where, inputs_first=False):
         raise ValueError(
             f"The tensor {where!r} has shape {value.shape}; the model needs {expected}."
         )
-    kind = kind_of(layer)
+    kind = kinds.kind_of(layer)
     if variable.name == kind.kernel_name:
         value = kind.weight_from_file(layer, value, inputs_first)
     return value.reshape(variable.shape)

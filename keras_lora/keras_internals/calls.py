@@ -1,14 +1,10 @@
-"""Tells which call, loop, trace or save is running."""
+"""What Keras tells about calls: the one that runs, and those that made tensors."""
 
 import contextlib
 
 import keras
 
-from keras_lora.keras_internals.private_names import DROPOUT
-from keras_lora.keras_internals.private_names import IN_FUNCTIONS
-from keras_lora.keras_internals.private_names import require
-from keras_lora.keras_internals.probes import global_state
-from keras_lora.keras_internals.probes import masking
+from keras_lora.keras_internals import private_names, probes
 
 
 def was_called(layer):
@@ -23,7 +19,7 @@ def in_a_call():
 
 def outermost_layer():
     """The layer that was called first, of those that this runs inside of, or None."""
-    context = global_state.get_global_attribute("current_call_ctx")
+    context = probes.global_state.get_global_attribute("current_call_ctx")
     return None if context is None else context.entry_layer
 
 
@@ -114,7 +110,7 @@ def next_seed(generator):
     """
     if keras.backend.backend() != "jax" or not in_stateless_scope():
         return generator.next()
-    require(DROPOUT)
+    probes.require(private_names.DROPOUT)
     import jax
     from jax.extend.core import set_current_trace
 
@@ -125,7 +121,7 @@ def next_seed(generator):
 
 
 def in_stateless_scope():
-    return global_state.get_global_attribute("stateless_scope") is not None
+    return probes.global_state.get_global_attribute("stateless_scope") is not None
 
 
 def traced_for_xla():
@@ -140,7 +136,7 @@ def traced_for_xla():
 
     if tf.executing_eagerly():
         return False
-    require(IN_FUNCTIONS)
+    probes.require(private_names.IN_FUNCTIONS)
     graph = tf.compat.v1.get_default_graph()
     while graph is not None:
         context = graph._get_control_flow_context()
@@ -152,11 +148,11 @@ def traced_for_xla():
 
 def mask_of(tensor):
     """The mask that a layer has put on its outputs; None: it has none."""
-    return masking.get_keras_mask(tensor)
+    return probes.masking.get_keras_mask(tensor)
 
 
 def set_mask(tensor, mask):
-    masking.set_keras_mask(tensor, mask)
+    probes.masking.set_keras_mask(tensor, mask)
 
 
 def synchronize(model):
@@ -200,4 +196,48 @@ def keeping_weights(model):
 
 def legacy_format():
     """Whether a configuration is asked for by the writer of the old .h5 format."""
-    return global_state.get_global_attribute("use_legacy_config", False)
+    return probes.global_state.get_global_attribute("use_legacy_config", False)
+
+
+def made_by(tensor):
+    """The operation that made a symbolic tensor, and the tensors that it made it of.
+
+    Keras's public `Model.operations` do not say which of them makes the outputs.
+    """
+    node = node_of(tensor)
+    return node.operation, node.input_tensors
+
+
+def node_of(tensor):
+    history = tensor._keras_history
+    return history.operation._inbound_nodes[history.node_index]
+
+
+def computed(outputs, values, run):
+    """What symbolic tensors stand for, computed operation by operation.
+
+    Args:
+        outputs: A structure of symbolic tensors.
+        values: id of a symbolic tensor -> its value, for those that nothing makes.
+        run: (operation, args, kwargs) -> the operation's outputs.
+    """
+
+    def value(x):
+        if not isinstance(x, keras.KerasTensor):
+            return x
+        if id(x) not in values:
+            node = node_of(x)
+            given = node.arguments.args, node.arguments.kwargs
+            args, kwargs = keras.tree.map_structure(value, given)
+            found = keras.tree.flatten(run(node.operation, args, kwargs))
+            values.update(zip(map(id, node.outputs), found, strict=True))
+        return values[id(x)]
+
+    return keras.tree.map_structure(value, outputs)
+
+
+def run_operation(operation, args, kwargs):
+    """The outputs of an operation, or of a layer, for values."""
+    if isinstance(operation, keras.layers.Layer):
+        return operation(*args, **kwargs)
+    return operation.call(*args, **kwargs)

@@ -7,11 +7,7 @@ import weakref
 import keras
 import numpy as np
 
-from keras_lora.keras_internals import probes
-from keras_lora.keras_internals import processes
-from keras_lora.keras_internals.callers import warn_caller
-from keras_lora.keras_internals.private_names import LAYOUTS
-from keras_lora.keras_internals.private_names import require
+from keras_lora.keras_internals import private_names, probes, processes, warn_caller
 
 warned = weakref.WeakSet()  # the distributions of which a warning was given
 WHOLE = 2**20  # bytes of a value that may lie whole on a device for a moment
@@ -22,7 +18,7 @@ def layout_of(variable):
     distribution = keras.distribution.distribution()
     if distribution is None or keras.backend.backend() != "jax":
         return None
-    require(LAYOUTS)
+    probes.require(private_names.LAYOUTS)
     layout = distribution.get_variable_layout(variable)
     return layout if any(getattr(layout, "axes", None) or ()) else None
 
@@ -109,7 +105,7 @@ def cut_as(variable, value):
 def variable_like(variable, values, **options):
     """A new variable that lies as another one of its shape does."""
     if keras.backend.backend() == "jax" and keras.distribution.distribution():
-        require(LAYOUTS)
+        probes.require(private_names.LAYOUTS)
         options["layout"] = variable._layout
         if isinstance(values, np.ndarray):
             values = cut_as(variable, values)

@@ -26,7 +26,7 @@ class HiddenVariable:
             name=name,
         )
 
-    def passed_by_jax(self):
+    def jax_variables(self):
         """The variable, if JAX has to pass it; otherwise it would become a constant."""
         on_jax = keras.backend.backend() == "jax"
         return [self.variable] if on_jax and self.variable is not None else []

@@ -15,13 +15,7 @@ import warnings
 import keras
 import numpy as np
 
-from keras_lora.keras_internals.private_names import HUB
-from keras_lora.keras_internals.private_names import probe_package
-from keras_lora.keras_internals.private_names import require
-from keras_lora.keras_internals.probes import CONVERTERS
-from keras_lora.keras_internals.probes import converter_names
-from keras_lora.keras_internals.probes import global_state
-from keras_lora.keras_internals.probes import module
+from keras_lora.keras_internals import private_names, probes
 
 UNINITIALIZED = "uninitialized_variables"
 # Attributes of backbones that transformers' configurations call otherwise.
@@ -37,13 +31,13 @@ def is_backbone(layer):
 @functools.cache
 def converters() -> dict:
     """Family, as the converter is called -> its module."""
-    require(HUB)
-    if module("keras_hub") is None:
+    probes.require(private_names.HUB)
+    if probes.module("keras_hub") is None:
         return {}
-    probe_package("KerasHub")
-    require(HUB)
-    names = converter_names(module(CONVERTERS))
-    return {name.rpartition("convert_")[2]: module(name) for name in names}
+    private_names.probe_package("KerasHub")
+    probes.require(private_names.HUB)
+    names = probes.converter_names(probes.module(probes.CONVERTERS))
+    return {name.rpartition("convert_")[2]: probes.module(name) for name in names}
 
 
 def family_of(backbone_class):
@@ -59,14 +53,14 @@ def family_of(backbone_class):
     return extended[0] if len(extended) == 1 else None
 
 
-def stand_in(backbone_class, config):
+def uninitialized_copy(backbone_class, config):
     """A backbone of a configuration, whose variables hold nothing."""
-    before = list(global_state.get_global_attribute(UNINITIALIZED) or [])
+    before = list(probes.global_state.get_global_attribute(UNINITIALIZED) or [])
     try:
         with keras.StatelessScope(initialize_variables=False):
             copy = backbone_class.from_config(config)
     finally:  # else the next scope would initialize them
-        global_state.set_global_attribute(UNINITIALIZED, before)
+        probes.global_state.set_global_attribute(UNINITIALIZED, before)
     copy.trainable = True  # else frozen weights come after others
     for variable in copy.variables:
         variable.assign = lambda value: None

@@ -8,10 +8,7 @@ from typing import NamedTuple
 
 import keras
 
-from keras_lora.keras_internals.calls import in_a_call
-from keras_lora.keras_internals.calls import lies_outside
-from keras_lora.keras_internals.private_names import MODELS
-from keras_lora.keras_internals.private_names import require
+from keras_lora.keras_internals import calls, private_names, probes
 
 LORA_LAYER = "keras_lora.layers.lora_layer", "LoRALayer"
 
@@ -65,7 +62,7 @@ def is_frozen_kernel(variable) -> bool:
 
 def assign_outside_calls(variable, value):
     """Replaces a frozen kernel's `assign`: wrappers must not change W in a call."""
-    if in_a_call():
+    if calls.in_a_call():
         raise ValueError(
             f"A layer assigns to {variable.path!r} in its call, which is the frozen "
             "kernel of a LoRA layer. Leave that layer out with exclude=."
@@ -73,7 +70,7 @@ def assign_outside_calls(variable, value):
     return type(variable).assign(variable, value)
 
 
-def keep_frozen(layer):
+def freeze_spectral_norm(layer):
     """A frozen SpectralNormalization leaves its kernel alone, as one that predicts.
 
     Keras's assigns to it in every training call, whether it is frozen or not.
@@ -86,7 +83,7 @@ def keep_frozen(layer):
 
 
 def assign_if_trainable(kernel, variable, value):
-    if kernel.trainable or not in_a_call():
+    if kernel.trainable or not calls.in_a_call():
         return type(variable).assign(variable, value)
     return variable
 
@@ -99,7 +96,9 @@ def guard_assign(variable, refuse):
 
 
 def assign_guarded(variable, own, refuse, value):
-    if not (in_a_call() or lies_outside(variable) or value is variable.value):
+    if not (
+        calls.in_a_call() or calls.lies_outside(variable) or value is variable.value
+    ):
         refuse(variable.path)
     return type(variable).assign(variable, value) if own is None else own(value)
 
@@ -130,7 +129,7 @@ def unfreeze(layer, variable, place):
 
 def checked_model(model):
     """Raises if this is no model, or Keras is one that adapts none."""
-    require(MODELS)
+    probes.require(private_names.MODELS)
     if not isinstance(model, keras.layers.Layer):
         raise ValueError(
             "`model` must be a Keras model or layer. Received: "
@@ -336,3 +335,70 @@ def weight_places(layer) -> dict:
     parts = [part for part in flatten_layers(layer) if part is not layer]
     theirs = {id(v) for part in parts for v in part.variables}
     return {n: keys for n, keys in found.items() if id(held[n]) not in theirs}
+
+
+def kernel_variables(layer) -> dict:
+    """Attribute -> variable of a layer itself, all but its bias.
+
+    Those of a layer that is quantized: its integers, scales, zeros and groups.
+    """
+    return {
+        name: value
+        for name, value in vars(layer).items()
+        if isinstance(value, keras.Variable) and name != "bias"
+    }
+
+
+def exchange_variables(layer, other):
+    """Gives a quantized layer the kernels of a float one like it."""
+    with unlocked(layer):
+        for name in kernel_variables(layer):
+            delattr(layer, name)
+        for name, variable in kernel_variables(other).items():
+            setattr(layer, name, variable)
+    order = [variable.name for variable in other._trainable_variables]
+    layer._trainable_variables.sort(key=lambda variable: order.index(variable.name))
+    layer._is_quantized = False
+    layer.quantization_config = None
+
+
+def drop_float_kernel(layer):
+    """Ends Keras's calibration: the integers alone are left of a kernel."""
+    variables = kernel_variables(layer).items()
+    with unlocked(layer):
+        for name in [
+            x for x, v in variables if v.name == "kernel" and "int" not in v.dtype
+        ]:
+            delattr(layer, name)
+        if hasattr(layer, "calibration_pending"):  # since Keras 3.16
+            layer.calibration_pending = False
+        else:
+            setattr(layer, f"is_{layer.quantization_mode}_calibrated", True)
+
+
+@contextlib.contextmanager
+def listed_instead(layer, old, new):
+    """Makes a layer list another variable among its weights, for a while."""
+    lists = (layer._trainable_variables, layer._non_trainable_variables)
+    tracked = next(x for x in lists if any(v is old for v in x))
+    replace(tracked, old, new)
+    try:
+        yield
+    finally:
+        replace(tracked, new, old)
+
+
+def replace(tracked, old, new):
+    place = next(index for index, v in enumerate(tracked) if v is old)
+    list.__setitem__(tracked, place, new)
+
+
+@contextlib.contextmanager
+def unlisted(layer, sublayer):
+    """A layer does not list one of the layers that it holds."""
+    place = next(n for n, inner in enumerate(layer._layers) if inner is sublayer)
+    list.pop(layer._layers, place)
+    try:
+        yield
+    finally:
+        list.insert(layer._layers, place, sublayer)

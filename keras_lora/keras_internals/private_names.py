@@ -12,24 +12,6 @@ import keras
 
 from keras_lora.keras_internals import probes
 
-# The versions with which the laws have passed; see docs/compatibility.md.
-OLDEST, NIGHTLY = "3.12", "3.16.0.dev2026102704"
-HUB_NIGHTLY = "0.33.0.dev202610250352"
-TESTED = {
-    "Keras": f"{OLDEST}, 3.15 and {NIGHTLY}",
-    "TensorFlow": "2.21",
-    "torch": "2.13",
-    "JAX": "0.10",
-    "KerasHub": f"0.32 and {HUB_NIGHTLY}",
-}
-MODULES = {
-    "Keras": "keras",
-    "TensorFlow": "tensorflow",
-    "torch": "torch",
-    "JAX": "jax",
-    "KerasHub": "keras_hub",
-}
-
 # What needs a name, in words that an error can use.
 LAYERS = "LoRA layers"
 MODELS = "adapters of a model that exists"
@@ -123,7 +105,7 @@ TABLE = [
         "KerasTensor._keras_history, Operation._inbound_nodes",
         MODELS,
         "`Operation.input` is that of the first call alone.",
-        probes.tensors_know_their_operation,
+        probes.has_tensor_history,
     ),
     PrivateName(
         "Model._compile_config, _compiled_trainable_state (since Keras 3.13)",
@@ -229,14 +211,14 @@ TABLE = [
         "Variable._trainable",
         MODELS,
         "A kernel that was made while it was frozen trains after `merge_lora`.",
-        probes.variables_learn_to_train,
+        probes.can_unfreeze_variable,
         "TensorFlow",
     ),
     PrivateName(
         "Graph._get_control_flow_context, outer_graph",
         IN_FUNCTIONS,
         "Nothing public tells what XLA compiles.",
-        probes.graphs_tell_of_xla,
+        probes.detects_xla,
         "TensorFlow",
     ),
     PrivateName(
@@ -269,23 +251,22 @@ TABLE = [
     ),
 ]
 
-MISSING: dict = {}  # feature -> rows that it needs and are not there
-
 
 def probe():
     """Looks for every name once; an ImportError where all layers need one."""
-    version, oldest = (x.split(".")[:2] for x in (keras.__version__, OLDEST))
+    version, oldest = (x.split(".")[:2] for x in (keras.__version__, probes.OLDEST))
     if list(map(int, version)) < list(map(int, oldest)):
         raise ImportError(
-            f"keras_lora needs Keras {OLDEST} or later, and Keras {keras.__version__} "
-            f"is installed. It was tested with Keras {TESTED['Keras']}."
+            f"keras_lora needs Keras {probes.OLDEST} or later, and Keras "
+            f"{keras.__version__} is installed. It was tested with Keras "
+            f"{probes.TESTED['Keras']}."
         )
     probe_package("Keras")
-    for package, name in MODULES.items():
+    for package, name in probes.MODULES.items():
         if name == keras.backend.backend():
             probe_package(package)
-    if LAYERS in MISSING:
-        raise ImportError(sentence(LAYERS))
+    if LAYERS in probes.MISSING:
+        raise ImportError(probes.sentence(LAYERS))
 
 
 def probe_package(package):
@@ -297,25 +278,7 @@ def probe_package(package):
         except Exception:  # whatever another version raises
             found = False
         if not found:
-            MISSING.setdefault(row.needed_by, []).append(row)
-
-
-def require(feature):
-    """Raises ValueError if a package has not what a feature needs."""
-    if feature in MISSING:
-        raise ValueError(sentence(feature))
-
-
-def sentence(feature) -> str:
-    rows = MISSING[feature]
-    package = rows[0].package
-    names = " and ".join(row.name for row in rows if row.package == package)
-    version = probes.module(MODULES[package]).__version__
-    return (
-        f"keras_lora does not know how {package} {version} works inside: without "
-        f"{names} there are no {feature}. It was tested with {package} "
-        f"{TESTED[package]}: install one of these, or a later keras_lora."
-    )
+            probes.MISSING.setdefault(row.needed_by, []).append(row)
 
 
 probe()

@@ -1,4 +1,4 @@
-"""What looks for a private name: in milliseconds, and without making an array."""
+"""Probes for private names, and the error where one is missing."""
 
 import importlib
 import inspect
@@ -7,8 +7,27 @@ import types
 
 import keras
 
-from keras_lora.keras_internals.classes import change_class
+from keras_lora.keras_internals import classes
 
+# The versions with which the laws have passed; see docs/compatibility.md.
+OLDEST, NIGHTLY = "3.12", "3.16.0.dev2026102704"
+HUB_NIGHTLY = "0.33.0.dev202610250352"
+TESTED = {
+    "Keras": f"{OLDEST}, 3.15 and {NIGHTLY}",
+    "TensorFlow": "2.21",
+    "torch": "2.13",
+    "JAX": "0.10",
+    "KerasHub": f"0.32 and {HUB_NIGHTLY}",
+}
+MODULES = {
+    "Keras": "keras",
+    "TensorFlow": "tensorflow",
+    "torch": "torch",
+    "JAX": "jax",
+    "KerasHub": "keras_hub",
+}
+
+MISSING: dict = {}  # feature -> rows that it needs and are not there
 CONVERTERS = "keras_hub.src.utils.transformers"
 ON_JAX = keras.backend.backend() == "jax"
 OPTIMIZER = keras.optimizers.Optimizer
@@ -20,6 +39,24 @@ def module(name):
         return importlib.import_module(name)
     except ImportError:
         return None
+
+
+def require(feature):
+    """Raises ValueError if a package has not what a feature needs."""
+    if feature in MISSING:
+        raise ValueError(sentence(feature))
+
+
+def sentence(feature) -> str:
+    rows = MISSING[feature]
+    package = rows[0].package
+    names = " and ".join(row.name for row in rows if row.package == package)
+    version = module(MODULES[package]).__version__
+    return (
+        f"keras_lora does not know how {package} {version} works inside: without "
+        f"{names} there are no {feature}. It was tested with {package} "
+        f"{TESTED[package]}: install one of these, or a later keras_lora."
+    )
 
 
 global_state = module("keras.src.backend.common.global_state")
@@ -72,7 +109,7 @@ def class_changes() -> bool:
             return inputs
 
     layer, made = Before(name="sample"), After(name="sample")
-    change_class(layer, After)
+    classes.change_class(layer, After)
     layer.build((1,))
     parameters = [
         [list(x.parameters) for x in vars(each).values() if hasattr(x, "parameters")]
@@ -81,13 +118,13 @@ def class_changes() -> bool:
     return hasattr(layer, "was_built") and parameters[0] == parameters[1] != []
 
 
-def tensors_know_their_operation() -> bool:
+def has_tensor_history() -> bool:
     tensor = keras.Input((1,), name="sample")
     [node] = tensor._keras_history.operation._inbound_nodes
     return hasattr(node, "arguments") and node.outputs[0] is tensor
 
 
-def variables_learn_to_train() -> bool:
+def can_unfreeze_variable() -> bool:
     """Whether a variable of TensorFlow's that was made frozen can train later."""
     tf = module("tensorflow")
     with tf.Graph().as_default():
@@ -96,7 +133,7 @@ def variables_learn_to_train() -> bool:
     return variable.trainable
 
 
-def graphs_tell_of_xla() -> bool:
+def detects_xla() -> bool:
     tf = module("tensorflow")
     graph = tf.Graph()
     traced = tf.__internal__.FuncGraph("sample")

@@ -4,10 +4,7 @@ import json
 
 import keras
 
-from keras_lora.keras_internals import probes
-from keras_lora.keras_internals.callers import warn_caller
-from keras_lora.keras_internals.private_names import PROCESSES
-from keras_lora.keras_internals.private_names import require
+from keras_lora.keras_internals import private_names, probes, warn_caller
 
 MEETING_SECONDS = 30  # until a process that waits for the others gives up
 WORKING_SECONDS = 600  # the same, while one of them writes or reads a file
@@ -39,7 +36,7 @@ def exchange(message, seconds) -> list:
 
     message: what can be written as JSON.
     """
-    require(PROCESSES)
+    probes.require(private_names.PROCESSES)
     jax = probes.module("jax")
     client = probes.module("jax._src.distributed").global_state.client
     meeting, process = f"keras_lora/{Meetings.count}", jax.process_index()

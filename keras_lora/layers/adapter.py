@@ -4,18 +4,97 @@ import math
 import random
 
 import keras
+import numpy as np
 from keras import ops
 
-from keras_lora.keras_internals.distribution import lay_out
+from keras_lora.keras_internals import distribution, hidden_state
 from keras_lora.keras_internals.hidden_state import HiddenVariable
 from keras_lora.keras_internals.layers import Place
-from keras_lora.layers.adapter_files import AdapterFiles
-from keras_lora.layers.merged_training import linear_with_update
-from keras_lora.layers.merged_training import merging_pays
-from keras_lora.layers.rematerialized import seed_of
-from keras_lora.layers.scaled import Scaled
-from keras_lora.layers.settings import Settings
-from keras_lora.layers.settings import checked_dropout
+from keras_lora.layers import merged_training, rematerialized
+from keras_lora.layers.saved_values import AdapterFiles
+from keras_lora.layers.settings import Settings, checked_dropout
+
+
+class Scaled:
+    """Mixin of an adapter: rank and alpha, and the factor that they make.
+
+    Compiled functions read the factor from a variable, so that another alpha and
+    `switch` are seen without tracing anew. It is no weight.
+    """
+
+    settings: Settings
+    variable_dtype: str
+    has_start: bool
+    _scaling: HiddenVariable
+    switched_off = 0  # by how many contexts
+
+    @property
+    def rank(self) -> int:
+        return self.settings.rank
+
+    @property
+    def product_rank(self) -> int:
+        """Of the product that the update is: the columns that `factors` gives of A."""
+        return 2 * self.rank if self.has_start else self.rank
+
+    @property
+    def use_rslora(self) -> bool:
+        return self.settings.use_rslora
+
+    @property
+    def scaling(self) -> float:
+        """The factor in front of A @ B."""
+        return self.settings.scaling
+
+    @property
+    def alpha(self) -> float:
+        return self.settings.alpha
+
+    @alpha.setter
+    def alpha(self, alpha):
+        self.set_alpha(alpha, self.use_rslora)
+
+    def set_alpha(self, alpha, use_rslora=False):
+        """Sets alpha; compiled functions see the new value too."""
+        self.settings = Settings(self.rank, alpha, use_rslora)
+        self._write_scaling()
+
+    @property
+    def is_on(self) -> bool:
+        return not self.switched_off
+
+    def switch(self, on):
+        """Switches the adapter off or on: when off, the scaling reads as 0."""
+        self.switched_off += -1 if on else 1
+        self._write_scaling()
+
+    def _write_scaling(self):
+        if self._scaling.variable is not None:
+            self._scaling.variable.assign(self._scaling_value())
+
+    def _scaling_value(self, shape=(), dtype=None):
+        # By way of NumPy: TensorFlow takes a Python number for a float32.
+        value = self.scaling if self.is_on else 0.0
+        return ops.convert_to_tensor(np.full(shape, value, self.variable_dtype))
+
+    def make_scaling(self):
+        """Makes the variable, when the factors are made."""
+        self._scaling.make(self._scaling_value, self.variable_dtype, "scaling")
+        hidden_state.hold_state(
+            self,
+            "alpha",
+            self._scaling.variable,
+            get=lambda: [self.alpha, self.use_rslora],
+            put=lambda state: self.set_alpha(*state),
+        )
+
+    @property
+    def switched(self):
+        """1 where the adapter acts, 0 inside `disabled()`; seen by compiled functions.
+
+        For methods whose formula has no `scaling` in front of all they add.
+        """
+        return ops.cast(ops.not_equal(self._scaling.variable, 0), self.variable_dtype)
 
 
 @keras.saving.register_keras_serializable(package="keras_lora")
@@ -64,7 +143,7 @@ class LowRankAdapter(Scaled, AdapterFiles, keras.layers.Layer):
     magnitude = None  # DoRA's m
     has_gain = False  # whether outputs are multiplied too, as `for_bank` says
     takes_start = True  # a subclass with other factors says it for itself
-    taken_off_by = "merge_lora(model) or remove_lora(model)"
+    removal_hint = "merge_lora(model) or remove_lora(model)"
     is_bank = False  # many adapters, which their bank alone may change
     stand_in = None  # what acts for it inside `merged()`
     kernel_place: Place | None = None  # where W stood before it was frozen
@@ -121,7 +200,7 @@ class LowRankAdapter(Scaled, AdapterFiles, keras.layers.Layer):
                 start = self.add_factor(name, factor.shape, "zeros", trainable=False)
                 setattr(self, name, start)
 
-    def lay_out_factors(self, layout):
+    def shard_factors(self, layout):
         """A lies as the kernel's input axes do, B as its output axes.
 
         layout: the kernel's, under `keras.distribution.ModelParallel`.
@@ -130,7 +209,7 @@ class LowRankAdapter(Scaled, AdapterFiles, keras.layers.Layer):
         for name, variable in self.named_factors().items():
             own = axes.get(name.removesuffix("_start"), ())
             if any(own):
-                lay_out(variable, own, layout)
+                distribution.lay_out(variable, own, layout)
 
     def start_from_kernel(self):
         """For methods that start from W: starts them anew after W was assigned."""
@@ -149,7 +228,7 @@ class LowRankAdapter(Scaled, AdapterFiles, keras.layers.Layer):
 
     @property
     def variables(self):
-        return [*super().variables, *self._scaling.passed_by_jax()]
+        return [*super().variables, *self._scaling.jax_variables()]
 
     def named_factors(self) -> dict:
         """Name -> variable: what files, reports and checks go through."""
@@ -201,8 +280,8 @@ class LowRankAdapter(Scaled, AdapterFiles, keras.layers.Layer):
         """linear(x, W) + linear(drop(x), A) @ (scaling * B)."""
         dtype = self.variable_dtype if host.form.looks_up else host.compute_dtype
         a, b = self.factors(dtype)
-        if training and merging_pays(host, self, inputs):
-            return linear_with_update(host, inputs, a, b)
+        if training and merged_training.merging_pays(host, self, inputs):
+            return merged_training.linear_with_update(host, inputs, a, b)
         dropped = self.dropped(inputs) if training else inputs
         outputs = ops.cast(host.frozen_linear(inputs), dtype)
         # Not ops.add, which on TensorFlow takes an empty batch's rows for a bias.
@@ -224,7 +303,9 @@ class LowRankAdapter(Scaled, AdapterFiles, keras.layers.Layer):
         if self.seed_generator is None:
             return inputs
         inputs = ops.convert_to_tensor(inputs, sparse=False)
-        return keras.random.dropout(inputs, self.dropout, seed=seed_of(self))
+        return keras.random.dropout(
+            inputs, self.dropout, seed=rematerialized.seed_of(self)
+        )
 
 
 class FixedKernel:

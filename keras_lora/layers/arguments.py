@@ -5,8 +5,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable
-from typing import ParamSpec
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 import keras
 

@@ -6,14 +6,9 @@ from functools import partial
 import keras
 from keras import ops
 
-from keras_lora.layers.conv_bypass import down
-from keras_lora.layers.conv_bypass import up
+from keras_lora.layers import loralib, torch_layout
 from keras_lora.layers.form import LowRankForm
 from keras_lora.layers.lora_layer import LoRALayer
-from keras_lora.layers.loralib import checked_factorization
-from keras_lora.layers.loralib import loralib_convolution
-from keras_lora.layers.loralib import standard_convolution
-from keras_lora.layers.torch_layout import convolutions_in_file
 
 
 class LoRAConv(LoRALayer):
@@ -24,7 +19,7 @@ class LoRAConv(LoRALayer):
 
     def __init__(self, *args, factorization: str = "standard", **kwargs):
         super().__init__(*args, **kwargs)
-        self.factorization = checked_factorization(factorization)
+        self.factorization = loralib.checked_factorization(factorization)
 
     def linear(self, inputs, kernel):
         padding = self.padding
@@ -44,7 +39,7 @@ class LoRAConv(LoRALayer):
 
     def low_rank_form(self, rank):
         if self.factorization == "loralib":
-            return loralib_convolution(self, rank)
+            return loralib.loralib_convolution(self, rank)
         *window, filters = self.kernel_shape  # (*k, channels / groups, filters)
         return LowRankForm(
             a_shape=(*window, rank),
@@ -59,7 +54,7 @@ class LoRAConv(LoRALayer):
             # and a convolution to few channels takes as long as one to sixteen.
             merges_from=math.prod(self.kernel_shape) * 16 // max(rank, 16),
             forms_gradient=self.groups == 1 and filters <= 2 * max(rank, 16),
-            **convolutions_in_file(self.groups, len(self.kernel_shape)),
+            **torch_layout.convolutions_in_file(self.groups, len(self.kernel_shape)),
         )
 
     def over_outputs(self, value):
@@ -72,7 +67,7 @@ class LoRAConv(LoRALayer):
     def read_loralib(cls, layer, a, b, rank, mask, module):
         if getattr(layer, "factorization", None) == "loralib":
             return a, b
-        return standard_convolution(layer, a, b, rank, module)
+        return loralib.standard_convolution(layer, a, b, rank, module)
 
     def get_config(self):
         return {**super().get_config(), "factorization": self.factorization}
@@ -184,3 +179,35 @@ class LoRAConv3D(LoRAConv, keras.layers.Conv3D):
     """  # noqa: E501
 
     plain_class = keras.layers.Conv3D
+
+
+def down(layer, inputs, a):
+    """The convolution with A, to the rank."""
+    if layer.groups > 1:
+        # Every group of channels goes through the same A.
+        a = ops.tile(a, (1,) * (len(a.shape) - 1) + (layer.groups,))
+    if as_products(layer) and set(layer.kernel_size + layer.strides) == {1}:
+        return ops.matmul(inputs, ops.reshape(a, a.shape[-2:]))
+    if a.shape[-1] == 1 and keras.backend.backend() == "torch":
+        # Its convolution on a CPU has no gradient for one row and one filter.
+        axis = -1 if layer.data_format == "channels_last" else 1
+        both = layer.linear(inputs, ops.repeat(a, 2, axis=-1))
+        return ops.take(both, [0], axis=axis)
+    return layer.linear(inputs, a)
+
+
+def up(layer, hidden, b):
+    """The 1x1 convolution with B, from the rank to the filters."""
+    if as_products(layer):
+        return ops.matmul(hidden, b)
+    return ops.conv(
+        hidden,
+        ops.reshape(b, (1,) * layer.rank + tuple(b.shape)),
+        padding="valid",
+        data_format=layer.data_format,
+    )
+
+
+def as_products(layer):
+    """Whether a 1x1 convolution is a product here, which is faster on a CPU."""
+    return layer.groups == 1 and layer.data_format == "channels_last"

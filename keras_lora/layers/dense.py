@@ -3,12 +3,9 @@
 import keras
 from keras import ops
 
-from keras_lora.layers.by_row import matmul_by_row
+from keras_lora.layers import form, loralib
 from keras_lora.layers.form import LowRankForm
-from keras_lora.layers.form import gradient_of_matrix
-from keras_lora.layers.form import merging_size
 from keras_lora.layers.lora_layer import LoRALayer
-from keras_lora.layers.loralib import merged_linear
 
 
 @keras.saving.register_keras_serializable(package="keras_lora")
@@ -51,14 +48,14 @@ class LoRADense(LoRALayer, keras.layers.Dense):
             compose=ops.matmul,
             down=ops.matmul,
             up=ops.matmul,
-            down_by_row=matmul_by_row,
-            up_by_row=matmul_by_row,
-            merges_from=merging_size(inputs * units, inputs, units),
-            gradient_of_a=lambda x, of_hidden: gradient_of_matrix(
+            down_by_row=form.matmul_by_row,
+            up_by_row=form.matmul_by_row,
+            merges_from=form.merging_size(inputs * units, inputs, units),
+            gradient_of_a=lambda x, of_hidden: form.gradient_of_matrix(
                 self.input_rows(x), of_hidden
             ),
         )
 
     @classmethod
     def read_loralib(cls, layer, a, b, rank, mask, module):
-        return merged_linear(layer, a, b, rank, mask, module)
+        return loralib.merged_linear(layer, a, b, rank, mask, module)

@@ -6,11 +6,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lora.keras_internals.calls import traced_for_xla
+from keras_lora.keras_internals import calls
+from keras_lora.layers import torch_layout
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.form import last_axes
-from keras_lora.layers.method_files import DoRAFiles
-from keras_lora.layers.torch_layout import to_numpy
+from keras_lora.layers.torch_layout import DoRAFiles
 
 [MAGNITUDE] = DoRAFiles.more_suffixes
 
@@ -48,7 +48,7 @@ class DoRAAdapter(DoRAFiles, LowRankAdapter):
 
     def build_factors(self, form, regularizer, read_kernel):
         super().build_factors(form, regularizer, read_kernel)
-        if traced_for_xla():
+        if calls.traced_for_xla():
             raise ValueError(
                 "With `use_dora` a layer cannot be built inside a function that XLA "
                 "compiles: m starts from W. Build the model first, with "
@@ -69,7 +69,7 @@ class DoRAAdapter(DoRAFiles, LowRankAdapter):
     def starting_magnitude(self):
         a, b = self.unscaled_factors()
         norm = self.norm(self.read_kernel(), a, ops.multiply(b, self.scaling))
-        return self.of_adapted(norm)
+        return self.select_adapted(norm)
 
     def start_from_kernel(self):
         self.magnitude.assign(self.starting_magnitude())
@@ -100,20 +100,20 @@ class DoRAAdapter(DoRAFiles, LowRankAdapter):
     def gain(self, kernel):
         """m / n for each output; 1 where there is no length, and in `disabled()`."""
         norm = self.norm(kernel, *self.factors(self.variable_dtype))
-        norm = self.of_adapted(norm)
+        norm = self.select_adapted(norm)
         there = norm > 0
         gain = ops.divide(self.magnitude, ops.where(there, norm, 1))
         acts = ops.logical_and(there, self.switched > 0)
-        return self.over_all(ops.where(acts, gain, 1))
+        return self.expand_to_outputs(ops.where(acts, gain, 1))
 
-    def of_adapted(self, values):
+    def select_adapted(self, values):
         """Of values for all outputs those that the update reaches."""
         adapted = self.form.adapted_outputs
         if adapted is None:
             return values
         return ops.take(values, np.flatnonzero(adapted))
 
-    def over_all(self, gain):
+    def expand_to_outputs(self, gain):
         """The inverse: the others are left as they are."""
         adapted = self.form.adapted_outputs
         if adapted is None:
@@ -155,7 +155,10 @@ class DoRAAdapter(DoRAFiles, LowRankAdapter):
     # What is kept.
 
     def to_file(self, suffixes):
-        magnitude, adapted = to_numpy(self.magnitude), self.form.adapted_outputs
+        magnitude, adapted = (
+            torch_layout.to_numpy(self.magnitude),
+            self.form.adapted_outputs,
+        )
         if adapted is not None:
             norm = self.own_norm()
             norm[adapted] = magnitude
@@ -185,7 +188,7 @@ class DoRAAdapter(DoRAFiles, LowRankAdapter):
     def own_norm(self):
         """||W||."""
         b = ops.zeros(self.b.shape, self.variable_dtype)
-        return to_numpy(self.norm(self.read_kernel(), self.a, b))
+        return torch_layout.to_numpy(self.norm(self.read_kernel(), self.a, b))
 
 
 def refuse_other_products(form, sizes):

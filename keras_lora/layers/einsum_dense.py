@@ -1,20 +1,180 @@
-"""LoRAEinsumDense: the projections of attention."""
+"""EinsumDense with low-rank adapters, and what its equation says of W's axes."""
 
 import math
+import string
+from typing import NamedTuple
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_lora.layers.by_row import einsum_by_row
-from keras_lora.layers.equation import as_matrix
-from keras_lora.layers.equation import split_equation
+from keras_lora.keras_internals import warn_caller
+from keras_lora.layers import form, quantized_host
 from keras_lora.layers.form import LowRankForm
-from keras_lora.layers.form import gradient_of_matrix
-from keras_lora.layers.form import merging_size
-from keras_lora.layers.form import unchanged
 from keras_lora.layers.lora_layer import LoRALayer
-from keras_lora.layers.quantized_einsum import QuantizedEinsum
+
+
+class SplitEquation(NamedTuple):
+    """An equation's kernel axes by what they do, and the low-rank equations."""
+
+    inputs: str
+    kernel: str
+    batch: str
+    contracted: str
+    new: str
+    down: str  # inputs, A -> hidden
+    up: str  # hidden, B -> outputs
+    compose: str  # A, B -> kernel
+    outputs: str
+    back: str  # gradient of outputs, kernel -> gradient of inputs
+
+    def axes(self, letters):
+        """Where the kernel has these axes."""
+        return tuple(map(self.kernel.index, letters))
+
+    def over_outputs(self, value):
+        """A value with the kernel's batch and new axes, laid out as the outputs are."""
+        own = [axis for axis in self.kernel if axis not in self.contracted]
+        lead, _, trail = self.outputs.rpartition("...")
+        if any(axis in lead for axis in own):
+            raise ValueError(
+                f"The kernel's axes of outputs {self.outputs!r} come before '...'."
+            )
+        value = ops.transpose(value, [own.index(axis) for axis in trail if axis in own])
+        for place, axis in enumerate(trail):
+            if axis not in own:
+                value = ops.expand_dims(value, place)
+        return value
+
+    def rows(self, inputs):
+        """Inputs as (n, contracted axes as one); None where the kernel is a stack."""
+        if self.batch:
+            return None
+        own = self.inputs.replace("...", "")
+        places = [own.index(axis) for axis in self.contracted]
+        if "..." in self.inputs:
+            first = self.inputs.index("...")
+            more = len(inputs.shape) - len(own)
+            places = [place + more * (place >= first) for place in places]
+        others = [place for place in range(len(inputs.shape)) if place not in places]
+        size = math.prod(inputs.shape[place] for place in places)
+        return ops.reshape(ops.transpose(inputs, others + places), (-1, size))
+
+    @property
+    def keeps_order(self):
+        """Whether outputs have the inputs' other axes in their order, then new ones."""
+        others = "".join(axis for axis in self.inputs if axis not in self.contracted)
+        return not self.batch and self.outputs.startswith(others)
+
+    def by_row(self, ndim):
+        """(down, up, letter of the rows), with letters in the place of "..."."""
+        free = (x for x in string.ascii_letters if x not in self.down + self.up)
+        inputs = self.down.partition(",")[0]
+        others = "".join(next(free) for _ in range(ndim - len(inputs) + 3))
+        down, up = (x.replace("...", others) for x in (self.down, self.up))
+        row = down[0]
+        if row in self.kernel:
+            raise ValueError(
+                f"The first axis of the inputs in {self.down!r} is one of the kernel's "
+                "own: rows cannot have adapters of their own."
+            )
+        return down, up, row
+
+    def over_kernel(self, value, sizes):
+        """What lies as the outputs do, with 1 for axes not the kernel's, beside it."""
+        size = dict(zip(self.kernel, sizes, strict=True))
+        found = [axis for axis in self.outputs if axis in self.kernel]
+        value = ops.reshape(value, [size[axis] for axis in found])
+        own = [axis for axis in self.kernel if axis in found]
+        value = ops.transpose(value, [found.index(axis) for axis in own])
+        for place in sorted(self.axes(self.contracted)):
+            value = ops.expand_dims(value, place)
+        return value
+
+
+def split_equation(equation):
+    """Splits "inputs,kernel->outputs" around a rank axis of its own."""
+    operands, outputs = equation.replace(" ", "").split("->")
+    inputs, kernel = operands.split(",")
+    batch = "".join(x for x in kernel if x in inputs and x in outputs)
+    contracted = "".join(x for x in kernel if x in inputs and x not in outputs)
+    new = "".join(x for x in kernel if x not in inputs)
+    if not contracted or not new:
+        missing = "contracts no axis of" if not contracted else "gives no new axis to"
+        raise ValueError(
+            f"The equation {equation!r} {missing} its kernel, so a low-rank update "
+            'has nothing to factor. Use rank=0, or an equation such as "abc,cd->abd".'
+        )
+    rank = next(x for x in "rzyxwvutsqponmlkjihgfedcbaR" if x not in equation)
+    # Output axes that come from the input keep their order, then the rank axis.
+    hidden = "".join(x for x in outputs if x not in new) + rank
+    a, b = batch + contracted + rank, batch + rank + new
+    return SplitEquation(
+        inputs,
+        kernel,
+        batch,
+        contracted,
+        new,
+        down=f"{inputs},{a}->{hidden}",
+        up=f"{hidden},{b}->{outputs}",
+        compose=f"{a},{b}->{kernel}",
+        outputs=outputs,
+        back=f"{outputs},{kernel}->{inputs}",
+    )
+
+
+def as_matrix(layer, kernel):
+    """The kernel of an einsum layer as (inputs, outputs); a stack of them stays one."""
+    split = split_equation(layer.equation)
+    if split.batch:
+        return kernel
+    contracted = split.axes(split.contracted)
+    rows = math.prod(kernel.shape[axis] for axis in contracted)
+    return kernel.transpose(*contracted, *split.axes(split.new)).reshape(rows, -1)
+
+
+class QuantizedEinsum:
+    """Mixin of LoRAEinsumDense: what `QuantizedHost` asks of a kind."""
+
+    equation: str
+    name: str
+    quantization_mode: str | None
+
+    def linear_back(self, upstream, kernel):
+        return ops.einsum(split_equation(self.equation).back, upstream, kernel)
+
+    def warn_of_quantization(self):
+        split = split_equation(self.equation)
+        mode = self.quantization_mode
+        first = split.kernel.startswith(split.contracted)
+        if (
+            mode in quantized_host.CALIBRATED
+        ):  # where the largest axis tells the inputs' from others
+            axes = split.axes(split.contracted)
+            inputs = math.prod(self.kernel_shape[axis] for axis in axes)
+            first = first and self.g_idx.shape[0] == inputs
+        scale, zero, _ = quantized_host.quantization(self, "kernel")
+        if not first and not self.scales_outputs(scale, zero):
+            warn_caller(
+                f"The {mode} kernel of {self.name!r} has a large error: Keras "
+                f"quantizes it along axes over which {self.equation!r} does not sum. "
+                "Its error is several times that of a Dense kernel. Use int8 for this "
+                "layer, or leave it in float (`filters` of `Model.quantize`)."
+            )
+
+    def scales_outputs(self, scale, zero):
+        """Whether a scale lies as the outputs do: int8, and int4 in Keras 3.12."""
+        return zero is None and (self.quantization_mode == "int8" or scale.ndim > 1)
+
+    def from_integers(self, integers, scale, zero, groups):
+        if self.scales_outputs(scale, zero):
+            split = split_equation(self.equation)
+            scale = split.over_kernel(scale, integers.shape)
+            return quantized_host.dequantize(integers, scale)
+        # Keras reshapes the kernel to a matrix, whichever axes come first.
+        matrix = ops.reshape(integers, (-1, scale.shape[-1]))
+        values = quantized_host.dequantize(matrix, scale, zero, groups)
+        return ops.reshape(values, integers.shape)
 
 
 @keras.saving.register_keras_serializable(package="keras_lora")
@@ -86,7 +246,9 @@ class LoRAEinsumDense(QuantizedEinsum, LoRALayer, keras.layers.EinsumDense):
             for axes in (split.batch, split.contracted, split.new)
         )
         # torch has no linear module with a matrix for each index of a batch axis.
-        in_file = {"to_file": unchanged, "from_file": unchanged} if batch else {}
+        in_file = (
+            {"to_file": form.unchanged, "from_file": form.unchanged} if batch else {}
+        )
         return LowRankForm(
             a_shape=(*batch, *contracted, rank),
             b_shape=(*batch, rank, *new),
@@ -99,7 +261,7 @@ class LoRAEinsumDense(QuantizedEinsum, LoRALayer, keras.layers.EinsumDense):
             input_axes=split.axes(split.contracted),
             batch_axes=split.axes(split.batch),
             over_outputs=split.over_outputs,
-            merges_from=merging_size(
+            merges_from=form.merging_size(
                 math.prod(self.kernel_shape), math.prod(contracted), math.prod(new)
             ),
             gradient_of_a=self._gradient_of_a if split.keeps_order else None,
@@ -107,16 +269,16 @@ class LoRAEinsumDense(QuantizedEinsum, LoRALayer, keras.layers.EinsumDense):
         )
 
     def _gradient_of_a(self, inputs, of_hidden):
-        matrix = gradient_of_matrix(self.input_rows(inputs), of_hidden)
+        matrix = form.gradient_of_matrix(self.input_rows(inputs), of_hidden)
         return ops.reshape(matrix, (*self.lora.form.a_shape[:-1], -1))
 
     def _down_by_row(self, inputs, a, slots):
         down, _, row = split_equation(self.equation).by_row(len(inputs.shape))
-        return einsum_by_row(down, row, inputs, a, slots)
+        return form.einsum_by_row(down, row, inputs, a, slots)
 
     def _up_by_row(self, hidden, b, slots):
         split = split_equation(self.equation)
         # The inputs have the contracted axes more, and not that of the rank.
         ndim = len(hidden.shape) - 1 + len(split.contracted)
         _, up, row = split.by_row(ndim)
-        return einsum_by_row(up, row, hidden, b, slots)
+        return form.einsum_by_row(up, row, hidden, b, slots)

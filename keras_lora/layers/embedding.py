@@ -3,15 +3,10 @@
 import keras
 from keras import ops
 
-from keras_lora.keras_internals.classes import twin
-from keras_lora.keras_internals.kernels import kernel_variables
-from keras_lora.layers.by_row import matmul_by_row
-from keras_lora.layers.by_row import take_by_row
+from keras_lora.keras_internals import classes, layers
+from keras_lora.layers import form, quantized_host, torch_layout
 from keras_lora.layers.form import LowRankForm
 from keras_lora.layers.lora_layer import LoRALayer
-from keras_lora.layers.quantized_host import dequantize
-from keras_lora.layers.quantized_host import in_artefact
-from keras_lora.layers.torch_layout import EMBEDDING
 
 
 @keras.saving.register_keras_serializable(package="keras_lora")
@@ -43,7 +38,7 @@ class LoRAEmbedding(LoRALayer, keras.layers.Embedding):
     kernel_name = "embeddings"
     in_all_linear = False
     takes_dropout = False
-    file_suffixes = EMBEDDING
+    file_suffixes = torch_layout.EMBEDDING
 
     def build(self, input_shape=None):
         if not self.built:
@@ -62,22 +57,22 @@ class LoRAEmbedding(LoRALayer, keras.layers.Embedding):
         return ops.stop_gradient(self.linear(inputs, self.frozen_kernel))
 
     def quantized_linear(self, inputs):
-        if in_artefact():
-            return twin(self, self.plain_class, {}).quantized_call(inputs)
+        if quantized_host.in_artefact():
+            return classes.twin(self, self.plain_class, {}).quantized_call(inputs)
         ids = ops.reshape(ops.cast(inputs, "int32"), (-1,))
         rows = {
             name: ops.take(variable, ids, axis=0)
-            for name, variable in kernel_variables(self).items()
+            for name, variable in layers.kernel_variables(self).items()
             if name.strip("_").startswith(self.kernel_name)
         }
-        plain = twin(self, self.plain_class, rows)
+        plain = classes.twin(self, self.plain_class, rows)
         outputs = plain.quantized_call(ops.arange(ops.shape(ids)[0]))
         shape = (*ops.shape(inputs), self.output_dim)
         return ops.stop_gradient(ops.reshape(outputs, shape))
 
     def from_integers(self, integers, scale, zero, groups):
         scale = ops.expand_dims(scale, -1) if zero is None else scale
-        return dequantize(integers, scale, zero, groups, axis=1)
+        return quantized_host.dequantize(integers, scale, zero, groups, axis=1)
 
     def apply_kernel(self, inputs, kernel):
         return self.linear(inputs, kernel)
@@ -93,8 +88,8 @@ class LoRAEmbedding(LoRALayer, keras.layers.Embedding):
             compose=ops.matmul,
             down=self.linear,
             up=ops.matmul,
-            down_by_row=take_by_row,
-            up_by_row=matmul_by_row,
+            down_by_row=form.take_by_row,
+            up_by_row=form.matmul_by_row,
             a_initializer="zeros",
             b_initializer=keras.initializers.RandomNormal(mean=0.0, stddev=1.0),
             looks_up=True,

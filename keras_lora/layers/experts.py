@@ -5,13 +5,9 @@ import inspect
 import keras
 from keras import ops
 
-from keras_lora.keras_internals.calls import is_traced
-from keras_lora.keras_internals.classes import call_with
-from keras_lora.keras_internals.classes import like_method
-from keras_lora.keras_internals.operations import computed
-from keras_lora.keras_internals.operations import run_operation
+from keras_lora.keras_internals import calls, classes
+from keras_lora.layers import rematerialized
 from keras_lora.layers.adapter import LowRankAdapter
-from keras_lora.layers.rematerialized import training_of
 from keras_lora.layers.substituted import SeveralWeights
 
 BANKS = (
@@ -49,29 +45,31 @@ class Experts(SeveralWeights):
             training = inspect.Parameter(
                 "training", inspect.Parameter.KEYWORD_ONLY, default=None
             )
-            cls.call = like_method(Experts.call, cls.plain_class.call)
+            cls.call = classes.like_method(Experts.call, cls.plain_class.call)
             # Keras then says whether a call is one of training.
             cls.call.__signature__ = plain.replace(
                 parameters=[*plain.parameters.values(), training]
             )
 
     def call(self, *args, training=None, **kwargs):
-        if is_traced(training):
+        if calls.is_traced(training):
             return ops.cond(
                 training,
                 lambda: self.call(*args, training=True, **kwargs),
                 lambda: self.call(*args, training=False, **kwargs),
             )
         sites = list(self.sites().values())
-        if not [site for site in sites if training_of(site.lora, training)]:
+        if not [
+            site for site in sites if rematerialized.training_of(site.lora, training)
+        ]:
             return SeveralWeights.call(self, *args, **kwargs)
         stacks = [Stack(site, site.dtype_in_call) for site in sites]
         symbols = [keras.KerasTensor(x.site.kernel_shape, x.dtype) for x in stacks]
         places = [site.kernel_keys for site in sites]
         symbolic = dict(zip(places, symbols, strict=True))
-        outputs = call_with(self, self.plain_class, symbolic, args, kwargs)
+        outputs = classes.call_with(self, self.plain_class, symbolic, args, kwargs)
         values = dict(zip(map(id, symbols), stacks, strict=True))
-        return computed(outputs, values, run)
+        return calls.computed(outputs, values, run)
 
 
 class Stack:
@@ -106,7 +104,7 @@ class Stack:
 def run(operation, args, kwargs):
     """The outputs of one operation of a bank's call."""
     if not any(isinstance(x, Stack) for x in args):
-        return run_operation(operation, args, kwargs)
+        return calls.run_operation(operation, args, kwargs)
     if type(operation).__name__ == "Cast":
         return Stack(args[0].site, operation.dtype)
     if len(args) == 2 and isinstance(args[1], Stack):
@@ -114,7 +112,7 @@ def run(operation, args, kwargs):
         if outputs is not None:
             return outputs
     args = [x.whole() if isinstance(x, Stack) else x for x in args]
-    return run_operation(operation, args, kwargs)
+    return calls.run_operation(operation, args, kwargs)
 
 
 def split(equation):

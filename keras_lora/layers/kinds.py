@@ -6,37 +6,37 @@ from collections.abc import Mapping
 import keras
 from keras.layers import Layer
 
-from keras_lora.keras_internals.classes import seen_as
-from keras_lora.keras_internals.layers import weight_places
+from keras_lora.keras_internals import classes, layers
+from keras_lora.layers import experts
 from keras_lora.layers.adapter import LowRankAdapter
-from keras_lora.layers.conv import LoRAConv1D
-from keras_lora.layers.conv import LoRAConv2D
-from keras_lora.layers.conv import LoRAConv3D
+from keras_lora.layers.conv import LoRAConv1D, LoRAConv2D, LoRAConv3D
 from keras_lora.layers.dense import LoRADense
 from keras_lora.layers.einsum_dense import LoRAEinsumDense
 from keras_lora.layers.embedding import LoRAEmbedding
 from keras_lora.layers.experts import Experts
-from keras_lora.layers.experts import is_bank
-from keras_lora.layers.host_checks import refuse_bound_functions
-from keras_lora.layers.host_checks import refuse_constraint
-from keras_lora.layers.host_checks import refuse_keras_adapter
 from keras_lora.layers.lora_layer import LoRALayer
-from keras_lora.layers.recurrent import LoRAGRU
-from keras_lora.layers.recurrent import LoRALSTM
-from keras_lora.layers.recurrent import LoRARNN
-from keras_lora.layers.recurrent import LoRASimpleRNN
-from keras_lora.layers.separable import LoRADepthwiseConv1D
-from keras_lora.layers.separable import LoRADepthwiseConv2D
-from keras_lora.layers.separable import LoRASeparableConv1D
-from keras_lora.layers.separable import LoRASeparableConv2D
-from keras_lora.layers.site import Site
-from keras_lora.layers.substituted import Axes
-from keras_lora.layers.substituted import SeveralWeights
-from keras_lora.layers.substituted import SubstitutedLayer
-from keras_lora.layers.substituted import WeightSite
-from keras_lora.layers.transposed import LoRAConv1DTranspose
-from keras_lora.layers.transposed import LoRAConv2DTranspose
-from keras_lora.layers.transposed import LoRAConv3DTranspose
+from keras_lora.layers.recurrent import LoRAGRU, LoRALSTM, LoRARNN, LoRASimpleRNN
+from keras_lora.layers.site import (
+    Site,
+    refuse_bound_functions,
+    refuse_constraint,
+    refuse_keras_adapter,
+)
+from keras_lora.layers.substituted import (
+    Axes,
+    SeveralWeights,
+    SubstitutedLayer,
+    WeightSite,
+)
+from keras_lora.layers.substituted_conv import (
+    LoRAConv1DTranspose,
+    LoRAConv2DTranspose,
+    LoRAConv3DTranspose,
+    LoRADepthwiseConv1D,
+    LoRADepthwiseConv2D,
+    LoRASeparableConv1D,
+    LoRASeparableConv2D,
+)
 
 LORA_CLASSES = {
     keras.layers.Dense: LoRADense,
@@ -165,7 +165,7 @@ def substituted_class(cls, weight):
     weight: Its only weight that can be adapted, or None: it has several.
     """
     mixin = SeveralWeights if weight is None else SubstitutedLayer
-    mixin = Experts if is_bank(cls) else mixin
+    mixin = Experts if experts.is_bank(cls) else mixin
     axes = [AXES[base] for base in reversed(cls.__mro__) if base in AXES]
     attributes = {
         "plain_class": cls,
@@ -184,7 +184,7 @@ def adapting_class(layer):
     found = lora_class_of(type(layer))
     if found is not None or isinstance(layer, (keras.Model, LowRankAdapter)):
         return found
-    names = list(weight_places(layer))
+    names = list(layers.weight_places(layer))
     if not names:
         return None
     return substituted_class(type(layer), names[0] if len(names) == 1 else None)
@@ -203,7 +203,7 @@ def sites_of(layer) -> dict:
     else:
         own, places = {kind.kernel_name: layer}, {}
         if kind.more_weights:
-            found = weight_places(layer)
+            found = layers.weight_places(layer)
             places = {w: found[w] for w in kind.more_weights if w in found}
     sites = {w: WeightSite(layer, w, keys, kind) for w, keys in places.items()}
     return own | sites
@@ -247,7 +247,7 @@ def out_of_reach(layer) -> dict:
     """Weight -> why no adapter reaches it, of a layer's own weights of two axes."""
     if isinstance(layer, keras.Model):
         return dict.fromkeys(
-            weight_places(layer),
+            layers.weight_places(layer),
             "it belongs to the model itself, and only weights of layers can have "
             "adapters.",
         )
@@ -256,7 +256,9 @@ def out_of_reach(layer) -> dict:
         return {}
     kernel = lora_class.kernel_name
     known = (kernel, *lora_class.more_weights)
-    others = [x for x in weight_places(layer) if x not in known and "bias" not in x]
+    others = [
+        x for x in layers.weight_places(layer) if x not in known and "bias" not in x
+    ]
     name = lora_class.plain_class.__name__
     return dict.fromkeys(
         others,
@@ -288,7 +290,7 @@ def as_site(site):
     """A plain layer as it is as a site; what is one already is returned unchanged."""
     if isinstance(site, Site):
         return site
-    return seen_as(site, adapting_class(site) or kind_of(site))
+    return classes.seen_as(site, adapting_class(site) or kind_of(site))
 
 
 def form_of(site, rank):

@@ -4,26 +4,137 @@ import inspect
 
 from keras import ops
 
-from keras_lora.keras_internals.calls import is_traced
-from keras_lora.keras_internals.layers import name_scope_of
-from keras_lora.keras_internals.layers import own_variables
+from keras_lora.keras_internals import calls, layers
+from keras_lora.layers import (
+    arguments,
+    methods,
+    quantized_host,
+    rematerialized,
+    settings,
+    torch_layout,
+)
 from keras_lora.layers.adapter import LowRankAdapter
-from keras_lora.layers.arguments import COMMON_ARGUMENTS
-from keras_lora.layers.arguments import default_name
-from keras_lora.layers.arguments import full_signature
-from keras_lora.layers.arguments import refuse_foreign_keywords
 from keras_lora.layers.form import LowRankForm
-from keras_lora.layers.frozen_kernel import FrozenKernel
-from keras_lora.layers.host_checks import HostChecks
-from keras_lora.layers.host_checks import watched
-from keras_lora.layers.layer_files import LayerFiles
-from keras_lora.layers.methods import make_adapter
-from keras_lora.layers.methods import take_method
+from keras_lora.layers.quantized_host import QuantizedHost
 from keras_lora.layers.rematerialized import Rematerialized
-from keras_lora.layers.rematerialized import training_of
-from keras_lora.layers.settings import checked_dropout
-from keras_lora.layers.settings import checked_rank
-from keras_lora.layers.site import Site
+from keras_lora.layers.saved_values import TrainedValues
+from keras_lora.layers.site import HostChecks, Site, watched
+
+
+class LayerFiles:
+    """Mixin before the Keras class: the adapter's settings, and what is frozen."""
+
+    def get_config(self):
+        options = self.adapter_config()
+        options["merge_weights"] = self.merge_weights
+        if self.trainable and self.loras:
+            frozen = [v.name for v in layers.own_variables(self) if not v.trainable]
+            options |= {"frozen": frozen} if frozen else {}
+        return {**super().get_config(), **options}
+
+    def adapter_config(self):
+        """The constructor's arguments that make these adapters."""
+        return {"rank": 0} if self.lora is None else self.lora.options()
+
+    @classmethod
+    def from_config(cls, config):
+        config = dict(config)
+        frozen = config.pop("frozen", ())
+        layer = super().from_config(config)
+        layer.frozen_names = tuple(frozen)
+        return layer
+
+    def save_own_variables(self, store):
+        super().save_own_variables(TrainedValues(store))
+        if self.loras:
+            # A plain layer refuses a file with one entry more than it has variables;
+            # without it some read what they know and leave A and B out, silently.
+            store["adapter"] = max(x.settings.rank for x in self.loras.values())
+
+    def load_own_variables(self, store):
+        names = [name for name in store.keys() if name != "adapter"]  # noqa: SIM118
+        if self.loras and layers.own_variables(self) and not list(store.keys()):
+            raise ValueError(
+                f"The file has no weights for {self.name!r}, a {type(self).__name__}. "
+                "If it is the file of a plain model, load it into the plain model and "
+                "call keras_lora.apply_lora on that, or copy its weights: "
+                "`lora_layer.set_weights(plain_layer.get_weights())`."
+            )
+        super().load_own_variables({name: store[name] for name in names})
+
+    def set_weights(self, weights):
+        """Also takes the weights of the plain layer, which leave A and B alone."""
+        variables = self.plain_weights()
+        if not self.loras or len(weights) != len(variables):
+            return super().set_weights(weights)
+        for variable, value in zip(variables, weights, strict=True):
+            if tuple(variable.shape) != tuple(value.shape):
+                raise ValueError(
+                    f"The weight {variable.path!r} has the shape {variable.shape}. "
+                    f"Received: {tuple(value.shape)}. Give the weights of a plain "
+                    "layer of the same settings, in the order of its get_weights()."
+                )
+        for variable, value in zip(variables, weights, strict=True):
+            variable.assign(value)
+        for lora in self.loras.values():
+            if lora.has_gain and not torch_layout.to_numpy(lora.delta()).any():
+                lora.start_from_kernel()  # m of a fresh DoRA adapter is W's
+        return None
+
+    def plain_weights(self):
+        """The variables of the plain layer, in the order of its `weights`."""
+        sites = [site for site in self.sites().values() if site.lora.kernel_place]
+        moved = {id(site.frozen_kernel) for site in sites}
+        moved |= {id(v) for lora in self.loras.values() for v in lora.weights}
+        found = [v for v in self.weights if id(v) not in moved]
+        for site in reversed(sites):  # as they were moved when they were frozen
+            found.insert(site.lora.kernel_place.position, site.frozen_kernel)
+        return found
+
+
+class FrozenKernel(QuantizedHost):
+    """Mixin of a LoRA layer: only `base_kernel` and `frozen_linear` read W."""
+
+    plain_class: type | None
+    kernel_name: str | None
+
+    @property
+    def frozen_kernel(self):
+        """The variable W, under the same name for every kind."""
+        if self.is_quantized:
+            return quantized_host.own_kernel(self, self.kernel_name)
+        kernel = getattr(self.plain_class, self.kernel_name, None)
+        if isinstance(kernel, property):
+            return kernel.fget(self)
+        return getattr(self, self.kernel_name)
+
+    @property
+    def kernel_shape(self) -> tuple:
+        if "kernel_shape" in vars(self):  # of Keras's Dense, in GPTQ and AWQ
+            return tuple(vars(self)["kernel_shape"])
+        kernel = self.kernel_values() if self.is_quantized else self.frozen_kernel
+        return tuple(kernel.shape)
+
+    @kernel_shape.setter
+    def kernel_shape(self, shape):
+        vars(self)["kernel_shape"] = shape
+
+    def base_kernel(self, dtype):
+        """W as a value."""
+        if self.is_quantized:
+            return self.dequantized(dtype)
+        return ops.cast(ops.convert_to_tensor(self.frozen_kernel), dtype)
+
+    def frozen_linear(self, inputs):
+        """linear(inputs, W), without a gradient of W."""
+        if self.is_quantized:
+            return self.quantized_linear(inputs)
+        kernel = ops.stop_gradient(self.base_kernel(self.compute_dtype))
+        return self.linear(inputs, kernel)
+
+    def apply_kernel(self, inputs, kernel):
+        """linear(inputs, kernel) for a kernel of another dtype, rounded once."""
+        return self.linear(inputs, ops.cast(kernel, self.compute_dtype))
 
 
 class LoRALayer(Rematerialized, HostChecks, LayerFiles, FrozenKernel, Site):
@@ -63,8 +174,10 @@ class LoRALayer(Rematerialized, HostChecks, LayerFiles, FrozenKernel, Site):
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if "plain_class" in cls.__dict__:
-            cls.__doc__ = inspect.cleandoc(cls.__doc__ or "") + COMMON_ARGUMENTS
-            cls.__signature__ = full_signature(cls, LoRALayer)
+            cls.__doc__ = (
+                inspect.cleandoc(cls.__doc__ or "") + arguments.COMMON_ARGUMENTS
+            )
+            cls.__signature__ = arguments.full_signature(cls, LoRALayer)
             kernel = getattr(cls.plain_class, cls.kernel_name or "", None)
             if isinstance(kernel, property):
                 setattr(cls, cls.kernel_name, watched(kernel))
@@ -82,17 +195,17 @@ class LoRALayer(Rematerialized, HostChecks, LayerFiles, FrozenKernel, Site):
         merge_weights: bool = True,
         **kwargs,
     ):
-        refuse_foreign_keywords(type(self).__name__, kwargs)
-        method = take_method(kwargs)
+        arguments.refuse_foreign_keywords(type(self).__name__, kwargs)
+        method = methods.take_method(kwargs)
         frozen_start = kwargs.pop("frozen_start", False)  # in configurations alone
         adapters = kwargs.pop("adapters", {})  # likewise
         if self.keras_dropout:
             kwargs["dropout"], dropout = dropout, 0.0
         if kwargs.get("name") is None:
-            kwargs["name"] = default_name(type(self))
+            kwargs["name"] = arguments.default_name(type(self))
         super().__init__(*args, **kwargs)
         self.merge_weights = bool(merge_weights)
-        if checked_rank(rank, lowest=0):
+        if settings.checked_rank(rank, lowest=0):
             self.check_host(self)
             options = {
                 "rank": rank,
@@ -107,7 +220,7 @@ class LoRALayer(Rematerialized, HostChecks, LayerFiles, FrozenKernel, Site):
             }
             self.attach_adapters({**options, **method})
             if self.built:  # by Keras's constructor, for an Embedding with `weights`
-                with name_scope_of(self):
+                with layers.name_scope_of(self):
                     self.build_adapters()
 
     # What a kind answers.
@@ -161,10 +274,10 @@ class LoRALayer(Rematerialized, HostChecks, LayerFiles, FrozenKernel, Site):
         """Gives the layer the adapters that its constructor's options mean."""
         self.refuse_dropout(options)
         del options["adapters"]
-        self.attach_adapter(make_adapter(options, self.variable_dtype))
+        self.attach_adapter(methods.make_adapter(options, self.variable_dtype))
 
     def refuse_dropout(self, options):
-        if checked_dropout(options["dropout"]) > 0 and not self.takes_dropout:
+        if settings.checked_dropout(options["dropout"]) > 0 and not self.takes_dropout:
             raise ValueError(
                 f"`dropout` must be 0 for {type(self).__name__}: the adapter has no "
                 f"inputs that could be dropped. Received: dropout={options['dropout']}."
@@ -180,7 +293,7 @@ class LoRALayer(Rematerialized, HostChecks, LayerFiles, FrozenKernel, Site):
 
     def after_build(self):
         self.build_adapters()
-        for variable in own_variables(self):
+        for variable in layers.own_variables(self):
             if variable.name in self.frozen_names:
                 variable.trainable = False
 
@@ -195,8 +308,8 @@ class LoRALayer(Rematerialized, HostChecks, LayerFiles, FrozenKernel, Site):
         host = None if self.lora is None else self.host(**options)
         if host is None:
             return self.plain_call(inputs, **options)
-        training = training_of(self.lora, training)
-        if is_traced(training):
+        training = rematerialized.training_of(self.lora, training)
+        if calls.is_traced(training):
             return ops.cond(
                 training,
                 lambda: self.adapted_call(inputs, True, **options),

@@ -5,8 +5,8 @@ import math
 import numpy as np
 from keras import ops
 
+from keras_lora.layers import form
 from keras_lora.layers.form import LowRankForm
-from keras_lora.layers.form import unchanged
 
 
 def checked_factorization(factorization):
@@ -43,8 +43,8 @@ def loralib_convolution(layer, rank):
         up=lambda hidden, b: layer.linear(hidden[0], compose(hidden[1], b)),
         input_axes=tuple(range(layer.rank + 1)),
         over_outputs=layer.over_outputs,
-        to_file=unchanged,
-        from_file=unchanged,
+        to_file=form.unchanged,
+        from_file=form.unchanged,
         one_rank=False,
     )
 

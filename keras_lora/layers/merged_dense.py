@@ -4,14 +4,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lora.layers.blocks import gathered
-from keras_lora.layers.by_row import matmul_by_row
+from keras_lora.layers import form, loralib
 from keras_lora.layers.form import LowRankForm
-from keras_lora.layers.form import gradient_of_matrix
-from keras_lora.layers.form import merging_size
 from keras_lora.layers.lora_layer import LoRALayer
-from keras_lora.layers.loralib import checked_mask
-from keras_lora.layers.loralib import merged_linear
 
 
 @keras.saving.register_keras_serializable(package="keras_lora")
@@ -52,7 +47,7 @@ class LoRAMergedDense(LoRALayer, keras.layers.Dense):
 
     def __init__(self, units, *args, enable_lora: tuple = (True,), **kwargs):
         super().__init__(units, *args, **kwargs)
-        self.adapted_slices = checked_mask(enable_lora, units)
+        self.adapted_slices = loralib.checked_mask(enable_lora, units)
 
     def linear(self, inputs, kernel):
         return ops.matmul(inputs, kernel)
@@ -74,9 +69,9 @@ class LoRAMergedDense(LoRALayer, keras.layers.Dense):
                 self.adapted_slices, units // len(self.adapted_slices)
             ),
             spread=self.spread,
-            down_by_row=matmul_by_row,
-            merges_from=merging_size(inputs * units, inputs, units),
-            gradient_of_a=lambda x, of_hidden: gradient_of_matrix(
+            down_by_row=form.matmul_by_row,
+            merges_from=form.merging_size(inputs * units, inputs, units),
+            gradient_of_a=lambda x, of_hidden: form.gradient_of_matrix(
                 self.input_rows(x), of_hidden
             ),
             up_by_row=self._up_by_row,
@@ -94,11 +89,44 @@ class LoRAMergedDense(LoRALayer, keras.layers.Dense):
 
     def _up_by_row(self, hidden, b, slots):
         blocks = ops.vectorized_map(self.spread, ops.take(b, slots, axis=0))
-        return matmul_by_row(hidden, blocks, ops.arange(ops.shape(slots)[0]))
+        return form.matmul_by_row(hidden, blocks, ops.arange(ops.shape(slots)[0]))
 
     @classmethod
     def read_loralib(cls, layer, a, b, rank, mask, module):
-        return merged_linear(layer, a, b, rank, layer.adapted_slices, module)
+        return loralib.merged_linear(layer, a, b, rank, layer.adapted_slices, module)
 
     def get_config(self):
         return {**super().get_config(), "enable_lora": list(self.adapted_slices)}
+
+
+def gathered(layer, a, blocks):
+    """A and B for a layer from arrays A and `spread` B, in any order of ranks.
+
+    Each row of the block form must be zero outside of one adapted slice.
+    """
+    groups, rank, size = layer.lora.b.shape
+    slots = list(np.flatnonzero(layer.adapted_slices))
+    parts = blocks.reshape(groups * rank, -1, size)
+    rows = [[] for _ in slots]
+    zero_rows = []
+    for row, used in enumerate(parts.any(axis=2)):
+        slot = np.flatnonzero(used)
+        if len(slot) == 0:
+            zero_rows.append(row)
+        elif len(slot) == 1 and slot[0] in slots:
+            rows[slots.index(slot[0])].append(row)
+        else:
+            rows[0] += range(rank + 1)  # fits nowhere
+    if any(len(own) > rank for own in rows):
+        raise ValueError(
+            "B is not zero outside the blocks of the adapted slices "
+            f"{layer.adapted_slices}: it is another layer's adapter."
+        )
+    for row in zero_rows:  # where they stand, if there is room
+        own = rows[row // rank]
+        if len(own) == rank:
+            own = next(other for other in rows if len(other) < rank)
+        own.append(row)
+    order = [row for own in rows for row in sorted(own)]
+    b = [parts[own, slot] for own, slot in zip(map(sorted, rows), slots, strict=True)]
+    return a[:, order], np.stack(b)

@@ -11,7 +11,7 @@ import math
 
 from keras import ops
 
-from keras_lora.keras_internals.calls import in_tensorflow_graph
+from keras_lora.keras_internals import calls
 
 
 def merging_pays(host, adapter, inputs):
@@ -20,7 +20,7 @@ def merging_pays(host, adapter, inputs):
     A size that is not known, such as the batch's in `fit`, counts as 8: a choice that
     waits for it (`tf.cond`) made tracing take half as long again, and more.
     """
-    if host.form.merges_from is None or not in_tensorflow_graph():
+    if host.form.merges_from is None or not calls.in_tensorflow_graph():
         return False
     import tensorflow as tf
 

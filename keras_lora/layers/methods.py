@@ -1,15 +1,14 @@
 """What an adapter makes of W, a method, chosen by a keyword."""
 
+from keras_lora.layers import torch_layout
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.dora import DoRAAdapter
-from keras_lora.layers.method_files import METHODS
-from keras_lora.layers.method_files import method_in
 from keras_lora.layers.token_rows import TokenRows
 
 
 def register_method(adapter_class):
     """Teaches all kinds another method, chosen by its `keyword`; a decorator."""
-    METHODS[adapter_class.keyword] = adapter_class
+    torch_layout.METHODS[adapter_class.keyword] = adapter_class
     return adapter_class
 
 
@@ -20,7 +19,7 @@ register_method(TokenRows)
 
 def take_method(keywords) -> dict:
     """Takes the keyword of a method, with its value, out of a constructor's."""
-    given = {word: keywords.pop(word, False) for word in METHODS if word}
+    given = {word: keywords.pop(word, False) for word in torch_layout.METHODS if word}
     chosen = {word: value for word, value in given.items() if value}
     if len(chosen) > 1:
         raise ValueError(f"{' and '.join(chosen)} cannot be used together.")
@@ -34,7 +33,7 @@ def make_adapter(options, dtype, name="lora"):
     """
     options = dict(options)
     chosen = take_method(options)
-    method = method_in(chosen)
+    method = torch_layout.method_in(chosen)
     options |= chosen if method.takes_value else {}
     return method(**options, dtype=wide_dtype(dtype), name=name)
 

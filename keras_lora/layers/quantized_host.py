@@ -6,13 +6,8 @@ import contextvars
 import keras
 from keras import ops
 
-from keras_lora.keras_internals.calls import in_tensorflow_graph
-from keras_lora.keras_internals.classes import twin
-from keras_lora.keras_internals.kernels import kernel_variables
+from keras_lora.keras_internals import calls, classes, layers, private_names, probes
 from keras_lora.keras_internals.layers import Leaf
-from keras_lora.keras_internals.layers import mark_frozen
-from keras_lora.keras_internals.private_names import QUANTIZED
-from keras_lora.keras_internals.private_names import require
 
 MODES = ("int8", "int4")
 # Their integers are for inputs that were seen.
@@ -82,7 +77,7 @@ class QuantizedHost(Leaf):
         super().quantize(mode, type_check=False, config=config, **kwargs)
         if self.lora is not None:  # the kernel that was frozen is no more
             self.lora.kernel_place = None
-            mark_frozen(self.frozen_kernel)
+            layers.mark_frozen(self.frozen_kernel)
         self.warn_of_quantization()
 
     @property
@@ -92,7 +87,7 @@ class QuantizedHost(Leaf):
 
     def kernel_values(self):
         """W, or its integers, in the kernel's own shape."""
-        if lies_transposed(self):
+        if is_transposed(self):
             return calibrated_integers(self)
         return getattr(self.plain_class, self.kernel_name).fget(self)
 
@@ -149,7 +144,7 @@ def refuse_mode(layer, mode):
     """Raises ValueError for a mode in which a kernel has no adapter beside it."""
     if mode is None:
         return
-    require(QUANTIZED)
+    probes.require(private_names.QUANTIZED)
     if mode in MODES or mode in CALIBRATED:
         return
     why = ", whose scales are trained" if mode == "float8" else ""
@@ -180,7 +175,9 @@ def is_calibrated(layer, name):
 def refuse_uncalibrated(layer, name):
     """Raises if Keras still computes with the float kernel, or has none."""
     calibrates = layer.built and layer.quantization_mode in CALIBRATED
-    if calibrates and not (is_calibrated(layer, name) and says_calibrated(layer)):
+    if calibrates and not (
+        is_calibrated(layer, name) and is_reported_calibrated(layer)
+    ):
         raise ValueError(
             f"The layer {layer.name!r} is in {layer.quantization_mode!r} and was not "
             "calibrated: Keras computes with a float kernel, and has none or keeps it "
@@ -190,7 +187,7 @@ def refuse_uncalibrated(layer, name):
         )
 
 
-def says_calibrated(layer):
+def is_reported_calibrated(layer):
     """What Keras knows of it: a layer that was made by its policy has no integers."""
     pending = f"is_{layer.quantization_mode}_calibrated"  # before Keras 3.16
     if hasattr(layer, pending):
@@ -208,12 +205,12 @@ def own_kernel(layer, name):
 def quantization(layer, name):
     """Scale, zero and groups of a quantized variable; the latter only of blocks."""
     scale, zero = (getattr(layer, f"{name}_{x}", None) for x in ("scale", "zero"))
-    if lies_transposed(layer):
+    if is_transposed(layer):
         scale, zero = ops.transpose(scale), ops.transpose(zero)
     return scale, zero, None if zero is None else layer.g_idx
 
 
-def lies_transposed(layer):
+def is_transposed(layer):
     """Whether integers lie as (outputs, inputs): of GPTQ and AWQ, before Keras 3.16."""
     calibrated = layer.quantization_mode in CALIBRATED
     return calibrated and not hasattr(layer, "calibration_pending")
@@ -256,13 +253,13 @@ def straight_through(layer, inputs, forward, backward):
     from one to the other.
     """
     if in_artefact():
-        return forward(twin(layer, layer.plain_class, WITHOUT_FINISH), inputs)
-    names, variables = zip(*kernel_variables(layer).items(), strict=True)
+        return forward(classes.twin(layer, layer.plain_class, WITHOUT_FINISH), inputs)
+    names, variables = zip(*layers.kernel_variables(layer).items(), strict=True)
 
     def seen(cls, values, tensor):
-        values = [not_before(tensor, value) for value in values]
+        values = [ordered_after(tensor, value) for value in values]
         values = dict(zip(names, values, strict=True))
-        return twin(layer, cls, {**WITHOUT_FINISH, **values})
+        return classes.twin(layer, cls, {**WITHOUT_FINISH, **values})
 
     @ops.custom_gradient
     def call(inputs, *values):
@@ -280,13 +277,13 @@ def straight_through(layer, inputs, forward, backward):
     return call(inputs, *map(ops.convert_to_tensor, variables))
 
 
-def not_before(tensor, value):
+def ordered_after(tensor, value):
     """Makes a value depend on a tensor, so that no compiler computes it earlier.
 
     Else it forms the float kernels of all layers as it starts, or keeps them from
     forward to backward: the memory that quantization saved.
     """
-    if not in_tensorflow_graph() and keras.backend.backend() != "jax":
+    if not calls.in_tensorflow_graph() and keras.backend.backend() != "jax":
         return value
     first = ops.reshape(tensor, (-1,))[:1]
     # False for every number, which a compiler does not see.

@@ -4,10 +4,9 @@ import inspect
 
 import keras
 
-from keras_lora.keras_internals.layers import weight_places
-from keras_lora.layers.substituted import Axes
-from keras_lora.layers.substituted import SeveralWeights
-from keras_lora.layers.substituted import usual_axes
+from keras_lora.keras_internals import layers
+from keras_lora.layers import substituted
+from keras_lora.layers.substituted import Axes, SeveralWeights
 
 STARTS = """
 
@@ -30,11 +29,11 @@ class RecurrentLayer(SeveralWeights):
 
     @classmethod
     def places_of(cls, layer):
-        found = weight_places(layer)
+        found = layers.weight_places(layer)
 
         def walk(cell, keys, prefix):
             if isinstance(cell, keras.layers.Layer):
-                for name, own in weight_places(cell).items():
+                for name, own in layers.weight_places(cell).items():
                     found[prefix + name] = (*keys, *own)
             for place, inner in enumerate(getattr(cell, "cells", ())):
                 walk(inner, (*keys, "cells", place), f"{prefix}cells/{place}/")
@@ -47,7 +46,7 @@ class RecurrentLayer(SeveralWeights):
         convolves = (keras.layers.ConvLSTM1D, keras.layers.ConvLSTM2D)
         if issubclass(cls.plain_class, (*convolves, keras.layers.ConvLSTM3D)):
             return Axes(tuple(range(ndim - 1)))
-        return usual_axes(ndim)
+        return substituted.usual_axes(ndim)
 
 
 class GatedLayer(RecurrentLayer):

@@ -7,15 +7,8 @@ from weakref import WeakKeyDictionary
 
 import keras
 
-from keras_lora.keras_internals.calls import drawn_in_checkpoint
-from keras_lora.keras_internals.calls import inside_checkpoint
-from keras_lora.keras_internals.calls import next_seed
-from keras_lora.keras_internals.calls import recording_is_stopped
-from keras_lora.keras_internals.calls import tensorflow_graph
+from keras_lora.keras_internals import calls, layers, private_names, probes
 from keras_lora.keras_internals.hidden_state import DrawnSeeds
-from keras_lora.keras_internals.layers import flatten_layers
-from keras_lora.keras_internals.private_names import REMAT
-from keras_lora.keras_internals.private_names import require
 
 # Inside of a call that is computed twice: {id of an adapter: what its seeds are from}.
 _seeds: contextvars.ContextVar[dict] = contextvars.ContextVar("seeds")
@@ -37,7 +30,7 @@ class Rematerialized:
     """
 
     def rematerialized_call(self, call, *args, **kwargs):
-        require(REMAT)
+        probes.require(private_names.REMAT)
         fixed = {name: x for name, x in kwargs.items() if not has_gradient(x)}
         seeds = drawn_seeds(self) if kwargs.get("training") is True else {}
 
@@ -66,18 +59,20 @@ def has_gradient(argument) -> bool:
 
 def drawn_seeds(layer) -> dict:
     """{id of an adapter that has dropout: a seed for one call of the layer}."""
-    adapters: list = [getattr(x, "lora", None) for x in flatten_layers(layer)]
+    adapters: list = [getattr(x, "lora", None) for x in layers.flatten_layers(layer)]
     dropping = [x for x in adapters if getattr(x, "seed_generator", None) is not None]
-    return {id(adapter): next_seed(adapter.seed_generator) for adapter in dropping}
+    return {
+        id(adapter): calls.next_seed(adapter.seed_generator) for adapter in dropping
+    }
 
 
 def seed_of(adapter):
     """Where the seed of an adapter's dropout is from, in the call that runs now."""
     if id(adapter) in _seeds.get({}):
         return _seeds.get()[id(adapter)]
-    if inside_checkpoint():
-        return drawn_in_checkpoint()
-    if BACKEND == "tensorflow" and recording_is_stopped(adapter.variables[0]):
+    if calls.inside_checkpoint():
+        return calls.drawn_in_checkpoint()
+    if BACKEND == "tensorflow" and calls.recording_is_stopped(adapter.variables[0]):
         raise ValueError(
             "An adapter with dropout is called with training=True while TensorFlow "
             "records no gradients, as inside of keras.remat(function), which would "
@@ -85,7 +80,7 @@ def seed_of(adapter):
             "layers in a keras.RematScope, or set dropout=0."
         )
     if BACKEND == "jax":
-        return DrawnSeeds(next_seed(adapter.seed_generator))
+        return DrawnSeeds(calls.next_seed(adapter.seed_generator))
     return adapter.seed_generator
 
 
@@ -108,9 +103,9 @@ def runs_again(adapter, training) -> bool:
     """
     if training is None and adapter not in _first_runs:
         return False
-    graph = tensorflow_graph()
+    graph = calls.tensorflow_graph()
     runs = _first_runs.setdefault(adapter, WeakKeyDictionary())
-    if recording_is_stopped(adapter.variables[0]):
+    if calls.recording_is_stopped(adapter.variables[0]):
         runs[graph] = runs.get(graph, 0) + (training is True)
         return False
     count = runs.pop(graph, 0)
@@ -121,9 +116,9 @@ def runs_again(adapter, training) -> bool:
 
 def runs_again_on_torch(adapter, training) -> bool:
     """Likewise on torch, where both runs draw the same number."""
-    if not inside_checkpoint():
+    if not calls.inside_checkpoint():
         return False
-    number = drawn_in_checkpoint()
+    number = calls.drawn_in_checkpoint()
     runs = _first_runs.setdefault(adapter, collections.deque(maxlen=FIRST_RUNS))
     if training is True:
         runs.append(number)

@@ -3,15 +3,79 @@
 import keras
 from keras import ops
 
-from keras_lora.keras_internals.calls import set_mask
-from keras_lora.keras_internals.classes import call_with
-from keras_lora.keras_internals.private_names import MASKS
-from keras_lora.keras_internals.private_names import require
+from keras_lora.keras_internals import calls, classes, private_names, probes
+from keras_lora.layers import quantized_host
 from keras_lora.layers.embedding import LoRAEmbedding
-from keras_lora.layers.quantized_host import dequantize
-from keras_lora.layers.quantized_host import quantization
-from keras_lora.layers.reverse_side import ReverseSide
+from keras_lora.layers.form import LowRankForm, matmul_by_row
 from keras_lora.layers.substituted import WeightSite
+
+
+class ReverseForm(LowRankForm):
+    """(A @ B).T: B leads down to the rank, and A up to the ids."""
+
+    def bypass(self, inputs, a, b):
+        return self.up(self.down(inputs, b), a)
+
+    def bypass_by_row(self, inputs, a, b, slots, training=False):
+        return self.up_by_row(self.down_by_row(inputs, b, slots), a, slots)
+
+
+class ReverseSide:
+    """The layer as the adapter works on it from outputs back to ids."""
+
+    def __init__(self, layer):
+        self.layer = layer
+        self.merges_in_call = layer.merges_in_call
+        # Keras's quantized call knows no `reverse_dtype`.
+        own = None if layer.is_quantized else layer.reverse_dtype
+        self.compute_dtype = own or layer.compute_dtype
+        self.base_kernel = layer.base_kernel
+
+    @property
+    def form(self):
+        form = self.layer.form
+        return ReverseForm(
+            a_shape=form.a_shape,
+            b_shape=form.b_shape,
+            fan_in=self.layer.output_dim,
+            compose=form.compose,
+            down=self.linear,
+            up=self.linear,
+            down_by_row=self._by_row,
+            up_by_row=self._by_row,
+            input_axes=(1,),
+        )
+
+    def linear(self, inputs, kernel):
+        inputs = ops.cast(inputs, self.compute_dtype)
+        return ops.matmul(inputs, ops.transpose(kernel))
+
+    def _by_row(self, inputs, stack, slots):
+        inputs = ops.cast(inputs, self.compute_dtype)
+        return matmul_by_row(inputs, stack, slots, transpose=True)
+
+    def frozen_linear(self, inputs):
+        if self.layer.is_quantized:
+            return quantized_host.straight_through(
+                self.layer,
+                inputs,
+                lambda plain, inputs: plain.quantized_call(inputs, reverse=True),
+                lambda own, upstream: ops.matmul(
+                    upstream, ops.transpose(own.reverse_kernel(upstream.dtype))
+                ),
+            )
+        kernel = self.base_kernel(self.layer.compute_dtype)
+        return self.apply_kernel(inputs, ops.stop_gradient(kernel))
+
+    def apply_kernel(self, inputs, kernel):
+        kernel = ops.cast(kernel, self.layer.compute_dtype)  # as the plain layer does
+        return self.linear(inputs, ops.cast(kernel, self.compute_dtype))
+
+    def finish(self, logits):
+        cap = self.layer.logit_soft_cap
+        if cap is None:
+            return logits
+        return ops.multiply(ops.tanh(ops.divide(logits, cap)), cap)
 
 
 @keras.saving.register_keras_serializable(package="keras_lora")
@@ -43,14 +107,14 @@ class LoRAReversibleEmbedding(LoRAEmbedding, keras.layers.ReversibleEmbedding):
     @classmethod
     def check_host(cls, layer):
         super().check_host(layer)
-        require(MASKS)
+        probes.require(private_names.MASKS)
 
     def call(self, inputs, reverse=False, training=None):
         outputs = self.adapted_call(inputs, training, reverse=reverse)
         if not reverse and not self.is_quantized:  # Keras drops it there
             mask = keras.layers.Embedding.compute_mask(self, inputs)
             if mask is not None:
-                set_mask(outputs, mask)
+                calls.set_mask(outputs, mask)
         return outputs
 
     def host(self, reverse=False):
@@ -68,7 +132,7 @@ class LoRAReversibleEmbedding(LoRAEmbedding, keras.layers.ReversibleEmbedding):
         head = self.sites().get(*self.more_weights) if reverse else None
         if head is not None:
             kernel = {head.kernel_keys: head.kernel_in_call()}
-            return call_with(
+            return classes.call_with(
                 self, self.plain_class, kernel, (inputs,), {"reverse": True}
             )
         if not (reverse and self.is_quantized):
@@ -82,7 +146,11 @@ class LoRAReversibleEmbedding(LoRAEmbedding, keras.layers.ReversibleEmbedding):
         name, integers = "reverse_embeddings", self.reverse_embeddings
         if self.quantization_mode == "int4":
             integers = keras.quantizers.unpack_int4(integers, self.output_dim, axis=0)
-        return {name: dequantize(integers, *quantization(self, name))}
+        return {
+            name: quantized_host.dequantize(
+                integers, *quantized_host.quantization(self, name)
+            )
+        }
 
     def reverse_kernel(self, dtype):
         """What the reverse direction multiplies with, as its operation means it."""

@@ -1,16 +1,100 @@
-"""The site: one weight W of one layer, with its form and its adapter."""
+"""A site, one weight of one layer; and whether it can be adapted."""
 
 from typing import Any
 
+import keras
 from keras import ops
 
-from keras_lora.keras_internals.distribution import layout_of
-from keras_lora.keras_internals.layers import attach
-from keras_lora.keras_internals.layers import detach
-from keras_lora.keras_internals.layers import freeze
-from keras_lora.keras_internals.layers import mark_frozen
-from keras_lora.keras_internals.layers import unfreeze
+from keras_lora.keras_internals import calls, classes, distribution, layers, warn_caller
+from keras_lora.layers import quantized_host
 from keras_lora.layers.torch_layout import TorchLayout
+
+
+class HostChecks:
+    """Mixin of a LoRA layer's class: what it asks of the layer that it extends."""
+
+    @classmethod
+    def check_host(cls, layer):
+        """Raises ValueError if an adapter would not work in the Keras layer."""
+        name = f"{cls.kernel_name}_constraint"
+        refuse_constraint(layer, name, getattr(layer, name, None))
+        quantized_host.refuse_mode(layer, layer.quantization_mode)
+        quantized_host.refuse_uncalibrated(layer, cls.kernel_name)
+        refuse_keras_adapter(layer)
+        if layer.built and not isinstance(
+            quantized_host.own_kernel(layer, cls.kernel_name), keras.Variable
+        ):
+            raise ValueError(
+                f"`{cls.kernel_name}` of layer {layer.name!r}, a "
+                f"{type(layer).__name__}, is computed and is not a variable, so there "
+                "is nothing to freeze."
+            )
+
+
+def refuse_constraint(layer, name, constraint):
+    """Raises if W has a constraint: A and B train, and not W."""
+    if constraint is not None:
+        raise ValueError(
+            f"`{name}` of layer {layer.name!r} cannot be kept by a low-rank update. "
+            f"Received: {constraint!r}. Leave it out, or use rank=0."
+        )
+
+
+def refuse_keras_adapter(layer):
+    if getattr(layer, "lora_enabled", False):
+        raise ValueError(
+            f"The layer {layer.name!r} has Keras's own adapter (`enable_lora`). Save "
+            "the model and load it again, which merges that adapter, and then adapt "
+            "it."
+        )
+
+
+def refuse_bound_functions(layer):
+    """Raises if a layer holds functions that would compute with W alone.
+
+    Its call runs on a view, in which W + delta is W; they know the layer itself.
+    """
+    names = classes.bound_functions(layer)
+    if names:
+        raise ValueError(
+            f"The layer {layer.name!r} keeps {' and '.join(map(repr, names))}, created "
+            "from one of its methods, in which an adapter would have no effect. "
+            "Create it in `call`, as keras.remat(lambda x: self.method(x))(x), or "
+            "leave the layer out with `exclude`."
+        )
+    refuse_remat_of_weights(layer)
+
+
+def refuse_remat_of_weights(layer):
+    """Raises if TensorFlow may have no gradient for what stands in for W.
+
+    What a function under `keras.remat` reads there has one if it is a variable.
+    """
+    if keras.backend.backend() == "tensorflow" and classes.calls_remat(layer):
+        raise ValueError(
+            f"The layer {layer.name!r}, a {type(layer).__name__}, calls keras.remat, "
+            "under which TensorFlow has no gradient for A and B. Make the layer in a "
+            "keras.RematScope instead, or leave it out with `exclude`."
+        )
+
+
+def watched(kernel):
+    """Wraps the kernel's property, to warn if another layer computes with the kernel.
+
+    This library reads W by `frozen_kernel`. What reads the property inside of a call
+    is another layer, and it gets W without the adapter.
+    """
+
+    def read(layer):
+        if layer.lora is not None and calls.in_a_call():
+            warn_caller(
+                f"A layer reads the kernel of {layer.name!r}, which has an adapter, in "
+                "its own call: there the adapter has no effect until it is merged. "
+                "Leave that layer out with exclude=, or merge first."
+            )
+        return kernel.fget(layer)
+
+    return property(read, doc=kernel.__doc__)
 
 
 class Site(TorchLayout):
@@ -75,31 +159,33 @@ class Site(TorchLayout):
         return ops.cast(self.lora.effective_kernel(kernel), dtype)
 
     def attach_adapter(self, adapter):
-        attach(self.lora_layer(), self.adapter_attribute, adapter)
+        layers.attach(self.lora_layer(), self.adapter_attribute, adapter)
 
     def detach_adapter(self):
-        detach(self.lora_layer(), self.adapter_attribute)
+        layers.detach(self.lora_layer(), self.adapter_attribute)
 
     def build_factors(self):
         """Makes A and B to fit W."""
         form = self.low_rank_form(self.lora.rank)
         self.lora.build(form, self.factor_regularizer, self.base_kernel)
-        layout = layout_of(self.frozen_kernel)
+        layout = distribution.layout_of(self.frozen_kernel)
         if layout is not None:
-            self.lora.lay_out_factors(layout)
+            self.lora.shard_factors(layout)
 
     def build_adapter(self):
         """Makes A and B to fit W, and freezes W."""
         self.build_factors()
         if self.is_quantized:  # and born frozen
-            mark_frozen(self.frozen_kernel)
+            layers.mark_frozen(self.frozen_kernel)
             self.warn_of_quantization()
         else:
-            self.lora.kernel_place = freeze(self.kernel_owner(), self.frozen_kernel)
+            self.lora.kernel_place = layers.freeze(
+                self.kernel_owner(), self.frozen_kernel
+            )
 
     def release_kernel(self, place):
         """Makes W trainable again, at its old position; None if it is quantized."""
         if place is None:
-            mark_frozen(self.frozen_kernel, False)
+            layers.mark_frozen(self.frozen_kernel, False)
         else:
-            unfreeze(self.kernel_owner(), self.frozen_kernel, place)
+            layers.unfreeze(self.kernel_owner(), self.frozen_kernel, place)

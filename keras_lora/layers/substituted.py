@@ -8,20 +8,17 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lora.keras_internals.classes import call_with
-from keras_lora.keras_internals.classes import like_method
-from keras_lora.keras_internals.classes import value_at
-from keras_lora.keras_internals.layers import attach
-from keras_lora.keras_internals.layers import weight_places
+from keras_lora.keras_internals import classes, layers
+from keras_lora.layers import form, methods
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.form import LowRankForm
-from keras_lora.layers.form import same
-from keras_lora.layers.host_checks import refuse_bound_functions
-from keras_lora.layers.host_checks import refuse_constraint
-from keras_lora.layers.host_checks import refuse_keras_adapter
 from keras_lora.layers.lora_layer import LoRALayer
-from keras_lora.layers.methods import make_adapter
-from keras_lora.layers.site import Site
+from keras_lora.layers.site import (
+    Site,
+    refuse_bound_functions,
+    refuse_constraint,
+    refuse_keras_adapter,
+)
 
 
 class Axes(NamedTuple):
@@ -85,7 +82,7 @@ def weight_form(sizes, axes, rank) -> LowRankForm:
         compose=compose,
         input_axes=tuple(inputs),
         batch_axes=tuple(batch),
-        over_outputs=same,  # W + delta is formed in every call
+        over_outputs=form.same,  # W + delta is formed in every call
         **in_file,
     )
 
@@ -147,11 +144,11 @@ class WeightSite(SubstitutedSite):
         return f"{self.lora_layer().name}/{self.weight_name}"
 
     def kernel_owner(self):
-        return value_at(self.lora_layer(), self.kernel_keys)[0]
+        return classes.value_at(self.lora_layer(), self.kernel_keys)[0]
 
     @property
     def frozen_kernel(self):
-        return value_at(self.lora_layer(), self.kernel_keys)[1]
+        return classes.value_at(self.lora_layer(), self.kernel_keys)[1]
 
     @property
     def kernel(self):
@@ -200,7 +197,7 @@ class WeightSite(SubstitutedSite):
 def weights_at(layer, places):
     """Which variables stand at some places of a layer; None where one does not."""
     try:
-        return [id(value_at(layer, keys)[1]) for keys in places.values()]
+        return [id(classes.value_at(layer, keys)[1]) for keys in places.values()]
     except (AttributeError, LookupError):
         return None
 
@@ -233,14 +230,16 @@ class SubstitutedLayer(SubstitutedSite, LoRALayer):
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if "plain_class" in cls.__dict__:  # Keras reads the signatures of both
-            cls.call = like_method(SubstitutedLayer.call, cls.plain_class.call)
+            cls.call = classes.like_method(SubstitutedLayer.call, cls.plain_class.call)
             if cls.constructs:
-                cls.build = like_method(SubstitutedLayer.build, cls.plain_class.build)
+                cls.build = classes.like_method(
+                    SubstitutedLayer.build, cls.plain_class.build
+                )
 
     @classmethod
     def places_of(cls, layer) -> dict:
         """Name of a weight -> the keys that lead to it."""
-        return weight_places(layer)
+        return layers.weight_places(layer)
 
     @classmethod
     def axes_of(cls, weight, ndim) -> Axes:
@@ -257,7 +256,7 @@ class SubstitutedLayer(SubstitutedSite, LoRALayer):
                 if name.endswith("_constraint") and name != "bias_constraint":
                     refuse_constraint(layer, name, getattr(layer, name, None))
         if layer.built and cls.kernel_name is not None:
-            _, kernel = value_at(layer, cls.places_of(layer)[cls.kernel_name])
+            _, kernel = classes.value_at(layer, cls.places_of(layer)[cls.kernel_name])
             refuse_constraint(layer, f"{kernel.name}_constraint", kernel.constraint)
 
     @property
@@ -284,7 +283,7 @@ class SubstitutedLayer(SubstitutedSite, LoRALayer):
 
     @property
     def frozen_kernel(self):
-        return value_at(self, self.kernel_keys)[1]
+        return classes.value_at(self, self.kernel_keys)[1]
 
     @property
     def factor_regularizer(self):
@@ -299,7 +298,7 @@ class SubstitutedLayer(SubstitutedSite, LoRALayer):
         if not sites:
             return self.plain_class.call(self, *args, **kwargs)
         kernels = {site.kernel_keys: site.kernel_in_call() for site in sites}
-        return call_with(self, self.plain_class, kernels, args, kwargs)
+        return classes.call_with(self, self.plain_class, kernels, args, kwargs)
 
     def quantize(self, *args, **kwargs):
         if self.loras and self.plain_class.quantize is not keras.layers.Layer.quantize:
@@ -347,7 +346,9 @@ class SeveralWeights(SubstitutedLayer):
             chosen = own.get(weight, options)
             if chosen is not None:
                 name = attribute(weight)
-                attach(self, name, make_adapter(chosen, self.variable_dtype, name))
+                layers.attach(
+                    self, name, methods.make_adapter(chosen, self.variable_dtype, name)
+                )
 
     def adapter_config(self):
         adapters = {weight: lora.options() for weight, lora in self.loras.items()}

@@ -4,11 +4,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lora.keras_internals.calls import in_tensorflow_graph
-from keras_lora.keras_internals.calls import traced_for_xla
+from keras_lora.keras_internals import calls
+from keras_lora.layers import settings
 from keras_lora.layers.adapter import LowRankAdapter
-from keras_lora.layers.method_files import TokenRowsFiles
-from keras_lora.layers.settings import checked_indices
+from keras_lora.layers.torch_layout import TokenRowsFiles
 
 KEYWORD = TokenRowsFiles.keyword
 
@@ -42,7 +41,7 @@ class TokenRows(TokenRowsFiles, LowRankAdapter):
 
     def __init__(self, trainable_token_indices, dtype=None, name=None, **others):
         super().__init__(1, dtype=dtype, name=name)
-        self.indices = checked_indices(trainable_token_indices)
+        self.indices = settings.checked_indices(trainable_token_indices)
 
     def build_factors(self, form, regularizer, read_kernel):
         self.axis = 0 if form.looks_up else 1
@@ -129,7 +128,7 @@ class TokenRows(TokenRowsFiles, LowRankAdapter):
 
 def compiled_without_xla():
     """Whether TensorFlow compiles a step in which sizes may depend on values."""
-    return in_tensorflow_graph() and not traced_for_xla()
+    return calls.in_tensorflow_graph() and not calls.traced_for_xla()
 
 
 def with_rows(outputs, chosen, rows):

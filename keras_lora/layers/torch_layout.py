@@ -1,4 +1,4 @@
-"""How a layer's kernel and factors look in files of torch, PEFT and microsoft/LoRA."""
+"""How files hold factors: in torch's layout, with the suffixes of each method."""
 
 import numpy as np
 
@@ -49,12 +49,12 @@ def to_numpy(value):
     # Here: what reads files alone needs no Keras.
     from keras import ops
 
-    from keras_lora.keras_internals.distribution import fetch
+    from keras_lora.keras_internals import distribution
 
     value = ops.convert_to_tensor(value)
     if "float" in str(value.dtype) and "64" not in str(value.dtype):
         value = ops.cast(value, "float32")
-    return np.array(fetch(value))
+    return np.array(distribution.fetch(value))
 
 
 def convolutions_to_file(a, b):
@@ -75,3 +75,56 @@ def convolutions_in_file(groups, ndim):
         "vector_to_file": lambda vector: vector.reshape(1, -1, *[1] * (ndim - 2)),
     }
     return files | ({"file_note": GROUPS_NOTE} if groups > 1 else {})
+
+
+class MethodFiles:
+    """Base of what a method says about files; here, that of LoRA.
+
+    Attributes:
+        keyword: The argument that chooses the method, and its setting in a file.
+        takes_value: Whether the keyword says more than that the method is chosen.
+        more_suffixes: Those of arrays in a file beside A's and B's.
+        beside_update: What the method trains that A @ B does not show, in words.
+    """
+
+    keyword: str | None = None
+    takes_value = False
+    more_suffixes: tuple[str, ...] = ()
+    beside_update = ""
+
+    @classmethod
+    def suffixes_for(cls, suffixes) -> tuple:
+        """All that a file has for an adapter; suffixes: its host's for A and B."""
+        return (*suffixes, *cls.more_suffixes)
+
+
+class DoRAFiles(MethodFiles):
+    """DoRA, with its lengths m."""
+
+    keyword = "use_dora"
+    more_suffixes = (".lora_magnitude_vector",)
+    beside_update = "the lengths m, which change the kernel too"
+
+
+class TokenRowsFiles(MethodFiles):
+    """Rows of a table that train in the place of A and B."""
+
+    keyword = "trainable_token_indices"
+    takes_value = True
+    beside_update = "rows of the table"
+
+
+# Keyword -> method; the adapter's class takes its place where Keras is loaded.
+METHODS: dict[str | None, type[MethodFiles]] = {
+    method.keyword: method for method in (MethodFiles, DoRAFiles, TokenRowsFiles)
+}
+
+
+def method_in(options) -> type[MethodFiles]:
+    """The method whose keyword is in options; LoRA without one."""
+    return METHODS[next(iter(options), None)]
+
+
+def more_suffixes() -> list:
+    """Of all arrays that some method's files have beside A and B."""
+    return [suffix for method in METHODS.values() for suffix in method.more_suffixes]

@@ -2,20 +2,13 @@
 
 import keras
 
-from keras_lora.keras_internals.calls import was_called
-from keras_lora.keras_internals.classes import change_class
-from keras_lora.keras_internals.layers import name_scope_of
-from keras_lora.keras_internals.layers import sublayers
+from keras_lora.keras_internals import calls, classes, layers
+from keras_lora.layers import kinds, lora_layer, methods
 from keras_lora.layers.adapter import LowRankAdapter
-from keras_lora.layers.kinds import adapting_class
-from keras_lora.layers.kinds import layer_of
-from keras_lora.layers.kinds import takes_dropout
 from keras_lora.layers.lora_layer import LoRALayer
-from keras_lora.layers.lora_layer import has_adapters
-from keras_lora.layers.methods import make_adapter
 
 
-def assigns_to(owner):
+def reassignment_reason(owner):
     """Why W would not stay where it is inside this owner, or None."""
     if isinstance(owner, keras.layers.SpectralNormalization):
         return "SpectralNormalization assigns to its kernel in every training call."
@@ -24,8 +17,8 @@ def assigns_to(owner):
 
 def no_effect_in(owner, layer):
     """Why an adapter of this layer would not act inside its owner, or None."""
-    others = [other for other in sublayers(owner) if was_called(other)]
-    if not others or was_called(layer):
+    others = [other for other in layers.sublayers(owner) if calls.was_called(other)]
+    if not others or calls.was_called(layer):
         return None
     # Gemma 4's feed-forward blocks multiply with `self.gating_ffw.kernel`.
     return (
@@ -37,19 +30,19 @@ def no_effect_in(owner, layer):
 
 def new_adapter(site, options) -> LowRankAdapter:
     """The adapter that options mean at a site: its dtype, and dropout if it has one."""
-    if not takes_dropout(site):
+    if not kinds.takes_dropout(site):
         options = {**options, "dropout": 0.0}
     name = getattr(site, "adapter_attribute", "lora")
-    return make_adapter(options, site.variable_dtype, name)
+    return methods.make_adapter(options, site.variable_dtype, name)
 
 
 def adapt(site, adapter):
     """Gives a site an adapter; the site's layer becomes a LoRA layer."""
-    layer = layer_of(site)
+    layer = kinds.layer_of(site)
     if not isinstance(layer, LoRALayer):
-        change_class(layer, adapting_class(layer))
+        classes.change_class(layer, kinds.adapting_class(layer))
     site.attach_adapter(adapter)
-    with name_scope_of(layer):
+    with layers.name_scope_of(layer):
         site.build_adapter()
 
 
@@ -62,7 +55,7 @@ def make_plain(layer):
         site.release_kernel(lora.kernel_place)
     for name in own_attributes(type(layer)) & vars(layer).keys():
         delattr(layer, name)
-    change_class(layer, layer.plain_class)
+    classes.change_class(layer, layer.plain_class)
 
 
 def own_attributes(lora_class) -> set:
@@ -88,8 +81,8 @@ def refuse_unbuilt(model):
 def refuse_adapters(paths):
     """Raises if a layer of a model has an adapter already, or those of a bank."""
     for path, layer in paths.items():
-        if has_adapters(layer):
+        if lora_layer.has_adapters(layer):
             lora = next(iter(layer.loras.values()))
             raise ValueError(
-                f"The layer {path!r} has an adapter. Call {lora.taken_off_by} first."
+                f"The layer {path!r} has an adapter. Call {lora.removal_hint} first."
             )

@@ -2,35 +2,23 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
 
-from keras_lora.keras_internals.callers import warn_caller
-from keras_lora.keras_internals.processes import warn_of_process_group
+from keras_lora.keras_internals import processes, warn_caller
+from keras_lora.layers import arguments, kinds, settings, token_rows
 from keras_lora.layers.adapter import LowRankAdapter
-from keras_lora.layers.arguments import refusing_foreign_keywords
-from keras_lora.layers.kinds import takes_dropout
-from keras_lora.layers.settings import checked_bias
-from keras_lora.layers.token_rows import KEYWORD
-from keras_lora.models.adapt import refuse_adapters
-from keras_lora.models.adapt import refuse_unbuilt
-from keras_lora.models.change import adapted
+from keras_lora.models import adapt, freezing, targets
+from keras_lora.models.change import adapting
 from keras_lora.models.choose import choose
-from keras_lora.models.freezing import freeze_all_but_lora
-from keras_lora.models.paths import layer_paths
 from keras_lora.models.report import Report
+from keras_lora.models.sites import layer_paths, site_paths
 from keras_lora.models.tables import listed
-from keras_lora.models.targets import matching
-from keras_lora.models.targets import pattern_values
-from keras_lora.models.tokens import refuse_both
-from keras_lora.models.tokens import token_sites
 
 
-@refusing_foreign_keywords
+@arguments.refusing_foreign_keywords
 def apply_lora(
     model: keras.layers.Layer,
     rank: int = 8,
@@ -124,7 +112,7 @@ def apply_lora(
     with applied(model, request) as (report, change):
         report.is_dry_run = bool(dry_run)
         if not dry_run:
-            warn_of_process_group()
+            processes.warn_of_process_group()
             report.notes += change.keep()
     return report
 
@@ -160,15 +148,15 @@ class Request:
 @contextlib.contextmanager
 def applied(model, request: Request):
     """Yields the adapted model's report; the change is undone unless it is kept."""
-    checked_bias(request.bias)
+    settings.checked_bias(request.bias)
     LowRankAdapter(  # errors without a path
         request.rank, request.alpha, request.dropout, request.use_rslora
     )
     paths = layer_paths(model)
-    refuse_unbuilt(model)
-    refuse_adapters(paths)
+    adapt.refuse_unbuilt(model)
+    adapt.refuse_adapters(paths)
     also_train = request.also_train
-    trained = matching(also_train, paths, "also_train") if also_train else []
+    trained = targets.matching(also_train, paths, "also_train") if also_train else []
     tokens = token_sites(paths, request.trainable_token_indices, trained)
     chosen, skipped, notes = {}, {}, []
     if request.target is not None or not tokens:
@@ -176,19 +164,21 @@ def applied(model, request: Request):
             model, paths, request.target, request.exclude, trained
         )
     refuse_both(tokens, chosen)
-    ranks = pattern_values(request.rank_pattern, chosen, "rank_pattern")
-    alphas = pattern_values(request.alpha_pattern, chosen, "alpha_pattern")
+    ranks = targets.pattern_values(request.rank_pattern, chosen, "rank_pattern")
+    alphas = targets.pattern_values(request.alpha_pattern, chosen, "alpha_pattern")
     adapters = {
         site: request.options(ranks, alphas, path) for path, site in chosen.items()
     }
-    adapters |= {site: {KEYWORD: indices} for site, indices in tokens.values()}
+    adapters |= {
+        site: {token_rows.KEYWORD: indices} for site, indices in tokens.values()
+    }
     heads = [paths[path] for path in trained]
-    without = [path for path, site in chosen.items() if not takes_dropout(site)]
+    without = [path for path, site in chosen.items() if not kinds.takes_dropout(site)]
     if request.dropout and without:
         notes = [*notes, f"No dropout: {listed(without)} (the adapter has no inputs)"]
-    with adapted(model, paths, adapters) as change:
+    with adapting(model, paths, adapters) as change:
         warn_of_high_ranks(chosen)
-        freeze_all_but_lora(model, request.bias, heads)
+        freezing.freeze_all_but_lora(model, request.bias, heads)
         skipped = {p: why for p, why in skipped.items() if p not in tokens}
         yield Report(model, paths, skipped, notes), change
 
@@ -202,4 +192,84 @@ def warn_of_high_ranks(layers):
             "The rank is higher than any kernel of this size can have, which wastes "
             f"parameters, in {listed(high)}. Give a lower `rank`, or set the rank of "
             "these layers with `rank_pattern`."
+        )
+
+
+# What the embedding of tokens is called where a model has others beside it.
+TOKEN_TABLES = ("token_embedding", "embed_tokens", "word_embeddings", "tokens")
+
+
+def token_sites(paths, given, trained) -> dict:
+    """Path -> (site, indices): the tables and heads of which rows train.
+
+    Args:
+        paths: Path -> layer, of the whole model.
+        given: Ids of tokens, or {path: ids}, or None.
+        trained: Paths of layers that train in full.
+    """
+    if given is None:
+        return {}
+    sites = site_paths(paths)
+    tables = {p: s for p, s in sites.items() if kinds.looks_up(s)}
+    if isinstance(given, Mapping):
+        chosen = {}
+        for rule, indices in given.items():
+            found = targets.matching(
+                [rule], {**sites, **paths}, token_rows.KEYWORD, tables
+            )
+            if len(found) != 1:
+                raise ValueError(
+                    f"`{token_rows.KEYWORD}` {rule!r} means {listed(found)}."
+                )
+            chosen[found[0]] = indices
+    else:
+        chosen = {token_table(tables): given}
+    tokens = {}
+    for path, indices in chosen.items():
+        site = sites.get(path)
+        if site is None or not (kinds.looks_up(site) or is_head(site)):
+            raise ValueError(
+                f"`{token_rows.KEYWORD}` names {path!r}, which is no embedding and no "
+                "Dense head."
+            )
+        if path in trained or any(path.startswith(f"{other}/") for other in trained):
+            raise ValueError(
+                f"{path!r} is in `{token_rows.KEYWORD}` and in `also_train`."
+            )
+        indices = settings.checked_indices(indices)
+        token_rows.refuse_outside(
+            indices, kinds.shape_of(site)[0 if kinds.looks_up(site) else 1]
+        )
+        tokens[path] = site, indices
+    return tokens
+
+
+def is_head(site):
+    """Whether a kernel's columns are outputs: of a Dense layer, or an untied head."""
+    weight = getattr(site, "weight_name", "kernel")
+    return len(kinds.shape_of(site)) == 2 and weight in ("kernel", "reverse_embeddings")
+
+
+def token_table(tables):
+    """The path of the one table of tokens."""
+    named = [p for p in tables if p.rpartition("/")[2] in TOKEN_TABLES]
+    found = named if len(named) == 1 else list(tables)
+    if len(found) != 1:
+        raise ValueError(
+            f"The model has {len(found)} embeddings"
+            f"{f', {listed(found)}' if found else ''}: give `{token_rows.KEYWORD}` as "
+            "a dict "
+            "from the path of a table to ids."
+        )
+    return found[0]
+
+
+def refuse_both(tokens, chosen):
+    """Raises for a table that is a target of LoRA too."""
+    both = sorted(tokens.keys() & chosen.keys())
+    if both:
+        raise ValueError(
+            f"{listed(both)} is in `{token_rows.KEYWORD}` and in `target`: a table "
+            "cannot have "
+            "both an update and rows that train. Leave it out with exclude=."
         )

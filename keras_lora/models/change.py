@@ -6,31 +6,16 @@ Of apply_lora, load_adapter, extract_adapter and mark_only_lora_as_trainable.
 import contextlib
 import dataclasses
 
-from keras_lora.keras_internals import processes
-from keras_lora.keras_internals.classes import change_class
-from keras_lora.keras_internals.compiled import bring_weights_back
-from keras_lora.keras_internals.compiled import compile_again
-from keras_lora.keras_internals.distribution import own_strategy
-from keras_lora.keras_internals.layers import flatten_layers
-from keras_lora.keras_internals.layers import refresh_torch_parameters
-from keras_lora.layers.kinds import layer_of
+from keras_lora.keras_internals import classes, compiled, distribution, processes
+from keras_lora.keras_internals.layers import flatten_layers, refresh_torch_parameters
+from keras_lora.layers import kinds
 from keras_lora.layers.lora_layer import LoRALayer
-from keras_lora.models.adapt import adapt
-from keras_lora.models.adapt import make_plain
-from keras_lora.models.adapt import new_adapter
-from keras_lora.models.keras_files import adapted_class
-from keras_lora.models.keras_files import carriers
-from keras_lora.models.paths import with_model
-from keras_lora.models.quantized import mend_plain
-from keras_lora.models.record import record_of
-from keras_lora.models.record import remember_flags
-from keras_lora.models.record import set_record
-from keras_lora.models.trainable_flags import restore_trainable_state
-from keras_lora.models.trainable_flags import trainable_state
+from keras_lora.models import keras_files, quantized, record, sites
+from keras_lora.models.adapt import adapt, make_plain, new_adapter
 
 
 @contextlib.contextmanager
-def adapted(model, paths, adapters):
+def adapting(model, paths, adapters):
     """The layers of a model are LoRA layers inside, and stay so after `keep()`.
 
     Without it, or if anything fails, all is as it was: classes, order of weights,
@@ -41,10 +26,10 @@ def adapted(model, paths, adapters):
         paths: Path -> layer, all that the model holds; nothing is walked again.
         adapters: Site -> the arguments of its adapter.
     """
-    bring_weights_back(model)
+    compiled.restore_jax_weights(model)
     processes.meet(model)
-    layers = with_model(model, paths)
-    with own_strategy(model):
+    layers = sites.with_model(model, paths)
+    with distribution.own_strategy(model):
         yield from all_or_none(model, layers, adapters)
 
 
@@ -52,16 +37,18 @@ def all_or_none(model, layers, adapters):
     made = {site: new_adapter(site, options) for site, options in adapters.items()}
     with contextlib.ExitStack() as undo:
         undo.callback(refresh_torch_parameters, flatten_layers(model))
-        undo.callback(restore_trainable_state, layers, trainable_state(layers))
+        undo.callback(
+            record.restore_trainable_state, layers, record.trainable_state(layers)
+        )
         for layer in layers.values():
-            undo.callback(set_record, layer, record_of(layer))
+            undo.callback(record.set_record, layer, record.record_of(layer))
             if adapters:
-                remember_flags(layer)
-        for layer in dict.fromkeys(map(layer_of, made)):
+                record.remember_flags(layer)
+        for layer in dict.fromkeys(map(kinds.layer_of, made)):
             undo.callback(make_plain_again, layer)
         for site, adapter in made.items():
             adapt(site, adapter)
-        for layer in mend_plain(layers.values()):
+        for layer in quantized.fix_quantized(layers.values()):
             undo.callback(make_plain, layer)
         refresh_torch_parameters(flatten_layers(model))
         yield Change(model, undo)
@@ -81,10 +68,10 @@ class Change:
 
     def keep(self) -> list:
         """Makes it last; returns what has to be said about optimizers."""
-        for layer in list(carriers(self.model)):
-            self.undo.callback(change_class, layer, type(layer))
-            cls = adapted_class(type(layer))  # type: ignore[arg-type]
-            change_class(layer, cls)
-        notes = compile_again(self.model)
+        for layer in list(keras_files.carriers(self.model)):
+            self.undo.callback(classes.change_class, layer, type(layer))
+            cls = keras_files.adapted_class(type(layer))  # type: ignore[arg-type]
+            classes.change_class(layer, cls)
+        notes = compiled.compile_again(self.model)
         self.undo.pop_all()
         return notes

@@ -5,23 +5,11 @@ import re
 
 import keras
 
-from keras_lora.keras_internals.callers import warn_caller
+from keras_lora.keras_internals import warn_caller
+from keras_lora.layers import kinds
 from keras_lora.layers.adapter import LowRankAdapter
-from keras_lora.layers.kinds import LORA_CLASSES
-from keras_lora.layers.kinds import in_all_linear
-from keras_lora.layers.kinds import layer_of
-from keras_lora.layers.kinds import lora_class_of
-from keras_lora.layers.kinds import obstacle
-from keras_lora.layers.kinds import out_of_reach
-from keras_lora.layers.kinds import wraps
-from keras_lora.models.adapt import assigns_to
-from keras_lora.models.adapt import no_effect_in
-from keras_lora.models.paths import with_model
-from keras_lora.models.sites import site_paths
-from keras_lora.models.tables import counted
-from keras_lora.models.tables import listed
-from keras_lora.models.targets import matching
-from keras_lora.models.targets import output_layers
+from keras_lora.models import adapt, tables, targets
+from keras_lora.models.sites import site_paths, with_model
 
 WHOLE_MODEL = ("all-linear", "all")
 
@@ -40,13 +28,13 @@ def choose(model, paths, target, exclude, trained):
         found, skipped = of_whole_model(model, sites, target)
         for path, layer in with_model(model, paths).items():
             if not f"{path}/".startswith(inside_trained):
-                for weight, why in out_of_reach(layer).items():
+                for weight, why in kinds.out_of_reach(layer).items():
                     skipped[f"{path}/{weight}".lstrip("/")] = why
     else:
         found, skipped = named(paths, every, sites, target, trained), {}
     if exclude is not None:
         things = {**every, **paths}
-        left_out = matching(exclude, things, "exclude")
+        left_out = targets.matching(exclude, things, "exclude")
         excluded = {x for p in left_out for x in (p, *sites_at(p, paths, every))}
         if found and excluded.issuperset(found):
             raise ValueError(
@@ -57,15 +45,15 @@ def choose(model, paths, target, exclude, trained):
     by_name = isinstance(target, (list, tuple, set, frozenset))
     chosen = {}
     for path in found:
-        site, layer = sites[path], layer_of(sites[path])
+        site, layer = sites[path], kinds.layer_of(sites[path])
         owner = owner_of(model, paths, path)
-        reason = obstacle(site) or assigns_to(owner)
+        reason = kinds.obstacle(site) or adapt.reassignment_reason(owner)
         if reason and by_name and layer.built:
             raise ValueError(
                 f"The layer {path!r} cannot be adapted: {reason} Leave it out with "
                 "exclude=."
             )
-        no_effect = no_effect_in(owner, layer)
+        no_effect = adapt.no_effect_in(owner, layer)
         if reason or (everything and no_effect):
             skipped[path] = reason or no_effect
         else:
@@ -79,13 +67,13 @@ def choose(model, paths, target, exclude, trained):
 
 def of_whole_model(model, sites, target):
     """The paths that "all-linear" or "all" means, and why it leaves out others."""
-    heads = output_layers(model)
+    heads = targets.output_layers(model)
     found, skipped = [], {}
     for path, site in sites.items():
-        layer = layer_of(site)
+        layer = kinds.layer_of(site)
         if id(layer) in heads or is_bias(site):
             continue
-        if target == "all" or (is_known(site) and in_all_linear(site)):
+        if target == "all" or (is_known(site) and kinds.in_all_linear(site)):
             found.append(path)
         else:
             skipped[path] = why_not_linear(site)
@@ -100,15 +88,17 @@ def notes_of(model, sites, chosen) -> list:
             "are adapted like the others. Leave them out with exclude=, or train them "
             "in full with also_train."
         ] * isinstance(model, keras.Model)
-    heads = output_layers(model)
+    heads = targets.output_layers(model)
     found = dict.fromkeys(
-        path if site is layer_of(site) else path.removesuffix(f"/{site.weight_name}")
+        path
+        if site is kinds.layer_of(site)
+        else path.removesuffix(f"/{site.weight_name}")
         for path, site in sites.items()
-        if id(layer_of(site)) in heads and path not in chosen
+        if id(kinds.layer_of(site)) in heads and path not in chosen
     )
     if not found:
         return []
-    return [f"Output layers, frozen: {listed(list(found))} (use also_train)"]
+    return [f"Output layers, frozen: {tables.listed(list(found))} (use also_train)"]
 
 
 def is_bias(site):
@@ -116,13 +106,14 @@ def is_bias(site):
 
 
 def is_known(site):
-    return lora_class_of(type(layer_of(site))) is not None
+    return kinds.lora_class_of(type(kinds.layer_of(site))) is not None
 
 
 def why_not_linear(site):
     """Why "all-linear" leaves a weight out, and what to do."""
+    kind = type(kinds.layer_of(site)).__name__
     return (
-        f'{type(layer_of(site)).__name__} is not in "all-linear": use target="all", '
+        f'{kind} is not in "all-linear": use target="all", '
         "name it in `target`, or train the layer in full with `also_train`."
     )
 
@@ -135,7 +126,7 @@ def named(paths, every, sites, target, trained):
     things = {p: x for p, x in paths.items() if by_name or sites_at(p, paths, sites)}
     things |= {path: site for path, site in sites.items() if path not in things}
     found = set()
-    for path in matching(target, things, "target", sites):
+    for path in targets.matching(target, things, "target", sites):
         own = [path] if path in sites else sites_at(path, paths, sites)
         if not own:
             raise ValueError(unsupported(path, paths[path], trained, sites))
@@ -151,11 +142,11 @@ def sites_at(path, paths, sites) -> list:
     layer = paths.get(path)
     if layer is None:
         return []
-    inside = wraps(layer)
+    inside = kinds.wraps(layer)
     if inside:
         owners = [p for p, x in paths.items() if any(x is part for part in inside)]
         return [x for p in owners for x in sites_at(p, paths, sites)]
-    return [p for p, site in sites.items() if layer_of(site) is layer]
+    return [p for p, site in sites.items() if kinds.layer_of(site) is layer]
 
 
 def nothing(target, skipped):
@@ -168,8 +159,12 @@ def nothing(target, skipped):
     paths = collections.defaultdict(list)
     for path, why in skipped.items():
         paths[why].append(path)
-    reasons = [f"{listed(found)}: {why}" for why, found in paths.items()]
-    more = f" {counted(len(reasons) - 3, 'more reason')}." if len(reasons) > 3 else ""
+    reasons = [f"{tables.listed(found)}: {why}" for why, found in paths.items()]
+    more = (
+        f" {tables.counted(len(reasons) - 3, 'more reason')}."
+        if len(reasons) > 3
+        else ""
+    )
     return (
         f"`target` {target!r} matches no layer that is built and can be adapted. "
         f"{' '.join(reasons[:3])}{more}"
@@ -192,13 +187,14 @@ def unsupported(path, layer, trained, sites):
         pattern = f"{re.escape(path)}/.*"
         return (
             f"`target` names {path!r}, a {type(layer).__name__}, which holds "
-            f"{listed(inside)}: name them, or give the expression {pattern!r}."
+            f"{tables.listed(inside)}: name them, or give the expression {pattern!r}."
         )
     if isinstance(layer, LowRankAdapter):
         return f"`target` names {path!r}, which is an adapter."
     return (
         f"`target` names the layer {path!r}, a {type(layer).__name__}, which has no "
         "weight of two axes or more. Layers with adapters of their own are "
-        f"{', '.join(cls.__name__ for cls in LORA_CLASSES)}; in other layers, every "
+        f"{', '.join(cls.__name__ for cls in kinds.LORA_CLASSES)}; in other layers, "
+        "every "
         "such weight can be named."
     )

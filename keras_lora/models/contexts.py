@@ -7,19 +7,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lora.keras_internals.callers import warn_caller
-from keras_lora.keras_internals.compiled import refusing_to_train
-from keras_lora.keras_internals.compiled import take_compiled_functions
-from keras_lora.keras_internals.distribution import fetch
+from keras_lora.keras_internals import compiled, distribution, warn_caller
 from keras_lora.keras_internals.layers import flatten_layers
-from keras_lora.layers.trained_values import is_held_once
-from keras_lora.layers.trained_values import other_values
-from keras_lora.models.merge import refuse_factors_not_finite
-from keras_lora.models.merge import standing_in
-from keras_lora.models.record import base_values
-from keras_lora.models.record import warn_of_unremembered
-from keras_lora.models.sites import built_sites
-from keras_lora.models.sites import checked_sites
+from keras_lora.layers import saved_values
+from keras_lora.models import merge, record
+from keras_lora.models.sites import built_sites, checked_sites
 
 UNTRAINED = (
     "Adapters do not train inside `{}(model)`: they are frozen there, and what trains "
@@ -58,20 +50,20 @@ def merged(model: keras.layers.Layer):
                 "memory that was saved. Call the model as it is, or merge permanently: "
                 'merge_lora(model, quantized="dequantize").'
             )
-        refuse_factors_not_finite(layer)
-    return _standing_in(model)
+        merge.refuse_factors_not_finite(layer)
+    return _merged(model)
 
 
 @contextlib.contextmanager
-def _standing_in(model):
+def _merged(model):
     sites = checked_sites(model)  # as they are at entry
-    functions = take_compiled_functions(flatten_layers(model))
-    refusing = refusing_to_train(model, UNTRAINED.format("merged"))
+    functions = compiled.take_compiled_functions(flatten_layers(model))
+    refusing = compiled.refusing_to_train(model, UNTRAINED.format("merged"))
     try:
-        with standing_in(sites), refusing:
+        with merge.standing_in(sites), refusing:
             yield model
     finally:
-        take_compiled_functions(flatten_layers(model))
+        compiled.take_compiled_functions(flatten_layers(model))
         for owner, name, function in functions:
             setattr(owner, name, function)
 
@@ -102,24 +94,28 @@ def disabled(model: keras.layers.Layer):
         ...     without = model.predict(x, verbose=0)
     """
     built_sites(model)
-    warn_of_unremembered(flatten_layers(model))
-    return _switched_off(model)
+    record.warn_of_unremembered(flatten_layers(model))
+    return _disabled(model)
 
 
 @contextlib.contextmanager
-def _switched_off(model):
+def _disabled(model):
     sites = built_sites(model)
-    beside = [layer for layer in flatten_layers(model) if base_values(layer)]
-    values = [pair for layer in beside for pair in base_values(layer)]
+    beside = [layer for layer in flatten_layers(model) if record.base_values(layer)]
+    values = [pair for layer in beside for pair in record.base_values(layer)]
     # The stand-ins' kernels are no larger than what `merged` has made already.
     kernels = [
         (site.lora.stand_in.kernel, site.frozen_kernel)
         for site in sites
         if site.lora.stand_in is not None
     ]
-    refusing = refusing_to_train(model, UNTRAINED.format("disabled"))
+    refusing = compiled.refusing_to_train(model, UNTRAINED.format("disabled"))
     adapters = [site.lora for site in sites]
-    with refusing, switched_off(adapters), other_values(values + kernels, CHANGING):
+    with (
+        refusing,
+        switched_off(adapters),
+        saved_values.temporary_values(values + kernels, CHANGING),
+    ):
         yield
         warn_of_lost_training(values)
 
@@ -142,8 +138,11 @@ def warn_of_lost_training(values):
     changed = [
         variable.path
         for variable, value in values
-        if is_held_once(variable)
-        and not np.array_equal(fetch(variable), fetch(ops.cast(value, variable.dtype)))
+        if saved_values.is_held_once(variable)
+        and not np.array_equal(
+            distribution.fetch(variable),
+            distribution.fetch(ops.cast(value, variable.dtype)),
+        )
     ]
     if changed:
         warn_caller(

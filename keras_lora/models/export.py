@@ -3,19 +3,14 @@
 import difflib
 import importlib.util
 import os
+import warnings
 from pathlib import Path
 
 import keras
+import numpy as np
 
-from keras_lora.keras_internals import processes
-from keras_lora.keras_internals.distribution import whole_on_host
-from keras_lora.keras_internals.layers import checked_model
-from keras_lora.models.atomic import entries
-from keras_lora.models.atomic import refuse_file_name
-from keras_lora.models.atomic import replacing
-from keras_lora.models.merge import listing_merged_kernels
-from keras_lora.models.runtimes import assert_runs
-from keras_lora.models.sites import adapted_sites
+from keras_lora.keras_internals import distribution, layers, processes
+from keras_lora.models import atomic, merge, sites
 
 SAVED_MODEL = {"saved_model.pb", "fingerprint.pb", "variables", "assets"}
 FORMATS = ("tf_saved_model", "onnx", "openvino", "litert", "torch")
@@ -56,13 +51,13 @@ def export(
         >>> keras_lora.export(model, "served")
         >>> keras_lora.export(model, "model.tflite", format="litert")  # doctest: +SKIP
     """
-    checked_model(model)
+    layers.checked_model(model)
     if not model.built:
         raise ValueError(
             f"The model {model.name!r} is not built, so its input shape is unknown. "
             "Call it once, or `model.build(input_shape)`, then export."
         )
-    if not adapted_sites(model):
+    if not sites.adapted_sites(model):
         raise ValueError(
             f"{model.name!r} has no adapters: none was applied, or they were merged. "
             "Export a plain model with model.export(path)."
@@ -73,14 +68,14 @@ def export(
     kwargs.setdefault("verbose", False)
 
     def write():
-        with whole_on_host(model) as is_writer:
+        with distribution.whole_on_host(model) as is_writer:
             if is_writer:
-                with replacing(path) as new:
+                with atomic.replacing(path) as new:
                     model.export(str(new), format=format, **kwargs)
                     if "target_spec" not in kwargs:
                         assert_runs(new, format)
 
-    with listing_merged_kernels(model):
+    with merge.listing_merged_kernels(model):
         processes.on_all(model, write)
 
 
@@ -107,7 +102,7 @@ def refuse_format_of_other_backends(format):
 def assert_replaceable(path, format):
     """A folder at the path is empty or an earlier artefact: nothing else is lost."""
     if format == "tf_saved_model":
-        refuse_file_name(path, "a SavedModel")
+        atomic.refuse_file_name(path, "a SavedModel")
     if not os.path.isdir(path):
         return
     if format != "tf_saved_model":
@@ -115,7 +110,7 @@ def assert_replaceable(path, format):
             f"`path` {str(path)!r} is a folder, and format={format!r} writes a file. "
             "Give the path of a file in it."
         )
-    found = entries(path)
+    found = atomic.entries(path)
     others = sorted(found - SAVED_MODEL) if "saved_model.pb" in found else sorted(found)
     if others:
         raise FileExistsError(
@@ -128,3 +123,103 @@ def assert_replaceable(path, format):
             f"`path` {str(path)!r} is the current working directory, which the export "
             "would replace. Give a path inside it, or export from another directory."
         )
+
+
+def run_saved_model(path):
+    import tensorflow as tf
+
+    served = tf.saved_model.load(path).signatures["serving_default"]
+    specs = served.structured_input_signature[1]
+    served(**{name: tf.zeros(*shape_and_type(x)) for name, x in specs.items()})
+
+
+def shape_and_type(spec):
+    return [size or 1 for size in spec.shape], spec.dtype
+
+
+def run_litert(path):
+    try:
+        from ai_edge_litert.interpreter import Interpreter
+    except ImportError:
+        import tensorflow as tf
+
+        Interpreter = tf.lite.Interpreter  # which warns that it is the old one
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        served = Interpreter(path).get_signature_runner()
+    details = served.get_input_details()
+    served(**{name: np.zeros(x["shape"], x["dtype"]) for name, x in details.items()})
+
+
+def run_onnx(path):
+    import onnxruntime
+
+    served = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    served.run(
+        None,
+        {
+            spec.name: np.zeros(
+                [size if isinstance(size, int) else 1 for size in spec.shape],
+                ONNX_TYPES.get(spec.type, spec.type[len("tensor(") : -1]),
+            )
+            for spec in served.get_inputs()
+        },
+    )
+
+
+ONNX_TYPES = {"tensor(float)": "float32", "tensor(double)": "float64"}
+
+
+def run_openvino(path):
+    import openvino
+
+    model = openvino.Core().read_model(path)
+    for operation in model.get_ops():
+        is_product = operation.get_type_name() == "MatMul"
+        if is_product and operation.get_input_element_type(0).is_integral():
+            raise ValueError(
+                "OpenVINO computes a product of integers, as of int8 kernels with "
+                "quantized activations, wrongly."
+            )
+    served = openvino.compile_model(model, "CPU")
+    served([np.zeros(*openvino_shape_and_type(x)) for x in served.inputs])
+
+
+def openvino_shape_and_type(port):
+    sizes = [size.get_length() if size.is_static else 1 for size in port.partial_shape]
+    return sizes, port.element_type.to_dtype()
+
+
+def run_torch(path):
+    import torch
+
+    served = torch.export.load(path)
+    args, kwargs = served.example_inputs
+    served.module()(*args, **kwargs)
+
+
+# Format -> (the package that runs it, a function of the path).
+RUNTIMES = {
+    "tf_saved_model": ("tensorflow", run_saved_model),
+    "litert": ("tensorflow", run_litert),
+    "onnx": ("onnxruntime", run_onnx),
+    "openvino": ("openvino", run_openvino),
+    "torch": ("torch", run_torch),
+}
+
+
+def assert_runs(path, format):
+    """Raises ValueError if the artefact cannot be opened and run on zeros.
+
+    Where the package that would run it is not installed, nobody knows.
+    """
+    package, run = RUNTIMES.get(format, (None, None))
+    if package is None or importlib.util.find_spec(package) is None:
+        return
+    try:
+        run(str(path))
+    except Exception as error:  # whatever the runtime raises
+        raise ValueError(
+            f"The artefact in {format!r} cannot be run: {error}\nIt was deleted. Check "
+            "whether the plain model's artefact runs, or choose another format."
+        ) from error

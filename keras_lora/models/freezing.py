@@ -4,22 +4,18 @@ import itertools
 
 import keras
 
-from keras_lora.keras_internals.callers import warn_caller
-from keras_lora.keras_internals.layers import flatten_layers
-from keras_lora.keras_internals.layers import keep_frozen
-from keras_lora.keras_internals.layers import layer_state
-from keras_lora.keras_internals.layers import own_variables
+from keras_lora.keras_internals import warn_caller
+from keras_lora.keras_internals.layers import (
+    flatten_layers,
+    freeze_spectral_norm,
+    layer_state,
+    own_variables,
+)
+from keras_lora.layers import lora_layer, settings
 from keras_lora.layers.adapter import LowRankAdapter
-from keras_lora.layers.lora_layer import has_adapters
-from keras_lora.layers.settings import checked_bias
-from keras_lora.models.change import adapted
-from keras_lora.models.paths import layer_paths
-from keras_lora.models.record import record_of
-from keras_lora.models.record import remember_base
-from keras_lora.models.record import state_of
-from keras_lora.models.sites import built_sites
-from keras_lora.models.trainable_flags import restore_trainable_state
-from keras_lora.models.trainable_flags import trainable_state
+from keras_lora.models import record
+from keras_lora.models.change import adapting
+from keras_lora.models.sites import built_sites, layer_paths
 
 
 def mark_only_lora_as_trainable(model: keras.layers.Layer, bias: str = "none"):
@@ -43,9 +39,9 @@ def mark_only_lora_as_trainable(model: keras.layers.Layer, bias: str = "none"):
         >>> len(model.trainable_variables)  # A, B and the bias
         3
     """
-    checked_bias(bias)
+    settings.checked_bias(bias)
     built_sites(model)
-    with adapted(model, layer_paths(model), {}) as change:
+    with adapting(model, layer_paths(model), {}) as change:
         freeze_all_but_lora(model, bias)
         notes = change.keep()
     for note in notes:
@@ -63,18 +59,18 @@ def freeze_all_but_lora(model, bias="none", also_train=()):
     own = list(dict.fromkeys(site.kernel_owner() for site in sites))
     for layer in {"none": [], "lora_only": own, "all": flatten_layers(model)}[bias]:
         biases = [v for v in own_variables(layer) if is_bias(layer, v)]
-        remember_base(layer, biases)
+        record.remember_base(layer, biases)
         kept |= set(map(id, biases))
     for layer in also_train:
         for part in flatten_layers(layer):
-            remember_base(part, state_of(part))
+            record.remember_base(part, record.state_of(part))
             kept |= {id(v) for v in own_variables(part)}
     # From the outside in: what is set on a layer reaches the layers inside it, which
     # may have several owners, as the token embedding that an output head holds too.
     parts = [list(flatten_layers(layer)) for layer in flatten_layers(model)]
     for layer, *inside in sorted(parts, key=len, reverse=True):
         variables = [v for part in (layer, *inside) for v in own_variables(part)]
-        keep_frozen(layer)
+        freeze_spectral_norm(layer)
         layer.trainable = any(id(v) in kept for v in variables)
         for variable in own_variables(layer):
             variable.trainable = id(variable) in kept
@@ -83,7 +79,10 @@ def freeze_all_but_lora(model, bias="none", also_train=()):
 def refuse_quantized(also_train):
     """Raises if a layer that is to train in full has a quantized kernel."""
     for part in itertools.chain(*map(flatten_layers, also_train)):
-        if any("int" in v.dtype for v in state_of(part)) and part.quantization_mode:
+        if (
+            any("int" in v.dtype for v in record.state_of(part))
+            and part.quantization_mode
+        ):
             raise ValueError(
                 f"`also_train` means {part.name!r}, whose kernel is quantized to "
                 f"{part.quantization_mode!r} and cannot train in full. Leave that "
@@ -95,7 +94,7 @@ def refuse_quantized(also_train):
 def freeze_adapters(layers):
     """Freezes A, B and what trained beside them."""
     for layer in layers.values():
-        if has_adapters(layer) or record_of(layer).base:
+        if lora_layer.has_adapters(layer) or record.record_of(layer).base:
             layer.trainable = False
 
 
@@ -104,20 +103,22 @@ def train_adapters(layers):
 
     layers: path -> layer, those that hold others first, the model as "".
     """
-    restore_trainable_state(layers, trained_state(layers))
+    record.restore_trainable_state(layers, trained_state(layers))
 
 
 def trained_state(layers):
     """The flags of layers whose adapters train, and what trained beside them."""
-    state = trainable_state(layers)
+    state = record.trainable_state(layers)
     for path, layer in layers.items():
         if isinstance(layer, LowRankAdapter):
             del state[path]  # it goes with its layer
             continue
-        base = record_of(layer).base
-        kept = {id(v) for index, v in enumerate(state_of(layer)) if index in base}
+        base = record.record_of(layer).base
+        kept = {
+            id(v) for index, v in enumerate(record.state_of(layer)) if index in base
+        }
         flags = [v.trainable or id(v) in kept for v in own_variables(layer)]
-        if has_adapters(layer) or kept:
+        if lora_layer.has_adapters(layer) or kept:
             state[path] = [True, flags]
             for owner in owners_of(path):
                 if owner in state:

@@ -1,35 +1,27 @@
 """Where the adapters of a model start: other values for A and B."""
 
+import contextlib
 from collections.abc import Callable
 
 import keras
 import numpy as np
 
-from keras_lora.keras_internals import processes
-from keras_lora.keras_internals.compiled import compile_again
-from keras_lora.layers.kinds import kind_of
-from keras_lora.layers.lora_layer import is_adapted
+from keras_lora.keras_internals import compiled, distribution, processes
+from keras_lora.keras_internals.layers import (
+    flatten_layers,
+    name_scope_of,
+    refresh_torch_parameters,
+)
+from keras_lora.layers import kinds, lora_layer, methods, torch_layout
 from keras_lora.layers.settings import checked_rank
-from keras_lora.layers.torch_layout import to_numpy
-from keras_lora.models.adapt import make_plain
-from keras_lora.models.decompositions import KERNEL_STARTS
-from keras_lora.models.merge_quantized import copy_kernel
-from keras_lora.models.paths import layer_paths
-from keras_lora.models.paths import with_model
-from keras_lora.models.renew import renewed
+from keras_lora.models import adapt, merge, sites, start_values
 from keras_lora.models.report import Report
-from keras_lora.models.sites import checked_sites
-from keras_lora.models.sites import site_paths
-from keras_lora.models.start_values import eva
-from keras_lora.models.start_values import from_kernel
-from keras_lora.models.start_values import identity
-from keras_lora.models.start_values import loftq
 
 OTHER_STARTS = (
     "The processes have found different values for A and B. Give all of them the same "
     "`data`, and for random values the same seed: `keras.utils.set_random_seed`."
 )
-METHODS = [*KERNEL_STARTS, "eva", "loftq"]
+METHODS = [*start_values.KERNEL_STARTS, "eva", "loftq"]
 
 
 def initialize_lora(
@@ -85,28 +77,31 @@ def initialize_lora(
         [EVA: Paischer et al., 2024](https://arxiv.org/abs/2410.07170);
         [LoftQ: Li et al., 2023](https://arxiv.org/abs/2310.08659)
     """
-    checked_sites(model)
+    sites.checked_sites(model)
     checked_arguments(method, data, budget)
-    every = site_paths(with_model(model, layer_paths(model)))
-    layers = {path: site for path, site in every.items() if is_adapted(site)}
+    every = sites.site_paths(sites.with_model(model, sites.layer_paths(model)))
+    layers = {path: site for path, site in every.items() if lora_layer.is_adapted(site)}
     for path, layer in layers.items():
         refuse_used(path, layer)
         needs_inputs = method == "eva" and layer.form.down is None
         if isinstance(method, str) and (needs_inputs or not layer.kernel_is_matrix):
             raise ValueError(
-                f"{method!r} does not support {path!r}, a {kind_of(layer).__name__}: "
+                f"{method!r} does not support {path!r}, a "
+                f"{kinds.kind_of(layer).__name__}: "
                 "it needs one kernel that is a matrix. Leave the layer out with "
                 "exclude=, or give a function of the layer."
             )
     if method == "eva":
-        starts = eva(model, layers, data, budget)
+        starts = start_values.eva(model, layers, data, budget)
     elif method == "loftq":
-        starts = loftq(layers, data)
+        starts = start_values.loftq(layers, data)
     else:
-        starts = with_bar(layers, lambda path, layer: from_kernel(path, layer, method))
+        starts = with_bar(
+            layers, lambda path, layer: start_values.from_kernel(path, layer, method)
+        )
     for path, layer in layers.items():
         refuse_unusable(path, layer, starts[path])
-    processes.on_all(model, lambda: starts, identity, OTHER_STARTS)
+    processes.on_all(model, lambda: starts, start_values.fingerprint, OTHER_STARTS)
     options = {
         layer: options_for(layer, starts[path])
         for path, layer in layers.items()
@@ -117,14 +112,14 @@ def initialize_lora(
             starts[path].assign_to(layer)
     for path, layer in layers.items():
         if starts[path].plain is not None:
-            copy_kernel(layer, starts[path].plain)
+            merge.copy_kernel(layer, starts[path].plain)
         if starts[path].rank:
             layer.lora.start_from_kernel()
         else:
-            make_plain(layer)
+            adapt.make_plain(layer)
             layer.trainable = False
     errors = {path: start.errors for path, start in starts.items() if start.errors}
-    return Report(model, notes=compile_again(model), errors=errors)
+    return Report(model, notes=compiled.compile_again(model), errors=errors)
 
 
 def checked_arguments(method, data, budget):
@@ -168,7 +163,7 @@ def refuse_used(path, layer):
             f"The adapter of {path!r} is a {type(lora).__name__}, which does not say "
             "that it takes a start (`takes_start`)."
         )
-    if to_numpy(lora.a).any() and to_numpy(lora.b).any():
+    if torch_layout.to_numpy(lora.a).any() and torch_layout.to_numpy(lora.b).any():
         raise ValueError(
             f"The adapter of {path!r} has trained: another start would lose what it "
             "has learned. Call remove_lora(model) and apply_lora(model) for a new one."
@@ -208,3 +203,38 @@ def with_bar(layers, function):
         found[path] = function(path, layer)
         bar.add(1)
     return found
+
+
+@contextlib.contextmanager
+def renewed(model, options):
+    """Replaces adapters; if anything fails inside, the old ones are put back.
+
+    Args:
+        model: A Keras model.
+        options: Site -> the arguments of its new adapter.
+    """
+    compiled.restore_jax_weights(model)
+    with distribution.own_strategy(model):
+        yield from all_or_none(model, options)
+
+
+def all_or_none(model, options):
+    made = {
+        site: methods.make_adapter(own, site.variable_dtype, site.adapter_attribute)
+        for site, own in options.items()
+    }
+    with contextlib.ExitStack() as undo:
+        undo.callback(refresh_torch_parameters, flatten_layers(model))
+        for site, adapter in made.items():
+            undo.callback(put, site, site.lora)
+            put(site, adapter)
+            with name_scope_of(site.lora_layer()):
+                site.build_factors()
+        yield
+        undo.pop_all()
+
+
+def put(site, adapter):
+    adapter.kernel_place = site.lora.kernel_place
+    site.detach_adapter()
+    site.attach_adapter(adapter)

@@ -11,42 +11,21 @@ import functools
 
 import keras
 
-from keras_lora.keras_internals.calls import keeping_weights
-from keras_lora.keras_internals.calls import legacy_format
-from keras_lora.keras_internals.classes import change_class
-from keras_lora.keras_internals.classes import seen_as
-from keras_lora.keras_internals.layers import flatten_layers
-from keras_lora.keras_internals.layers import own_variables
-from keras_lora.keras_internals.layers import refresh_torch_parameters
+from keras_lora.keras_internals import calls, classes
+from keras_lora.keras_internals.layers import (
+    flatten_layers,
+    own_variables,
+    refresh_torch_parameters,
+)
+from keras_lora.layers import kinds, lora_layer, quantized_host
 from keras_lora.layers.adapter import LowRankAdapter
-from keras_lora.layers.kinds import sites_of
 from keras_lora.layers.lora_layer import LoRALayer
-from keras_lora.layers.lora_layer import has_adapters
-from keras_lora.layers.lora_layer import is_adapted
-from keras_lora.layers.quantized_host import refuse_quantizing
 from keras_lora.layers.rematerialized import Rematerialized
-from keras_lora.layers.trained_values import TrainedValues
-from keras_lora.models.adapt import adapt
-from keras_lora.models.adapt import new_adapter
-from keras_lora.models.adapted_config import plain_part
-from keras_lora.models.paths import layer_paths
-from keras_lora.models.presets import is_registered
-from keras_lora.models.presets import is_saved_as_plain
-from keras_lora.models.presets import plain_class_of
-from keras_lora.models.presets import save_to_preset
-from keras_lora.models.quantized import mend_plain
-from keras_lora.models.quantized import quantizations
-from keras_lora.models.quantized import quantize_again
-from keras_lora.models.record import BASE
+from keras_lora.layers.saved_values import TrainedValues
+from keras_lora.models import presets, quantized, record
+from keras_lora.models.adapt import adapt, new_adapter
 from keras_lora.models.record import Record
-from keras_lora.models.record import base_names
-from keras_lora.models.record import record_of
-from keras_lora.models.record import remember_what_trains
-from keras_lora.models.record import set_base
-from keras_lora.models.record import set_record
-from keras_lora.models.sites import adapted_sites
-from keras_lora.models.trainable_flags import restore_trainable_state
-from keras_lora.models.trainable_flags import trainable_state
+from keras_lora.models.sites import adapted_sites, layer_paths
 
 # All classes under one name, as `from_config` is the same for each of them.
 register = keras.saving.register_keras_serializable("keras_lora", "Adapted")
@@ -60,13 +39,15 @@ class Adapted(Rematerialized):
     plain_owner = None  # the class that this one extends
 
     def get_config(self):
-        if legacy_format():
+        if calls.legacy_format():
             refuse_legacy_format(self)
         layers = {"": self, **layer_paths(self, alone=False)}
         own = {p: x for p, x in layers.items() if not isinstance(x, LowRankAdapter)}
-        with_adapter = {path: x for path, x in own.items() if has_adapters(x)}
-        records = {path: record_of(layer) for path, layer in own.items()}
-        view = seen_as(self, plain_class_of(type(self)))
+        with_adapter = {
+            path: x for path, x in own.items() if lora_layer.has_adapters(x)
+        }
+        records = {path: record.record_of(layer) for path, layer in own.items()}
+        view = classes.seen_as(self, presets.plain_class_of(type(self)))
         plain = keras.saving.serialize_keras_object(view)
         for key in ("compile_config", "shared_object_id"):  # of the view, not of self
             plain.pop(key, None)
@@ -74,16 +55,18 @@ class Adapted(Rematerialized):
             "requires": "import keras_lora",
             "layer": plain,
             "adapters": {
-                p: x.lora.options() for p, x in with_adapter.items() if is_adapted(x)
+                p: x.lora.options()
+                for p, x in with_adapter.items()
+                if lora_layer.is_adapted(x)
             },
             "weight_adapters": {
                 p: {w: s.lora.options() for w, s in x.sites().items() if s is not x}
                 for p, x in with_adapter.items()
             },
             "places": {path: place - 1 for place, path in enumerate(own)},
-            "quantized": quantizations(own),
+            "quantized": quantized.quantizations(own),
             "merge_weights": {p: x.merge_weights for p, x in with_adapter.items()},
-            "trainable": trainable_state(layers),
+            "trainable": record.trainable_state(layers),
             "trainable_before": {
                 p: list(r.before) for p, r in records.items() if r.before is not None
             },
@@ -95,7 +78,7 @@ class Adapted(Rematerialized):
         if "adapters" not in config:  # a plain one, asked for by the class's name
             return cls.plain_owner.from_config(config)
         model = keras.saving.deserialize_keras_object(
-            plain_part(config), custom_objects=custom_objects
+            presets.plain_part(config), custom_objects=custom_objects
         )
         paths = layer_paths(model, alone=False)
         layers = {"": model, **paths}
@@ -104,7 +87,7 @@ class Adapted(Rematerialized):
         places = {p: own[n] for p, n in config["places"].items() if 0 <= n < len(own)}
         places |= {path: path for path in layers}
         for path, how in config.get("quantized", {}).items():
-            quantize_again(layers.get(places.get(path)), *how)
+            quantized.quantize_again(layers.get(places.get(path)), *how)
         adapters = []
         one = {path: {None: own} for path, own in config["adapters"].items()}
         several = config.get("weight_adapters", {})
@@ -116,46 +99,48 @@ class Adapted(Rematerialized):
                     f"{path!r}, so its adapter cannot be restored. Build the model as "
                     "you did originally, then `apply_lora` and `load_weights`."
                 )
-            sites = sites_of(layer)
+            sites = kinds.sites_of(layer)
             for weight, options in own.items():
                 site = sites.get(weight, layer)
-                if not is_adapted(site):  # else its own configuration has said it
+                if not lora_layer.is_adapted(
+                    site
+                ):  # else its own configuration has said it
                     adapters.append((site, options))
         for site, options in adapters:
             adapt(site, new_adapter(site, options))
-        mend_plain(layers.values())
+        quantized.fix_quantized(layers.values())
         for path, merge_weights in config["merge_weights"].items():
             layers[places[path]].merge_weights = merge_weights
         layers_now = {"": model, **layer_paths(model, alone=False)}
-        restore_trainable_state(layers_now, config["trainable"])
+        record.restore_trainable_state(layers_now, config["trainable"])
         beside = config.get("trained_beside", {})
         for path, place in places.items():
             base = dict.fromkeys(beside.get(path, ()))
             before = config["trainable_before"].get(path)
-            set_record(layers[place], Record(before, base))
-        carry(model)
+            record.set_record(layers[place], Record(before, base))
+        use_owner_classes(model)
         return model
 
     def save_own_variables(self, store):
         super().save_own_variables(TrainedValues(store))
-        if is_saved_as_plain(self):
+        if presets.is_saved_as_plain(self):
             return
-        for name, (layer, index) in base_names(self, Adapted).items():
-            if record_of(layer).base[index] is not None:
-                store[name] = record_of(layer).base[index]
+        for name, (layer, index) in record.base_names(self, Adapted).items():
+            if record.record_of(layer).base[index] is not None:
+                store[name] = record.record_of(layer).base[index]
 
     def load_own_variables(self, store):
         values = {name: store[name] for name in store.keys()}  # noqa: SIM118
-        for name, (layer, index) in base_names(self, Adapted).items():
-            set_base(layer, index, values.get(name))
-        others = [name for name in values if not name.startswith(BASE)]
+        for name, (layer, index) in record.base_names(self, Adapted).items():
+            record.set_base(layer, index, values.get(name))
+        others = [name for name in values if not name.startswith(record.BASE)]
         super().load_own_variables({name: values[name] for name in others})
 
     def quantize(self, mode=None, config=None, **kwargs):
         for layer in adapted_sites(self):
-            refuse_quantizing(layer, mode)  # before any layer changes
+            quantized_host.refuse_quantizing(layer, mode)  # before any layer changes
         super().quantize(mode, config=config, **kwargs)
-        mend_plain(flatten_layers(self))
+        quantized.fix_quantized(flatten_layers(self))
 
     def build_from_config(self, config):
         """Built in `from_config`, before the adapters could be attached."""
@@ -175,7 +160,7 @@ def adapted_class(cls):
     class.
     """
     own = {"__module__": __name__, "plain_owner": cls}
-    for method in (save, save_to_preset, make_train_function):
+    for method in (save, presets.save_to_preset, make_train_function):
         if hasattr(cls, method.__name__):
             own[method.__name__] = method
     own |= {name: kept(getattr(cls, name)) for name in LOOPS if hasattr(cls, name)}
@@ -201,7 +186,7 @@ def kept(loop):
 
     @functools.wraps(loop)
     def run(self, *args, **kwargs):
-        with keeping_weights(self):
+        with calls.keeping_weights(self):
             return loop(self, *args, **kwargs)
 
     return run
@@ -220,8 +205,8 @@ def make_train_function(self, force=False):
     begins = force or self.train_function is None
     self.plain_owner.make_train_function(self, force)
     if begins:
-        remember_what_trains(flatten_layers(self))
-        carry(self)
+        record.remember_what_trains(flatten_layers(self))
+        use_owner_classes(self)
 
 
 def refuse_legacy_format(model):
@@ -242,17 +227,17 @@ def carriers(model):
         if isinstance(layer, LoRALayer):
             inside = parts(layer)
             flags = any(x.trainable != layer.trainable for x in inside)
-            if flags or not is_registered(type(layer)):
+            if flags or not presets.is_registered(type(layer)):
                 yield layer
         elif (
-            record_of(layer).base
-            or any(map(has_adapters, flatten_layers(layer)))
-            or has_own_flags(layer)
+            record.record_of(layer).base
+            or any(map(lora_layer.has_adapters, flatten_layers(layer)))
+            or has_mixed_flags(layer)
         ):
             yield layer
 
 
-def has_own_flags(layer):
+def has_mixed_flags(layer):
     """Whether `trainable` of a layer does not say it of all its variables."""
     return any(v.trainable != layer.trainable for v in own_variables(layer))
 
@@ -263,8 +248,8 @@ def parts(layer):
     return [x for x in inside if not isinstance(x, LowRankAdapter)]
 
 
-def carry(model):
+def use_owner_classes(model):
     """Gives the classes that carry adapters to what needs them."""
     for layer in list(carriers(model)):
-        change_class(layer, adapted_class(type(layer)))
+        classes.change_class(layer, adapted_class(type(layer)))
     refresh_torch_parameters(flatten_layers(model))

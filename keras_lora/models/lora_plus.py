@@ -5,12 +5,9 @@ import math
 
 import keras
 
-from keras_lora.keras_internals.optimizers import TwoRates
-from keras_lora.keras_internals.optimizers import as_plain_optimizer
-from keras_lora.keras_internals.optimizers import optimizer_class
-from keras_lora.keras_internals.private_names import LORA_PLUS
-from keras_lora.keras_internals.private_names import require
-from keras_lora.layers.settings import is_number
+from keras_lora.keras_internals import compiled, private_names, probes
+from keras_lora.keras_internals.compiled import TwoRates
+from keras_lora.layers import settings
 
 register = keras.saving.register_keras_serializable(package="keras_lora")
 
@@ -55,7 +52,7 @@ class LoRAPlus(TwoRates):
     """
 
     def __new__(cls, optimizer, ratio=16.0):
-        require(LORA_PLUS)
+        probes.require(private_names.LORA_PLUS)
         optimizer = keras.optimizers.get(optimizer)
         checked_ratio(ratio)
         checked_optimizer(optimizer)
@@ -85,7 +82,9 @@ class LoRAPlus(TwoRates):
         return learning_rate * self.lora_plus_ratio
 
     def get_config(self):
-        optimizer = keras.saving.serialize_keras_object(as_plain_optimizer(self))
+        optimizer = keras.saving.serialize_keras_object(
+            compiled.as_plain_optimizer(self)
+        )
         return {"optimizer": optimizer, "ratio": self.lora_plus_ratio}
 
     @classmethod
@@ -99,7 +98,7 @@ class LoRAPlus(TwoRates):
 @functools.cache
 def lora_plus_class(plain_class):
     """LoRAPlus over an optimizer's class. One name in files stands for all."""
-    bases = (LoRAPlus, optimizer_class(plain_class))
+    bases = (LoRAPlus, compiled.optimizer_class(plain_class))
     members = {"plain_class": plain_class, "__module__": __name__}
     new_class = type("LoRAPlus", bases, members)
     register(new_class)
@@ -108,7 +107,7 @@ def lora_plus_class(plain_class):
 
 
 def checked_ratio(ratio):
-    if not is_number(ratio) or not math.isfinite(ratio) or ratio <= 0:
+    if not settings.is_number(ratio) or not math.isfinite(ratio) or ratio <= 0:
         raise ValueError(
             "`ratio` must be a finite number > 0, B's learning rate over A's. "
             f"Received: ratio={ratio!r}. The paper's is 16."
@@ -123,7 +122,7 @@ def checked_optimizer(optimizer):
         raise ValueError(
             "`optimizer` is a LoRAPlus already. Give the optimizer inside it."
         )
-    if optimizer_class(type(optimizer)).update_step is UPDATE_STEP:
+    if compiled.optimizer_class(type(optimizer)).update_step is UPDATE_STEP:
         raise ValueError(
             f"`optimizer` is a {name}, which has no update of its own but wraps "
             "optimizers that do. Wrap the other way round, as in "

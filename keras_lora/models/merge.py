@@ -1,45 +1,158 @@
 """From LoRA layers back to plain Keras layers, in place, on the same objects."""
 
 import contextlib
+from typing import NamedTuple
 
 import keras
+import numpy as np
 from keras import ops
 
-from keras_lora.keras_internals.callers import warn_caller
-from keras_lora.keras_internals.classes import change_class
-from keras_lora.keras_internals.compiled import compile_all_again
-from keras_lora.keras_internals.distribution import put
-from keras_lora.keras_internals.distribution import variable_like
-from keras_lora.keras_internals.hidden_state import hold_resource
-from keras_lora.keras_internals.hidden_state import release_resource
-from keras_lora.keras_internals.kernels import listed_instead
-from keras_lora.keras_internals.kernels import unlisted
-from keras_lora.keras_internals.layers import flatten_layers
-from keras_lora.keras_internals.layers import refresh_torch_parameters
-from keras_lora.keras_internals.models_around import holders
+from keras_lora.keras_internals import (
+    classes,
+    compiled,
+    distribution,
+    hidden_state,
+    warn_caller,
+)
+from keras_lora.keras_internals.layers import (
+    exchange_variables,
+    flatten_layers,
+    kernel_variables,
+    listed_instead,
+    name_scopes,
+    refresh_torch_parameters,
+    unlisted,
+)
+from keras_lora.layers import lora_layer, quantized_host, torch_layout
 from keras_lora.layers.adapter import FixedKernel
 from keras_lora.layers.lora_layer import LoRALayer
-from keras_lora.layers.lora_layer import has_adapters
-from keras_lora.layers.quantized_host import without_gradients
-from keras_lora.models.adapt import make_plain
+from keras_lora.models import adapt
 from keras_lora.models.keras_files import Adapted
-from keras_lora.models.merge_quantized import MergedLayer
-from keras_lora.models.merge_quantized import checked_way
-from keras_lora.models.merge_quantized import copy_kernel
-from keras_lora.models.merge_quantized import merged_plain
-from keras_lora.models.merge_quantized import relative_error
-from keras_lora.models.paths import layer_paths
-from keras_lora.models.paths import with_model
-from keras_lora.models.quantized import renew_policy_maps
-from keras_lora.models.record import NOTHING
-from keras_lora.models.record import base_values
-from keras_lora.models.record import record_of
-from keras_lora.models.record import set_record
-from keras_lora.models.record import warn_of_unremembered
-from keras_lora.models.sites import adapted_sites
-from keras_lora.models.sites import checked_sites
-from keras_lora.models.trainable_flags import set_flags
-from keras_lora.models.trainable_flags import trainable_state
+from keras_lora.models.quantized import quantization_config, renew_policy_maps
+from keras_lora.models.record import (
+    NOTHING,
+    base_values,
+    record_of,
+    set_flags,
+    set_record,
+    trainable_state,
+    warn_of_unremembered,
+)
+from keras_lora.models.sites import (
+    adapted_sites,
+    checked_sites,
+    layer_paths,
+    with_model,
+)
+
+WAYS = ("dequantize", "requantize")
+
+
+class MergedLayer(NamedTuple):
+    """A merged layer; error: |kernel - (W + delta)| / |W + delta|."""
+
+    path: str
+    layer: object
+    error: float
+
+
+def checked_way(layers, way):
+    """Returns how to merge quantized layers; raises ValueError if it is not given."""
+    if way is not None and way not in WAYS:
+        raise ValueError(
+            f"`quantized` must be None, 'dequantize' or 'requantize'. Received: {way!r}"
+        )
+    if layers and way is None:
+        names = ", ".join(repr(layer.name) for layer in layers[:5])
+        raise ValueError(
+            f"The kernels of {len(layers)} adapted layers are quantized ({names}), and "
+            "no integers represent W + delta exactly. Choose how to merge: "
+            'quantized="dequantize" gives float layers with the dequantized W + delta, '
+            'which need the memory of float kernels; quantized="requantize" quantizes '
+            "W + delta again, and the report has each layer's error. `export` keeps "
+            "the quantized kernels, with A and B as they are."
+        )
+    if way == "requantize":
+        refuse_calibrating("requantize", layers)
+
+
+def refuse_calibrating(word, layers):
+    """Raises ValueError where quantizing a kernel again would need calibration data."""
+    for layer in layers:
+        if layer.quantization_mode in quantized_host.CALIBRATED:
+            raise ValueError(
+                f"{word!r} quantizes kernels again, but the inputs that Keras has "
+                f"calibrated {layer.name!r} with ({layer.quantization_mode!r}) are not "
+                'kept. merge_lora(model, quantized="dequantize") makes a float model, '
+                "which `Model.quantize` can calibrate again."
+            )
+
+
+def merged_plain(layer, kernel, way):
+    """Makes a plain layer with this kernel, in float or quantized again."""
+    config = classes.seen_as(layer, layer.plain_class).get_config()
+    config["dtype"] = float_policy(layer).name
+    config.pop("quantization_config", None)
+    plain = layer.plain_class.from_config(config)
+    requantize = way == "requantize"
+    owner = layer.path.removesuffix(layer.name)
+    with contextlib.ExitStack() as scopes:
+        scopes.enter_context(distribution.own_strategy(layer))
+        scopes.enter_context(name_scopes(owner))  # by paths a layout map knows them
+        values = {layer.kernel_name: kernel, **layer.other_kernels()}
+        if requantize and distribution.is_cut(
+            layer.frozen_kernel
+        ):  # Keras does it on hosts
+            values = {name: distribution.fetch(value) for name, value in values.items()}
+            scopes.enter_context(distribution.on_host())
+        plain.build_from_config(layer.get_build_config())
+        for variable in kernel_variables(plain).values():
+            distribution.put(variable, values[variable.name])
+        if requantize:
+            config, mode = quantization_config(layer), layer.quantization_mode
+            plain.quantize(mode, config=config, type_check=False)
+    return plain
+
+
+def relative_error(layer, plain):
+    """Of the kernel of a plain layer, as its operation means it.
+
+    In A's dtype: in half precision W + delta would be rounded as the kernel is.
+    """
+    dtype = layer.lora.variable_dtype
+    kernel = classes.twin(plain, type(layer), {}).base_kernel(dtype)
+    found, wanted = (
+        torch_layout.to_numpy(x).astype("float64")
+        for x in (kernel, layer.merged_kernel(dtype))
+    )
+    return float(np.linalg.norm(found - wanted) / (np.linalg.norm(wanted) or 1.0))
+
+
+def copy_kernel(layer, plain):
+    """Gives a layer the kernel, scales and policy of a plain one like it."""
+    if plain.quantization_mode is not None:
+        own = kernel_variables(layer)
+        for name, variable in kernel_variables(plain).items():
+            distribution.put(
+                own[name],
+                distribution.fetch(variable)
+                if distribution.is_cut(own[name])
+                else variable,
+            )
+        return
+    exchange_variables(layer, plain)
+    layer.dtype_policy = float_policy(layer)
+
+
+def float_policy(layer):
+    """The policy that the layer had before it was quantized.
+
+    By its dtypes: a map of policies takes their names away when it is saved.
+    """
+    compute, variable = layer.compute_dtype, layer.variable_dtype
+    return keras.dtype_policies.get(
+        compute if compute == variable else f"mixed_{compute}"
+    )
 
 
 def merge_lora(
@@ -116,7 +229,7 @@ def remove_lora(model: keras.layers.Layer):
     warn_of_unremembered(layers)
     for layer in layers:
         for variable, value in base_values(layer):
-            put(variable, value)
+            distribution.put(variable, value)
     _make_plain(model, layers)
 
 
@@ -124,15 +237,15 @@ def _make_plain(model, layers):
     """layers: all of the model's."""
     adapted = [layer for layer in layers if isinstance(layer, LoRALayer)]
     for layer in adapted:
-        make_plain(layer)
-    found = holders(model)
+        adapt.make_plain(layer)
+    found = compiled.models_sharing_layers(model)
     held = held_by_adapted(found, layers)
     for layer in adapted:
         if id(layer) in held:
             layer.trainable = False
     restore_models(layers, held)
     renew_policy_maps(layers)
-    for note in compile_all_again(found):
+    for note in compiled.compile_all_again(found):
         warn_caller(note)
 
 
@@ -146,13 +259,13 @@ def standing_in(sites):
     try:
         for site, stand_in in zip(sites, stand_ins, strict=True):
             site.lora.stand_in = stand_in
-            hold_resource(site.lora, "stand_in", stand_in.kernel)
+            hidden_state.hold_resource(site.lora, "stand_in", stand_in.kernel)
         yield stand_ins
     finally:
         for site in sites:
             if site.lora.stand_in is not None:
                 site.lora.stand_in = None
-                release_resource(site.lora, "stand_in")
+                hidden_state.release_resource(site.lora, "stand_in")
 
 
 @contextlib.contextmanager
@@ -175,14 +288,14 @@ def listing_merged_kernels(model):
             )
             undo.enter_context(unlisted(site.lora_layer(), site.lora))
         refresh_torch_parameters(flatten_layers(model))
-        undo.enter_context(without_gradients())
+        undo.enter_context(quantized_host.without_gradients())
         yield model
     refresh_torch_parameters(flatten_layers(model))
 
 
 def kernel_variable(site, values):
     """A variable with the merged kernel, listed instead of a site's kernel."""
-    return variable_like(
+    return distribution.variable_like(
         site.frozen_kernel,
         values,
         dtype=site.frozen_kernel.dtype,
@@ -219,7 +332,7 @@ def held_by_adapted(found, layers) -> set:
     """Ids of layers in other adapted models, where W stays frozen.
 
     Args:
-        found: What `holders` gives for a model.
+        found: What `models_sharing_layers` gives for a model.
         layers: All of that model's own.
     """
     own = set(map(id, layers))
@@ -238,9 +351,9 @@ def restore_models(layers, held):
     """
     for layer in layers:
         if isinstance(layer, Adapted) and not any(
-            has_adapters(part) for part in flatten_layers(layer)
+            lora_layer.has_adapters(part) for part in flatten_layers(layer)
         ):
-            change_class(layer, layer.plain_owner)
+            classes.change_class(layer, layer.plain_owner)
     kept = [layer for layer in layers if id(layer) in held]
     flags = list(trainable_state(dict(enumerate(kept))).values())
     for layer in layers:

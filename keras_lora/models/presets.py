@@ -6,14 +6,11 @@ import os
 
 import keras
 
-from keras_lora.keras_internals.callers import warn_caller
-from keras_lora.keras_internals.classes import seen_as
+from keras_lora.keras_internals import classes, warn_caller
 from keras_lora.keras_internals.layers import flatten_layers
+from keras_lora.layers import lora_layer
 from keras_lora.layers.lora_layer import LoRALayer
-from keras_lora.layers.lora_layer import has_adapters
-from keras_lora.models.paths import layer_paths
-from keras_lora.models.record import record_of
-from keras_lora.models.tables import listed
+from keras_lora.models import record, sites, tables
 
 # Ids of layers that are being written as KerasHub's own task writes them.
 _plain: contextvars.ContextVar = contextvars.ContextVar("_plain", default=frozenset())
@@ -35,10 +32,10 @@ def save_to_preset(self, preset_dir, *args, **kwargs):
     view, outside = self, {}
     if hasattr(self, "backbone"):
         carried = set(map(id, flatten_layers(self.backbone)))
-        layers = layer_paths(self)
+        layers = sites.layer_paths(self)
         outside = {p: x for p, x in layers.items() if id(x) not in carried}
         refuse_adapters_outside(outside)
-        view = seen_as(self, plain_class_of(type(self)))
+        view = classes.seen_as(self, plain_class_of(type(self)))
     with as_plain_layers(outside.values()):
         plain_class_of(type(self)).save_to_preset(view, preset_dir, *args, **kwargs)
     if view is self and not os.path.exists(os.path.join(preset_dir, "task.json")):
@@ -47,10 +44,11 @@ def save_to_preset(self, preset_dir, *args, **kwargs):
             "`from_preset` of a task of its family loads this preset, as that of "
             f"{name} does not know its class. To load it alone, save a .keras file."
         )
-    trained = [path for path, layer in outside.items() if record_of(layer).base]
+    trained = [path for path, layer in outside.items() if record.record_of(layer).base]
     if trained:
         warn_caller(
-            f"The preset has {listed(trained)} as trained, and not as before training: "
+            f"The preset has {tables.listed(trained)} as trained, and not as before "
+            "training: "
             "`remove_lora` on what `from_preset` gives leaves that as it is. A .keras "
             "file keeps both."
         )
@@ -58,7 +56,7 @@ def save_to_preset(self, preset_dir, *args, **kwargs):
 
 def refuse_adapters_outside(layers):
     for path, layer in layers.items():
-        if has_adapters(layer):
+        if lora_layer.has_adapters(layer):
             raise ValueError(
                 f"A preset cannot hold the adapter of {path!r}, which lies outside the "
                 "backbone. Save the model as .keras, or its adapters with "
@@ -78,3 +76,48 @@ def as_plain_layers(layers):
 
 def is_saved_as_plain(layer):
     return id(layer) in _plain.get()
+
+
+FIELDS = {
+    "requires",  # stands in the error of a process that does not know this class
+    "layer",
+    "model",  # the name of "layer" in files of the first version
+    "adapters",
+    "weight_adapters",  # of layers with several weights
+    "places",
+    "quantized",
+    "merge_weights",
+    "trainable",
+    "trainable_before",
+    "trained_beside",
+}
+
+
+def plain_part(config):
+    """The plain owner's, with what a reader adds (KerasHub: a dtype) for it."""
+    plain = config.get("layer") or config["model"]
+    more = {key: value for key, value in config.items() if key not in FIELDS}
+    return {**plain, "config": {**plain["config"], **more}}
+
+
+def plain_float_config(config):
+    """A configuration in which all layers are plain, and float32.
+
+    What is built of it has the weights that its authors meant, in their order.
+    """
+    if isinstance(config, list):
+        return [plain_float_config(part) for part in config]
+    if not isinstance(config, dict):
+        return config
+    name = str(config.get("registered_name"))
+    if name == "keras_lora>Adapted":
+        config = plain_part(config["config"])
+    elif name.startswith("keras_lora>LoRA"):
+        plain = {**config["config"], "rank": 0, "frozen": []}
+        config = {**config, "config": plain}
+    found = {key: plain_float_config(part) for key, part in config.items()}
+    if "class_name" in found and "dtype" in (found.get("config") or {}):
+        found["config"] |= {"dtype": "float32"}
+        if "quantization_config" in found["config"]:
+            found["config"]["quantization_config"] = None
+    return found

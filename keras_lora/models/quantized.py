@@ -2,18 +2,13 @@
 
 import keras
 
-from keras_lora.keras_internals.classes import change_class
-from keras_lora.keras_internals.kernels import drop_float_kernel
-from keras_lora.keras_internals.layers import take_own_policy
-from keras_lora.layers.kinds import lora_class_of
+from keras_lora.keras_internals import classes
+from keras_lora.keras_internals.layers import drop_float_kernel, take_own_policy
+from keras_lora.layers import kinds, quantized_host
 from keras_lora.layers.lora_layer import LoRALayer
-from keras_lora.layers.quantized_host import CALIBRATED
-from keras_lora.layers.quantized_host import MODES
-from keras_lora.layers.quantized_host import is_calibrated
-from keras_lora.layers.quantized_host import policy_of
 
 
-def mend_plain(layers) -> list:
+def fix_quantized(layers) -> list:
     """Gives quantized layers what Keras gets wrong; returns them.
 
     Without an adapter too: those of the layers before it learn by its gradient, and
@@ -26,7 +21,7 @@ def mend_plain(layers) -> list:
     renew_policy_maps(every)
     mended = [layer for layer in layers if is_wrong_in_keras(layer)]
     for layer in mended:
-        change_class(layer, lora_class_of(type(layer)))  # type: ignore[arg-type]
+        classes.change_class(layer, kinds.lora_class_of(type(layer)))  # type: ignore[arg-type]
     return mended
 
 
@@ -52,10 +47,12 @@ def renew_policy_maps(layers):
 def is_wrong_in_keras(layer):
     if isinstance(layer, LoRALayer):
         return False
-    lora_class = lora_class_of(type(layer))
+    lora_class = kinds.lora_class_of(type(layer))
     if lora_class is None:
         return False
-    return lora_class.mends_gradient or is_calibrated(layer, lora_class.kernel_name)
+    return lora_class.mends_gradient or quantized_host.is_calibrated(
+        layer, lora_class.kernel_name
+    )
 
 
 def quantizations(layers) -> dict:
@@ -79,14 +76,17 @@ def quantizations(layers) -> dict:
             serialize(getattr(layer, "inputs_quantizer", None)),
         ]
         for path, layer in layers.items()
-        if layer.quantization_mode in (*MODES, *CALIBRATED)
+        if layer.quantization_mode
+        in (*quantized_host.MODES, *quantized_host.CALIBRATED)
     }
 
 
 def refuse_float_beside_integers(layer):
-    lora_class = lora_class_of(type(layer)) or type(layer)
+    lora_class = kinds.lora_class_of(type(layer)) or type(layer)
     mode = layer.quantization_mode
-    if mode in CALIBRATED and not is_calibrated(layer, lora_class.kernel_name):
+    if mode in quantized_host.CALIBRATED and not quantized_host.is_calibrated(
+        layer, lora_class.kernel_name
+    ):
         raise ValueError(
             f"{layer.path!r} is quantized with {mode!r} but was not calibrated: Keras "
             "computes with its float kernel, but saves only the integers. Leave it out "
@@ -110,14 +110,14 @@ def quantize_again(layer, mode, config, *of_inputs):
         (layer.inputs_quantizer,) = map(
             keras.saving.deserialize_keras_object, of_inputs
         )
-    if mode in CALIBRATED:
+    if mode in quantized_host.CALIBRATED:
         drop_float_kernel(layer)
 
 
 def quantization_config(layer):
     """How the layer was quantized; if unknown, what its policy says."""
     config = getattr(layer, "quantization_config", None)
-    block_size = getattr(policy_of(layer), "block_size", None)
+    block_size = getattr(quantized_host.policy_of(layer), "block_size", None)
     if config is None and block_size is not None:
         return keras.quantizers.Int4QuantizationConfig(block_size=block_size)
     return config

@@ -9,13 +9,15 @@ import itertools
 
 import numpy as np
 
-from keras_lora.keras_internals.callers import warn_caller
-from keras_lora.keras_internals.distribution import fetch
-from keras_lora.keras_internals.layers import layer_state
-from keras_lora.keras_internals.layers import own_variables
-from keras_lora.keras_internals.layers import sublayers
+from keras_lora.keras_internals import distribution, warn_caller
+from keras_lora.keras_internals.layers import (
+    freeze_spectral_norm,
+    layer_state,
+    own_variables,
+    sublayers,
+)
 from keras_lora.layers.adapter import LowRankAdapter
-from keras_lora.models.tables import listed
+from keras_lora.models import tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +65,7 @@ def remember_base(layer, variables):
     """Remembers the values of variables that will train besides A and B."""
     chosen = set(map(id, variables))
     base = {
-        index: np.array(fetch(variable))
+        index: np.array(distribution.fetch(variable))
         for index, variable in enumerate(state_of(layer))
         if id(variable) in chosen
     }
@@ -89,7 +91,8 @@ def warn_of_unremembered(layers):
     ]
     if found:
         warn_caller(
-            f"{listed(found)} can train now, but could not when the adapters were "
+            f"{tables.listed(found)} can train now, but could not when the adapters "
+            "were "
             "created. They keep their present values: `fit` and `train_on_batch` of "
             "the adapted model, and `also_train` of apply_lora, remember the values "
             "from before training."
@@ -116,7 +119,7 @@ def set_base(layer, index, value):
         set_record(layer, dataclasses.replace(old, base=base))
 
 
-def beside(layer) -> list:
+def trained_variables(layer) -> list:
     """The variables of a layer that train together with A and B, or did."""
     base = record_of(layer).base
     return [
@@ -152,3 +155,41 @@ def base_names(owner, owner_class) -> dict:
 
     walk(owner)
     return {f"{BASE}{place}": entry for place, entry in enumerate(found)}
+
+
+def trainable_state(layers) -> dict:
+    """{path: [layer.trainable, one flag per variable of its own]}.
+
+    layers: path -> layer, those that hold others first.
+    """
+    return {
+        path: [layer.trainable, [v.trainable for v in own_variables(layer)]]
+        for path, layer in layers.items()
+    }
+
+
+def restore_trainable_state(layers, state):
+    """Layers that came or went since, a tokenizer's for example, are passed over.
+
+    In a copy that calls its layers by other names, those with variables are counted
+    instead.
+    """
+    with_variables = {path: flags for path, flags in state.items() if flags[1]}
+    if with_variables.keys() <= layers.keys():
+        state = {path: flags for path, flags in state.items() if path in layers}
+    else:
+        own = [path for path, layer in layers.items() if own_variables(layer)]
+        state = dict(zip(own, with_variables.values(), strict=True))
+    # From the outside in: what is set on a layer reaches the layers inside it.
+    for path, (trainable, flags) in state.items():
+        set_flags(layers[path], trainable, flags)
+
+
+def set_flags(layer, trainable, flags):
+    freeze_spectral_norm(layer)
+    layer.trainable = trainable
+    variables = own_variables(layer)
+    # A kernel that was quantized since, or is float again, stands first.
+    flags = ([trainable] * len(variables) + flags)[len(flags) :]
+    for variable, flag in zip(variables, flags, strict=True):
+        variable.trainable = flag

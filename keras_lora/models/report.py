@@ -7,17 +7,12 @@ from typing import NamedTuple
 
 import keras
 
-from keras_lora.keras_internals.layers import own_variables
+from keras_lora.keras_internals import layers
+from keras_lora.layers import lora_layer
 from keras_lora.layers.adapter import LowRankAdapter
-from keras_lora.layers.lora_layer import is_adapted
-from keras_lora.models.paths import layer_paths
-from keras_lora.models.paths import with_model
-from keras_lora.models.record import beside
-from keras_lora.models.sites import site_paths
+from keras_lora.models import record, tables
+from keras_lora.models.sites import layer_paths, site_paths, with_model
 from keras_lora.models.tables import Table
-from keras_lora.models.tables import counted
-from keras_lora.models.tables import in_bytes
-from keras_lora.models.tables import listed
 
 
 class Row(NamedTuple):
@@ -60,7 +55,7 @@ class Report(Table, Sequence):
         self.skipped = dict(skipped)
         self.notes = list(notes)
         self.errors = dict(errors)
-        sites = {p: s for p, s in site_paths(paths).items() if is_adapted(s)}
+        sites = {p: s for p, s in site_paths(paths).items() if lora_layer.is_adapted(s)}
         self.rows = [adapted_row(path, site) for path, site in sites.items()]
         others = {path: parameters_beside(layer) for path, layer in paths.items()}
         self.also_trained = [path for path, found in others.items() if found]
@@ -87,7 +82,8 @@ class Report(Table, Sequence):
 
     def __repr__(self):
         what = "dry run" if self.is_dry_run else "LoRA report"
-        return f"<{what} of {self.model_name}: {counted(len(self), 'adapted layer')}>"
+        adapted = tables.counted(len(self), "adapted layer")
+        return f"<{what} of {self.model_name}: {adapted}>"
 
     def parts(self):
         adapters = sum(row.parameters for row in self)
@@ -104,22 +100,26 @@ class Report(Table, Sequence):
             ]
             for row in self
         ]
-        where = f" in {listed(self.also_trained)}" if self.also_trained else ""
+        where = f" in {tables.listed(self.also_trained)}" if self.also_trained else ""
         reasons = collections.defaultdict(list)
         for path, why in self.skipped.items():
             reasons[why].append(path)
         lines = [
-            f"{counted(len(self), 'adapter')}: {counted(adapters, 'parameter')}",
-            f"Also trained: {counted(self.beside, 'parameter')}{where}",
+            f"{tables.counted(len(self), 'adapter')}: "
+            f"{tables.counted(adapters, 'parameter')}",
+            f"Also trained: {tables.counted(self.beside, 'parameter')}{where}",
             f"Trained: {self.trained:,} of {self.total:,} "
             f"({percent(self.trained / max(self.total, 1))})",
             "Optimizer memory (two moments, float32): "
-            f"{in_bytes(8 * self.trained)}, full fine-tuning "
-            f"{in_bytes(8 * self.plain)}",
-            *(f"Skipped {listed(paths)}: {why}" for why, paths in reasons.items()),
+            f"{tables.in_bytes(8 * self.trained)}, full fine-tuning "
+            f"{tables.in_bytes(8 * self.plain)}",
+            *(
+                f"Skipped {tables.listed(paths)}: {why}"
+                for why, paths in reasons.items()
+            ),
             *self.notes,
             f"Adapted: weights with {percent(self.adapted / max(self.plain, 1))} of "
-            f"the model's {counted(self.plain, 'parameter')}",
+            f"the model's {tables.counted(self.plain, 'parameter')}",
         ]
         title = f"LoRA in {self.model_name}"
         if self.is_dry_run:
@@ -152,7 +152,7 @@ def summary(model: keras.layers.Layer) -> Report:
 
 def adapted_row(path, site):
     lora, layer = site.lora, site.lora_layer()
-    parameters = count(own_variables(lora))
+    parameters = count(layers.own_variables(lora))
     return Row(
         path,
         layer,
@@ -170,8 +170,12 @@ def parameters_beside(layer):
     """The parameters of a layer that train together with A and B, or did."""
     if isinstance(layer, LowRankAdapter):
         return []
-    parameters = set(map(id, own_variables(layer)))
-    return [variable for variable in beside(layer) if id(variable) in parameters]
+    parameters = set(map(id, layers.own_variables(layer)))
+    return [
+        variable
+        for variable in record.trained_variables(layer)
+        if id(variable) in parameters
+    ]
 
 
 def count(weights):

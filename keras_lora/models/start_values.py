@@ -5,19 +5,13 @@ import dataclasses
 import hashlib
 from collections.abc import Callable
 
+import keras
 import numpy as np
 
-from keras_lora.keras_internals.classes import twin
+from keras_lora.keras_internals import classes, distribution, processes
 from keras_lora.keras_internals.distribution import put
-from keras_lora.layers.kinds import kind_of
-from keras_lora.layers.torch_layout import to_numpy
-from keras_lora.models.decompositions import KERNEL_STARTS
-from keras_lora.models.decompositions import pissa
-from keras_lora.models.layer_inputs import layer_moments
-from keras_lora.models.merge_quantized import merged_plain
-from keras_lora.models.merge_quantized import refuse_calibrating
-from keras_lora.models.paths import layer_paths
-from keras_lora.models.paths import with_model
+from keras_lora.layers import kinds, torch_layout
+from keras_lora.models import merge, sites
 
 LOFTQ_STEPS = 5
 
@@ -51,7 +45,7 @@ class Start:
             put(getattr(layer.lora, name), value)
 
 
-def identity(starts) -> str:
+def fingerprint(starts) -> str:
     """A text that is the same for equal starts."""
     found = hashlib.sha256()
     for path in sorted(starts):
@@ -87,9 +81,9 @@ def refuse_rank(path, rank, most):
 def from_kernel(path, layer, method: str | Callable) -> Start:
     rank = layer.lora.rank
     if callable(method):
-        a, b = (to_numpy(value) for value in method(layer))
+        a, b = (torch_layout.to_numpy(value) for value in method(layer))
         return Start(rank, a, b)
-    kernel = to_numpy(layer.base_kernel(layer.lora.variable_dtype))
+    kernel = torch_layout.to_numpy(layer.base_kernel(layer.lora.variable_dtype))
     matrix, _ = checked_matrix(path, layer, kernel.astype("float64"))
     try:
         a, b = KERNEL_STARTS[method](matrix, rank, layer.lora.scaling)
@@ -117,7 +111,7 @@ def eva(model, layers, data, budget) -> dict:
         found |= dict.fromkeys(own, group.principal(most))
     ranks = {path: layer.lora.rank for path, layer in layers.items()}
     if budget is not None:
-        ranks = shared_out(
+        ranks = allocate_ranks(
             {path: found[path][1][: 2 * rank] for path, rank in ranks.items()}, budget
         )
     starts = {}
@@ -131,7 +125,7 @@ def eva(model, layers, data, budget) -> dict:
     return starts
 
 
-def shared_out(shares, budget) -> dict:
+def allocate_ranks(shares, budget) -> dict:
     """Path -> rank: how many of the largest shares of variance are its own."""
     total = sum(map(len, shares.values()))
     if budget > total:
@@ -151,8 +145,8 @@ def loftq(layers, float_model) -> dict:
     In turn Q = quantize(W - D), and D the nearest matrix of rank r to W - Q; the best
     pair of some steps is taken. The first Q is the one that the layer has.
     """
-    refuse_calibrating("loftq", layers.values())
-    paths = with_model(float_model, layer_paths(float_model))
+    merge.refuse_calibrating("loftq", layers.values())
+    paths = sites.with_model(float_model, sites.layer_paths(float_model))
     starts = {}
     for path, layer in layers.items():
         other = paths.get(path)
@@ -163,7 +157,7 @@ def loftq(layers, float_model) -> dict:
                 f"{'not there, or quantized' if layer.is_quantized else 'in float'}"
                 f"{' in `data`' if layer.is_quantized else ''}."
             )
-        kernel = to_numpy(getattr(other, kind_of(other).kernel_name))
+        kernel = torch_layout.to_numpy(getattr(other, kinds.kind_of(other).kernel_name))
         if kernel.shape != tuple(layer.kernel_shape):
             raise ValueError(
                 f"The kernel of {path!r} has shape {kernel.shape} in the float model, "
@@ -180,9 +174,9 @@ def quantized_start(path, layer, kernel) -> Start:
     for step in range(LOFTQ_STEPS):
         if step:
             rest = (kernel - nearest).astype(dtype)
-            plain = merged_plain(layer, rest, "requantize")
-            seen = twin(plain, type(layer), {})
-        lost = kernel - to_numpy(seen.base_kernel(dtype))
+            plain = merge.merged_plain(layer, rest, "requantize")
+            seen = classes.twin(plain, type(layer), {})
+        lost = kernel - torch_layout.to_numpy(seen.base_kernel(dtype))
         matrix, back = checked_matrix(path, layer, lost)
         a, b = pissa(matrix, rank, layer.lora.scaling)
         nearest = back(layer.lora.scaling * a @ b)
@@ -191,3 +185,165 @@ def quantized_start(path, layer, kernel) -> Start:
         found = {"plain": plain, "errors": (before, error)}
         tried.append(in_shape(layer, rank, a, b, keeps_outputs=False, **found))
     return min(tried, key=lambda start: start.errors[1])
+
+
+def pissa(kernel, rank, scaling):
+    """The r largest singular values, half of each in A and half in B.
+
+        W = U S V^T    A = U_r sqrt(S_r / scaling)    B = sqrt(S_r / scaling) V_r^T
+
+    scaling * A @ B is the nearest matrix of rank r.
+
+    Reference: [Meng et al., 2024](https://arxiv.org/abs/2404.02948)
+    """
+    left, values, right = largest(kernel, rank)
+    root = np.sqrt(values / scaling)[..., None, :]
+    return left * root, np.swapaxes(root, -1, -2) * right
+
+
+def olora(kernel, rank, scaling):
+    """The first r columns of an orthogonal basis of the outputs.
+
+        W^T = Q R    B = (Q[:, :r])^T    A = (R[:r])^T
+
+    Reference: [Büyükakyüz, 2024](https://arxiv.org/abs/2406.01775)
+    """
+    q, r = np.linalg.qr(np.swapaxes(kernel, -1, -2))
+    return tuple(np.swapaxes(x, -1, -2) for x in (r[..., :rank, :], q[..., :rank]))
+
+
+def orthogonal(kernel, rank, scaling):
+    """Factors that span spaces at right angles, so that A @ B is nearly zero.
+
+        A = N(inputs, r/2) @ Q[1::2] / 10    B = Q[0::2]^T @ N(r/2, outputs) / 10
+
+    with a random orthogonal Q (r, r) and N of standard normal values.
+    """
+    if rank % 2:
+        raise ValueError(f"An orthogonal start needs an even rank. Received: {rank}.")
+    random = np.random.default_rng(np.random.randint(2**31))  # as Keras is seeded
+    *lead, inputs, outputs = kernel.shape
+    q, _ = np.linalg.qr(random.standard_normal((*lead, rank, rank)))
+    a = random.standard_normal((*lead, inputs, rank // 2)) @ q[..., 1::2, :]
+    b = random.standard_normal((*lead, rank // 2, outputs))
+    return a / 10, np.swapaxes(q[..., 0::2, :], -1, -2) @ b / 10
+
+
+KERNEL_STARTS = {"pissa": pissa, "olora": olora, "orthogonal": orthogonal}
+
+
+def largest(matrix, rank):
+    """Left vectors, values and right vectors of the r largest singular values.
+
+    By the eigenvectors of the smaller Gram matrix, in a fifth of a full decomposition's
+    time; where a value that is asked for is in the noise of that, by the latter.
+    """
+    wide = matrix.shape[-2] < matrix.shape[-1]
+    tall = np.swapaxes(matrix, -1, -2) if wide else matrix
+    squares, vectors = np.linalg.eigh(np.swapaxes(tall, -1, -2) @ tall)
+    squares, vectors = squares[..., ::-1][..., :rank], vectors[..., ::-1][..., :rank]
+    if (squares[..., -1] <= 1e-10 * squares[..., 0]).any():
+        left, values, right = np.linalg.svd(matrix, full_matrices=False)
+        return left[..., :rank], values[..., :rank], right[..., :rank, :]
+    values = np.sqrt(squares)
+    other = tall @ vectors / values[..., None, :]
+    left, right = (vectors, other) if wide else (other, vectors)
+    return left, values, np.swapaxes(right, -1, -2)
+
+
+OTHER_ROWS = (
+    "The processes have given different numbers of batches or rows, or different rows "
+    "where their devices hold the same part of a batch. Give each process what it "
+    "gives to `fit`."
+)
+
+
+class Moments:
+    """Number, sum and products of rows that are seen one batch after the other."""
+
+    def __init__(self):
+        self.count, self.sum, self.products = 0, 0.0, 0.0
+        self.digests = []
+
+    def add(self, rows, digest, time):
+        """Adds rows; returns whether they equal those recorded for this batch."""
+        if time < len(self.digests):
+            return digest == self.digests[time]
+        rows = rows.astype("float64")
+        self.digests.append(digest)
+        self.count += len(rows)
+        self.sum = self.sum + rows.sum(axis=0)
+        self.products = self.products + rows.T @ rows
+        return True
+
+    def principal(self, most):
+        """Directions (inputs, most) of largest variance, and their shares of it all."""
+        mean = self.sum / self.count
+        covariance = self.products / self.count - np.outer(mean, mean)
+        values, vectors = np.linalg.eigh(covariance)
+        values, vectors = values[::-1].clip(min=0), vectors[:, ::-1]
+        return vectors[:, :most], values[:most] / (values.sum() or 1.0)
+
+
+class Recorder:
+    """Stands in for an adapter while a model is called.
+
+    groups: digest of a layer's first rows -> Moments. Layers with equal inputs, as
+    query, key and value have, share one.
+    """
+
+    def __init__(self, groups):
+        self.groups, self.moments, self.times = groups, None, 0
+
+    def outputs(self, host, inputs, training):
+        rows = torch_layout.to_numpy(host.input_rows(inputs))
+        digest = hashlib.sha256(rows.tobytes()).digest()
+        if self.moments is None:
+            self.moments = self.groups[digest]
+        if not self.moments.add(rows, digest, self.times):
+            raise ValueError(
+                f"The inputs of {host.name!r} were those of another layer in the first "
+                "batch of `data`, but not in a later one. Start with a larger batch."
+            )
+        self.times += 1
+        return host.frozen_linear(inputs)
+
+
+def layer_moments(model, layers, data) -> dict:
+    """Layer -> Moments of its inputs, for batches of the model's inputs."""
+    groups = collections.defaultdict(Moments)
+    recorders = {layer: Recorder(groups) for layer in layers}
+    try:
+        for layer, recorder in recorders.items():
+            layer.lora.stand_in = recorder
+        for batch in batches_for(model, data):
+            model(batch, training=False)
+    finally:
+        for layer in layers:
+            layer.lora.stand_in = None
+    for layer, recorder in recorders.items():
+        if recorder.moments is None:
+            raise ValueError(f"{layer.name!r} was not called for any batch of `data`.")
+    return {layer: recorder.moments for layer, recorder in recorders.items()}
+
+
+def batches_for(model, data):
+    """Batches of the model's inputs; over several processes those of all together."""
+    batches = batches_of(data)
+    if not processes.is_shared(model):
+        return batches
+    batches = map(distribution.as_input, batches)
+    return processes.in_step(model, batches, distribution.rows_given, OTHER_ROWS)
+
+
+def batches_of(data):
+    """Inputs from an array, a dict of arrays, or anything that gives batches.
+
+    Batches of (inputs, targets), as `fit` takes them, give their inputs.
+    """
+    if hasattr(data, "shape") or isinstance(data, dict):
+        data = [data]
+    for batch in data:
+        if isinstance(batch, tuple):
+            batch, *_ = keras.utils.unpack_x_y_sample_weight(batch)
+        yield batch

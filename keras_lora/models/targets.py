@@ -6,8 +6,8 @@ import re
 
 import keras
 
-from keras_lora.keras_internals.operations import made_by
-from keras_lora.layers.kinds import layer_of
+from keras_lora.keras_internals import calls
+from keras_lora.layers import kinds
 
 # Layers between the last kernel and the model's outputs that hold no kernel.
 PASS_THROUGH = (
@@ -50,7 +50,7 @@ def matching(rule, paths, argument, suggested=None):
         )
     if callable(rule):
         refuse_other_arguments(rule, argument)
-        found = {path for path, x in paths.items() if rule(path, layer_of(x))}
+        found = {path for path, x in paths.items() if rule(path, kinds.layer_of(x))}
         return ordered(found, paths, rule, argument, suggested)
     if not isinstance(rule, (list, tuple, set, frozenset)) or not rule:
         raise ValueError(
@@ -192,7 +192,7 @@ def output_layers(model):
 
 
 def _makers(tensor, model):
-    operation, inputs = made_by(tensor)
+    operation, inputs = calls.made_by(tensor)
     inner = getattr(operation, "outputs", None)
     if isinstance(operation, keras.Model) and inner:
         return {id(operation)} | output_layers(operation)

@@ -6,47 +6,30 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import keras
 import numpy as np
 from keras import ops
 
 from keras_lora.files.folder import Adapter
-from keras_lora.keras_internals import processes
-from keras_lora.keras_internals.compiled import bring_weights_back
-from keras_lora.keras_internals.compiled import renew_compiled_functions
-from keras_lora.keras_internals.layers import guard_assign
-from keras_lora.keras_internals.layers import layer_state
-from keras_lora.keras_internals.layers import release_assign
-from keras_lora.keras_internals.models_around import holders
-from keras_lora.layers.settings import checked_rank
-from keras_lora.models.adapt import refuse_adapters
-from keras_lora.models.paths import layer_paths
-from keras_lora.serving.arguments import checked_adapters
-from keras_lora.serving.arguments import checked_capacity
-from keras_lora.serving.arguments import named
+from keras_lora.keras_internals import compiled, layers, processes
+from keras_lora.layers import settings
+from keras_lora.models import adapt, sites
+from keras_lora.serving import rows, slots, training
 from keras_lora.serving.banked import Hosts
-from keras_lora.serving.calls import Calls
-from keras_lora.serving.calls import Running
-from keras_lora.serving.export import export_by_id
-from keras_lora.serving.export import export_by_name
-from keras_lora.serving.export import specs_of
-from keras_lora.serving.export import swap_arrays
-from keras_lora.serving.leading_axis import find_leading_axes
-from keras_lora.serving.leading_axis import made_inputs
-from keras_lora.serving.leading_axis import specs_in
-from keras_lora.serving.outside import CompiledFunctions
-from keras_lora.serving.outside import OutsideCalls
-from keras_lora.serving.reading import read
-from keras_lora.serving.reading import with_rows
+from keras_lora.serving.calls import Calls, Running
+from keras_lora.serving.export import (
+    export_by_id,
+    export_by_name,
+    specs_of,
+    swap_arrays,
+)
+from keras_lora.serving.outside import CompiledFunctions, OutsideCalls
+from keras_lora.serving.reading import read, with_rows
 from keras_lora.serving.rows import Choice
-from keras_lora.serving.slots import BASE
 from keras_lora.serving.slots import Directory
 from keras_lora.serving.training import Training
-from keras_lora.serving.training import source_of
 
 
 class Artefacts:
@@ -92,7 +75,7 @@ class Artefacts:
         >>> swap = tf.saved_model.load(path).signatures["swap"]  # doctest: +SKIP
         >>> swap(**bank.swap_inputs("french", "adapters/fr-2"))  # doctest: +SKIP
         """
-        checked_adapters({name: adapter}, None)
+        slots.checked_adapters({name: adapter}, None)
         parts, _ = self._read(name, adapter)
         arrays = swap_arrays(self, self.hosts.prepared(parts))
         return {name: ops.convert_to_tensor(x) for name, x in arrays.items()} | {
@@ -153,18 +136,18 @@ class AdapterBank(Artefacts, Calls, OutsideCalls, Training, keras.Model):
         target: str | Sequence | type | Callable | None = None,
         names: str | Mapping | Callable | None = None,
     ):
-        paths = layer_paths(model)
-        refuse_adapters(paths)
-        bring_weights_back(model)
+        paths = sites.layer_paths(model)
+        adapt.refuse_adapters(paths)
+        compiled.restore_jax_weights(model)
         meet = functools.partial(processes.meet, model)
         meet()
-        adapters = checked_adapters(adapters, target)
-        capacity = checked_capacity(capacity, adapters)
-        most = np.inf if max_rank is None else checked_rank(max_rank)
+        adapters = slots.checked_adapters(adapters, target)
+        capacity = slots.checked_capacity(capacity, adapters)
+        most = np.inf if max_rank is None else settings.checked_rank(max_rank)
         found, sources = {}, {}
         for name, given in adapters.items():
-            adapter, sources[name] = named(name, source_of, model, given)
-            found[name] = named(name, read, model, paths, adapter, names, most)
+            adapter, sources[name] = slots.named(name, training.source_of, model, given)
+            found[name] = slots.named(name, read, model, paths, adapter, names, most)
         every = [item for each in found.values() for item in each.parts.items()]
         lora_ranks = [part.rank for _, part in every if not part.in_full]
         super().__init__(name=f"{model.name}_bank", dtype=model.dtype_policy)
@@ -179,7 +162,7 @@ class AdapterBank(Artefacts, Calls, OutsideCalls, Training, keras.Model):
         self._changes, self._active = threading.RLock(), None
         self._row_names = None
         self._compiled = CompiledFunctions(model)
-        self.running, self._slots_outside = Running(self._point, meet), [BASE]
+        self.running, self._slots_outside = Running(self._point, meet), [slots.BASE]
         self.__dict__["depends_on_base"] = {}  # name -> whether the adapter does
         self.__dict__["counted_layers"] = weakref.WeakSet()
         with_gain = any(part.has_gain for _, part in every)
@@ -191,15 +174,15 @@ class AdapterBank(Artefacts, Calls, OutsideCalls, Training, keras.Model):
                 if ranks or path in chosen:
                     rank = max([self.max_rank, *ranks])
                     self.slots.append(self.hosts.take(path, layer, rank, with_gain))
-            find_leading_axes(self, made_inputs(model))
-            self.hosts.input_specs = specs_of(specs_in(model))
+            rows.find_leading_axes(self, rows.made_inputs(model))
+            self.hosts.input_specs = specs_of(rows.specs_in(model))
             for name, reading in found.items():
-                named(name, self.hosts.prepared, reading.parts)
+                slots.named(name, self.hosts.prepared, reading.parts)
                 self._put(name, reading.parts, sources[name])
             self._count_outside_calls()
             self._guard_weights()
             undo.pop_all()
-        renew_compiled_functions(holders(model))
+        compiled.renew_compiled_functions(compiled.models_sharing_layers(model))
         self.built = True
 
     @property
@@ -227,7 +210,7 @@ class AdapterBank(Artefacts, Calls, OutsideCalls, Training, keras.Model):
                 end within a minute. The bank is left unchanged.
             OSError: If a file cannot be read.
         """
-        checked_adapters({name: adapter}, None)
+        slots.checked_adapters({name: adapter}, None)
         self._refuse_released()
         self.running.refuse_inside("bank.add", lambda call: call.alone)
         self.directory.refuse_if_full(name)
@@ -238,10 +221,10 @@ class AdapterBank(Artefacts, Calls, OutsideCalls, Training, keras.Model):
     def _read(self, name, given):
         """The parts of an adapter, for which there is room, and its source."""
         with self.running.call(lambda: (None, ())), self._changes:
-            adapter, source = named(name, source_of, self.model, given)
+            adapter, source = slots.named(name, training.source_of, self.model, given)
             arguments = self.model, self.hosts.paths, adapter, self.names_given
-            reading = named(name, read, *arguments, self.max_rank)
-            named(name, self.hosts.prepared, reading.parts)
+            reading = slots.named(name, read, *arguments, self.max_rank)
+            slots.named(name, self.hosts.prepared, reading.parts)
             return reading.parts, source
 
     def _put(self, name, parts, source):
@@ -289,13 +272,13 @@ class AdapterBank(Artefacts, Calls, OutsideCalls, Training, keras.Model):
     def _guard_weights(self):
         """Refuses assigning to the model while an adapter depends on its values."""
         for layer in self.hosts.paths.values():
-            for variable in itertools.chain(*layer_state(layer)):
-                guard_assign(variable, self._refuse_other_weights)
+            for variable in itertools.chain(*layers.layer_state(layer)):
+                layers.guard_assign(variable, self._refuse_other_weights)
 
     def _release_weights(self):
         for layer in self.hosts.paths.values():
-            for variable in itertools.chain(*layer_state(layer)):
-                release_assign(variable)
+            for variable in itertools.chain(*layers.layer_state(layer)):
+                layers.release_assign(variable)
 
     def _refuse_other_weights(self, what):
         names = [name for name, needed in self.depends_on_base.items() if needed]
@@ -319,6 +302,8 @@ class AdapterBank(Artefacts, Calls, OutsideCalls, Training, keras.Model):
             self.running.wait("bank.release", lambda: not self.running.others())
             self._stop_counting()
             self._release_weights()
-            bring_weights_back(self.model)
+            compiled.restore_jax_weights(self.model)
             self.hosts.release()
-            renew_compiled_functions(holders(self.model))
+            compiled.renew_compiled_functions(
+                compiled.models_sharing_layers(self.model)
+            )

@@ -7,15 +7,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lora.keras_internals.classes import change_class
-from keras_lora.keras_internals.classes import seen_as
-from keras_lora.keras_internals.distribution import layout_of
-from keras_lora.layers.kinds import lora_class_of
+from keras_lora.keras_internals import classes, distribution
+from keras_lora.layers import kinds, torch_layout
 from keras_lora.layers.lora_layer import LoRALayer
-from keras_lora.layers.torch_layout import to_numpy
-from keras_lora.serving.reading import as_host
-from keras_lora.serving.slots import Slots
-from keras_lora.serving.slots import WithTrainees
+from keras_lora.serving import reading
+from keras_lora.serving.slots import Slots, WithTrainees
 
 
 class BankAdapters:
@@ -28,7 +24,7 @@ class BankAdapters:
     It is no Keras layer and not tracked: the plain model's files know nothing of it.
     """
 
-    taken_off_by = "release() on the bank"
+    removal_hint = "release() on the bank"
     is_bank = True
     stand_in = None
 
@@ -103,25 +99,25 @@ class Banked:
         return found + [v for v in self.lora.variables if id(v) not in known]
 
     def get_config(self):
-        return seen_as(self, self.class_before).get_config()
+        return classes.seen_as(self, self.class_before).get_config()
 
     def save_own_variables(self, store):
-        seen_as(self, self.class_before).save_own_variables(store)
+        classes.seen_as(self, self.class_before).save_own_variables(store)
 
     def load_own_variables(self, store):
-        seen_as(self, self.class_before).load_own_variables(store)
+        classes.seen_as(self, self.class_before).load_own_variables(store)
 
     def quantize(self, *args, **kwargs):
         raise ValueError(
             f"{self.name!r} holds the adapters of an AdapterBank. Call "
-            f"{self.lora.taken_off_by} first, quantize, and create the bank again."
+            f"{self.lora.removal_hint} first, quantize, and create the bank again."
         )
 
 
 @functools.cache
 def banked_class(cls):
     """The class of a layer while it is in a bank: under its own class's name."""
-    own = cls if issubclass(cls, LoRALayer) else lora_class_of(cls)
+    own = cls if issubclass(cls, LoRALayer) else kinds.lora_class_of(cls)
     attributes = {"__module__": cls.__module__, "class_before": cls}
     banked = type(cls.__name__, (Banked, own), attributes)
     package, _, name = keras.saving.get_registered_name(cls).rpartition(">")
@@ -132,13 +128,13 @@ def banked_class(cls):
 
 
 def bank_layer(layer, adapters):
-    change_class(layer, banked_class(type(layer)))
+    classes.change_class(layer, banked_class(type(layer)))
     vars(layer)["lora"] = adapters
 
 
 def unbank_layer(layer):
     vars(layer).pop("lora", None)
-    change_class(layer, type(layer).class_before)
+    classes.change_class(layer, type(layer).class_before)
 
 
 class Hosts:
@@ -156,7 +152,7 @@ class Hosts:
 
     def take(self, path, layer, rank, with_gain):
         """The layer holds the bank's adapters from now on."""
-        host = as_host(layer)
+        host = reading.as_host(layer)
         form = host.low_rank_form(rank)
         bias = getattr(layer, "bias", None)
         bias_shape = gain_shape = None
@@ -168,7 +164,7 @@ class Hosts:
             ).shape
         dtype = layer.variable_dtype
         slots = Slots(self.count, rank, form, bias_shape, gain_shape, dtype)
-        layout = layout_of(host.frozen_kernel)
+        layout = distribution.layout_of(host.frozen_kernel)
         if layout is not None:
             slots.lay_out(layout, form)
         bank_layer(layer, BankAdapters(self.choice, form, slots, path))
@@ -197,7 +193,9 @@ class Hosts:
                 no_room[path] = "DoRA's lengths"
             else:
                 rows = part.rows(layer.form, layer.over_outputs)
-                prepared[path] = {name: to_numpy(x) for name, x in rows.items()}
+                prepared[path] = {
+                    name: torch_layout.to_numpy(x) for name, x in rows.items()
+                }
         if no_room:
             reasons = "; ".join(f"{path!r}: {why}" for path, why in no_room.items())
             raise ValueError(
@@ -221,4 +219,4 @@ def outputs_of(host, form):
 
 def laid_out(function, value):
     """A bias or gain as it is combined with outputs."""
-    return to_numpy(function(ops.convert_to_tensor(value)))
+    return torch_layout.to_numpy(function(ops.convert_to_tensor(value)))

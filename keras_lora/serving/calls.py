@@ -4,26 +4,24 @@ import collections
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_lora.keras_internals.calls import in_a_trace
-from keras_lora.keras_internals.calls import keeping_weights
-from keras_lora.serving.arguments import SLOTS
-from keras_lora.serving.arguments import FixedIds
-from keras_lora.serving.arguments import checked_ids
-from keras_lora.serving.arguments import refuse_names
-from keras_lora.serving.arguments import refuse_other_ids
+from keras_lora.keras_internals import calls
+from keras_lora.serving import export, rows
 from keras_lora.serving.banked import Hosts
-from keras_lora.serving.export import specs_of
-from keras_lora.serving.leading_axis import as_rows
-from keras_lora.serving.leading_axis import find_leading_axes
 from keras_lora.serving.rows import Choice
-from keras_lora.serving.slots import Directory
+from keras_lora.serving.slots import (
+    SLOTS,
+    Directory,
+    FixedIds,
+    checked_ids,
+    refuse_names,
+    refuse_other_ids,
+)
 
 PATIENCE = 60.0  # seconds that a change of the bank waits for calls to end
 
@@ -145,7 +143,7 @@ class Running:
         self.refuse_inside(what, lambda call: call.alone)
         with self.changed:
             if not self._wait_for_turn(Call(), PATIENCE):
-                raise ValueError(impatient(what))
+                raise ValueError(timeout_message(what))
             self.changes += 1
         try:
             yield
@@ -172,10 +170,10 @@ class Running:
                 "of them. Nothing was changed. Do it after that call."
             )
         if not self.changed.wait_for(test, PATIENCE):
-            raise ValueError(impatient(what))
+            raise ValueError(timeout_message(what))
 
 
-def impatient(what):
+def timeout_message(what):
     return (
         f"{what} has waited {PATIENCE:g} s for calls that began before it and are "
         "still running. Nothing was changed. Try again when they have ended."
@@ -210,7 +208,7 @@ class Calls:
     def __call__(self, inputs, *args, **kwargs):
         refuse_names(inputs)
         self._refuse_released()
-        if in_a_trace(inputs):
+        if calls.in_a_trace(inputs):
             return super().__call__(inputs, *args, **kwargs)
         with self._reading(inputs) as inputs:
             return super().__call__(inputs, *args, **kwargs)
@@ -235,12 +233,12 @@ class Calls:
     def _look_at(self, inputs):
         if not self.choice.all_known:
             try:
-                inputs = keras.tree.map_structure(as_rows, inputs)
+                inputs = keras.tree.map_structure(rows.as_rows, inputs)
             except Exception:  # a value of a function that is being traced
                 return
-            find_leading_axes(self, [inputs], raising=True)
+            rows.find_leading_axes(self, [inputs], raising=True)
             if self.hosts.input_specs is None:
-                self.hosts.input_specs = specs_of(inputs)
+                self.hosts.input_specs = export.specs_of(inputs)
 
     def _refuse_released(self):
         if not self.hosts.layers:
@@ -266,7 +264,7 @@ class Calls:
             return (x if one else fixed.batches(x)), self.directory.slot_of.values()
 
         alone = needs_all(method)
-        keeping = keeping_weights(self) if alone else contextlib.nullcontext()
+        keeping = calls.keeping_weights(self) if alone else contextlib.nullcontext()
         with self.running.call(choose, alone=alone) as fixed, keeping:
             yield fixed
 

@@ -5,12 +5,11 @@ import re
 
 import keras
 
-from keras_lora.layers.quantized_host import without_gradients
-from keras_lora.models.atomic import replacing
-from keras_lora.models.export import assert_replaceable
-from keras_lora.models.runtimes import assert_runs
+from keras_lora.layers import quantized_host
+from keras_lora.models import atomic
+from keras_lora.models.export import assert_replaceable, assert_runs
+from keras_lora.serving import slots
 from keras_lora.serving.slots import Stacks
-from keras_lora.serving.slots import write_slot
 
 
 def export_by_name(bank, path):
@@ -50,7 +49,7 @@ def export_by_name(bank, path):
             slot = slots_in(table, adapter[None], adapters, lowest=1)[0]
             for key, name in swap_names(bank).items():
                 path, factor = key
-                write_slot(stacks[path][factor], slot, arrays[name])
+                slots.write_slot(stacks[path][factor], slot, arrays[name])
             return {"adapter": adapter}
 
         def spec(like, name=None, shape=None):
@@ -74,7 +73,7 @@ def export_by_name(bank, path):
                 },
             ),
         }
-        with replacing(path) as new:
+        with atomic.replacing(path) as new:
             tf.saved_model.save(artefact, str(new), signatures=signatures)
 
 
@@ -87,7 +86,7 @@ def export_by_id(bank, export, path, **kwargs):
     ids = keras.InputSpec(shape=(None,), dtype="int32", name="adapter")
     data = {"inputs": bank.hosts.input_specs, "adapter": ids}
     kwargs = {"verbose": False, "input_signature": [data], **kwargs}
-    with replacing(path) as new, without_gradients():
+    with atomic.replacing(path) as new, quantized_host.without_gradients():
         export(str(new), **kwargs)
         assert_runs(new, kwargs["format"])
 

@@ -6,17 +6,14 @@ from collections.abc import Sequence
 
 import keras
 
-from keras_lora.keras_internals.calls import in_a_trace
-from keras_lora.keras_internals.calls import keeping_weights
-from keras_lora.keras_internals.calls import outermost_layer
-from keras_lora.keras_internals.compiled import take_compiled_functions
-from keras_lora.keras_internals.layers import flatten_layers
-from keras_lora.keras_internals.models_around import holders
-from keras_lora.serving.banked import Banked
-from keras_lora.serving.banked import Hosts
-from keras_lora.serving.calls import LOOPS
-from keras_lora.serving.calls import Running
-from keras_lora.serving.calls import needs_all
+from keras_lora.keras_internals import compiled, layers
+from keras_lora.keras_internals.calls import (
+    in_a_trace,
+    keeping_weights,
+    outermost_layer,
+)
+from keras_lora.serving.banked import Banked, Hosts
+from keras_lora.serving.calls import LOOPS, Running, needs_all
 from keras_lora.serving.rows import Choice
 from keras_lora.serving.slots import Directory
 
@@ -91,8 +88,10 @@ class OutsideCalls:
 
     def _count_outside_calls(self):
         """Calls of the model, of models around it and of their parts are counted."""
-        for layer in holders(self.model):
-            inside = any(isinstance(part, Banked) for part in flatten_layers(layer))
+        for layer in compiled.models_sharing_layers(self.model):
+            inside = any(
+                isinstance(part, Banked) for part in layers.flatten_layers(layer)
+            )
             if inside and layer is not self and not isinstance(layer, Banked):
                 self._count_calls_of(layer)
         for layer in self.hosts.layers.values():
@@ -159,7 +158,9 @@ class CompiledFunctions:
 
     def change_to(self, count):
         """Those for a number of rows take the place of those that are there."""
-        self.kept[self.count] = take_compiled_functions(holders(self.model))
+        self.kept[self.count] = compiled.take_compiled_functions(
+            compiled.models_sharing_layers(self.model)
+        )
         self.count = count
         for owner, name, function in self.kept.pop(count, []):
             setattr(owner, name, function)

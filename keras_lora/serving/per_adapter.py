@@ -7,13 +7,12 @@ from collections.abc import Mapping
 import keras
 from keras import ops
 
-from keras_lora.keras_internals.calls import mask_of
-from keras_lora.keras_internals.optimizers import like_without_state
+from keras_lora.keras_internals import calls, compiled
 
 REDUCTIONS = ("sum_over_batch_size", "mean", "mean_with_sample_weight", "sum")
 
 
-class LossOfEach(keras.losses.Loss):
+class PerAdapterLoss(keras.losses.Loss):
     """The sum of the losses of each adapter's rows alone.
 
         L = sum over the adapters k in the batch of loss(y[ids == k], f(x)[ids == k])
@@ -43,7 +42,7 @@ class LossOfEach(keras.losses.Loss):
         ids = self.ids()
         if ids is None:  # Keras asks for shapes alone
             return self.loss(y_true, y_pred, sample_weight)
-        mask = mask_of(y_pred)
+        mask = calls.mask_of(y_pred)
         y_true, y_pred = (
             keras.tree.map_structure(lambda x: ops.convert_to_tensor(x, self.dtype), y)
             for y in (y_true, y_pred)
@@ -56,7 +55,7 @@ class LossOfEach(keras.losses.Loss):
                 "for each row."
             )
         if mask is None:
-            mask = mask_of(values)
+            mask = calls.mask_of(values)
         counted = ops.ones_like(values)
         if mask is not None:
             counted = counted * over(ops.cast(mask, values.dtype), values)
@@ -110,7 +109,7 @@ def by_row(values):
     return ops.sum(values, axis=axes) if axes else values
 
 
-class OptimizerOfEach(keras.optimizers.Optimizer):
+class PerAdapterOptimizer(keras.optimizers.Optimizer):
     """An optimizer of its own for each trainee, all like the one that was given.
 
     A trainee without rows in a batch takes no step: its variables, momenta and count
@@ -154,7 +153,7 @@ class OptimizerOfEach(keras.optimizers.Optimizer):
                 f"The bank was compiled with optimizers for {sorted(self.given)}, and "
                 f"with none for {name!r}."
             )
-        return like_without_state(given, trainee.trainable_variables)
+        return compiled.like_without_state(given, trainee.trainable_variables)
 
     @contextlib.contextmanager
     def rows_of(self, ids):

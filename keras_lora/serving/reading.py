@@ -7,26 +7,14 @@ import math
 import numpy as np
 from keras import ops
 
-from keras_lora.files.load import adapter_options
-from keras_lora.files.matching import checked_values
-from keras_lora.files.matching import contents
-from keras_lora.files.names import module_names
-from keras_lora.files.names import refuse_tied_head
-from keras_lora.files.tensors import own_alpha
-from keras_lora.keras_internals.classes import twin
-from keras_lora.keras_internals.distribution import put
-from keras_lora.keras_internals.distribution import variable_like
+from keras_lora.files import load, matching, tensors
+from keras_lora.files.names import module_names, refuse_tied_head
+from keras_lora.keras_internals import classes, distribution
 from keras_lora.keras_internals.layers import layer_state
-from keras_lora.layers.kinds import form_of
-from keras_lora.layers.kinds import layer_of
-from keras_lora.layers.kinds import lora_class_of
-from keras_lora.layers.kinds import obstacle
+from keras_lora.layers import kinds, methods, torch_layout
 from keras_lora.layers.lora_layer import LoRALayer
-from keras_lora.layers.methods import wide_dtype
-from keras_lora.layers.torch_layout import to_numpy
-from keras_lora.models.adapt import new_adapter
-from keras_lora.models.choose import WHOLE_MODEL
-from keras_lora.models.choose import choose
+from keras_lora.models import adapt
+from keras_lora.models.choose import WHOLE_MODEL, choose
 
 UNREAD = object()  # in the place of the adapter that a host may get
 
@@ -114,7 +102,7 @@ def full_update(view, kernel, checked=False):
 
     checked: None where the layer's update is another product than that.
     """
-    dtype = wide_dtype(view.variable_dtype)
+    dtype = methods.wide_dtype(view.variable_dtype)
     update = ops.convert_to_tensor(kernel, dtype) - view.base_kernel(dtype)
     rank = full_rank(view)
     form = view.low_rank_form(rank)
@@ -127,7 +115,9 @@ def full_update(view, kernel, checked=False):
     if checked and sizes != [math.prod(form.a_shape), math.prod(form.b_shape)]:
         return None
     a, b = ops.reshape(a, form.a_shape), ops.reshape(b, form.b_shape)
-    if checked and not np.allclose(to_numpy(form.compose(a, b)), to_numpy(update)):
+    if checked and not np.allclose(
+        torch_layout.to_numpy(form.compose(a, b)), torch_layout.to_numpy(update)
+    ):
         return None
     return a, b
 
@@ -154,12 +144,12 @@ def as_host(layer):
     """The layer seen as the LoRA layer that it would be; None where it can be none."""
     if isinstance(layer, LoRALayer):
         own = getattr(type(layer), "class_before", type(layer))
-        own = own if issubclass(own, LoRALayer) else lora_class_of(own)
+        own = own if issubclass(own, LoRALayer) else kinds.lora_class_of(own)
     else:
-        own = lora_class_of(type(layer))
-        if own is None or obstacle(layer) is not None:
+        own = kinds.lora_class_of(type(layer))
+        if own is None or kinds.obstacle(layer) is not None:
             return None
-    return twin(layer, own, {"lora": UNREAD}) if layer.built else None
+    return classes.twin(layer, own, {"lora": UNREAD}) if layer.built else None
 
 
 def read(model, paths, adapter, names, most) -> Reading:
@@ -183,7 +173,7 @@ def read(model, paths, adapter, names, most) -> Reading:
     for module, layer in modules.items():
         path_of[id(hosts[module])] = path_of[id(layer)]
     hosts.sites = {m: hosts.get(m, site) for m, site in modules.sites.items()}
-    file = contents(adapter, hosts)
+    file = matching.contents(adapter, hosts)
     if file.rows:
         raise ValueError(
             f"The adapter has rows of {sorted(file.rows)} (trainable_token_indices): a "
@@ -202,11 +192,11 @@ def read(model, paths, adapter, names, most) -> Reading:
             )
         if module in file.starts:  # the other half of the file's factors
             rank //= 2
-        options = {**adapter_options(file, module), "rank": rank, "alpha": None}
-        lora = new_adapter(host, options)
+        options = {**load.adapter_options(file, module), "rank": rank, "alpha": None}
+        lora = adapt.new_adapter(host, options)
         vars(host)["lora"] = lora  # not its tracker, which is the layer's
         host.build_factors()
-    pairs, parts = checked_values(file), {}
+    pairs, parts = matching.checked_values(file), {}
     factors = {
         id(factor)
         for host in file.adapted.values()
@@ -214,9 +204,9 @@ def read(model, paths, adapter, names, most) -> Reading:
     }
     for variable, value in pairs:
         if id(variable) in factors:
-            put(variable, value)
+            distribution.put(variable, value)
     for module, host in file.adapted.items():
-        alpha = own_alpha(host, file.factors[module].alpha, file.use_rslora)
+        alpha = tensors.own_alpha(host, file.factors[module].alpha, file.use_rslora)
         host.lora.set_alpha(alpha, file.use_rslora)
         parts[path_of[id(host)]] = Part(modules[module], host)
     reading = Reading(parts, file.adapted, hosts, [])
@@ -227,7 +217,7 @@ def read(model, paths, adapter, names, most) -> Reading:
 def with_rows(model, paths, target) -> dict:
     """Path -> layer, for what a target means and a bank can hold adapters of."""
     chosen, _, _ = choose(model, paths, target, None, [])
-    able = {p: x for p, x in chosen.items() if form_of(x, 1).down is not None}
+    able = {p: x for p, x in chosen.items() if kinds.form_of(x, 1).down is not None}
     if target not in WHOLE_MODEL or not able:
         for path, site in chosen.items():
             refuse_substituted(site, path)
@@ -236,10 +226,11 @@ def with_rows(model, paths, target) -> dict:
 
 def refuse_substituted(site, name):
     """Raises for a weight whose layer forms W + delta, one for all rows of a batch."""
-    if form_of(site, 1).down is None:
+    if kinds.form_of(site, 1).down is None:
         raise ValueError(
             f"A bank cannot hold adapters of {name!r}, a "
-            f"{type(layer_of(site)).__name__}: its call computes with one W + delta "
+            f"{type(kinds.layer_of(site)).__name__}: its call computes with one W + "
+            "delta "
             "for all rows of a batch. Load such an adapter into a model of its own."
         )
 
@@ -278,7 +269,7 @@ def add_others(reading, pairs, layers, path_of):
             part.bias = own = own_variable(variable, value)
         elif part is not None and (own := in_full(part, variable, value)) is not None:
             part.kernel = own
-        elif not np.array_equal(to_numpy(variable), value):
+        elif not np.array_equal(torch_layout.to_numpy(variable), value):
             raise ValueError(unable(path, layer, variable))
         reading.beside.append((module, layer, variable, own))
         if own is not None:
@@ -294,8 +285,12 @@ def in_full(part, variable, value):
 
 
 def own_variable(like, value):
-    own = variable_like(
-        like, value, dtype=wide_dtype(like.dtype), name=like.name, autocast=False
+    own = distribution.variable_like(
+        like,
+        value,
+        dtype=methods.wide_dtype(like.dtype),
+        name=like.name,
+        autocast=False,
     )
     own.regularizer = like.regularizer
     return own

@@ -1,27 +1,24 @@
 """Many settings of an adapter, trained at once over one frozen model."""
 
 import math
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import keras
 import numpy as np
 
+from keras_lora.files import save
 from keras_lora.files.folder import Adapter
-from keras_lora.files.plot import draw_sweep
-from keras_lora.files.save import adapter_of
-from keras_lora.keras_internals.optimizers import unbuilt_copy
-from keras_lora.layers.arguments import MODEL_KEYWORDS
-from keras_lora.layers.arguments import refuse_foreign_keywords
-from keras_lora.layers.arguments import refusing_foreign_keywords
-from keras_lora.layers.arguments import with_defaults
+from keras_lora.keras_internals import compiled
+from keras_lora.layers.arguments import (
+    MODEL_KEYWORDS,
+    refuse_foreign_keywords,
+    refusing_foreign_keywords,
+    with_defaults,
+)
 from keras_lora.layers.settings import is_number
-from keras_lora.models.adapt import refuse_adapters
+from keras_lora.models import adapt, apply, sites, tables
 from keras_lora.models.apply import Request
-from keras_lora.models.apply import applied
-from keras_lora.models.apply import apply_lora
-from keras_lora.models.paths import layer_paths
 from keras_lora.models.tables import Table
 from keras_lora.serving.bank import AdapterBank
 
@@ -186,7 +183,7 @@ class Sweep(Table, Sequence):
             ImportError: Without matplotlib.
             ValueError: If the ending of the path is no format's.
         """
-        draw_sweep(self, path)
+        tables.draw_sweep(self, path)
 
 
 @refusing_foreign_keywords
@@ -234,7 +231,7 @@ def sweep(
         ... )
         >>> report = keras_lora.load_adapter(base, result.adapter)
     """
-    refuse_adapters(layer_paths(model))
+    adapt.refuse_adapters(sites.layer_paths(model))
     settings = named_settings(settings)
     if loss is None:
         loss = getattr(model, "loss", None)
@@ -245,7 +242,7 @@ def sweep(
     optimizers, adapters = {}, {}
     for name, own in settings.items():
         own = dict(own)
-        optimizers[name] = unbuilt_copy(given)
+        optimizers[name] = compiled.unbuilt_copy(given)
         if "learning_rate" in own:
             optimizers[name].learning_rate = own.pop("learning_rate")
         adapters[name] = fresh_adapter(model, own)
@@ -299,7 +296,7 @@ def refuse_no_rate(rate):
 
 def fresh_adapter(model, settings) -> Adapter:
     """What apply_lora would give a model, which stays as it is."""
-    arguments = with_defaults(apply_lora, model, **settings)
+    arguments = with_defaults(apply.apply_lora, model, **settings)
     del arguments["dry_run"]
-    with applied(arguments.pop("model"), Request(**arguments)):
-        return adapter_of(model)
+    with apply.applied(arguments.pop("model"), Request(**arguments)):
+        return save.adapter_of(model)

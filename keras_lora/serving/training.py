@@ -10,25 +10,15 @@ from collections.abc import Mapping
 import keras
 import numpy as np
 
-from keras_lora.files.config import KEPT
+from keras_lora.files import config, load, save
 from keras_lora.files.folder import Adapter
-from keras_lora.files.load import read_for
-from keras_lora.files.save import adapter_from
-from keras_lora.keras_internals import processes
-from keras_lora.keras_internals.calls import keeping_weights
-from keras_lora.keras_internals.calls import synchronize
-from keras_lora.keras_internals.layers import attach
-from keras_lora.keras_internals.layers import detach
-from keras_lora.keras_internals.private_names import MASKS
-from keras_lora.keras_internals.private_names import require
-from keras_lora.models.trainable_flags import restore_trainable_state
-from keras_lora.models.trainable_flags import trainable_state
-from keras_lora.serving.arguments import SLOTS
-from keras_lora.serving.arguments import refuse_names
-from keras_lora.serving.calls import Running
-from keras_lora.serving.calls import needs_all
-from keras_lora.serving.per_adapter import LossOfEach
-from keras_lora.serving.per_adapter import OptimizerOfEach
+from keras_lora.keras_internals import private_names, probes, processes
+from keras_lora.keras_internals.calls import keeping_weights, synchronize
+from keras_lora.keras_internals.layers import attach, detach
+from keras_lora.models import record
+from keras_lora.serving import slots
+from keras_lora.serving.calls import Running, needs_all
+from keras_lora.serving.per_adapter import PerAdapterLoss, PerAdapterOptimizer
 from keras_lora.serving.reading import read
 from keras_lora.serving.slots import Directory
 
@@ -48,7 +38,7 @@ class Trainee(keras.layers.Layer):
         self.adapter_name = adapter_name
         # Past Keras's tracking: views of the model's layers are none of it.
         vars(self).update(parts=reading.parts, reading=reading)
-        vars(self)["said"] = {key: adapter.config.get(key) for key in KEPT}
+        vars(self)["said"] = {key: adapter.config.get(key) for key in config.KEPT}
         self.loras = [p.lora for p in reading.parts.values() if p.lora is not None]
         self.others = [
             variable
@@ -79,7 +69,7 @@ class Trainee(keras.layers.Layer):
         """The adapter as it is now."""
         reading = self.reading
         trained = [(module, own) for module, *_, own in reading.beside]
-        adapter = adapter_from(reading.modules, reading.adapted, trained)
+        adapter = save.adapter_from(reading.modules, reading.adapted, trained)
         adapter.config.update(self.said)
         return adapter
 
@@ -108,7 +98,7 @@ class Folder:
 
 def source_of(model, adapter):
     """What a bank keeps of an adapter to read it again: (adapter, its source)."""
-    found = read_for(model, adapter)
+    found = load.read_for(model, adapter)
     if isinstance(adapter, Adapter):
         return found, Kept(found)
     return found, Folder(os.path.abspath(adapter), digest(found))
@@ -168,10 +158,10 @@ class Training:
                 "A bank does not train under mixed_float16, whose one loss scale would "
                 "tie the adapters to each other. Use mixed_bfloat16 or float32."
             )
-        optimizer = OptimizerOfEach(optimizer)
+        optimizer = PerAdapterOptimizer(optimizer)
         if loss is not None:
             loss = keras.tree.map_structure(
-                lambda each: LossOfEach(each, lambda: optimizer.ids), loss
+                lambda each: PerAdapterLoss(each, lambda: optimizer.ids), loss
             )
         super().compile(optimizer, loss, auto_scale_loss=False, **kwargs)
 
@@ -201,7 +191,7 @@ class Training:
                 trains what rows of a batch share, or the model adds losses for its
                 activations.
         """
-        require(MASKS)
+        probes.require(private_names.MASKS)
         self._train(self._named_in(x))
         if isinstance(x, Mapping):
             self._look_at(x["inputs"])
@@ -248,7 +238,7 @@ class Training:
     def _named_in(self, x):
         if not isinstance(x, Mapping) or "adapter" not in x:
             return self.names
-        refuse_names(x)
+        slots.refuse_names(x)
         found = set(np.unique(keras.ops.convert_to_numpy(x["adapter"])).tolist())
         names = [name for name in self.names if self.directory.id_of[name] in found]
         unknown = found - {self.directory.id_of[name] for name in [None, *names]}
@@ -324,12 +314,12 @@ class Training:
     def _model_frozen(self):
         """Sets the model as in training of one adapter, with normalization frozen."""
         layers = {"": self.model, **self.hosts.paths}
-        before = trainable_state(layers)
+        before = record.trainable_state(layers)
         self.model.trainable = False
         try:
             yield
         finally:
-            restore_trainable_state(layers, before)
+            record.restore_trainable_state(layers, before)
 
     def train_step(self, *args):
         if keras.backend.backend() == "torch":
@@ -345,7 +335,7 @@ class Training:
 
     def _ids_of(self, data):
         x, *_ = keras.utils.unpack_x_y_sample_weight(data)
-        ids = x[SLOTS] if SLOTS in x else x["adapter"]
+        ids = x[slots.SLOTS] if slots.SLOTS in x else x["adapter"]
         return self.optimizer.rows_of(keras.ops.convert_to_tensor(ids))
 
 

@@ -1,12 +1,86 @@
-"""What an adapter writes into configurations, weight files and adapter files."""
+"""What files hold of a layer: factors as PEFT has them, and values that trained."""
+
+import contextlib
+import dataclasses
+from typing import Any
 
 import keras
 import numpy as np
+from keras import ops
 
+from keras_lora.keras_internals import distribution
+from keras_lora.layers import torch_layout
 from keras_lora.layers.form import LowRankForm
-from keras_lora.layers.method_files import MethodFiles
 from keras_lora.layers.settings import Settings
-from keras_lora.layers.torch_layout import to_numpy
+from keras_lora.layers.torch_layout import MethodFiles
+
+HELD = "_lora_held"
+
+
+@dataclasses.dataclass
+class Held:
+    """What a variable had before, and how many contexts hold it now."""
+
+    trained: Any
+    contexts: int = 1
+
+
+@contextlib.contextmanager
+def temporary_values(pairs, lock):
+    """Gives variables other values inside the context.
+
+    pairs: [(variable, its value inside)]. lock: taken at the beginning and end.
+    """
+    held = []
+    try:
+        with lock:
+            for variable, value in pairs:
+                hold(variable, value)
+                held.append(variable)
+        yield
+    finally:
+        with lock:
+            for variable in held:
+                release(variable)
+
+
+def hold(variable, value):
+    if HELD in vars(variable):
+        vars(variable)[HELD].contexts += 1
+    else:
+        vars(variable)[HELD] = Held(ops.copy(variable))
+        distribution.put(variable, value)
+
+
+def release(variable):
+    held = vars(variable)[HELD]
+    held.contexts -= 1
+    if not held.contexts:
+        del vars(variable)[HELD]
+        variable.assign(held.trained)
+
+
+def is_held_once(variable) -> bool:
+    return vars(variable)[HELD].contexts == 1
+
+
+def trained_value(variable):
+    """The value to save: the trained one, while a context holds another."""
+    held = getattr(variable, HELD, None)
+    return variable if held is None else held.trained
+
+
+class TrainedValues:
+    """A store of Keras that takes these values in the place of variables."""
+
+    def __init__(self, store):
+        self.store = store
+
+    def __setitem__(self, key, value):
+        self.store[key] = trained_value(value)
+
+    def __getattr__(self, name):
+        return getattr(self.store, name)
 
 
 class AdapterFiles(MethodFiles):
@@ -83,10 +157,13 @@ class AdapterFiles(MethodFiles):
 
         With a start two pairs of factors lie side by side.
         """
-        a, b = to_numpy(self.a), to_numpy(self.b)
+        a, b = torch_layout.to_numpy(self.a), torch_layout.to_numpy(self.b)
         pairs = [(a, b)]
         if self.has_start:
-            a_start, b_start = to_numpy(self.a_start), to_numpy(self.b_start)
+            a_start, b_start = (
+                torch_layout.to_numpy(self.a_start),
+                torch_layout.to_numpy(self.b_start),
+            )
             pairs = [(a - a_start, b), (a_start, b - b_start)]
         found = zip(*(self.form.to_file(*pair) for pair in pairs), strict=True)
         axes = self.form.rank_axes_in_file
