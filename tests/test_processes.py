@@ -10,7 +10,9 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from processes import finish, free_ports, start
+from processes import finish
+from processes import free_ports
+from processes import start
 
 pytestmark = [
     pytest.mark.skipif(
@@ -171,11 +173,12 @@ def files():
     found["loaded"] = outputs(other)
     keras_lora.remove_lora(other)
     found["removed"] = weights(other)
-    artefact = os.path.join(folder, "artefact")
-    keras_lora.export(model, artefact)
-    served = tf.saved_model.load(artefact)
-    found["exported"] = served.serve(ids.astype("int32")).numpy().tolist()
-    assert is_same(model, trained)
+    if kind in ("none", "across"):
+        artefact = os.path.join(folder, "artefact")
+        keras_lora.export(model, artefact)
+        served = tf.saved_model.load(artefact)
+        found["exported"] = served.serve(ids.astype("int32")).numpy().tolist()
+        assert is_same(model, trained)
     keras_lora.merge_lora(model)
     found["merged for good"] = weights(model)
     extracted = keras_lora.extract_adapter(other, model, rank=2)
@@ -472,9 +475,8 @@ def test_what_fails_on_one_process_fails_on_all(results):
         assert "Process 0" in second[name][1]
     for found in (first, second):
         for name in ("other files", "others added"):
-            assert (
-                found[name][0] == "ValueError" and "different files" in found[name][1]
-            )
+            assert found[name][0] == "ValueError"
+            assert "different files" in found[name][1]
         assert "different values for A and B" in found["other starts"][1]
         assert "different numbers of batches" in found["more batches"][1]
         assert "different rows" in found["other rows"][1]
