@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from processes import MODEL, finish, free_ports, run, start
 
+import keras_lora
+
 EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
 TENSORFLOW = """
 import json
@@ -135,11 +137,13 @@ for epoch in range(3):
     found.append(float(model.metrics[0].result()))
 print(json.dumps(found))
 """
-# A loop with DistributedDataParallel: each process has its half of the rows.
+# A loop with DistributedDataParallel: each process has its half of the rows, and the
+# first one alone saves, as users of torch do.
 TORCH = """
 import json, sys, warnings
 import torch
-size, index, port = map(int, sys.argv[1].split())
+*numbers, folder = sys.argv[1].split()
+size, index, port = map(int, numbers)
 rows = slice(None)
 if size > 1:
     torch.distributed.init_process_group(
@@ -164,6 +168,8 @@ for _ in range(3):
     error = parallel(torch.tensor(x[rows]), training=True) - torch.tensor(y[rows])
     (error**2).mean().backward()
     sgd.step()
+if index == 0:
+    keras_lora.save_adapter(model, folder)
 print(json.dumps([said, [f.detach().cpu().numpy().tolist() for f in factors]]))
 """
 JAX = """
@@ -355,16 +361,21 @@ def test_two_workers():
 @pytest.mark.skipif(
     keras.backend.backend() != "torch", reason="process groups are torch's"
 )
-def test_a_process_group_is_warned_of_and_trains_in_a_loop():
+def test_a_process_group_is_warned_of_and_trains_in_a_loop(tmp_path):
     (port,) = free_ports(1)
-    processes = [start(TORCH, f"2 {index} {port}") for index in range(2)]
-    nothing, one = run(TORCH, "1 0 0")
+    folders = tmp_path / "several", tmp_path / "one"
+    processes = [start(TORCH, f"2 {i} {port} {folders[0]}") for i in range(2)]
+    nothing, one = run(TORCH, f"1 0 0 {folders[1]}")
     assert nothing == []
     for process in processes:
         said, several = finish(process)
         assert len(said) == 1 and "trains each of them alone" in said[0]
         for own, expected in zip(several, one, strict=True):
             np.testing.assert_allclose(own, expected, atol=1e-6)
+    saved, alone = (keras_lora.Adapter.read(folder).tensors for folder in folders)
+    assert saved.keys() == alone.keys()
+    for key, value in saved.items():
+        np.testing.assert_allclose(value, alone[key], atol=1e-6)
 
 
 on_jax = pytest.mark.skipif(
