@@ -10,9 +10,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from processes import finish
-from processes import free_ports
-from processes import start
+from processes import finish, free_ports, start
 
 pytestmark = [
     pytest.mark.skipif(
