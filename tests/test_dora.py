@@ -19,7 +19,7 @@ from test_against_torch import (
     over_gradients,
     over_precisions,
 )
-from test_gradient_sizes import DEEP, LARGE, SIZES, formed, training_step
+from test_gradient_sizes import SIZES, formed, merged_kernel, training_step
 
 import keras_lora
 
@@ -543,8 +543,5 @@ def test_step_forms_nothing_of_the_kernels_size(case: Case, policy):
     size = int(np.prod(layer.frozen_kernel.shape))
     found = formed(list(training_step(layer, case.inputs(batch=2))), size)
     assert [op for op in found if op.of_inputs] == []
-    large = case in LARGE or (case.name.startswith("conv") and case is not DEEP)
-    product = "Einsum" if case.name.startswith("einsum") else "MatMul"
-    merges = policy == "float32" and large  # W + delta, for the outputs and dx
-    expected = [product, "AddV2"] * merges + ["Square"]
+    expected = [*merged_kernel(case, policy), "Square"]
     assert sorted(op.kind for op in found) == sorted(expected)

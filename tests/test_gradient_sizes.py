@@ -95,6 +95,13 @@ READS = ("ReadVariableOp", "Identity", "StopGradient", "Cast")
 READS += ("Transpose", "Reshape", "ExpandDims")
 
 
+def merged_kernel(case, policy) -> list:
+    """The operations that form W + delta in a step, the product A @ B and the sum."""
+    merges = case in LARGE or (case.name.startswith("conv") and case is not DEEP)
+    product = "Einsum" if case.name.startswith("einsum") else "MatMul"
+    return [product, "AddV2"] * (merges and policy == "float32")
+
+
 class Operation(NamedTuple):
     """One operation of a graph."""
 
@@ -154,12 +161,7 @@ def test_compiled_step_forms_no_kernel_sized_array(case, policy):
     assert {"ReadVariableOp", "ResourceGather"} & {op.kind for op in operations}
     found = formed(operations, size)
     assert [op for op in found if op.of_inputs] == []
-    merges = case in LARGE or (case.name.startswith("conv") and case is not DEEP)
-    # W + delta: the product A @ B, and the sum.
-    product = "Einsum" if case.name.startswith("einsum") else "MatMul"
-    assert [op.kind for op in found] == [product, "AddV2"] * (
-        merges and policy == "float32"
-    )
+    assert [op.kind for op in found] == merged_kernel(case, policy)
     # A read on its own for the backward pass could come after the optimizer's update,
     # as it did where fit runs several steps at a time.
     for factor in () if case.vocabulary else (layer.lora.a, layer.lora.b):

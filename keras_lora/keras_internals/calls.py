@@ -130,14 +130,10 @@ def traced_for_xla():
     A variable that is made there cannot start from another's value. (In a stateless
     scope, where Keras builds a model symbolically, it is made later.)
     """
-    if keras.backend.backend() != "tensorflow" or in_stateless_scope():
-        return False
-    import tensorflow as tf
-
-    if tf.executing_eagerly():
+    if in_stateless_scope() or not in_tensorflow_graph():
         return False
     probes.require(private_names.IN_FUNCTIONS)
-    graph = tf.compat.v1.get_default_graph()
+    graph = tensorflow_graph()
     while graph is not None:
         context = graph._get_control_flow_context()
         if context is not None and context.IsXLAContext():
