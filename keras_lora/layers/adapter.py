@@ -15,90 +15,8 @@ from keras_lora.layers.saved_values import AdapterFiles
 from keras_lora.layers.settings import Settings, checked_dropout
 
 
-class Scaled:
-    """Mixin of an adapter: rank and alpha, and the factor that they make.
-
-    Compiled functions read the factor from a variable, so that another alpha and
-    `switch` are seen without tracing anew. It is no weight.
-    """
-
-    settings: Settings
-    variable_dtype: str
-    has_start: bool
-    _scaling: HiddenVariable
-    switched_off = 0  # by how many contexts
-
-    @property
-    def rank(self) -> int:
-        return self.settings.rank
-
-    @property
-    def product_rank(self) -> int:
-        """Of the product that the update is: the columns that `factors` gives of A."""
-        return 2 * self.rank if self.has_start else self.rank
-
-    @property
-    def use_rslora(self) -> bool:
-        return self.settings.use_rslora
-
-    @property
-    def scaling(self) -> float:
-        """The factor in front of A @ B."""
-        return self.settings.scaling
-
-    @property
-    def alpha(self) -> float:
-        return self.settings.alpha
-
-    @alpha.setter
-    def alpha(self, alpha):
-        self.set_alpha(alpha, self.use_rslora)
-
-    def set_alpha(self, alpha, use_rslora=False):
-        """Sets alpha; compiled functions see the new value too."""
-        self.settings = Settings(self.rank, alpha, use_rslora)
-        self._write_scaling()
-
-    @property
-    def is_on(self) -> bool:
-        return not self.switched_off
-
-    def switch(self, on):
-        """Switches the adapter off or on: when off, the scaling reads as 0."""
-        self.switched_off += -1 if on else 1
-        self._write_scaling()
-
-    def _write_scaling(self):
-        if self._scaling.variable is not None:
-            self._scaling.variable.assign(self._scaling_value())
-
-    def _scaling_value(self, shape=(), dtype=None):
-        # By way of NumPy: TensorFlow takes a Python number for a float32.
-        value = self.scaling if self.is_on else 0.0
-        return ops.convert_to_tensor(np.full(shape, value, self.variable_dtype))
-
-    def make_scaling(self):
-        """Makes the variable, when the factors are made."""
-        self._scaling.make(self._scaling_value, self.variable_dtype, "scaling")
-        hidden_state.hold_state(
-            self,
-            "alpha",
-            self._scaling.variable,
-            get=lambda: [self.alpha, self.use_rslora],
-            put=lambda state: self.set_alpha(*state),
-        )
-
-    @property
-    def switched(self):
-        """1 where the adapter acts, 0 inside `disabled()`; seen by compiled functions.
-
-        For methods whose formula has no `scaling` in front of all they add.
-        """
-        return ops.cast(ops.not_equal(self._scaling.variable, 0), self.variable_dtype)
-
-
 @keras.saving.register_keras_serializable(package="keras_lora")
-class LowRankAdapter(Scaled, AdapterFiles, keras.layers.Layer):
+class LowRankAdapter(AdapterFiles, keras.layers.Layer):
     """Trainable factors A and B of a low-rank update of a frozen kernel.
 
         scaling = alpha / rank          (alpha / sqrt(rank) with use_rslora=True)
@@ -147,6 +65,7 @@ class LowRankAdapter(Scaled, AdapterFiles, keras.layers.Layer):
     is_bank = False  # many adapters, which their bank alone may change
     stand_in = None  # what acts for it inside `merged()`
     kernel_place: Place | None = None  # where W stood before it was frozen
+    switched_off = 0  # by how many contexts
 
     def __init__(
         self,
@@ -306,6 +225,77 @@ class LowRankAdapter(Scaled, AdapterFiles, keras.layers.Layer):
         return keras.random.dropout(
             inputs, self.dropout, seed=rematerialized.seed_of(self)
         )
+
+    # Rank and alpha, and the factor that they make. Compiled functions read the factor
+    # from a variable, which is no weight: another alpha and `switch` need no new trace.
+
+    @property
+    def rank(self) -> int:
+        return self.settings.rank
+
+    @property
+    def product_rank(self) -> int:
+        """Of the product that the update is: the columns that `factors` gives of A."""
+        return 2 * self.rank if self.has_start else self.rank
+
+    @property
+    def use_rslora(self) -> bool:
+        return self.settings.use_rslora
+
+    @property
+    def scaling(self) -> float:
+        """The factor in front of A @ B."""
+        return self.settings.scaling
+
+    @property
+    def alpha(self) -> float:
+        return self.settings.alpha
+
+    @alpha.setter
+    def alpha(self, alpha):
+        self.set_alpha(alpha, self.use_rslora)
+
+    def set_alpha(self, alpha, use_rslora=False):
+        """Sets alpha; compiled functions see the new value too."""
+        self.settings = Settings(self.rank, alpha, use_rslora)
+        self._write_scaling()
+
+    @property
+    def is_on(self) -> bool:
+        return not self.switched_off
+
+    def switch(self, on):
+        """Switches the adapter off or on: when off, the scaling reads as 0."""
+        self.switched_off += -1 if on else 1
+        self._write_scaling()
+
+    def _write_scaling(self):
+        if self._scaling.variable is not None:
+            self._scaling.variable.assign(self._scaling_value())
+
+    def _scaling_value(self, shape=(), dtype=None):
+        # By way of NumPy: TensorFlow takes a Python number for a float32.
+        value = self.scaling if self.is_on else 0.0
+        return ops.convert_to_tensor(np.full(shape, value, self.variable_dtype))
+
+    def make_scaling(self):
+        """Makes the variable, when the factors are made."""
+        self._scaling.make(self._scaling_value, self.variable_dtype, "scaling")
+        hidden_state.hold_state(
+            self,
+            "alpha",
+            self._scaling.variable,
+            get=lambda: [self.alpha, self.use_rslora],
+            put=lambda state: self.set_alpha(*state),
+        )
+
+    @property
+    def switched(self):
+        """1 where the adapter acts, 0 inside `disabled()`; seen by compiled functions.
+
+        For methods whose formula has no `scaling` in front of all they add.
+        """
+        return ops.cast(ops.not_equal(self._scaling.variable, 0), self.variable_dtype)
 
 
 class FixedKernel:
