@@ -215,6 +215,11 @@ FAULTS = {
         ),
     ],
     "layers/site.py": [
+        (
+            "isinstance(calls.innermost_layer(), keras.layers.SpectralNormalization)",
+            "False",
+            "test_hosts_that_move.py -k refused_when_it_is_built",
+        ),
         ("    if names:", "    if False:", "test_rematerialization.py -k bound_to"),
         (
             '== "tensorflow" and classes.calls_remat(layer)',

@@ -39,6 +39,16 @@ def test_spectral_normalization_is_passed_over_or_refused():
     ]
 
 
+def test_spectral_normalization_of_a_lora_layer_is_refused_when_it_is_built():
+    """Before any loop: on JAX an error in `fit` costs the model its weights."""
+    for inside in (keras_lora.LoRADense(6, rank=2), keras_lora.LoRAEmbedding(6, 6)):
+        wrapped = keras.layers.SpectralNormalization(inside)
+        with pytest.raises(ValueError, match=f"that of '{inside.name}' is frozen"):
+            wrapped.build((4, 6))
+    inside = keras_lora.LoRADense(6, rank=0)
+    keras.layers.SpectralNormalization(inside).build((4, 6))
+
+
 def normalized(trained=(), **settings):
     """A model with a normalized layer that nothing adapts, after training."""
     set_seed(7)

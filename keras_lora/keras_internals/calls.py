@@ -120,6 +120,12 @@ def next_seed(generator):
         return generator.next()
 
 
+def innermost_layer():
+    """The layer that is being built or called now; None: there is none."""
+    scopes = probes.global_state.get_global_attribute("name_scope_stack")
+    return scopes[-1].caller if scopes else None
+
+
 def in_stateless_scope():
     return probes.global_state.get_global_attribute("stateless_scope") is not None
 

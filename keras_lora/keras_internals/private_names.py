@@ -79,7 +79,7 @@ TABLE = [
     ),
     PrivateName(
         "keras.src.backend.common.global_state: current_call_ctx, entry_layer, "
-        "stateless_scope",
+        "stateless_scope, name_scope_stack",
         LAYERS,
         "Nothing public tells a layer that is read or assigned to inside of a call.",
         lambda: (
@@ -87,6 +87,7 @@ TABLE = [
             and probes.mentions(keras.layers.Layer, "current_call_ctx")
             and probes.mentions(keras.layers.Layer, "entry_layer")
             and probes.mentions(keras.StatelessScope, "stateless_scope")
+            and probes.mentions(keras.name_scope, "name_scope_stack")
         ),
     ),
     PrivateName(

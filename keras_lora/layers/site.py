@@ -82,11 +82,20 @@ def watched(kernel):
     """Wraps the kernel's property, to warn if another layer computes with the kernel.
 
     This library reads W by `frozen_kernel`. What reads the property inside of a call
-    is another layer, and it gets W without the adapter.
+    is another layer, and it gets W without the adapter. SpectralNormalization reads it
+    when it is built, and is refused there: in `fit` on JAX an error costs the weights.
     """
 
     def read(layer):
-        if layer.lora is not None and calls.in_a_call():
+        if layer.lora is None:
+            return kernel.fget(layer)
+        if isinstance(calls.innermost_layer(), keras.layers.SpectralNormalization):
+            raise ValueError(
+                "SpectralNormalization assigns to its layer's kernel in every training "
+                f"call, and that of {layer.name!r} is frozen, as it has an adapter. "
+                "Wrap the plain layer, or use the LoRA layer without the wrapper."
+            )
+        if calls.in_a_call():
             warn_caller(
                 f"A layer reads the kernel of {layer.name!r}, which has an adapter, in "
                 "its own call: there the adapter has no effect until it is merged. "
