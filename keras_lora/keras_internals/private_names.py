@@ -82,13 +82,7 @@ TABLE = [
         "stateless_scope, name_scope_stack",
         LAYERS,
         "Nothing public tells a layer that is read or assigned to inside of a call.",
-        lambda: (
-            hasattr(probes.global_state, "get_global_attribute")
-            and probes.mentions(keras.layers.Layer, "current_call_ctx")
-            and probes.mentions(keras.layers.Layer, "entry_layer")
-            and probes.mentions(keras.StatelessScope, "stateless_scope")
-            and probes.mentions(keras.name_scope, "name_scope_stack")
-        ),
+        probes.calls_are_recorded,
     ),
     PrivateName(
         "Layer.__new__: a function in front of `build`, with the method in a closure",

@@ -94,6 +94,17 @@ def code_has(owner, word):
     return lambda: mentions(owner, word)
 
 
+def calls_are_recorded() -> bool:
+    """Whether Keras's global state tells which layer is called, or built, and how."""
+    return (
+        hasattr(global_state, "get_global_attribute")
+        and mentions(keras.layers.Layer, "current_call_ctx")
+        and mentions(keras.layers.Layer, "entry_layer")
+        and mentions(keras.StatelessScope, "stateless_scope")
+        and mentions(keras.name_scope, "name_scope_stack")
+    )
+
+
 def class_changes() -> bool:
     """Whether a layer of another class builds and is called as one of that class."""
 
