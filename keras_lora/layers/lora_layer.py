@@ -21,123 +21,7 @@ from keras_lora.layers.saved_values import TrainedValues
 from keras_lora.layers.site import HostChecks, Site, watched
 
 
-class LayerFiles:
-    """Mixin before the Keras class: the adapter's settings, and what is frozen."""
-
-    def get_config(self):
-        options = self.adapter_config()
-        options["merge_weights"] = self.merge_weights
-        if self.trainable and self.loras:
-            frozen = [v.name for v in layers.own_variables(self) if not v.trainable]
-            options |= {"frozen": frozen} if frozen else {}
-        return {**super().get_config(), **options}
-
-    def adapter_config(self):
-        """The constructor's arguments that make these adapters."""
-        return {"rank": 0} if self.lora is None else self.lora.options()
-
-    @classmethod
-    def from_config(cls, config):
-        config = dict(config)
-        frozen = config.pop("frozen", ())
-        layer = super().from_config(config)
-        layer.frozen_names = tuple(frozen)
-        return layer
-
-    def save_own_variables(self, store):
-        super().save_own_variables(TrainedValues(store))
-        if self.loras:
-            # A plain layer refuses a file with one entry more than it has variables;
-            # without it some read what they know and leave A and B out, silently.
-            store["adapter"] = max(x.settings.rank for x in self.loras.values())
-
-    def load_own_variables(self, store):
-        names = [name for name in store.keys() if name != "adapter"]  # noqa: SIM118
-        if self.loras and layers.own_variables(self) and not list(store.keys()):
-            raise ValueError(
-                f"The file has no weights for {self.name!r}, a {type(self).__name__}. "
-                "If it is the file of a plain model, load it into the plain model and "
-                "call keras_lora.apply_lora on that, or copy its weights: "
-                "`lora_layer.set_weights(plain_layer.get_weights())`."
-            )
-        super().load_own_variables({name: store[name] for name in names})
-
-    def set_weights(self, weights):
-        """Also takes the weights of the plain layer, which leave A and B alone."""
-        variables = self.plain_weights()
-        if not self.loras or len(weights) != len(variables):
-            return super().set_weights(weights)
-        for variable, value in zip(variables, weights, strict=True):
-            if tuple(variable.shape) != tuple(value.shape):
-                raise ValueError(
-                    f"The weight {variable.path!r} has the shape {variable.shape}. "
-                    f"Received: {tuple(value.shape)}. Give the weights of a plain "
-                    "layer of the same settings, in the order of its get_weights()."
-                )
-        for variable, value in zip(variables, weights, strict=True):
-            variable.assign(value)
-        for lora in self.loras.values():
-            if lora.has_gain and not torch_layout.to_numpy(lora.delta()).any():
-                lora.start_from_kernel()  # m of a fresh DoRA adapter is W's
-        return None
-
-    def plain_weights(self):
-        """The variables of the plain layer, in the order of its `weights`."""
-        sites = [site for site in self.sites().values() if site.lora.kernel_place]
-        moved = {id(site.frozen_kernel) for site in sites}
-        moved |= {id(v) for lora in self.loras.values() for v in lora.weights}
-        found = [v for v in self.weights if id(v) not in moved]
-        for site in reversed(sites):  # as they were moved when they were frozen
-            found.insert(site.lora.kernel_place.position, site.frozen_kernel)
-        return found
-
-
-class FrozenKernel(QuantizedHost):
-    """Mixin of a LoRA layer: only `base_kernel` and `frozen_linear` read W."""
-
-    plain_class: type | None
-    kernel_name: str | None
-
-    @property
-    def frozen_kernel(self):
-        """The variable W, under the same name for every kind."""
-        if self.is_quantized:
-            return quantized_host.own_kernel(self, self.kernel_name)
-        kernel = getattr(self.plain_class, self.kernel_name, None)
-        if isinstance(kernel, property):
-            return kernel.fget(self)
-        return getattr(self, self.kernel_name)
-
-    @property
-    def kernel_shape(self) -> tuple:
-        if "kernel_shape" in vars(self):  # of Keras's Dense, in GPTQ and AWQ
-            return tuple(vars(self)["kernel_shape"])
-        kernel = self.kernel_values() if self.is_quantized else self.frozen_kernel
-        return tuple(kernel.shape)
-
-    @kernel_shape.setter
-    def kernel_shape(self, shape):
-        vars(self)["kernel_shape"] = shape
-
-    def base_kernel(self, dtype):
-        """W as a value."""
-        if self.is_quantized:
-            return self.dequantized(dtype)
-        return ops.cast(ops.convert_to_tensor(self.frozen_kernel), dtype)
-
-    def frozen_linear(self, inputs):
-        """linear(inputs, W), without a gradient of W."""
-        if self.is_quantized:
-            return self.quantized_linear(inputs)
-        kernel = ops.stop_gradient(self.base_kernel(self.compute_dtype))
-        return self.linear(inputs, kernel)
-
-    def apply_kernel(self, inputs, kernel):
-        """linear(inputs, kernel) for a kernel of another dtype, rounded once."""
-        return self.linear(inputs, ops.cast(kernel, self.compute_dtype))
-
-
-class LoRALayer(Rematerialized, HostChecks, LayerFiles, FrozenKernel, Site):
+class LoRALayer(Rematerialized, HostChecks, QuantizedHost, Site):
     """Mixin that gives a Keras layer a frozen kernel W and an adapter A, B.
 
         training=True    y = finish( linear(x, W) + linear(drop(x), A) @ (scaling * B) )
@@ -158,7 +42,7 @@ class LoRALayer(Rematerialized, HostChecks, LayerFiles, FrozenKernel, Site):
             one of its own computes something else, and is not adapted.
     """
 
-    plain_class = None
+    plain_class: type | None = None
     kernel_name: str | None = "kernel"
     more_weights: tuple[str, ...] = ()
     keras_dropout = False
@@ -251,6 +135,46 @@ class LoRALayer(Rematerialized, HostChecks, LayerFiles, FrozenKernel, Site):
             outputs = ops.add(outputs, self.over_outputs(bias))
         return outputs if activation is None else activation(outputs)
 
+    # How W is read: by these alone.
+
+    @property
+    def frozen_kernel(self):
+        """The variable W, under the same name for every kind."""
+        if self.is_quantized:
+            return quantized_host.own_kernel(self, self.kernel_name)
+        kernel = getattr(self.plain_class, self.kernel_name, None)
+        if isinstance(kernel, property):
+            return kernel.fget(self)
+        return getattr(self, self.kernel_name)
+
+    @property
+    def kernel_shape(self) -> tuple:
+        if "kernel_shape" in vars(self):  # of Keras's Dense, in GPTQ and AWQ
+            return tuple(vars(self)["kernel_shape"])
+        kernel = self.kernel_values() if self.is_quantized else self.frozen_kernel
+        return tuple(kernel.shape)
+
+    @kernel_shape.setter
+    def kernel_shape(self, shape):
+        vars(self)["kernel_shape"] = shape
+
+    def base_kernel(self, dtype):
+        """W as a value."""
+        if self.is_quantized:
+            return self.dequantized(dtype)
+        return ops.cast(ops.convert_to_tensor(self.frozen_kernel), dtype)
+
+    def frozen_linear(self, inputs):
+        """linear(inputs, W), without a gradient of W."""
+        if self.is_quantized:
+            return self.quantized_linear(inputs)
+        kernel = ops.stop_gradient(self.base_kernel(self.compute_dtype))
+        return self.linear(inputs, kernel)
+
+    def apply_kernel(self, inputs, kernel):
+        """linear(inputs, kernel) for a kernel of another dtype, rounded once."""
+        return self.linear(inputs, ops.cast(kernel, self.compute_dtype))
+
     # What all kinds do.
 
     def sites(self) -> dict:
@@ -331,6 +255,75 @@ class LoRALayer(Rematerialized, HostChecks, LayerFiles, FrozenKernel, Site):
         )
 
     enable_dora = enable_lora  # of coming releases of Keras
+
+    # Its configuration and its files.
+
+    def get_config(self):
+        options = self.adapter_config()
+        options["merge_weights"] = self.merge_weights
+        if self.trainable and self.loras:
+            frozen = [v.name for v in layers.own_variables(self) if not v.trainable]
+            options |= {"frozen": frozen} if frozen else {}
+        return {**super().get_config(), **options}
+
+    def adapter_config(self):
+        """The constructor's arguments that make these adapters."""
+        return {"rank": 0} if self.lora is None else self.lora.options()
+
+    @classmethod
+    def from_config(cls, config):
+        config = dict(config)
+        frozen = config.pop("frozen", ())
+        layer = super().from_config(config)
+        layer.frozen_names = tuple(frozen)
+        return layer
+
+    def save_own_variables(self, store):
+        super().save_own_variables(TrainedValues(store))
+        if self.loras:
+            # A plain layer refuses a file with one entry more than it has variables;
+            # without it some read what they know and leave A and B out, silently.
+            store["adapter"] = max(x.settings.rank for x in self.loras.values())
+
+    def load_own_variables(self, store):
+        names = [name for name in store.keys() if name != "adapter"]  # noqa: SIM118
+        if self.loras and layers.own_variables(self) and not list(store.keys()):
+            raise ValueError(
+                f"The file has no weights for {self.name!r}, a {type(self).__name__}. "
+                "If it is the file of a plain model, load it into the plain model and "
+                "call keras_lora.apply_lora on that, or copy its weights: "
+                "`lora_layer.set_weights(plain_layer.get_weights())`."
+            )
+        super().load_own_variables({name: store[name] for name in names})
+
+    def set_weights(self, weights):
+        """Also takes the weights of the plain layer, which leave A and B alone."""
+        variables = self.plain_weights()
+        if not self.loras or len(weights) != len(variables):
+            return super().set_weights(weights)
+        for variable, value in zip(variables, weights, strict=True):
+            if tuple(variable.shape) != tuple(value.shape):
+                raise ValueError(
+                    f"The weight {variable.path!r} has the shape {variable.shape}. "
+                    f"Received: {tuple(value.shape)}. Give the weights of a plain "
+                    "layer of the same settings, in the order of its get_weights()."
+                )
+        for variable, value in zip(variables, weights, strict=True):
+            variable.assign(value)
+        for lora in self.loras.values():
+            if lora.has_gain and not torch_layout.to_numpy(lora.delta()).any():
+                lora.start_from_kernel()  # m of a fresh DoRA adapter is W's
+        return None
+
+    def plain_weights(self):
+        """The variables of the plain layer, in the order of its `weights`."""
+        sites = [site for site in self.sites().values() if site.lora.kernel_place]
+        moved = {id(site.frozen_kernel) for site in sites}
+        moved |= {id(v) for lora in self.loras.values() for v in lora.weights}
+        found = [v for v in self.weights if id(v) not in moved]
+        for site in reversed(sites):  # as they were moved when they were frozen
+            found.insert(site.lora.kernel_place.position, site.frozen_kernel)
+        return found
 
 
 def has_adapters(layer):
