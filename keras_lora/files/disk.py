@@ -44,7 +44,7 @@ def replace_files(directory, new, tensors, config, sha256):
 
 
 def matching_config(directory):
-    """What adapter_config.json holds for the tensors there; None if it is no use."""
+    """Returns the bytes of adapter_config.json; None if it does not fit the tensors."""
     try:
         config = read_config(directory)
         if belonging(config, {}) is config:

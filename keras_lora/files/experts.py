@@ -45,7 +45,7 @@ EXPERT = re.compile(rf"{OWNER}\.(\d+)\.({'|'.join(HALVES)})")
 
 
 def parameter_of(module) -> str:
-    """What PEFT calls the parameter of a module that it adapts by its parameter."""
+    """Returns PEFT's name of the parameter that is adapted in a module."""
     return module if STACK.fullmatch(module) else f"{module}.weight"
 
 

@@ -15,7 +15,7 @@ from keras_lora.models import tables
 
 @dataclasses.dataclass(frozen=True)
 class Factors:
-    """What a file has for one module: A, B, and what more its method has."""
+    """A, B and the other arrays and settings of one module of a file."""
 
     module: str
     tensors: dict  # suffix -> array
@@ -75,7 +75,7 @@ class Factors:
 
 @dataclasses.dataclass(frozen=True)
 class FileFactors:
-    """What a file has, by what it is for."""
+    """The arrays of a file, grouped by their use."""
 
     factors: dict  # module -> Factors
     others: dict  # key -> array, for what trained in full

@@ -1,4 +1,4 @@
-"""What transformers' classes add to the names of their checkpoints.
+"""Names of transformers' modules, from KerasHub's converters of checkpoints.
 
 A converter of KerasHub names tensors of a checkpoint. Adapters name modules: under a
 prefix in a task model, and since transformers 5 otherwise for some families.
@@ -171,7 +171,7 @@ class Indices(np.ndarray):
 
 
 class Place(NamedTuple):
-    """Where a layer's outputs and inputs are in a module of transformers."""
+    """The rows and columns of a module of transformers that are a layer's."""
 
     module: str
     rows: np.ndarray
@@ -289,7 +289,7 @@ def whole(size):
 
 
 def vector_place(shape, hook, size):
-    """Of a bias, a norm, a table of positions."""
+    """Returns the `Place` of a bias, a norm or a table of positions."""
     length = np.prod(shape, dtype=int)
     sources = [np.arange(size)]
     if size == length:
@@ -308,7 +308,7 @@ def is_choice(rows, size):
 
 
 def converted(source, hook, shape):
-    """What the converter makes of a tensor; None where the tensor does not fit it."""
+    """Returns a tensor as the converter transforms it; None if it does not fit."""
     try:
         value = source.view(Indices)
         value = value if hook is None else hook(value, list(shape))

@@ -1,4 +1,4 @@
-"""What transformers' classes add to the names of their checkpoints, by family."""
+"""Prefixes and names of modules in transformers, by family."""
 
 import re
 

@@ -123,7 +123,7 @@ def factors_of_file(model, path):
 
 
 def member(group, name, kind):
-    """What the file itself holds there: h5py follows links into any other file."""
+    """Returns a member of an HDF5 group, and refuses links into other files."""
     link = type(group.get(name, getlink=True)).__name__
     if link != "HardLink" or not isinstance(group[name], kind):
         raise ValueError(

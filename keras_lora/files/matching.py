@@ -18,7 +18,7 @@ from keras_lora.layers import kinds, lora_layer, token_rows, torch_layout
 
 @dataclasses.dataclass(frozen=True)
 class Contents(FileFactors):
-    """What a file holds, under the names of a model's modules."""
+    """A file's arrays, under the names of a model's modules."""
 
     modules: dict  # module -> layer, for all of the model
     heads: dict  # module -> layer
@@ -202,7 +202,7 @@ def refuse_other_rows(sites, file):
 
 
 def refuse_changed_slices(file):
-    """What a file has for a slice without A and B must leave the layer as it is."""
+    """Raises if a file changes a slice for which it has no A and B."""
     for module, arrays in file.unadapted.items():
         if module not in file.modules:
             raise ValueError(f"`names` has no layer for {module!r} of the file.")

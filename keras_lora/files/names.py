@@ -117,7 +117,7 @@ def holds_weights(layer):
 
 
 def derived_names(paths, names, model, adapter) -> Modules:
-    """As KerasHub's converters know them."""
+    """Returns the modules under the names that KerasHub's converters know."""
     found = families.family(model, paths, names)
     if adapter is None:
         named = found.written(since_5=names != families.TRANSFORMERS_4)

@@ -100,7 +100,7 @@ def adapter_of(model, names=None, trained=None) -> Adapter:
 
 
 def adapter_from(modules, adapters, trained) -> Adapter:
-    """What layers have trained, as an adapter.
+    """Returns an `Adapter` with the values that layers have trained.
 
     Args:
         modules: Module -> layer, of a whole model.

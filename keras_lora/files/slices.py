@@ -107,7 +107,7 @@ def without_slice(name):
 
 
 def outputs_axis(value, inputs_first):
-    """Where a tensor of the module has its outputs."""
+    """Returns the axis of the outputs in a tensor of the module."""
     return 1 if inputs_first and value.ndim == 2 else 0
 
 
@@ -147,7 +147,7 @@ def fuse(tensors, ranks, alphas, use_rslora, places=None) -> dict:
 
 
 def side_by_side(blocks):
-    """Each block in columns of its own, beside zeros in those of the others."""
+    """Returns the blocks, each with zeros in the columns of the others."""
     total, end = sum(block.shape[1] for block in blocks), 0
     for block in blocks:
         wide = np.zeros((len(block), total, *block.shape[2:]), block.dtype)

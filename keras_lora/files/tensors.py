@@ -18,7 +18,7 @@ from keras_lora.layers.settings import Settings
 
 
 def suffixes(layer):
-    """What A and B of a layer, plain or adapted, are called in a file."""
+    """Returns the suffixes of A and B in a file, for a plain or adapted layer."""
     return kinds.kind_of(layer).file_suffixes
 
 

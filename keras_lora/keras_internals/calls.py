@@ -1,4 +1,4 @@
-"""What Keras tells about calls: the one that runs, and those that made tensors."""
+"""The call that runs now, and the calls that made symbolic tensors."""
 
 import contextlib
 
@@ -158,7 +158,7 @@ def set_mask(tensor, mask):
 
 
 def synchronize(model):
-    """On JAX the state of a model that is being fitted lies outside of it."""
+    """Writes the state of a model that JAX is fitting back into its variables."""
     for name in ("state_sync", "jax_state_sync"):  # since Keras 3.16, and before
         if hasattr(model, name):
             getattr(model, name)()
@@ -216,7 +216,7 @@ def node_of(tensor):
 
 
 def computed(outputs, values, run):
-    """What symbolic tensors stand for, computed operation by operation.
+    """Computes the values of symbolic tensors, operation by operation.
 
     Args:
         outputs: A structure of symbolic tensors.

@@ -144,7 +144,7 @@ def changed_view(held, values, seen, cls=None):
 
 
 def value_at(layer, keys):
-    """What stands at a place of a layer, and the innermost layer that leads there."""
+    """Returns the innermost layer on the way to a value, and the value."""
     owner, value = layer, layer
     for key in keys:
         if isinstance(value, keras.layers.Layer):

@@ -1,4 +1,4 @@
-"""What is compiled of models: traced functions, optimizers, and loops that run them."""
+"""Traced functions, optimizers and training loops of models that change."""
 
 import contextlib
 import gc
@@ -38,7 +38,7 @@ def models_sharing_layers(model) -> list:
 
 
 def live_models() -> list:
-    """All of the process but those that `gc.freeze` has hidden: a warning says so."""
+    """Returns all models of the process, and warns if `gc.freeze` has hidden some."""
     if gc.get_freeze_count() > WARNED_AT.count:  # what is deleted lowers it
         WARNED_AT.count = gc.get_freeze_count()
         warn_caller(

@@ -1,4 +1,4 @@
-"""Where variables lie: under `keras.distribution` of JAX, under `tf.distribute`."""
+"""Layouts of variables under `keras.distribution` (JAX) and `tf.distribute`."""
 
 import contextlib
 import hashlib
@@ -135,7 +135,7 @@ def whole_on_host(model):
 
 @contextlib.contextmanager
 def on_host():
-    """What is made inside on JAX lies whole in the host's memory."""
+    """Context in which JAX makes arrays whole, in the host's memory."""
     jax, distribution = probes.module("jax"), keras.distribution.distribution()
     keras.distribution.set_distribution(None)
     try:
@@ -162,7 +162,7 @@ def as_input(batch):
 
 
 def rows_given(batch) -> dict:
-    """What a process says of a batch that `as_input` gives: {rows: digest}."""
+    """Returns {rows: digest} of a batch that `as_input` gives, for other processes."""
     found = {}
     for number, x in enumerate(keras.tree.flatten(batch)):
         found[f"shape {number}"] = str(x.shape)

@@ -128,7 +128,7 @@ class Loader:
             self.port(keras_variable, hf_weight_key, hook_fn)
 
     def get_tensor(self, key):
-        """What a converter reads itself: one zero, with as many axes as it expects."""
+        """Returns one zero, with as many axes as the converter expects."""
         if key.endswith((".gamma", ".beta")):  # of TensorFlow's checkpoints
             raise KeyError(key)
         if key.endswith("_blocks"):

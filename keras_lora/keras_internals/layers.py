@@ -14,7 +14,7 @@ LORA_LAYER = "keras_lora.layers.lora_layer", "LoRALayer"
 
 
 class Place(NamedTuple):
-    """Where a variable stood before it was frozen."""
+    """Position and dtype rule of a variable before it was frozen."""
 
     position: int
     autocast: bool

@@ -1,4 +1,4 @@
-"""What several processes do together if a model is distributed over them, as on JAX."""
+"""Agreement between the processes that hold one model, as on JAX."""
 
 import json
 
@@ -30,7 +30,7 @@ def is_writer(model) -> bool:
 
 
 def exchange(message, seconds) -> list:
-    """What each process says, in the order of processes; all must call.
+    """Returns the messages of all processes, in their order; all must call.
 
     A collective of devices would wait for a process that does not call, some for ever.
 

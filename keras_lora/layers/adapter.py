@@ -131,7 +131,7 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
                 distribution.lay_out(variable, own, layout)
 
     def start_from_kernel(self):
-        """For methods that start from W: starts them anew after W was assigned."""
+        """Sets values that start from W, once W was assigned; LoRA has none."""
 
     def add_factor(self, name, shape, initializer, regularizer=None, trainable=True):
         # autocast=False: merging needs the stored float32 values, also inside a
@@ -185,7 +185,7 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
     # What the layer's call makes of it.
 
     def outputs(self, host, inputs, training):
-        """What the host gives before bias and activation."""
+        """Returns the layer's outputs before bias and activation."""
         if training or not host.merges_in_call or host.form.looks_up:
             return self.low_rank_outputs(host, inputs, training)
         kernel = self.effective_kernel(host.base_kernel(self.variable_dtype))
@@ -207,7 +207,7 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
         return outputs + ops.cast(host.form.bypass(dropped, a, b), dtype)
 
     def for_bank(self) -> tuple:
-        """What a bank stores of the adapter: A, scaling * B, and gain or None.
+        """Returns the arrays that a bank stores: A, scaling * B, and gain or None.
 
             y = gain * (linear(x, W) + linear(x, A) @ (scaling * B))
 
@@ -235,7 +235,7 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
 
     @property
     def product_rank(self) -> int:
-        """Of the product that the update is: the columns that `factors` gives of A."""
+        """The rank of the update: the number of columns of A in `factors`."""
         return 2 * self.rank if self.has_start else self.rank
 
     @property

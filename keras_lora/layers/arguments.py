@@ -1,4 +1,4 @@
-"""What the constructors of all LoRA layers take, and what the layers are called."""
+"""Constructor arguments and names of LoRA layers."""
 
 import difflib
 import functools
@@ -129,7 +129,7 @@ def snake_case(class_name):
 
 
 def full_signature(cls, mixin):
-    """What `help()` and editors show: Keras's arguments, then those of the mixin.
+    """Returns the signature for `help()`: Keras's arguments, then those of the mixin.
 
     Whatever a constructor looks like: a required argument that would come after an
     optional one is shown as keyword-only.

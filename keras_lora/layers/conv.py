@@ -12,7 +12,7 @@ from keras_lora.layers.lora_layer import LoRALayer
 
 
 class LoRAConv(LoRALayer):
-    """What the three convolutions share. `self.rank` is Keras's: spatial axes."""
+    """Base class of the three convolutions. `self.rank` is Keras's: spatial axes."""
 
     factorization = "standard"
     replaces = ("call", "convolution_op")

@@ -107,7 +107,7 @@ class DoRAAdapter(DoRAFiles, LowRankAdapter):
         return self.expand_to_outputs(ops.where(acts, gain, 1))
 
     def select_adapted(self, values):
-        """Of values for all outputs those that the update reaches."""
+        """Returns the values of those outputs that the update reaches."""
         adapted = self.form.adapted_outputs
         if adapted is None:
             return values
@@ -149,7 +149,7 @@ class DoRAAdapter(DoRAFiles, LowRankAdapter):
         return (*self.factors(self.variable_dtype), self.gain(self.read_kernel()))
 
     def times(self, values, gain):
-        """In float32 at least: half precision would move whole columns."""
+        """Multiplies in float32 at least: half precision would move whole columns."""
         return ops.multiply(ops.cast(values, self.variable_dtype), gain)
 
     # What is kept.

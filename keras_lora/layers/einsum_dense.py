@@ -29,7 +29,7 @@ class SplitEquation(NamedTuple):
     back: str  # gradient of outputs, kernel -> gradient of inputs
 
     def axes(self, letters):
-        """Where the kernel has these axes."""
+        """Returns the positions of these axes in the kernel."""
         return tuple(map(self.kernel.index, letters))
 
     def over_outputs(self, value):
@@ -81,7 +81,7 @@ class SplitEquation(NamedTuple):
         return down, up, row
 
     def over_kernel(self, value, sizes):
-        """What lies as the outputs do, with 1 for axes not the kernel's, beside it."""
+        """Returns a value laid out as the outputs are in a shape that multiplies W."""
         size = dict(zip(self.kernel, sizes, strict=True))
         found = [axis for axis in self.outputs if axis in self.kernel]
         value = ops.reshape(value, [size[axis] for axis in found])

@@ -10,7 +10,7 @@ from keras import ops
 
 
 def last_axes(vector):
-    """For kinds whose outputs end with the kernel's output axes."""
+    """Returns the vector itself: outputs end with the kernel's output axes."""
     return vector
 
 
@@ -29,7 +29,7 @@ def flat(vector):
 
 
 def unchanged(a, b):
-    """For factors that torch has no module for: they stand in the file as they are."""
+    """Returns factors as they are, for kinds of which torch has no module."""
     return a, b
 
 
@@ -50,7 +50,7 @@ def merging_size(kernel_size, inputs, outputs):
 
 
 def gradient_of_matrix(rows, of_hidden):
-    """That of A, where hidden = rows @ A, in the order that is faster."""
+    """Returns the gradient of A in hidden = rows @ A, by the faster product."""
     of_hidden = ops.reshape(of_hidden, (-1, of_hidden.shape[-1]))
     product = ops.matmul(ops.transpose(of_hidden), rows)
     # As an einsum: TensorFlow transposes small arrays slowly for oneDNN.
@@ -163,7 +163,7 @@ class LowRankForm:
         return self.a_shape[:-1] == tuple(sizes[axis] for axis in axes)
 
     def highest_rank(self, sizes):
-        """Of any update of a kernel of these sizes, or of each in a stack of them."""
+        """Returns the full rank of a kernel of these sizes, or of each in a stack."""
         inputs = math.prod(sizes[axis] for axis in self.input_axes)
         batch = math.prod(sizes[axis] for axis in self.batch_axes)
         return min(inputs, math.prod(sizes) // (inputs * batch))
@@ -175,7 +175,7 @@ class LowRankForm:
         return vector
 
     def factor_axes(self, axes) -> dict:
-        """What stands for each axis of the kernel, for those of A, B and m.
+        """Maps the axes of A, B and m to those of the kernel, for layouts.
 
         Where a factor's axes are not the kernel's own, it has none.
         """
@@ -193,7 +193,7 @@ class LowRankForm:
 
     @property
     def rank_axes_in_file(self):
-        """Of the arrays for A and B, where the factors have one rank."""
+        """The axes of rank in the arrays of A and B, if the factors have one rank."""
         if self.to_file is unchanged:
             return -1, len(self.batch_axes)
         return 0, 1

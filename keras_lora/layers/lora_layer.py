@@ -1,4 +1,4 @@
-"""What every LoRA layer shares: building, its call, its config."""
+"""Base class of all LoRA layers: building, calls, configuration and files."""
 
 import inspect
 
@@ -243,7 +243,7 @@ class LoRALayer(Rematerialized, HostChecks, QuantizedHost, Site):
         return host.finish(strategy.outputs(host, inputs, training))
 
     def host(self):
-        """What the adapter works on in this call; None where it has no part in it."""
+        """Returns the layer that the adapter works on; None if it has no part in it."""
         return self
 
     def enable_lora(self, *args, **kwargs):

@@ -1,4 +1,4 @@
-"""What an adapter makes of W, a method, chosen by a keyword."""
+"""Registry of methods (LoRA, DoRA, ...), each chosen by its keyword."""
 
 from keras_lora.layers import torch_layout
 from keras_lora.layers.adapter import LowRankAdapter
@@ -39,7 +39,7 @@ def make_adapter(options, dtype, name="lora"):
 
 
 def wide_dtype(dtype):
-    """That of factors: float32 beside half-precision kernels too, float64 if need be.
+    """Returns the dtype of A and B: float32, or float64 beside float64 kernels.
 
     dtype: that of the host's variables.
     """

@@ -116,7 +116,7 @@ class QuantizedHost(Leaf):
             store[str(index)] = value
 
     def warn_of_quantization(self):
-        """What a user should know of how Keras has quantized the kernel."""
+        """Warns about limits of the kernel's quantization, where a kind has some."""
 
     # What a kind says of its kernel; here as a dense layer.
 
@@ -188,7 +188,7 @@ def refuse_uncalibrated(layer, name):
 
 
 def is_reported_calibrated(layer):
-    """What Keras knows of it: a layer that was made by its policy has no integers."""
+    """Whether Keras says so: a layer that was made by its policy has no integers."""
     pending = f"is_{layer.quantization_mode}_calibrated"  # before Keras 3.16
     if hasattr(layer, pending):
         return getattr(layer, pending)
@@ -217,7 +217,7 @@ def is_transposed(layer):
 
 
 def calibrated_integers(layer):
-    """Those of GPTQ or AWQ in the kernel's own shape."""
+    """Returns the integers of GPTQ or AWQ in the kernel's own shape."""
     values = layer.quantized_kernel
     if policy_of(layer).weight_bits == 4:  # two a byte; others lie one a byte
         outputs = layer.kernel_scale.shape[0]

@@ -50,7 +50,7 @@ class RecurrentLayer(SeveralWeights):
 
 
 class GatedLayer(RecurrentLayer):
-    """What the three recurrent layers of Keras share."""
+    """Base class of LoRASimpleRNN, LoRALSTM and LoRAGRU."""
 
     keras_dropout = True
 

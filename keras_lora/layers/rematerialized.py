@@ -67,7 +67,7 @@ def drawn_seeds(layer) -> dict:
 
 
 def seed_of(adapter):
-    """Where the seed of an adapter's dropout is from, in the call that runs now."""
+    """Returns the source of seeds for an adapter's dropout in the current call."""
     if id(adapter) in _seeds.get({}):
         return _seeds.get()[id(adapter)]
     if calls.inside_checkpoint():
@@ -115,7 +115,7 @@ def runs_again(adapter, training) -> bool:
 
 
 def runs_again_on_torch(adapter, training) -> bool:
-    """Likewise on torch, where both runs draw the same number."""
+    """Whether a call is such a second run on torch: both draw the same number."""
     if not calls.inside_checkpoint():
         return False
     number = calls.drawn_in_checkpoint()

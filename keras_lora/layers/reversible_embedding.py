@@ -153,7 +153,7 @@ class LoRAReversibleEmbedding(LoRAEmbedding, keras.layers.ReversibleEmbedding):
         }
 
     def reverse_kernel(self, dtype):
-        """What the reverse direction multiplies with, as its operation means it."""
+        """Returns the kernel (dim, vocabulary) of the reverse direction."""
         for kernel in self.other_kernels().values():
             return ops.cast(kernel, dtype)
         return ops.transpose(self.base_kernel(dtype))

@@ -1,4 +1,4 @@
-"""What files hold of a layer: factors as PEFT has them, and values that trained."""
+"""Values of a layer in files: factors as in PEFT, and weights that trained."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,7 @@ HELD = "_lora_held"
 
 @dataclasses.dataclass
 class Held:
-    """What a variable had before, and how many contexts hold it now."""
+    """The trained value of a variable, and how many contexts have replaced it."""
 
     trained: Any
     contexts: int = 1

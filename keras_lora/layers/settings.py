@@ -1,4 +1,4 @@
-"""What scales an update, and the checks of the numbers that a user gives."""
+"""Scaling of an update, and checks of rank, alpha and dropout."""
 
 import dataclasses
 import math
@@ -52,7 +52,7 @@ class Settings:
 
 
 def divisor(rank, use_rslora):
-    """What alpha is divided by."""
+    """Returns the number by which alpha is divided."""
     return math.sqrt(rank) if use_rslora else rank
 
 

@@ -147,7 +147,7 @@ class Site(TorchLayout):
 
     @property
     def factor_regularizer(self):
-        """That of W, which A and B take over: they train in its place."""
+        """The regularizer of W, which acts on A and B, as they train in its place."""
         return self.frozen_kernel.regularizer
 
     @property

@@ -29,7 +29,7 @@ class Axes(NamedTuple):
 
 
 def usual_axes(ndim) -> Axes:
-    """Those of a weight of which nothing is known: its last axis is its outputs.
+    """Returns the default axes of a weight: its last axis holds the outputs.
 
     Three axes are a stack of matrices, as in PEFT.
     """
@@ -113,7 +113,7 @@ class SubstitutedSite(Site):
         return self.kernel_owner().compute_dtype if casts else self.kernel_dtype
 
     def kernel_in_call(self):
-        """What the call computes with in the place of W."""
+        """Returns W + delta, which the call uses in the place of W."""
         lora = self.lora
         kernel = ops.stop_gradient(self.base_kernel(lora.variable_dtype))
         kernel = (lora.stand_in or lora).effective_kernel(kernel)
@@ -206,7 +206,7 @@ KEPT = "_kept_places"
 
 
 def attribute(weight):
-    """Where a layer of several weights holds the adapter of one."""
+    """Returns the attribute that holds the adapter of one of several weights."""
     return f"lora_{weight.replace('/', '_')}"
 
 

@@ -54,7 +54,7 @@ class TokenRows(TokenRowsFiles, LowRankAdapter):
         )
 
     def own_rows(self, kernel):
-        """Those of the table itself."""
+        """Returns the rows as the frozen table has them."""
         kernel = ops.transpose(kernel) if self.axis else kernel
         return ops.take(kernel, np.array(self.indices), axis=0)
 

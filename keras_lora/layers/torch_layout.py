@@ -11,7 +11,7 @@ GROUPS_NOTE = (
 
 
 class TorchLayout:
-    """What a kind answers about files; here, the layers whose kernel ends (in, out).
+    """Layout of factors in files, for layers whose kernel ends with (in, out).
 
     Also for plain layers, whose kernel may have trained in full.
     """
@@ -58,7 +58,7 @@ def to_numpy(value):
 
 
 def convolutions_to_file(a, b):
-    """As torch's two convolutions: (r, in, *k) and (out, r, 1, ...)."""
+    """Returns A and B as torch's two convolutions: (r, in, *k), (out, r, 1, ...)."""
     a = np.moveaxis(a, (-1, -2), (0, 1))
     return a, b.T.reshape(*b.T.shape, *[1] * (a.ndim - 2))
 
@@ -68,7 +68,10 @@ def convolutions_from_file(a, b):
 
 
 def convolutions_in_file(groups, ndim):
-    """What a convolution's form says about files; ndim: of its kernel."""
+    """Returns the arguments of a convolution's form that are about files.
+
+    ndim: of the kernel.
+    """
     files = {
         "to_file": convolutions_to_file,
         "from_file": convolutions_from_file,
@@ -126,5 +129,5 @@ def method_in(options) -> type[MethodFiles]:
 
 
 def more_suffixes() -> list:
-    """Of all arrays that some method's files have beside A and B."""
+    """Returns the suffixes of all arrays that methods store beside A and B."""
     return [suffix for method in METHODS.values() for suffix in method.more_suffixes]

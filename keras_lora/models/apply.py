@@ -119,7 +119,7 @@ def apply_lora(
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What apply_lora is asked for: its arguments but the model and `dry_run`."""
+    """Arguments of `apply_lora`, without the model and `dry_run`."""
 
     rank: int
     alpha: float | None

@@ -61,7 +61,7 @@ def make_plain_again(layer):
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """What `adapted` has changed so far."""
+    """Changes that are made, and can be undone until `keep()`."""
 
     model: object
     undo: contextlib.ExitStack

@@ -81,7 +81,7 @@ def of_whole_model(model, sites, target):
 
 
 def notes_of(model, sites, chosen) -> list:
-    """What a report says of the layers that make the model's outputs."""
+    """Returns the report's notes on the layers that make the model's outputs."""
     if not hasattr(model, "outputs"):
         return [
             f"{type(model).__name__} does not say which layers make its outputs: they "

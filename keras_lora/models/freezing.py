@@ -49,7 +49,7 @@ def mark_only_lora_as_trainable(model: keras.layers.Layer, bias: str = "none"):
 
 
 def freeze_all_but_lora(model, bias="none", also_train=()):
-    """What trains is A, B, the biases asked for, and all of the layers in `also_train`.
+    """Freezes all but A, B, the chosen biases and the layers in `also_train`.
 
     Nothing is compiled again.
     """
@@ -127,13 +127,13 @@ def trained_state(layers):
 
 
 def owners_of(path):
-    """Of "encoder/block/query": "", "encoder", "encoder/block"."""
+    """Returns the owners of a path: "", "a" and "a/b" for "a/b/c"."""
     parts = path.split("/")
     return ["/".join(parts[:count]) for count in range(len(parts))]
 
 
 def is_bias(layer, variable):
-    """What torch, and PEFT after it, calls a bias.
+    """Whether a variable is a bias, as torch and PEFT count them.
 
     But not beta of batch normalization: a layer that trains moves its statistics.
     """

@@ -1,4 +1,4 @@
-"""Where the adapters of a model start: other values for A and B."""
+"""Other starting values for A and B: PiSSA, OLoRA, EVA, orthogonal, LoftQ."""
 
 import contextlib
 from collections.abc import Callable

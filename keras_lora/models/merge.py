@@ -115,7 +115,7 @@ def merged_plain(layer, kernel, way):
 
 
 def relative_error(layer, plain):
-    """Of the kernel of a plain layer, as its operation means it.
+    """Returns the relative error of a merged kernel.
 
     In A's dtype: in half precision W + delta would be rounded as the kernel is.
     """
@@ -345,7 +345,7 @@ def held_by_adapted(found, layers) -> set:
 
 
 def restore_models(layers, held):
-    """What `apply_lora` had changed beside the adapted layers: classes and flags.
+    """Restores classes and flags that `apply_lora` had changed on other layers.
 
     held: Ids of those that stay frozen.
     """

@@ -22,7 +22,7 @@ from keras_lora.models import tables
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What is stored for a layer.
+    """State of a layer before it was adapted.
 
     Attributes:
     before: (trainable, one flag per variable of its own) before `apply_lora`.

@@ -1,4 +1,4 @@
-"""What is adapted, and what it costs: a sequence of rows, and a table."""
+"""Reports on adapted models: a sequence of rows, and a table."""
 
 import collections
 import math

@@ -152,7 +152,7 @@ def given_name(layer, owners, parent):
 
 @functools.cache
 def automatic_names(cls):
-    """What Keras calls an instance that got no name, before it adds a number."""
+    """Returns Keras's automatic names for a class, without the number."""
     kinds = {arguments.snake_case(base.__name__) for base in cls.__mro__}
     return frozenset(kinds | {f"lora_{kind_in_words(cls)}"})
 

@@ -1,4 +1,4 @@
-"""What A and B start as: by the kernel, by the inputs, by what quantizing lost."""
+"""Starting values from kernels, from inputs, or from the error of quantization."""
 
 import collections
 import dataclasses

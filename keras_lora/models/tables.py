@@ -67,7 +67,7 @@ def counted(number, noun):
 
 
 def in_order(names):
-    """As people count: h.9 before h.10."""
+    """Sorts names by their numbers: h.9 before h.10."""
     return sorted(
         names,
         key=lambda name: [
@@ -160,7 +160,7 @@ def new_figure(rows):
 
 
 def shares(analysis):
-    """Each row's singular values over its largest; none where there are no more."""
+    """Returns each row's singular values over its largest, padded with NaN."""
     widest = max(1, *(len(row.singular_values) for row in analysis))
     found = np.full((len(analysis), widest), np.nan)
     for place, row in enumerate(analysis):

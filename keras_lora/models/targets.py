@@ -122,7 +122,10 @@ def ordered(found, paths, rule, argument, suggested):
 
 
 def hint(rule, paths, more=()):
-    """What exists and comes close; more: what could be said beside paths."""
+    """Returns a sentence with paths close to a rule.
+
+    more: other words that a rule may be.
+    """
     if rule == "all-linear":
         return 'It is a target by itself: target="all-linear".'
     called = [path for path, layer in paths.items() if layer.name == rule]

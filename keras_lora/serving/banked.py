@@ -71,7 +71,7 @@ class BankAdapters:
 
 
 def times(values, gain):
-    """In the gain's dtype: half precision would move whole columns."""
+    """Multiplies in the gain's dtype: half precision would move whole columns."""
     return ops.cast(ops.multiply(ops.cast(values, gain.dtype), gain), values.dtype)
 
 

@@ -269,12 +269,12 @@ class Calls:
             yield fixed
 
     def evaluate(self, x=None, *args, **kwargs):
-        """As `keras.Model.evaluate`; x as in `predict`."""
+        """Evaluates as `keras.Model.evaluate`; x as in `predict`."""
         with self._reading(x, "evaluate") as x:
             return super().evaluate(x, *args, **kwargs)
 
     def predict(self, x, *args, **kwargs):
-        """As `keras.Model.predict`, with an adapter for each row.
+        """Predicts as `keras.Model.predict`, with an adapter for each row.
 
         Args:
             x: {"inputs": what the model takes, "adapter": ids}, where `ids` has one

@@ -165,7 +165,7 @@ def slots_in(table, adapters, names, lowest=0):
 
 
 def specs_of(inputs):
-    """What a bank remembers of a model's inputs: shapes with the batch open.
+    """Returns the shapes and dtypes of a model's inputs, with the batch open.
 
     An input is called by its key, or "inputs"; without keys "inputs_0" and so on.
     """

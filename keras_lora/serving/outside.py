@@ -151,13 +151,13 @@ def disturbed(call):
 
 
 class CompiledFunctions:
-    """Those of a model and of all that hold its layers, for each number of `rows`."""
+    """Compiled functions of all models that share layers, by the number of rows."""
 
     def __init__(self, model):
         self.model, self.kept, self.count = model, {}, None
 
     def change_to(self, count):
-        """Those for a number of rows take the place of those that are there."""
+        """Puts the functions for a number of rows in the place of the present ones."""
         self.kept[self.count] = compiled.take_compiled_functions(
             compiled.models_sharing_layers(self.model)
         )

@@ -20,7 +20,7 @@ UNREAD = object()  # in the place of the adapter that a host may get
 
 
 class Part:
-    """What an adapter changes in one layer.
+    """Changes of an adapter in one layer.
 
     Attributes:
         layer: The model's own.
@@ -40,7 +40,7 @@ class Part:
 
     @property
     def rank(self) -> int:
-        """Of what `factors` gives, the layer's for these shapes."""
+        """The rank of `factors`; the full rank where the layer trained in full."""
         if self.lora is not None:
             return self.lora.product_rank
         return 0 if self.kernel is None else full_rank(self.view)
@@ -124,7 +124,7 @@ def full_update(view, kernel, checked=False):
 
 @dataclasses.dataclass
 class Reading:
-    """What `read` finds.
+    """Contents of an adapter for the layers of a model, from `read`.
 
     Attributes:
         parts: Path -> Part, of the layers that the adapter changes.
@@ -247,7 +247,7 @@ def own_rank(host, rank, module):
 
 
 def add_others(reading, pairs, layers, path_of):
-    """What trained together with the factors: biases, and layers in full.
+    """Adds biases, and layers that trained in full, to a reading.
 
     layers: Module -> the model's own layer.
     """

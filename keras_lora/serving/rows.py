@@ -80,7 +80,7 @@ class RowByRow:
         return inputs * kept / (1 - rates)
 
     def over(self, stack, ndim):
-        """As in OneForAll.
+        """Returns a row of the stack for each row of the outputs.
 
         A value starts with the outputs' first axis, of size 1, or has fewer axes.
         """
@@ -106,7 +106,7 @@ def assert_equal(size, rows, name):
 
 
 class Choice(keras.layers.Layer):
-    """What the layers of a bank ask: which slots do the rows of this call use?
+    """Answers the layers of a bank which slots the rows of this call use.
 
     While the bank is called, those of its ids: a value of the thread that calls or
     traces it. Else those of `rows`, a variable that is there inside of `bank.rows`;
@@ -165,7 +165,7 @@ class Choice(keras.layers.Layer):
 
     @property
     def trainees(self):
-        """Those of the call that trains now; None: no call does."""
+        """The adapters that train in this call; None if it does not train."""
         return getattr(self._local, "trainees", None)
 
     @contextlib.contextmanager
@@ -265,7 +265,7 @@ def leading_axes(run, inputs) -> dict:
 
 
 def order_of(values, others):
-    """Of one call's inputs, and the same after each of the rows was changed."""
+    """Returns how the rows of a layer's inputs follow the rows of the batch."""
     size = len(values) if values.ndim else 0
     if any(other.shape != values.shape for other in others):
         return "of a size that the data decide"

@@ -16,7 +16,7 @@ BASE = 0  # the slot of the base model: zeros
 
 
 class Stacks:
-    """What a banked layer reads."""
+    """The stacked adapters of one layer of a bank."""
 
     a = b = bias = gain = None
 
@@ -117,7 +117,7 @@ class WithTrainees(Stacks):
 
 
 def base_row(name) -> float:
-    """What the base model has in the place of an adapter's."""
+    """Returns the value that leaves the base model as it is."""
     return 1.0 if name == "gain" else 0.0
 
 
@@ -199,7 +199,7 @@ class Directory(keras.layers.Layer):
         self.table.assign(self.values())
 
     def values(self):
-        """What is in the table."""
+        """Returns the table's values: an id and its slot in each row."""
         values = np.full((self.capacity + 1, 2), -1, "int32")
         for name, each in self.id_of.items():
             values[each % len(values)] = each, self.slot_of[name]
@@ -290,7 +290,7 @@ SLOTS = "slots"  # in the place of "adapter" among a bank's inputs
 
 
 class FixedIds:
-    """What the ids mean at one moment, for a call that keeps it.
+    """Slots of all ids at one moment, for a call that keeps them.
 
     Args:
         values: What is in the bank's table at that moment.

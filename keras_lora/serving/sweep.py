@@ -61,7 +61,7 @@ def rows_of(data, rows):
 
 
 class Batches(keras.utils.PyDataset):
-    """Each batch's rows once for every adapter, in a new order each epoch."""
+    """Batches with each row once for every adapter, in a new order each epoch."""
 
     def __init__(self, bank, names, data, batch_size):
         super().__init__()
@@ -87,7 +87,7 @@ class Batches(keras.utils.PyDataset):
 
 
 class Validator(keras.callbacks.Callback):
-    """Each adapter's validation loss after each epoch."""
+    """Callback that records each adapter's validation loss after each epoch."""
 
     def __init__(self, bank, names, data, batch_size):
         super().__init__()
@@ -295,7 +295,7 @@ def refuse_no_rate(rate):
 
 
 def fresh_adapter(model, settings) -> Adapter:
-    """What apply_lora would give a model, which stays as it is."""
+    """Returns the adapter that apply_lora would make; the model stays as it is."""
     arguments = with_defaults(apply.apply_lora, model, **settings)
     del arguments["dry_run"]
     with apply.applied(arguments.pop("model"), Request(**arguments)):

@@ -97,7 +97,7 @@ class Folder:
 
 
 def source_of(model, adapter):
-    """What a bank keeps of an adapter to read it again: (adapter, its source)."""
+    """Returns an adapter, and the source from which it can be read again."""
     found = load.read_for(model, adapter)
     if isinstance(adapter, Adapter):
         return found, Kept(found)
@@ -125,7 +125,7 @@ def digest(adapter) -> str:
 
 
 class Trainees(keras.layers.Layer):
-    """Those of one fit."""
+    """The adapters that one `fit` trains."""
 
     def __init__(self, each):
         super().__init__(dtype="float32")
@@ -142,7 +142,7 @@ class Training:
     running: Running
 
     def compile(self, optimizer="rmsprop", loss=None, **kwargs):
-        """As `keras.Model.compile`, with an optimizer of its own for each adapter.
+        """Compiles as `keras.Model.compile`, with an optimizer for each adapter.
 
         Args:
             optimizer: A Keras optimizer, or its name: every adapter gets one like it.
@@ -215,7 +215,7 @@ class Training:
         return history
 
     def train_on_batch(self, x, *args, **kwargs):
-        """As `keras.Model.train_on_batch`; x as in `fit`."""
+        """Trains as `keras.Model.train_on_batch`; x as in `fit`."""
         self._train(self._named_in(x), beside=True)
         with self._training("train_on_batch"), self._model_frozen():
             found = super().train_on_batch(x, *args, **kwargs)
