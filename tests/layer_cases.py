@@ -35,10 +35,10 @@ class Case:
     def last_places(self):
         """An embedding sums its rows in another order than the table.
 
-        torch's recurrent layers sum by where the kernel lies in memory.
+        torch sums in recurrent layers by where the kernel lies in memory, and in
+        convolutions of Keras 3.16 by whether a gradient is needed.
         """
-        by_memory = self.name.startswith("recurrent") and ON_TORCH
-        return 4 if by_memory else int(self.vocabulary > 0)
+        return 4 if self.substituted and ON_TORCH else int(self.vocabulary > 0)
 
     def layer(self, **overrides):
         """A fresh LoRA layer, built, with a bias that is not zero."""
