@@ -6,8 +6,10 @@ import keras
 import numpy as np
 import pytest
 from backbones import backbone
+from gradients import gradients
 from layer_cases import ON_TORCH, fill, to_numpy
 from shared import assert_close, assert_equal_bits
+from test_gradient_sizes import formed, training_step
 
 import keras_lora
 from keras_lora.layers import kinds
@@ -259,6 +261,84 @@ def test_masks_states_and_sequences():
     keras_lora.merge_lora(layer)
     for one, other in zip(found, layer(x, mask=mask), strict=True):
         assert_close(one, other, 1e-6)
+
+
+def real(x):
+    """As a function of a backend takes it, which knows no tensors of Keras's."""
+    if isinstance(x, keras.KerasTensor):
+        raise TypeError("This is a symbolic tensor.")
+    return x
+
+
+def twice(x):
+    return keras.ops.tanh(2 * real(x))
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class OtherCell(L.SimpleRNNCell):
+    """A cell of a user's, whose call takes no symbolic kernel."""
+
+    def call(self, inputs, states, training=False):
+        hidden = keras.ops.matmul(inputs, real(self.kernel))
+        state = hidden + keras.ops.matmul(states[0], real(self.recurrent_kernel))
+        return state, [state]
+
+
+RECURRENT = {
+    "simple": lambda: [L.SimpleRNN(3)],
+    "lstm": lambda: [L.LSTM(3)],
+    "gru": lambda: [L.GRU(3)],
+    "mask": lambda: [L.Masking(), L.LSTM(3)],
+    "both": lambda: [L.Bidirectional(L.LSTM(3))],
+    "stack": lambda: [L.RNN([L.LSTMCell(3), L.GRUCell(3, reset_after=False)])],
+    "slices": lambda: [L.LSTM(3, implementation=1)],
+    "no bias": lambda: [L.LSTM(3, use_bias=False, go_backwards=True)],
+    "dropout": lambda: [L.SimpleRNN(3, dropout=0.5, recurrent_dropout=0.5)],
+    "function": lambda: [L.LSTM(3, activation=twice)],
+    "own cell": lambda: [L.RNN(OtherCell(3))],
+    "DoRA": lambda: [L.GRU(3)],
+}
+
+
+@pytest.mark.skipif(ON_TORCH, reason="torch compiles no loop")
+@pytest.mark.filterwarnings("ignore:.*support masking")  # the coming Keras's own
+@pytest.mark.parametrize("name", RECURRENT)
+def test_compiled_loops_have_the_eager_gradients(name):
+    keras.utils.set_random_seed(5)
+    model = keras.Sequential([keras.Input((5, 4)), *RECURRENT[name](), L.Dense(2)])
+    keras_lora.apply_lora(model, rank=2, use_dora=name == "DoRA")
+    for seed, factor in enumerate(model.trainable_variables):
+        fill(factor, seed, 0.5)
+    x = np.random.default_rng(1).standard_normal((2, 5, 4)).astype("float32")
+    x[0, 3:] = 0
+
+    def found(compiled):
+        for variable in model.non_trainable_variables:
+            if "seed" in variable.path:
+                variable.assign([1, 2])
+        return gradients(model, x, np.ones((2, 2), "float32"), compiled=compiled)
+
+    for one, other in zip(found(True), found(False), strict=True):
+        assert np.abs(other).max() > 0
+        assert_close(one, other, 1e-5)
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="reads TensorFlow's graphs"
+)
+def test_what_a_step_of_a_cell_cannot_do_gets_whole_kernels():
+    """A method of its own, half precision, an activation that wants real tensors."""
+    for settings, words, low_rank in (
+        ({}, {}, True),
+        ({"activation": twice}, {}, False),
+        ({"dtype": "mixed_bfloat16"}, {}, False),
+        ({}, {"use_dora": True}, False),
+    ):
+        layer = keras_lora.LoRAGRU(7, rank=3, unroll=True, **settings, **words)
+        inputs = np.ones((2, 5, 11), "float32")
+        layer(inputs)
+        operations = formed(list(training_step(layer, inputs)), 7 * 3 * 7)
+        assert any(op.of_inputs for op in operations) != low_rank
 
 
 def test_a_stateful_layer_goes_on_where_it_was():

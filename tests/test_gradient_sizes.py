@@ -201,6 +201,22 @@ def test_convolution_with_few_filters_forms_the_gradient(filters, rank, forms):
     assert gradients == ["Conv2DBackpropFilter"] * forms
 
 
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="reads TensorFlow's graphs"
+)
+@pytest.mark.parametrize("kind", ["SimpleRNN", "LSTM", "GRU"])
+def test_step_of_a_cell_forms_no_gradient_of_a_kernel(kind):
+    # Without a loop, so that all operations stand in one graph.
+    layer = getattr(keras_lora, f"LoRA{kind}")(7, rank=3, unroll=True)
+    inputs = np.ones((2, 5, 11), "float32")
+    layer(inputs)
+    operations = list(training_step(layer, inputs))
+    for site in layer.sites().values():
+        found = formed(operations, int(np.prod(site.kernel_shape)))
+        assert [op.kind for op in found] == ["MatMul", "AddV2"]
+        assert [op for op in found if op.of_inputs] == []
+
+
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="reads JAX's programs")
 @over_kinds
 def test_jax_step_forms_no_kernel_sized_array(case):

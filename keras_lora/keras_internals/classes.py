@@ -106,10 +106,11 @@ def call_with(layer, cls, values, args, kwargs):
     The call runs on a view of the layer, and on views of what leads to a place. What
     it sets on them, as Keras's LSTM sets `supports_jit`, is set on the layers.
 
-    values: keys -> value, with the keys of `weight_places`.
+    values: keys -> value, with the keys of `weight_places`. What stands at `call` of a
+        layer inside is a function of that layer's view and the call's arguments.
     """
     seen = []
-    outputs = changed_view(layer, values, seen, cls).call(*args, **kwargs)
+    outputs = cls.call(changed_view(layer, values, seen, cls), *args, **kwargs)
     for held, view, before in seen:
         for name, value in vars(view).items():
             if value is not before.get(name, seen):
@@ -135,6 +136,8 @@ def changed_view(held, values, seen, cls=None):
         # A cell that TensorFlow computes once more by itself, inside of a layer that it
         # does so with, would have no gradient for what is no variable.
         view = twin(held, cls or type(held), {**changed, "_remat_mode": None})
+        if "call" in changed:
+            vars(view)["call"] = changed["call"].__get__(view)
         seen.append((held, view, dict(vars(view))))
         return view
     copied = dict(held) if isinstance(held, dict) else list(held)

@@ -5,9 +5,8 @@ import inspect
 import keras
 from keras import ops
 
-from keras_lora.keras_internals import calls, classes
-from keras_lora.layers import rematerialized
-from keras_lora.layers.adapter import LowRankAdapter
+from keras_lora.keras_internals import calls
+from keras_lora.layers import products, rematerialized
 from keras_lora.layers.substituted import SeveralWeights
 
 BANKS = (
@@ -45,7 +44,6 @@ class Experts(SeveralWeights):
             training = inspect.Parameter(
                 "training", inspect.Parameter.KEYWORD_ONLY, default=None
             )
-            cls.call = classes.like_method(Experts.call, cls.plain_class.call)
             # Keras then says whether a call is one of training.
             cls.call.__signature__ = plain.replace(
                 parameters=[*plain.parameters.values(), training]
@@ -63,34 +61,22 @@ class Experts(SeveralWeights):
             site for site in sites if rematerialized.training_of(site.lora, training)
         ]:
             return SeveralWeights.call(self, *args, **kwargs)
-        stacks = [Stack(site, site.dtype_in_call) for site in sites]
-        symbols = [keras.KerasTensor(x.site.kernel_shape, x.dtype) for x in stacks]
-        places = [site.kernel_keys for site in sites]
-        symbolic = dict(zip(places, symbols, strict=True))
-        outputs = classes.call_with(self, self.plain_class, symbolic, args, kwargs)
-        values = dict(zip(map(id, symbols), stacks, strict=True))
-        return calls.computed(outputs, values, run)
+        stacks = {site.kernel_keys: Stack(site, site.dtype_in_call) for site in sites}
+        return products.call_with_products(self, self.plain_class, stacks, args, kwargs)
 
 
-class Stack:
+class Stack(products.AdaptedWeight):
     """A stack of matrices W, and its adapter, in the place of W."""
 
-    def __init__(self, site, dtype):
-        self.site, self.dtype = site, dtype
-
-    def whole(self):
-        """W + delta."""
-        return ops.cast(self.site.kernel_in_call(), self.dtype)
-
-    def product(self, operation, inputs):
-        """W and the bypass in a product that an operation is; None: it is no such."""
-        lora, equation = self.site.lora, getattr(operation, "subscripts", "")
+    def outputs(self, operation, args):
+        if type(operation).__name__ == "Cast":
+            return Stack(self.site, operation.dtype)
+        equation = getattr(operation, "subscripts", "")
         equations = low_rank_equations(equation)
-        adds = type(lora).low_rank_outputs is LowRankAdapter.low_rank_outputs
-        if equations is None or not adds or lora.stand_in is not None:
+        if equations is None or args[1] is not self or not self.is_low_rank:
             return None
-        down, up = equations
-        a, b = lora.factors(self.dtype)
+        (inputs, _), (down, up) = args, equations
+        a, b = self.site.lora.factors(self.dtype)
         kernel = ops.stop_gradient(self.site.base_kernel(self.dtype))
         if keras.backend.backend() == "tensorflow" and is_matmul(equation):
             # The same sums, without the copies of W that its einsum writes.
@@ -99,20 +85,6 @@ class Stack:
             outputs = ops.einsum(equation, inputs, kernel)
         more = ops.einsum(up, ops.einsum(down, inputs, a), b)
         return outputs + ops.cast(more, outputs.dtype)
-
-
-def run(operation, args, kwargs):
-    """The outputs of one operation of a bank's call."""
-    if not any(isinstance(x, Stack) for x in args):
-        return calls.run_operation(operation, args, kwargs)
-    if type(operation).__name__ == "Cast":
-        return Stack(args[0].site, operation.dtype)
-    if len(args) == 2 and isinstance(args[1], Stack):
-        outputs = args[1].product(operation, args[0])
-        if outputs is not None:
-            return outputs
-    args = [x.whole() if isinstance(x, Stack) else x for x in args]
-    return calls.run_operation(operation, args, kwargs)
 
 
 def split(equation):

@@ -74,3 +74,26 @@ def linear_with_update(host, inputs, a, b):
     # Read once: a read for the backward pass alone came after the optimizer's update
     # at times, where `fit` ran several steps in one call.
     return call(inputs, tf.convert_to_tensor(a), tf.convert_to_tensor(b))
+
+
+def product_with_update(inputs, kernel, a, b):
+    """inputs @ kernel, where the kernel is W + A @ B, with dA and dB by way of rank r.
+
+    For matrices in the steps of a loop: the kernel is formed before it, and the
+    gradients are written out, as TensorFlow computes in a loop what nothing needs.
+    """
+    import tensorflow as tf
+
+    @tf.custom_gradient
+    def call(inputs, a, b):
+        def gradient(upstream):
+            of_hidden = tf.matmul(upstream, b, transpose_b=True)
+            return (
+                tf.matmul(upstream, kernel, transpose_b=True),
+                tf.matmul(inputs, of_hidden, transpose_a=True),
+                tf.matmul(tf.matmul(inputs, a), upstream, transpose_a=True),
+            )
+
+        return ops.matmul(inputs, kernel), gradient
+
+    return call(inputs, a, b)

@@ -1,12 +1,15 @@
 """LoRASimpleRNN, LoRALSTM, LoRAGRU, and every layer that runs a cell."""
 
 import inspect
+import types
 
 import keras
 
-from keras_lora.keras_internals import layers
-from keras_lora.layers import substituted
+from keras_lora.keras_internals import calls, classes, layers
+from keras_lora.layers import merged_training, products, substituted
 from keras_lora.layers.substituted import Axes, SeveralWeights
+
+CELLS = (keras.layers.SimpleRNNCell, keras.layers.LSTMCell, keras.layers.GRUCell)
 
 STARTS = """
 
@@ -14,11 +17,13 @@ STARTS = """
                                     kernel (units, rank), as U(±1/sqrt(units))
     B   (rank, gates * units)       starts as 0
 
-W + scaling * A @ B is formed once for a whole sequence, in training too, so that A and
-B get their gradients by way of one array of the kernel's size; Keras's own call runs
-on it, with cuDNN where the plain layer uses it. `dropout` and `recurrent_dropout` are
-Keras's; the adapters have none. At the start B = 0, and the layer equals the Keras
-layer, whose arguments it takes. `layer.loras` holds both adapters.
+W + scaling * A @ B is formed once for a whole sequence, in training too; Keras's own
+call runs on it, with cuDNN where the plain layer uses it. A and B get their gradients
+by way of one array of the kernel's size, but in the loop over the steps that TensorFlow
+compiles in float32: there each product has a gradient of rank r. `dropout` and
+`recurrent_dropout` are Keras's; the adapters have none. At the start B = 0, and the
+layer equals the Keras layer, whose arguments it takes. `layer.loras` holds both
+adapters.
 """
 
 
@@ -41,12 +46,68 @@ class RecurrentLayer(SeveralWeights):
         walk(layer.cell, ("cell",), "")
         return found
 
+    def calls_inside(self, kernels, training):
+        """Those of cells whose products have gradients of rank r.
+
+        A loop of TensorFlow sums the gradient of a whole kernel at each of its steps.
+        """
+        if training is not True or not calls.in_tensorflow_graph():
+            return {}
+        found: dict = {}
+        for site in self.sites().values():
+            *keys, name = site.kernel_keys
+            if computes_symbolically(classes.value_at(self, keys)[1]):
+                weight = CellWeight(site, kernels[site.kernel_keys])
+                found.setdefault((*keys, "call"), {})[(name,)] = weight
+        return {keys: call_of_cell(weights) for keys, weights in found.items()}
+
     @classmethod
     def axes_of(cls, weight, ndim):
         convolves = (keras.layers.ConvLSTM1D, keras.layers.ConvLSTM2D)
         if issubclass(cls.plain_class, (*convolves, keras.layers.ConvLSTM3D)):
             return Axes(tuple(range(ndim - 1)))
         return substituted.usual_axes(ndim)
+
+
+class CellWeight(products.AdaptedWeight):
+    """A kernel of a cell: W + delta, formed outside of the loop over the steps."""
+
+    factors = None
+
+    def __init__(self, site, kernel):
+        super().__init__(site, site.dtype_in_call)
+        self.kernel = kernel
+        # Not in half precision, where rounding would swallow updates.
+        exact = self.dtype == site.lora.variable_dtype
+        if exact and self.is_low_rank and site.form.input_axes == (0,):
+            self.factors = site.lora.factors(self.dtype)
+
+    def whole(self):
+        return self.kernel
+
+    def outputs(self, operation, args):
+        multiplies = type(operation).__name__ == "Matmul" and args[1] is self
+        if not multiplies or self.factors is None:
+            return None
+        return merged_training.product_with_update(args[0], self.kernel, *self.factors)
+
+
+def computes_symbolically(cell):
+    """Whether a cell is one of Keras's, with no function that wants real tensors."""
+    names = ("activation", "recurrent_activation")
+    functions = [getattr(cell, name, None) for name in names]
+    return type(cell) in CELLS and all(
+        isinstance(x, types.FunctionType) and x.__module__.startswith("keras.")
+        for x in functions
+        if x is not None
+    )
+
+
+def call_of_cell(weights):
+    def call(cell, *args, **kwargs):
+        return products.call_with_products(cell, type(cell), weights, args, kwargs)
+
+    return call
 
 
 class GatedLayer(RecurrentLayer):

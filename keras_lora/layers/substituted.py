@@ -230,7 +230,7 @@ class SubstitutedLayer(SubstitutedSite, LoRALayer):
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if "plain_class" in cls.__dict__:  # Keras reads the signatures of both
-            cls.call = classes.like_method(SubstitutedLayer.call, cls.plain_class.call)
+            cls.call = classes.like_method(cls.call, cls.plain_class.call)
             if cls.constructs:
                 cls.build = classes.like_method(
                     SubstitutedLayer.build, cls.plain_class.build
@@ -298,7 +298,12 @@ class SubstitutedLayer(SubstitutedSite, LoRALayer):
         if not sites:
             return self.plain_class.call(self, *args, **kwargs)
         kernels = {site.kernel_keys: site.kernel_in_call() for site in sites}
+        kernels |= self.calls_inside(kernels, kwargs.get("training"))
         return classes.call_with(self, self.plain_class, kernels, args, kwargs)
+
+    def calls_inside(self, kernels, training) -> dict:
+        """Calls of layers inside, where they compute their products otherwise."""
+        return {}
 
     def quantize(self, *args, **kwargs):
         if self.loras and self.plain_class.quantize is not keras.layers.Layer.quantize:

@@ -1,0 +1,66 @@
+"""A layer's own Keras call, with another product in the place of those with W."""
+
+import keras
+from keras import ops
+
+from keras_lora.keras_internals import calls, classes
+from keras_lora.layers.adapter import LowRankAdapter
+
+
+class AdaptedWeight:
+    """W and its adapter in a call, with what an operation on them computes.
+
+    Args:
+        site: A `SubstitutedSite`.
+        dtype: That of the symbolic tensor in the place of W.
+    """
+
+    def __init__(self, site, dtype):
+        self.site, self.dtype = site, dtype
+
+    @property
+    def is_low_rank(self):
+        """Whether W + scaling * A @ B stands for W, and no other method."""
+        lora = self.site.lora
+        return lora.stand_in is None and all(
+            getattr(type(lora), name) is getattr(LowRankAdapter, name)
+            for name in ("delta", "effective_kernel", "low_rank_outputs")
+        )
+
+    def whole(self):
+        """W + delta, for all other operations."""
+        return ops.cast(self.site.kernel_in_call(), self.dtype)
+
+    def outputs(self, operation, args):
+        """Those of an operation on W that is computed otherwise; None for another."""
+        raise NotImplementedError
+
+
+def call_with_products(layer, cls, weights, args, kwargs):
+    """A layer's call under a class, in which adapted weights compute their products.
+
+    The call runs on symbolic weights: the operations that it asks for are computed one
+    by one after it. Values that depend on no weight are computed by the call itself.
+
+    weights: keys -> `AdaptedWeight`, with the keys of `weight_places`.
+    """
+    symbols = {
+        keys: keras.KerasTensor(weight.site.kernel_shape, weight.dtype)
+        for keys, weight in weights.items()
+    }
+    outputs = classes.call_with(layer, cls, symbols, args, kwargs)
+    values = {id(symbols[keys]): weight for keys, weight in weights.items()}
+    return calls.computed(outputs, values, run)
+
+
+def run(operation, args, kwargs):
+    """The outputs of one operation, some of whose arguments may be `AdaptedWeight`s."""
+    for weight in args:
+        if isinstance(weight, AdaptedWeight):
+            outputs = weight.outputs(operation, args)
+            if outputs is not None:
+                return outputs
+    args, kwargs = keras.tree.map_structure(
+        lambda x: x.whole() if isinstance(x, AdaptedWeight) else x, (args, kwargs)
+    )
+    return calls.run_operation(operation, args, kwargs)
