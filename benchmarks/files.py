@@ -37,7 +37,7 @@ def switch(network, arguments, rounds):
 
 
 def adopting(network, arguments, rounds):
-    """Seconds of apply_lora and of making the same variables, for many layers."""
+    """Seconds of making variables for many layers, of apply_lora and its inverses."""
     (count,) = arguments
 
     class Many(keras.layers.Layer):
@@ -59,12 +59,14 @@ def adopting(network, arguments, rounds):
     def apply():
         keras_lora.apply_lora(model, rank=8, target=keras.layers.Dense)
 
-    times = {"variables": [], "apply_lora": [], "remove_lora": []}
+    times = {"variables": [], "apply_lora": [], "remove_lora": [], "merge_lora": []}
     for _ in range(rounds):
         for name, run in (
             ("variables", variables),
             ("apply_lora", apply),
             ("remove_lora", lambda: keras_lora.remove_lora(model)),
+            ("apply_lora", apply),
+            ("merge_lora", lambda: keras_lora.merge_lora(model)),
         ):
             start = time.perf_counter()
             run()

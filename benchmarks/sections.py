@@ -430,9 +430,13 @@ SECTIONS = [
     Section(
         "Adopting 1,000 layers",
         "In seconds, the best of five: making A, B and the scaling of each as bare "
-        "Keras variables, and apply_lora.",
+        "Keras variables, apply_lora, remove_lora and merge_lora.",
         [("1,000 Dense layers", files.adopting, "", (1000,), 5)],
-        bars=(Bar("beyond the variables, s", 2.0),),
+        bars=(
+            Bar("beyond the variables, s", 0.3),
+            Bar("remove_lora, s", 0.3),
+            Bar("merge_lora, s", 0.3),
+        ),
     ),
 ]
 

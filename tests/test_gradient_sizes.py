@@ -217,6 +217,31 @@ def test_step_of_a_cell_forms_no_gradient_of_a_kernel(kind):
         assert [op for op in found if op.of_inputs] == []
 
 
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="reads TensorFlow's graphs"
+)
+@pytest.mark.parametrize(
+    "count, settings, merges",
+    [(100, {}, False), (101, {}, True), (101, {"merge_weights": False}, False)],
+)
+def test_lookup_forms_the_table_for_as_many_ids_as_it_has_rows(count, settings, merges):
+    import tensorflow as tf
+
+    case = next(case for case in SIZES if case.name == "embedding")
+    layer = case.trained_layer(**settings)
+    ids = np.arange(count) - 7  # negative ones count from the end
+    call = tf.function(lambda ids: layer(ids, training=False))
+    graph = call.get_concrete_function(tf.constant(ids)).graph
+    lookups = [op for op in graph.get_operations() if op.type == "GatherV2"]
+    assert len(lookups) == (1 if merges else 2)  # in W + delta, or in W and in A
+    kernel, a, b = (
+        to_numpy(v).astype("float64")
+        for v in (layer.embeddings, layer.lora.a, layer.lora.b)
+    )
+    expected = kernel[ids] + layer.lora.scaling * a[ids] @ b
+    np.testing.assert_allclose(to_numpy(call(ids)), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="reads JAX's programs")
 @over_kinds
 def test_jax_step_forms_no_kernel_sized_array(case):

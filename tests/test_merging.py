@@ -12,6 +12,7 @@ from shared import assert_same_state, optimizer_state, predict, state
 
 import keras_lora
 from keras_lora import LoRADense
+from keras_lora.models import merge
 from keras_lora.models.sites import adapted_sites
 
 over_models = pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)
@@ -33,6 +34,19 @@ def test_merge_lora_leaves_plain_layers_and_the_predictions(build):
         plain.build(layer._build_shapes_dict["input_shape"])
         assert [w.name for w in layer.weights] == [w.name for w in plain.weights]
         assert layer.get_config().keys() == plain.get_config().keys()
+
+
+def test_large_kernels_are_merged_as_small_ones_are(monkeypatch):
+    monkeypatch.setattr(merge, "SMALL", 0)
+    model = trained(sequential)
+    layer = adapted_sites(model)[0]
+    kernel, a, b = (
+        to_numpy(v).astype("float64")
+        for v in (layer.kernel, layer.lora.a, layer.lora.b)
+    )
+    merged = kernel + layer.lora.scaling * a @ b
+    keras_lora.merge_lora(model)
+    np.testing.assert_allclose(to_numpy(layer.kernel), merged, rtol=1e-5, atol=1e-6)
 
 
 @over_models

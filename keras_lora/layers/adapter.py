@@ -186,7 +186,8 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
 
     def outputs(self, host, inputs, training):
         """Returns the layer's outputs before bias and activation."""
-        if training or not host.merges_in_call or host.form.looks_up:
+        merges = host.merges_in_call and host.form.merges_at_inference(inputs)
+        if training or not merges:
             return self.low_rank_outputs(host, inputs, training)
         kernel = self.effective_kernel(host.base_kernel(self.variable_dtype))
         return host.apply_kernel(inputs, kernel)

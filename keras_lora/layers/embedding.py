@@ -1,4 +1,4 @@
-"""LoRAEmbedding: only the rows that are looked up are ever touched."""
+"""LoRAEmbedding: a table of which the rows that are looked up are touched."""
 
 import keras
 from keras import ops
@@ -22,9 +22,10 @@ class LoRAEmbedding(LoRALayer, keras.layers.Embedding):
     Here A is the zero factor: a row of A is trained only when its id occurs, and
     a zero row leaves the row of W as it is. At the start the layer equals
     `keras.layers.Embedding`, whose arguments it takes. The rows are added in
-    float32 and rounded once: the call is merged, for the looked-up rows alone, so
-    `merge_weights` makes no difference. There is no dropout, as the adapter's
-    inputs are ids (nor is there in LoRA's own code and in PEFT).
+    float32 and rounded once, for the looked-up rows alone; at inference W + delta is
+    formed where no fewer rows than the table has are looked up, unless
+    `merge_weights` is False. There is no dropout, as the adapter's inputs are ids
+    (nor is there in LoRA's own code and in PEFT).
 
     Input shape: `(...)` of whole numbers. Output shape: `(..., output_dim)`.
 

@@ -94,7 +94,7 @@ class LowRankForm:
             (inputs, stack of A, slots) -> hidden, where row i uses stack[slots[i]].
             Without them the bypass is mapped over the rows.
         looks_up: Boolean: `linear` picks rows. What is added to its outputs is then
-            added to the kernel, and one path serves training and inference.
+            added to the kernel, so the low-rank path serves inference too.
         merges_from: The size of inputs from which a training step may use W + delta;
             None: it never does.
         forms_gradient: Boolean: such a step takes the gradients of A and B from that of
@@ -138,6 +138,15 @@ class LowRankForm:
     merges_from: int | None = None
     forms_gradient: bool = False
     gradient_of_a: Callable | None = None
+
+    def merges_at_inference(self, inputs):
+        """Whether forming W + delta costs no more than the low-rank path.
+
+        Of a table: where no fewer rows are looked up than it has.
+        """
+        sizes = inputs.shape or (0,)  # falsy: TensorFlow's, of an unknown rank
+        rows = math.prod(size or 0 for size in sizes)
+        return not self.looks_up or rows >= self.a_shape[0]
 
     def bypass(self, inputs, a, b):
         """linear(inputs, compose(A, B)), without forming that kernel."""

@@ -1,5 +1,7 @@
 """A Keras layer becomes a LoRA layer, and back, in place on the same object."""
 
+import functools
+
 import keras
 
 from keras_lora.keras_internals import calls, classes, layers
@@ -58,6 +60,7 @@ def make_plain(layer):
     classes.change_class(layer, layer.plain_class)
 
 
+@functools.cache
 def own_attributes(lora_class) -> set:
     """Names of what a LoRA class has a default for, and its Keras class has not."""
     return {

@@ -1,6 +1,7 @@
 """From LoRA layers back to plain Keras layers, in place, on the same objects."""
 
 import contextlib
+import math
 from typing import NamedTuple
 
 import keras
@@ -46,6 +47,7 @@ from keras_lora.models.sites import (
 )
 
 WAYS = ("dequantize", "requantize")
+SMALL = 2**16  # values of a merged kernel that is kept after its check, not formed anew
 
 
 class MergedLayer(NamedTuple):
@@ -191,18 +193,23 @@ def merge_lora(
     checked_way(hosts, quantized)
     paths = layer_paths(model)
     path_of = {id(layer): path for path, layer in paths.items()}
-    report, made = [], {}
+    report, made, small = [], {}, {}
     for site in sites:
         kernel = checked_merged_kernel(site)
         if site.is_quantized:
             made[site] = plain = merged_plain(site, kernel, quantized)
             error = relative_error(site, plain)
             report.append(MergedLayer(path_of[id(site)], site, error))
+        elif math.prod(kernel.shape) <= SMALL:
+            small[site] = kernel
     for site in sites:
         if site.is_quantized:
             copy_kernel(site, made[site])
         else:
-            site.frozen_kernel.assign(site.merged_kernel(site.kernel_dtype))
+            kernel = small.get(site)
+            if kernel is None:
+                kernel = site.merged_kernel(site.kernel_dtype)
+            site.frozen_kernel.assign(kernel)
     _make_plain(model, [*with_model(model, paths).values()])
     return report
 
@@ -307,10 +314,15 @@ def kernel_variable(site, values):
 
 def checked_merged_kernel(layer):
     """W + delta in the kernel's dtype, which must be finite."""
-    refuse_factors_not_finite(layer)
     kernel = layer.merged_kernel(layer.kernel_dtype)
-    refuse_not_finite(layer, {"the merged kernel": kernel})
+    if not is_finite(kernel):
+        refuse_factors_not_finite(layer)  # which make a kernel that is not finite
+        refuse_not_finite(layer, {"the merged kernel": kernel})
     return kernel
+
+
+def is_finite(values) -> bool:
+    return bool(ops.all(ops.isfinite(values)))
 
 
 def refuse_factors_not_finite(layer):
@@ -320,7 +332,7 @@ def refuse_factors_not_finite(layer):
 
 def refuse_not_finite(layer, arrays):
     for name, values in arrays.items():
-        if not bool(ops.all(ops.isfinite(values))):
+        if not is_finite(values):
             raise ValueError(
                 f"{name} of layer {layer.name!r} holds values that are not finite. "
                 "Nothing was merged. Load an earlier adapter, or train with a lower "
