@@ -119,10 +119,10 @@ def whole_on_host(model):
 
     Yields whether this process is the one. The others have no part in what it does.
     """
-    if not processes.is_shared(model):
-        yield True
-        return
     is_writer, pairs = processes.is_writer(model), []
+    if processes.strategy_over(model) or not processes.is_shared(model):
+        yield is_writer
+        return
     with on_host():
         for variable in model.variables:
             value = fetch(variable)
@@ -191,8 +191,7 @@ def strategy_of(variables, name):
         return
     tf = probes.module("tensorflow").distribute
     now = tf.get_strategy() if tf.has_strategy() else None
-    values = (getattr(x.value, "distribute_strategy", None) for x in variables)
-    own = next(filter(None, values), None)
+    own = processes.strategy_that_made(variables)
     mirrored = tf.MirroredStrategy, tf.MultiWorkerMirroredStrategy, tf.TPUStrategy
     if own is not now and isinstance(now, mirrored):
         raise ValueError(
@@ -203,3 +202,48 @@ def strategy_of(variables, name):
         )
     with contextlib.nullcontext() if own is None else own.scope():
         yield
+
+
+def replica_context():
+    """The context of one of several replicas of `tf.distribute`, or None."""
+    if keras.backend.backend() != "tensorflow":
+        return None
+    context = probes.module("tensorflow").distribute.get_replica_context()
+    return context if context and context.num_replicas_in_sync > 1 else None
+
+
+def is_between_replicas() -> bool:
+    """Whether a strategy of `tf.distribute` is entered, and none of its replicas."""
+    if keras.backend.backend() != "tensorflow":
+        return False
+    tf = probes.module("tensorflow").distribute
+    return tf.has_strategy() and tf.in_cross_replica_context()
+
+
+def of_all_replicas(rows):
+    """What all replicas of `tf.distribute` have of a batch, in one tensor."""
+    context = replica_context()
+    if context is None:
+        return rows
+    # A copy: what is one object on all replicas would come once.
+    return context.all_gather(keras.ops.copy(rows), axis=0)
+
+
+def assign_unless(condition, variables, values):
+    """Assigns values unless a condition holds, which is the same on all replicas."""
+
+    def assign(variable, value, kept):
+        now = keras.ops.convert_to_tensor(variable)
+        variable.assign(keras.ops.where(kept, now, value))
+
+    def on_each(strategy, condition, values):
+        for variable, value in zip(variables, values, strict=True):
+            update = strategy.extended.update
+            update(variable.value, assign, args=(value, condition), group=False)
+
+    context = replica_context()
+    if context is not None:
+        context.merge_call(on_each, args=(condition, values))
+        return
+    for variable, value in zip(variables, values, strict=True):
+        assign(variable, value, condition)
