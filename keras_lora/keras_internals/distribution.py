@@ -1,13 +1,14 @@
 """Where variables lie: under `keras.distribution` of JAX, under `tf.distribute`."""
 
 import contextlib
+import copy
 import hashlib
 import weakref
 
 import keras
 import numpy as np
 
-from keras_lora.keras_internals import private_names, probes, processes, warn_caller
+from keras_lora.keras_internals import probes, processes, warn_caller
 
 warned = weakref.WeakSet()  # the distributions of which a warning was given
 WHOLE = 2**20  # bytes of a value that may lie whole on a device for a moment
@@ -18,22 +19,42 @@ def layout_of(variable):
     distribution = keras.distribution.distribution()
     if distribution is None or keras.backend.backend() != "jax":
         return None
-    probes.require(private_names.LAYOUTS)
     layout = distribution.get_variable_layout(variable)
     return layout if any(getattr(layout, "axes", None) or ()) else None
 
 
-def lay_out(variable, axes, like):
-    """Lays a variable out by axes of a mesh, unless the layout map names it itself.
+@contextlib.contextmanager
+def lying_by(axes_of, like):
+    """Lays out variables that are made inside, unless the layout map names them.
 
-    `add_weight` takes no layout, and a variable has no public one.
+    `add_weight` takes no layout, but asks the distribution for one, before the variable
+    has values: none lies whole anywhere.
+
+    axes_of: the name of a variable -> the axes of the mesh that its own are cut over.
+    like: a layout over this mesh, or None: nothing is cut.
     """
-    distribution = keras.distribution.distribution()
-    if distribution.get_tensor_layout(variable.path) is None:
-        mesh = like.device_mesh
-        axes = dividing(variable, axes, mesh, distribution)
-        variable._layout = keras.distribution.TensorLayout(axes, mesh)
-        variable.assign(variable.value)
+    if like is None:
+        yield
+        return
+    own = keras.distribution.distribution()
+
+    def get_variable_layout(variable):
+        axes = axes_of.get(variable.name)
+        if not axes or not any(axes) or len(axes) != len(variable.shape):
+            return own.get_variable_layout(variable)
+        named = own.get_tensor_layout(variable.path)
+        if named is not None:
+            return named
+        axes = dividing(variable, axes, like.device_mesh, own)
+        return keras.distribution.TensorLayout(axes, like.device_mesh)
+
+    inside = copy.copy(own)
+    inside.get_variable_layout = get_variable_layout
+    keras.distribution.set_distribution(inside)
+    try:
+        yield
+    finally:
+        keras.distribution.set_distribution(own)
 
 
 def dividing(variable, axes, mesh, distribution):
@@ -104,9 +125,9 @@ def cut_as(variable, value):
 
 def variable_like(variable, values, **options):
     """A new variable that lies as another one of its shape does."""
-    if keras.backend.backend() == "jax" and keras.distribution.distribution():
-        probes.require(private_names.LAYOUTS)
-        options["layout"] = variable._layout
+    distribution = keras.distribution.distribution()
+    if keras.backend.backend() == "jax" and distribution:
+        options["layout"] = distribution.get_variable_layout(variable)
         if isinstance(values, np.ndarray):
             values = cut_as(variable, values)
     with strategy_of([variable], variable.path):

@@ -47,10 +47,9 @@ def is_shared(model) -> bool:
     """Whether a model's weights lie on devices of several processes."""
     if keras.backend.backend() != "jax":
         return strategy_over(model) is not None
-    return any(
-        not getattr(variable.value, "is_fully_addressable", True)
-        for variable in model.variables
-    )
+    traced = probes.module("jax").core.Tracer  # of a model that is built in a trace
+    values = (variable.value for variable in model.variables)
+    return any(not isinstance(x, traced) and not x.is_fully_addressable for x in values)
 
 
 def process_index(strategy) -> int:
