@@ -5,7 +5,7 @@ import json
 import keras
 import numpy as np
 import pytest
-from processes import finish, free_ports, run, start
+from processes import finish, free_ports, run, script_of_the_guide, start
 
 import keras_lora
 
@@ -405,6 +405,13 @@ def test_mirrored_strategy():
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
+def worker_settings() -> list:
+    """TF_CONFIG of each of two workers."""
+    cluster = {"worker": [f"localhost:{port}" for port in free_ports(2)]}
+    tasks = [{"type": "worker", "index": index} for index in range(2)]
+    return [json.dumps({"cluster": cluster, "task": task}) for task in tasks]
+
+
 def assert_equal_calls(several, one):
     assert several.keys() <= one.keys() and len(several) > 15
     for key, found in several.items():
@@ -434,12 +441,10 @@ def test_calls_from_outside_of_the_scope(tmp_path, one_device):
     keras.backend.backend() != "tensorflow", reason="tf.distribute is TensorFlow's"
 )
 def test_two_workers(tmp_path, one_device):
-    workers = [f"localhost:{port}" for port in free_ports(2)]
-    started = []
-    for index in range(2):
-        task = {"type": "worker", "index": index}
-        config = json.dumps({"cluster": {"worker": workers}, "task": task})
-        started.append(start(OUTSIDE, f"{tmp_path} workers", TF_CONFIG=config))
+    started = [
+        start(OUTSIDE, f"{tmp_path} workers", TF_CONFIG=config)
+        for config in worker_settings()
+    ]
     try:
         results = [finish(process) for process in started]
     finally:
@@ -456,6 +461,42 @@ def test_two_workers(tmp_path, one_device):
     assert "Process 1" in first["seen by one"][1]
     assert second["alone"][0] == "RuntimeError"
     assert "all of them have to make each call" in second["alone"][1]
+
+
+def assert_script_gives_one_loss(word, folder, environments):
+    """A script of the guide prints the same loss last in two processes as in one."""
+    script = script_of_the_guide(word)
+    program = f"import os, sys\nos.chdir(sys.argv[1])\n{script}"
+    expected = run(program, str(folder))
+    started = [start(program, str(folder), **own) for own in environments]
+    try:
+        for process in started:
+            np.testing.assert_allclose(finish(process), expected, rtol=1e-5)
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="tf.distribute is TensorFlow's"
+)
+def test_the_script_of_the_guide_for_two_workers(tmp_path):
+    settings = [{"TF_CONFIG": config} for config in worker_settings()]
+    assert_script_gives_one_loss("MultiWorker", tmp_path, settings)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    keras.backend.backend() != "torch", reason="process groups are torch's"
+)
+def test_the_script_of_the_guide_for_a_process_group(tmp_path):
+    address = f"127.0.0.1:{free_ports(1)[0]}"
+    settings = [
+        {"ADDRESS": address, "PROCESSES": "2", "PROCESS": index} for index in "01"
+    ]
+    assert_script_gives_one_loss("DistributedDataParallel", tmp_path, settings)
 
 
 @pytest.mark.slow
