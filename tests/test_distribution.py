@@ -279,8 +279,9 @@ print(json.dumps(found))
 # With KerasHub's own maps: Llama's has the two mesh axes the other way round than
 # Gemma's in attention, and the factors follow their kernels either way.
 KERAS_HUB = """
-import json, sys
+import collections, json, sys
 import keras_hub
+from benchmarks import devices
 sizes = dict(vocabulary_size=64, num_layers=1, num_query_heads=4,
     num_key_value_heads=4, hidden_dim=16, intermediate_dim=32)
 KINDS = {
@@ -327,6 +328,26 @@ for kind in KINDS:
         assert parts(lora.b) == [1, *new], (layer.path, parts(lora.b), kernel)
         found += max(kernel) > 1
     assert found >= 6, found
+    layers = [x for x in model._flatten_layers() if getattr(x, "lora", None)]
+    with keras_lora.merged(model):
+        for layer in layers:
+            merged, kernel = layer.lora.stand_in.kernel, layer.frozen_kernel
+            assert merged.value.sharding == kernel.value.sharding, layer.path
+    def build():
+        model = backbone_class(**arguments)
+        keras_lora.apply_lora(model, rank=2, target="all-linear")
+        model.compile("adam", "mse")
+        return model
+    backbone_class, arguments = KINDS[kind]
+    planned, measured = devices.planned(build, 8, 6), collections.Counter()
+    real = build()
+    real.optimizer.build(real.trainable_variables)
+    for variable in [*real.variables, *real.optimizer.variables]:
+        is_moment = any(variable is each for each in real.optimizer.variables)
+        column = "moments" if is_moment else devices.kind_of(variable)
+        measured[column] += variable.value.addressable_shards[0].data.nbytes
+    assert planned.pop("activations") > 0
+    assert planned == measured, (planned, measured)
     model.save(f"{sys.argv[1]}/{kind}.keras")
     keras_lora.save_adapter(model, f"{sys.argv[1]}/{kind}")
     outputs = model.predict(ids, verbose=0)

@@ -20,6 +20,8 @@ def layout_of(variable):
     if distribution is None or keras.backend.backend() != "jax":
         return None
     layout = distribution.get_variable_layout(variable)
+    if not hasattr(layout, "axes"):  # Keras 3.12 gives that of JAX
+        layout = distribution.get_tensor_layout(variable.path)
     return layout if any(getattr(layout, "axes", None) or ()) else None
 
 
