@@ -12,8 +12,10 @@ import argparse
 import importlib
 import multiprocessing
 import os
+import re
 import shlex
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,8 +27,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = "output of pytest"
 RAN = 10  # plus what pytest returns: a process of which it did not says 1
+SETTING = re.compile("[A-Z_]+=")
 IGNORED = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache")
 LAWS = "test_laws.py test_dora.py -k"  # the laws hold for both methods
+WORKERS = "test_distribution.py -m slow -k two_workers"  # two processes
+REPLICAS = "test_distribution.py -m slow -k outside"  # of one process
+LAYOUTS = "KERAS_BACKEND=jax test_distribution.py -k factors_lie"
 
 
 class Mutation(NamedTuple):
@@ -36,7 +42,7 @@ class Mutation(NamedTuple):
     file: str
     text: str
     other: str
-    tests: str  # arguments of pytest
+    tests: str  # arguments of pytest, after settings for a process of its own
 
 
 # File -> [(text, what stands in its place, the tests that should see it)]
@@ -840,6 +846,11 @@ FAULTS = {
     ],
     "files/save.py": [
         (
+            "processes.on_all(model, lambda: writes and adapter.save(directory))",
+            "writes and adapter.save(directory)",
+            WORKERS,
+        ),
+        (
             'bias = "all" if biases - ranks.keys() else "lora_only"',
             'bias = "lora_only"',
             "test_adapter_files.py -k which_biases",
@@ -1056,6 +1067,7 @@ FAULTS = {
         ),
     ],
     "models/start_values.py": [
+        ("        moments.over_processes(model)", "        pass", WORKERS),
         (
             "np.sqrt(values / scaling)",
             "np.sqrt(values)",
@@ -1124,6 +1136,11 @@ FAULTS = {
         ),
     ],
     "models/atomic.py": [
+        (
+            "            raise_as_os_error(error, path)\n",
+            "",
+            "test_export.py -k full_disk",
+        ),
         ("        os.fsync(file.fileno())", "        pass", "test_folders.py -k disk"),
         (
             "        elif path.is_dir():",
@@ -1223,6 +1240,11 @@ FAULTS = {
     ],
     "serving/per_adapter.py": [
         (
+            "list(grads), distribution.of_all_replicas(self.ids)",
+            "list(grads), self.ids",
+            REPLICAS,
+        ),
+        (
             "ops.where(ids == 0, 0.0, values)",
             "values",
             "test_bank_fit.py",
@@ -1250,6 +1272,41 @@ FAULTS = {
             "if gain is not None and not backwards:",
             "if False:",
             "test_bank.py -k lengths_of_its_dora",
+        ),
+    ],
+    "keras_internals/processes.py": [
+        ("if known.setdefault(key, text) != text:", "if False:", WORKERS),
+        ('if other["kind"] is not None:', "if False:", WORKERS),
+        (
+            "    if is_shared(model):\n        exchange(",
+            "    if False:\n        exchange(",
+            WORKERS,
+        ),
+    ],
+    "keras_internals/distribution.py": [
+        (
+            "contextlib.nullcontext() if own is None else own.scope()",
+            "contextlib.nullcontext()",
+            REPLICAS,
+        ),
+        ("if own is not now and isinstance(now, mirrored):", "if False:", REPLICAS),
+        (
+            "return context.all_gather(keras.ops.copy(rows), axis=0)",
+            "return rows",
+            REPLICAS,
+        ),
+        ("inside.get_variable_layout = get_variable_layout", "pass", LAYOUTS),
+        (
+            'options["layout"] = distribution.get_variable_layout(variable)',
+            "pass",
+            LAYOUTS,
+        ),
+    ],
+    "serving/training.py": [
+        (
+            "if not self.in_training:",
+            "if False:",
+            "test_bank_fit.py -k cannot_be_trained_apart",
         ),
     ],
     "keras_internals/layers.py": [
@@ -1467,6 +1524,12 @@ def run_tests(tree, arguments):
     os.dup2(output, 2)
     os.chdir(tree)
     sys.path.insert(0, str(tree))
+    settings = [word for word in arguments if SETTING.match(word)]
+    if settings:  # of what was read when Keras was imported
+        own = [word for word in arguments if word not in settings]
+        env = os.environ | dict(word.split("=", 1) for word in settings)
+        command = [sys.executable, "-m", "pytest", "-xq", "-p", "no:cacheprovider"]
+        os._exit(RAN + subprocess.run([*command, *own], env=env).returncode)
     # No bytecode: two faults of a file may have one size, in one second.
     sys.dont_write_bytecode = True
     imported = "ignore::pytest.PytestAssertRewriteWarning"  # before pytest could see

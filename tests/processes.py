@@ -2,9 +2,13 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
+from pathlib import Path
+
+PAGE = Path(__file__).parents[1] / "docs/guides/devices.md"
 
 MODEL = """
 import keras, keras_lora
@@ -46,6 +50,15 @@ def finish(process, seconds=300):
     output, errors = process.communicate(timeout=seconds)
     assert process.returncode == 0, errors[-2000:]
     return json.loads(output.splitlines()[-1])
+
+
+def script_of_the_guide(word):
+    """The one block of code on the page that has a word."""
+    blocks = re.findall(
+        r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL
+    )
+    (script,) = (text for text in blocks if word in text)
+    return script
 
 
 def free_ports(count):

@@ -28,15 +28,6 @@ USES = {
         "keras_lora.apply_lora(model, rank=2, target=['a'])",
     ),
     private_names.LORA_PLUS: ("", "keras_lora.LoRAPlus('adam')"),
-    private_names.LAYOUTS: (
-        "mesh = keras.distribution.DeviceMesh((1,), ['model'], ['cpu:0']);"
-        "layouts = keras.distribution.LayoutMap(mesh);"
-        "layouts['.*kernel'] = (None, 'model');"
-        "keras.distribution.set_distribution("
-        "keras.distribution.ModelParallel(layout_map=layouts));"
-        "model = network()",
-        "keras_lora.apply_lora(model, rank=2)",
-    ),
     private_names.PROCESSES: (
         "from keras_lora.keras_internals import processes",
         "processes.exchange(None, 1)",

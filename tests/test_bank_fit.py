@@ -308,6 +308,9 @@ def test_what_cannot_be_trained_apart_is_refused():
         bank.fit({"inputs": x, "adapter": np.full(len(x), 77)}, y)
     with pytest.raises(ValueError, match="has no adapter"):
         bank.adapter("c")
+    if BACKEND == "tensorflow":
+        with pytest.raises(ValueError, match="trains in `fit` and `train_on_batch`"):
+            bank.train_step((inputs, y))
     norm = adapters_for(network, {"a": {"rank": 2}}, also_train=["norm"])["a"]
     for key in [key for key in norm.tensors if key.startswith("norm.")]:
         value = norm.tensors[key]  # it trains, and is still the base model's

@@ -5,7 +5,7 @@ import json
 import keras
 import numpy as np
 import pytest
-from processes import MODEL, finish, free_ports, run, start
+from processes import finish, free_ports, run, script_of_the_guide, start
 
 import keras_lora
 
@@ -39,103 +39,181 @@ with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
     several = [losses(build()), changes(compiled(plus)), losses(compiled(plus))]
 print(json.dumps([one, several]))
 """
-# Every call comes from outside of the scope that the model was built in.
+# Every call comes from outside of the scope that the model was built in. argv: a
+# folder, and which strategy. Keras's `fit` does not take that of several workers; its
+# `train_step` does, in a loop.
 OUTSIDE = """
-import contextlib, json, os, sys
+import contextlib, json, os, sys, time
 import tensorflow as tf
-tf.config.set_logical_device_configuration(
-    tf.config.list_physical_devices("CPU")[0],
-    [tf.config.LogicalDeviceConfiguration()] * 2,
-)
+from keras_lora.keras_internals import processes
+top, kind = sys.argv[1].split()
+workers = kind == "workers"
+index = json.loads(os.environ["TF_CONFIG"])["task"]["index"] if workers else 0
+if workers:
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+if kind == "mirrored":
+    tf.config.set_logical_device_configuration(
+        tf.config.list_physical_devices("CPU")[0],
+        [tf.config.LogicalDeviceConfiguration()] * 2,
+    )
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+scope = contextlib.nullcontext if kind == "one" else strategy.scope
+rows = slice(16 * index, 16 * index + 16) if workers else slice(None)
+folder = os.path.join(top, kind)
+processes.MEETING_SECONDS = 200  # of a machine that does much else
 def plain():
     layers = [keras.layers.Dense(16, activation="tanh", name="wide")]
     layers.append(keras.layers.Dense(3, name="head"))
     return keras.Sequential([keras.Input((6,)), *layers])
-def found(scope, folder):
-    def built():
-        keras.utils.set_random_seed(0)
-        with scope():
-            model = plain()
-            model.compile(keras.optimizers.Adam(0.01), "mse", jit_compile=False)
-            return model
-    def adapted(model, **options):
-        keras_lora.apply_lora(model, rank=2, target=["wide"], **options)
-        return model
+def built():
+    keras.utils.set_random_seed(0)
+    with scope():
+        model = plain()
+        model.compile(keras.optimizers.Adam(0.01), "mse", jit_compile=False)
+    return model
+def adapted(model, **options):
+    keras_lora.apply_lora(model, rank=2, target=["wide"], **options)
+    return model
+def losses(model, callbacks=()):
+    if not workers:
+        return model.fit(
+            x, y, batch_size=16, epochs=2, verbose=0, shuffle=False,
+            callbacks=list(callbacks),
+        ).history["loss"]
+    found, callbacks = [], keras.callbacks.CallbackList(callbacks, model=model)
+    data = tf.data.Dataset.from_tensor_slices((x, y)).batch(16)
+    options = tf.data.Options()
+    policy = tf.data.experimental.AutoShardPolicy.DATA
+    options.experimental_distribute.auto_shard_policy = policy
+    batches = strategy.experimental_distribute_dataset(data.with_options(options))
+    with scope():
+        model.optimizer.build(model.trainable_variables)
+    @tf.function
+    def step(batch):
+        strategy.run(model.train_step, args=(batch,))
+    callbacks.on_train_begin()
+    for epoch in range(2):
+        callbacks.on_epoch_begin(epoch)
+        model.reset_metrics()
+        for batch in batches:
+            step(batch)
+        found.append(float(model.metrics[0].result()))
+        callbacks.on_epoch_end(epoch, {"loss": found[-1]})
+    callbacks.on_train_end()
+    return found
+def outputs(model):
+    return model.predict(x, verbose=0)[:, 0].tolist()
+def caught(call):
+    try:
+        call()
+    except Exception as error:
+        return [type(error).__name__, str(error)]
+    return ["nothing", ""]
+def calls():
+    found, best = {}, os.path.join(folder, "best")
     model = adapted(built(), also_train=["head"])
-    found = [losses(model)]
+    found["losses"] = losses(model)
     keras_lora.save_adapter(model, folder)
+    found["file"] = sum(
+        float(np.abs(value).sum())
+        for value in keras_lora.Adapter.read(folder).tensors.values()
+    )
     with keras_lora.merged(model):
         wide = model.get_layer("wide")
         kernels = wide.lora.stand_in.kernel, wide.kernel
         assert type(kernels[0].value) is type(kernels[1].value)
-        found.append(model.predict(x, verbose=0)[:, 0].tolist())
+        found["merged"] = outputs(model)
     with keras_lora.disabled(model):
-        found.append(model.predict(x, verbose=0)[:, 0].tolist())
-    checkpoint = keras_lora.AdapterCheckpoint(os.path.join(folder, "best"))
-    fitted = model.fit(x, y, callbacks=[checkpoint], batch_size=16, verbose=0)
+        found["disabled"] = outputs(model)
+    artefact = os.path.join(folder, "artefact")
+    keras_lora.export(model, artefact)
+    served = tf.saved_model.load(artefact)
+    found["exported"] = served.serve(x).numpy()[:, 0].tolist()
+    losses(model, [keras_lora.AdapterCheckpoint(best)])
     keras_lora.merge_lora(model)
-    found.append(losses(model))
+    found["merged for good"] = losses(model)
     other = built()
     keras_lora.load_adapter(other, folder)
-    found.append(losses(other))
-    keras_lora.load_adapter(other, os.path.join(folder, "best"))
-    found.append(losses(other))
+    found["loaded"] = losses(other)
+    keras_lora.load_adapter(other, best)
+    found["best"] = losses(other)
     keras_lora.remove_lora(other)
-    found.append(losses(other))
-    third = adapted(built())
-    np.random.seed(0)
-    keras_lora.initialize_lora(third, "pissa")
-    found.append(losses(third))
-    fourth = adapted(built(), use_dora=True)
-    found.append(losses(fourth))
-    fifth = built()
-    with scope():
-        fifth.quantize("int8", filters=["wide"])
-    adapted(fifth)
-    keras_lora.merge_lora(fifth, quantized="dequantize")
-    found.append(losses(fifth))
+    found["removed"] = losses(other)
+    for method in ("pissa", "olora", "orthogonal", "eva"):
+        third = adapted(built())
+        keras_lora.initialize_lora(third, method, x[rows] if method == "eva" else None)
+        found[method] = losses(third)
+    found["dora"] = losses(adapted(built(), use_dora=True))
+    fifth = adapted(built())
+    with scope():  # where Keras wants its optimizers too
+        fifth.compile(keras_lora.LoRAPlus(keras.optimizers.Adam(0.01), 4.0), "mse")
+    found["plus"] = losses(fifth)
+    bank = keras_lora.AdapterBank(built(), {"one": folder, "two": best}, 3)
+    inputs = {"inputs": x, "adapter": bank.ids(["one"] * 20 + ["two", None] * 6)}
+    found["bank"] = bank.predict(inputs, verbose=0)[:, 0].tolist()
+    if not workers:  # neither does Keras's `fit` run there
+        with scope():
+            optimizer = keras.optimizers.Adam(0.01)
+        bank.compile(optimizer, "mse")
+        fitted = bank.fit(
+            inputs, y, batch_size=16, epochs=2, verbose=0, shuffle=False
+        )
+        found["losses of a bank"] = fitted.history["loss"]
+        found["bank on a batch"] = bank.train_on_batch(inputs, y)
+        trained = bank.predict(inputs, verbose=0)
+        found["bank trained"] = trained[:, 0].tolist()
+    bank.add("three", best)
+    with bank.rows(["three"] * 32):
+        found["rows"] = np.asarray(bank.model(x))[:, 0].tolist()
+    bank.release()
+    found["released"] = losses(bank.model)
+    if not workers:  # nor can Keras's int8 kernels be made there
+        last = built()
+        with scope():
+            last.quantize("int8", filters=["wide"])
+        adapted(last)
+        keras_lora.merge_lora(last, quantized="dequantize")
+        found["int8"] = losses(last)
     return found
-strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-one = found(contextlib.nullcontext, os.path.join(sys.argv[1], "one"))
-several = found(strategy.scope, os.path.join(sys.argv[1], "several"))
-refused, model = [], plain()
-weights = model.get_weights()
-with strategy.scope():
-    for call in (
-        lambda: keras_lora.apply_lora(model, rank=2, target=["wide"]),
-        lambda: keras_lora.load_adapter(model, os.path.join(sys.argv[1], "one")),
-    ):
-        try:
-            call()
-        except ValueError as error:
-            refused.append(str(error))
-assert type(model.layers[0]) is keras.layers.Dense
-print(json.dumps([one, several, refused]))
-"""
-# The guide's section on several machines, here two processes. Keras's `fit` does not
-# take this strategy; its `train_step` does.
-WORKER = """
-import json
-import tensorflow as tf
-strategy = tf.distribute.MultiWorkerMirroredStrategy()
-with strategy.scope():
-    model = build()
-    model.optimizer.build(model.trainable_variables)
-data = tf.data.Dataset.from_tensor_slices((x, y)).batch(16)
-options = tf.data.Options()
-policy = tf.data.experimental.AutoShardPolicy.DATA
-options.experimental_distribute.auto_shard_policy = policy
-batches = strategy.experimental_distribute_dataset(data.with_options(options))
-@tf.function
-def step(batch):
-    strategy.run(model.train_step, args=(batch,))
-found = []
-for epoch in range(3):
-    model.reset_metrics()
-    for batch in batches:
-        step(batch)
-    found.append(float(model.metrics[0].result()))
-print(json.dumps(found))
+def errors():
+    own, model = os.path.join(folder, f"own {index}"), adapted(built())
+    adapter, before = keras_lora.Adapter.read(folder), model.get_weights()
+    found = {}
+    def said(name, call):
+        found[name] = caught(call)
+        assert all(map(np.array_equal, model.get_weights(), before))
+    if index == 0:
+        adapter.save(own)
+    said("seen by one", lambda: keras_lora.load_adapter(model, own))
+    if index == 1:
+        for value in adapter.tensors.values():
+            value += 1
+        adapter.save(own)
+    said("other files", lambda: keras_lora.load_adapter(model, own))
+    keras.utils.set_random_seed(index)
+    said("other seeds", lambda: keras_lora.initialize_lora(model, "orthogonal"))
+    mark = os.path.join(folder, "alone")
+    if index == 1:  # the last, as nothing meets after it
+        processes.MEETING_SECONDS = 2
+        said("alone", lambda: keras_lora.merge_lora(model))
+        open(mark, "w").close()
+    while not os.path.exists(mark):
+        time.sleep(0.05)
+    return found
+results = {"calls": calls()}
+if workers:
+    results["errors"] = errors()
+if kind == "mirrored":
+    refused, model = [], plain()
+    with strategy.scope():
+        for call in (
+            lambda: keras_lora.apply_lora(model, rank=2, target=["wide"]),
+            lambda: keras_lora.load_adapter(model, folder),
+        ):
+            refused.append(caught(call))
+    assert type(model.layers[0]) is keras.layers.Dense
+    results["refused"] = refused
+print(json.dumps(results))
 """
 # A loop with DistributedDataParallel: each process has its half of the rows, and the
 # first one alone saves, as users of torch do.
@@ -201,8 +279,9 @@ print(json.dumps(found))
 # With KerasHub's own maps: Llama's has the two mesh axes the other way round than
 # Gemma's in attention, and the factors follow their kernels either way.
 KERAS_HUB = """
-import json, sys
+import collections, json, sys
 import keras_hub
+from benchmarks import devices
 sizes = dict(vocabulary_size=64, num_layers=1, num_query_heads=4,
     num_key_value_heads=4, hidden_dim=16, intermediate_dim=32)
 KINDS = {
@@ -249,6 +328,26 @@ for kind in KINDS:
         assert parts(lora.b) == [1, *new], (layer.path, parts(lora.b), kernel)
         found += max(kernel) > 1
     assert found >= 6, found
+    layers = [x for x in model._flatten_layers() if getattr(x, "lora", None)]
+    with keras_lora.merged(model):
+        for layer in layers:
+            merged, kernel = layer.lora.stand_in.kernel, layer.frozen_kernel
+            assert merged.value.sharding == kernel.value.sharding, layer.path
+    def build():
+        model = backbone_class(**arguments)
+        keras_lora.apply_lora(model, rank=2, target="all-linear")
+        model.compile("adam", "mse")
+        return model
+    backbone_class, arguments = KINDS[kind]
+    planned, measured = devices.planned(build, 8, 6), collections.Counter()
+    real = build()
+    real.optimizer.build(real.trainable_variables)
+    for variable in [*real.variables, *real.optimizer.variables]:
+        is_moment = any(variable is each for each in real.optimizer.variables)
+        column = "moments" if is_moment else devices.kind_of(variable)
+        measured[column] += variable.value.addressable_shards[0].data.nbytes
+    assert planned.pop("activations") > 0
+    assert planned == measured, (planned, measured)
     model.save(f"{sys.argv[1]}/{kind}.keras")
     keras_lora.save_adapter(model, f"{sys.argv[1]}/{kind}")
     outputs = model.predict(ids, verbose=0)
@@ -327,34 +426,98 @@ def test_mirrored_strategy():
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
-    keras.backend.backend() != "tensorflow", reason="tf.distribute is TensorFlow's"
-)
-def test_calls_from_outside_of_the_scope(tmp_path):
-    one, several, refused = run(OUTSIDE, str(tmp_path))
-    for own, expected in zip(several, one, strict=True):
-        np.testing.assert_allclose(own, expected, rtol=1e-4, atol=1e-5)
-    assert len(refused) == 2
-    assert all("was not built in the scope" in text for text in refused)
+def worker_settings() -> list:
+    """TF_CONFIG of each of two workers."""
+    cluster = {"worker": [f"localhost:{port}" for port in free_ports(2)]}
+    tasks = [{"type": "worker", "index": index} for index in range(2)]
+    return [json.dumps({"cluster": cluster, "task": task}) for task in tasks]
+
+
+def assert_equal_calls(several, one):
+    assert several.keys() <= one.keys() and len(several) > 15
+    for key, found in several.items():
+        np.testing.assert_allclose(found, one[key], rtol=1e-4, atol=1e-5, err_msg=key)
+
+
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory):
+    return run(OUTSIDE, f"{tmp_path_factory.mktemp('one')} one")["calls"]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="tf.distribute is TensorFlow's"
 )
-def test_two_workers():
-    workers = [f"localhost:{port}" for port in free_ports(2)]
-    processes = []
-    for index in range(2):
-        task = {"type": "worker", "index": index}
-        config = json.dumps({"cluster": {"worker": workers}, "task": task})
-        processes.append(start(WORKER, "", TF_CONFIG=config))
-    here = {}
-    exec(MODEL, here)
-    one = here["losses"](here["build"]())
-    for process in processes:
-        np.testing.assert_allclose(finish(process), one, rtol=1e-5)
+def test_calls_from_outside_of_the_scope(tmp_path, one_device):
+    found = run(OUTSIDE, f"{tmp_path} mirrored")
+    assert found["calls"].keys() == one_device.keys()
+    assert_equal_calls(found["calls"], one_device)
+    assert len(found["refused"]) == 2
+    for kind, text in found["refused"]:
+        assert kind == "ValueError" and "was not built in the scope" in text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="tf.distribute is TensorFlow's"
+)
+def test_two_workers(tmp_path, one_device):
+    started = [
+        start(OUTSIDE, f"{tmp_path} workers", TF_CONFIG=config)
+        for config in worker_settings()
+    ]
+    try:
+        results = [finish(process) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+    for found in results:
+        assert_equal_calls(found["calls"], one_device)
+        assert "different files" in found["errors"]["other files"][1]
+        assert "different values for A and B" in found["errors"]["other seeds"][1]
+    first, second = (found["errors"] for found in results)
+    assert second["seen by one"][0] == "FileNotFoundError"
+    assert first["seen by one"][0] == "OSError"
+    assert "Process 1" in first["seen by one"][1]
+    assert second["alone"][0] == "RuntimeError"
+    assert "all of them have to make each call" in second["alone"][1]
+
+
+def assert_script_gives_one_loss(word, folder, environments):
+    """A script of the guide prints the same loss last in two processes as in one."""
+    script = script_of_the_guide(word)
+    program = f"import os, sys\nos.chdir(sys.argv[1])\n{script}"
+    expected = run(program, str(folder))
+    started = [start(program, str(folder), **own) for own in environments]
+    try:
+        for process in started:
+            np.testing.assert_allclose(finish(process), expected, rtol=1e-5)
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="tf.distribute is TensorFlow's"
+)
+def test_the_script_of_the_guide_for_two_workers(tmp_path):
+    settings = [{"TF_CONFIG": config} for config in worker_settings()]
+    assert_script_gives_one_loss("MultiWorker", tmp_path, settings)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    keras.backend.backend() != "torch", reason="process groups are torch's"
+)
+def test_the_script_of_the_guide_for_a_process_group(tmp_path):
+    address = f"127.0.0.1:{free_ports(1)[0]}"
+    settings = [
+        {"ADDRESS": address, "PROCESSES": "2", "PROCESS": index} for index in "01"
+    ]
+    assert_script_gives_one_loss("DistributedDataParallel", tmp_path, settings)
 
 
 @pytest.mark.slow

@@ -156,6 +156,19 @@ def test_two_renames_where_folders_cannot_be_swapped(library, tmp_path, monkeypa
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
+def test_a_full_disk_is_an_os_error(tmp_path):
+    resource = pytest.importorskip("resource")  # POSIX
+    model = trained(sequential)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"too large.*served"):
+            keras_lora.export(model, tmp_path / "served")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(tmp_path) == []
+
+
 def test_unbuilt_model_is_refused(tmp_path):
     model = keras.Sequential([keras_lora.LoRADense(3)])
     with pytest.raises(ValueError, match="not built"):

@@ -1,13 +1,14 @@
 """Layouts of variables under `keras.distribution` (JAX) and `tf.distribute`."""
 
 import contextlib
+import copy
 import hashlib
 import weakref
 
 import keras
 import numpy as np
 
-from keras_lora.keras_internals import private_names, probes, processes, warn_caller
+from keras_lora.keras_internals import probes, processes, warn_caller
 
 warned = weakref.WeakSet()  # the distributions of which a warning was given
 WHOLE = 2**20  # bytes of a value that may lie whole on a device for a moment
@@ -18,22 +19,44 @@ def layout_of(variable):
     distribution = keras.distribution.distribution()
     if distribution is None or keras.backend.backend() != "jax":
         return None
-    probes.require(private_names.LAYOUTS)
     layout = distribution.get_variable_layout(variable)
+    if not hasattr(layout, "axes"):  # Keras 3.12 gives that of JAX
+        layout = distribution.get_tensor_layout(variable.path)
     return layout if any(getattr(layout, "axes", None) or ()) else None
 
 
-def lay_out(variable, axes, like):
-    """Lays a variable out by axes of a mesh, unless the layout map names it itself.
+@contextlib.contextmanager
+def lying_by(axes_of, like):
+    """Lays out variables that are made inside, unless the layout map names them.
 
-    `add_weight` takes no layout, and a variable has no public one.
+    `add_weight` takes no layout, but asks the distribution for one, before the variable
+    has values: none lies whole anywhere.
+
+    axes_of: the name of a variable -> the axes of the mesh that its own are cut over.
+    like: a layout over this mesh, or None: nothing is cut.
     """
-    distribution = keras.distribution.distribution()
-    if distribution.get_tensor_layout(variable.path) is None:
-        mesh = like.device_mesh
-        axes = dividing(variable, axes, mesh, distribution)
-        variable._layout = keras.distribution.TensorLayout(axes, mesh)
-        variable.assign(variable.value)
+    if like is None:
+        yield
+        return
+    own = keras.distribution.distribution()
+
+    def get_variable_layout(variable):
+        axes = axes_of.get(variable.name)
+        if not axes or not any(axes) or len(axes) != len(variable.shape):
+            return own.get_variable_layout(variable)
+        named = own.get_tensor_layout(variable.path)
+        if named is not None:
+            return named
+        axes = dividing(variable, axes, like.device_mesh, own)
+        return keras.distribution.TensorLayout(axes, like.device_mesh)
+
+    inside = copy.copy(own)
+    inside.get_variable_layout = get_variable_layout
+    keras.distribution.set_distribution(inside)
+    try:
+        yield
+    finally:
+        keras.distribution.set_distribution(own)
 
 
 def dividing(variable, axes, mesh, distribution):
@@ -104,9 +127,9 @@ def cut_as(variable, value):
 
 def variable_like(variable, values, **options):
     """A new variable that lies as another one of its shape does."""
-    if keras.backend.backend() == "jax" and keras.distribution.distribution():
-        probes.require(private_names.LAYOUTS)
-        options["layout"] = variable._layout
+    distribution = keras.distribution.distribution()
+    if keras.backend.backend() == "jax" and distribution:
+        options["layout"] = distribution.get_variable_layout(variable)
         if isinstance(values, np.ndarray):
             values = cut_as(variable, values)
     with strategy_of([variable], variable.path):
@@ -119,10 +142,10 @@ def whole_on_host(model):
 
     Yields whether this process is the one. The others have no part in what it does.
     """
-    if not processes.is_shared(model):
-        yield True
-        return
     is_writer, pairs = processes.is_writer(model), []
+    if processes.strategy_over(model) or not processes.is_shared(model):
+        yield is_writer
+        return
     with on_host():
         for variable in model.variables:
             value = fetch(variable)
@@ -191,8 +214,7 @@ def strategy_of(variables, name):
         return
     tf = probes.module("tensorflow").distribute
     now = tf.get_strategy() if tf.has_strategy() else None
-    values = (getattr(x.value, "distribute_strategy", None) for x in variables)
-    own = next(filter(None, values), None)
+    own = processes.strategy_that_made(variables)
     mirrored = tf.MirroredStrategy, tf.MultiWorkerMirroredStrategy, tf.TPUStrategy
     if own is not now and isinstance(now, mirrored):
         raise ValueError(
@@ -203,3 +225,48 @@ def strategy_of(variables, name):
         )
     with contextlib.nullcontext() if own is None else own.scope():
         yield
+
+
+def replica_context():
+    """The context of one of several replicas of `tf.distribute`, or None."""
+    if keras.backend.backend() != "tensorflow":
+        return None
+    context = probes.module("tensorflow").distribute.get_replica_context()
+    return context if context and context.num_replicas_in_sync > 1 else None
+
+
+def is_between_replicas() -> bool:
+    """Whether a strategy of `tf.distribute` is entered, and none of its replicas."""
+    if keras.backend.backend() != "tensorflow":
+        return False
+    tf = probes.module("tensorflow").distribute
+    return tf.has_strategy() and tf.in_cross_replica_context()
+
+
+def of_all_replicas(rows):
+    """What all replicas of `tf.distribute` have of a batch, in one tensor."""
+    context = replica_context()
+    if context is None:
+        return rows
+    # A copy: what is one object on all replicas would come once.
+    return context.all_gather(keras.ops.copy(rows), axis=0)
+
+
+def assign_unless(condition, variables, values):
+    """Assigns values unless a condition holds, which is the same on all replicas."""
+
+    def assign(variable, value, kept):
+        now = keras.ops.convert_to_tensor(variable)
+        variable.assign(keras.ops.where(kept, now, value))
+
+    def on_each(strategy, condition, values):
+        for variable, value in zip(variables, values, strict=True):
+            update = strategy.extended.update
+            update(variable.value, assign, args=(value, condition), group=False)
+
+    context = replica_context()
+    if context is not None:
+        context.merge_call(on_each, args=(condition, values))
+        return
+    for variable, value in zip(variables, values, strict=True):
+        assign(variable, value, condition)

@@ -17,7 +17,6 @@ LAYERS = "LoRA layers"
 MODELS = "adapters of a model that exists"
 QUANTIZED = "adapters over quantized kernels"
 LORA_PLUS = "LoRAPlus"
-LAYOUTS = "adapters under keras.distribution"
 PROCESSES = "adapters over several processes"
 REMAT = "adapters in a keras.RematScope"
 MASKS = "ReversibleEmbedding and AdapterBank.fit"
@@ -149,12 +148,6 @@ TABLE = [
             )
             and probes.mentions(probes.OPTIMIZER, "_learning_rate")
         ),
-    ),
-    PrivateName(
-        "Variable._layout",
-        LAYOUTS,
-        "`add_weight` takes no layout.",
-        lambda: not probes.ON_JAX or probes.mentions(keras.Variable, "_layout"),
     ),
     PrivateName(
         "Model._jax_state",

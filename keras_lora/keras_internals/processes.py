@@ -1,8 +1,12 @@
-"""Agreement between the processes that hold one model, as on JAX."""
+"""Agreement between the processes that hold one model.
+
+On JAX by `keras.distribution`, on TensorFlow by `MultiWorkerMirroredStrategy`.
+"""
 
 import json
 
 import keras
+import numpy as np
 
 from keras_lora.keras_internals import private_names, probes, warn_caller
 
@@ -16,50 +20,130 @@ class Meetings:
     count = 0
 
 
+def strategy_that_made(variables):
+    """The strategy of `tf.distribute` in whose scope variables were made, or None."""
+    values = (getattr(x.value, "distribute_strategy", None) for x in variables)
+    return next(filter(None, values), None)
+
+
+def strategy_over(model):
+    """The strategy by which several processes hold a model on TensorFlow, or None."""
+    if keras.backend.backend() != "tensorflow":
+        return None
+    strategy = strategy_that_made(model.variables)
+    kind = probes.module("tensorflow").distribute.MultiWorkerMirroredStrategy
+    return strategy if isinstance(strategy, kind) and len(tasks(strategy)) > 1 else None
+
+
+def tasks(strategy) -> list:
+    """(type, number) of each process that trains, the chief first."""
+    jobs = strategy.cluster_resolver.cluster_spec().as_dict()
+    return [
+        (job, n) for job in ("chief", "worker") for n in range(len(jobs.get(job, ())))
+    ]
+
+
 def is_shared(model) -> bool:
     """Whether a model's weights lie on devices of several processes."""
-    return keras.backend.backend() == "jax" and any(
-        not getattr(variable.value, "is_fully_addressable", True)
-        for variable in model.variables
-    )
+    if keras.backend.backend() != "jax":
+        return strategy_over(model) is not None
+    traced = probes.module("jax").core.Tracer  # of a model that is built in a trace
+    values = (variable.value for variable in model.variables)
+    return any(not isinstance(x, traced) and not x.is_fully_addressable for x in values)
+
+
+def process_index(strategy) -> int:
+    """The number of this process; strategy: that of TensorFlow, None on JAX."""
+    if strategy is None:
+        return probes.module("jax").process_index()
+    resolver = strategy.cluster_resolver
+    return tasks(strategy).index((resolver.task_type, resolver.task_id))
 
 
 def is_writer(model) -> bool:
     """Whether this process is the one of those that hold a model that writes files."""
-    return not is_shared(model) or probes.module("jax").process_index() == 0
+    return not is_shared(model) or process_index(strategy_over(model)) == 0
 
 
-def exchange(message, seconds) -> list:
+def exchange(message, seconds, strategy=None) -> list:
     """Returns the messages of all processes, in their order; all must call.
 
-    A collective of devices would wait for a process that does not call, some for ever.
-
     message: what can be written as JSON.
+    strategy: that of TensorFlow, None on JAX.
     """
-    probes.require(private_names.PROCESSES)
-    jax = probes.module("jax")
-    client = probes.module("jax._src.distributed").global_state.client
-    meeting, process = f"keras_lora/{Meetings.count}", jax.process_index()
-    key = f"{meeting}/{process:08}"
-    client.key_value_set(key, json.dumps(message))
+    text, process = json.dumps(message), process_index(strategy)
     try:
-        client.wait_at_barrier(meeting, round(1000 * seconds))
-    except jax.errors.JaxRuntimeError as error:
-        client.key_value_delete(key)  # of a meeting that may be held again
+        if strategy is None:
+            found = published(text, process, seconds)
+        else:
+            codes = [*text.encode(), ord("\n")]
+            codes = gathered(np.array(codes, "int32"), strategy, seconds)
+            found = bytes(codes.tolist()).decode().splitlines()
+    except alone_error(strategy) as error:
         raise RuntimeError(
             f"Process {process} has waited {seconds} seconds for the others. The model "
             "is distributed over several processes: all of them have to make each "
             "call of keras_lora, in the same order. Nothing was changed."
         ) from error
+    return [json.loads(each) for each in found]
+
+
+def alone_error(strategy):
+    """What a backend raises where the other processes do not come."""
+    if strategy is None:
+        return probes.module("jax").errors.JaxRuntimeError
+    return probes.module("tensorflow").errors.OpError
+
+
+def published(text, process, seconds) -> list:
+    """The texts of all processes of JAX.
+
+    A collective of devices would wait for a process that does not call, some for ever.
+    """
+    probes.require(private_names.PROCESSES)
+    client = probes.module("jax._src.distributed").global_state.client
+    meeting = f"keras_lora/{Meetings.count}"
+    key = f"{meeting}/{process:08}"
+    client.key_value_set(key, text)
+    try:
+        client.wait_at_barrier(meeting, round(1000 * seconds))
+    except alone_error(None):
+        client.key_value_delete(key)  # of a meeting that may be held again
+        raise
     Meetings.count += 1
     said = dict(client.key_value_dir_get(f"{meeting}/"))
-    return [json.loads(said[key]) for key in sorted(said)]
+    return [said[key] for key in sorted(said)]
+
+
+def gathered(values, strategy, seconds):
+    """Arrays of all processes of TensorFlow, one after the other along the first axis.
+
+    A process that waits for the others in vain cannot train with them any more.
+    """
+    tf = probes.module("tensorflow")
+    options = tf.distribute.experimental.CommunicationOptions(timeout_seconds=seconds)
+
+    def gather():
+        context, own = tf.distribute.get_replica_context(), tf.constant(values)
+        if context.replica_id_in_sync_group % replicas:
+            own = own[:0]  # the first device of a process speaks for it
+        return context.all_gather(own, axis=0, options=options)
+
+    replicas = strategy.num_replicas_in_sync // len(tasks(strategy))
+    found = strategy.experimental_local_results(strategy.run(gather))
+    return found[0].numpy()
+
+
+def summed(values, model):
+    """The sum of what all processes of TensorFlow that hold a model give."""
+    strategy = strategy_over(model)
+    return gathered(values[None], strategy, MEETING_SECONDS).sum(axis=0)
 
 
 def meet(model):
     """Raises RuntimeError unless all processes that hold a model call."""
     if is_shared(model):
-        exchange(None, MEETING_SECONDS)
+        exchange(None, MEETING_SECONDS, strategy_over(model))
 
 
 def on_all(model, function, identity=None, differ=""):
@@ -83,7 +167,7 @@ def on_all(model, function, identity=None, differ=""):
         "text": str(error),
         "identity": identity(result) if identity and error is None else None,
     }
-    said = exchange(message, WORKING_SECONDS)
+    said = exchange(message, WORKING_SECONDS, strategy_over(model))
     if error is not None:
         raise error
     for process, other in enumerate(said):

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lora.keras_internals import distribution, hidden_state
+from keras_lora.keras_internals import hidden_state
 from keras_lora.keras_internals.hidden_state import HiddenVariable
 from keras_lora.keras_internals.layers import Place
 from keras_lora.layers import merged_training, rematerialized
@@ -118,17 +118,6 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
             for name, factor in (("a_start", self.a), ("b_start", self.b)):
                 start = self.add_factor(name, factor.shape, "zeros", trainable=False)
                 setattr(self, name, start)
-
-    def shard_factors(self, layout):
-        """A lies as the kernel's input axes do, B as its output axes.
-
-        layout: the kernel's, under `keras.distribution.ModelParallel`.
-        """
-        axes = self.form.factor_axes(layout.axes)
-        for name, variable in self.named_factors().items():
-            own = axes.get(name.removesuffix("_start"), ())
-            if any(own):
-                distribution.lay_out(variable, own, layout)
 
     def start_from_kernel(self):
         """Sets values that start from W, once W was assigned; LoRA has none."""

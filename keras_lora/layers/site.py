@@ -176,10 +176,11 @@ class Site(TorchLayout):
     def build_factors(self):
         """Makes A and B to fit W."""
         form = self.low_rank_form(self.lora.rank)
-        self.lora.build(form, self.factor_regularizer, self.base_kernel)
         layout = distribution.layout_of(self.frozen_kernel)
-        if layout is not None:
-            self.lora.shard_factors(layout)
+        axes = {} if layout is None else form.factor_axes(layout.axes)
+        axes |= {f"{name}_start": own for name, own in axes.items()}
+        with distribution.lying_by(axes, layout):
+            self.lora.build(form, self.factor_regularizer, self.base_kernel)
 
     def build_adapter(self):
         """Makes A and B to fit W, and freezes W."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import os
 import platform
 import re
@@ -42,13 +43,28 @@ def replacing(path):
     empty = path.is_dir() and not entries(path)
     with temporary_folder(path if empty else path.parent) as folder:
         new = folder / path.name
-        yield new
+        try:
+            yield new
+        except Exception as error:
+            raise_as_os_error(error, path)
+            raise
         if empty:
             move(new, path, last="saved_model.pb")
         elif path.is_dir():
             exchange(new, path, folder / "old" / path.name)
         else:
             move(folder, path.parent, last=path.name)
+
+
+NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES)
+
+
+def raise_as_os_error(error, path):
+    """Raises OSError for what a runtime has raised in its own class for a full disk."""
+    for number in NUMBERS:
+        text = os.strerror(number)
+        if not isinstance(error, OSError) and text in str(error):
+            raise OSError(number, text, str(path)) from error
 
 
 FILES = (".keras", ".h5", ".json", ".safetensors", ".bin", ".onnx", ".zip")

@@ -276,6 +276,14 @@ class Moments:
         self.products = self.products + rows.T @ rows
         return True
 
+    def over_processes(self, model):
+        """Counts the rows of all processes of TensorFlow that hold a model."""
+        found = (
+            processes.summed(np.asarray(x), model)
+            for x in (self.count, self.sum, self.products)
+        )
+        self.count, self.sum, self.products = found
+
     def principal(self, most):
         """Directions (inputs, most) of largest variance, and their shares of it all."""
         mean = self.sum / self.count
@@ -313,24 +321,40 @@ def layer_moments(model, layers, data) -> dict:
     """Layer -> Moments of its inputs, for batches of the model's inputs."""
     groups = collections.defaultdict(Moments)
     recorders = {layer: Recorder(groups) for layer in layers}
-    try:
+
+    def record():
+        try:
+            for layer, recorder in recorders.items():
+                layer.lora.stand_in = recorder
+            for batch in batches_for(model, data):
+                model(batch, training=False)
+        finally:
+            for layer in layers:
+                layer.lora.stand_in = None
         for layer, recorder in recorders.items():
-            layer.lora.stand_in = recorder
-        for batch in batches_for(model, data):
-            model(batch, training=False)
-    finally:
-        for layer in layers:
-            layer.lora.stand_in = None
-    for layer, recorder in recorders.items():
-        if recorder.moments is None:
-            raise ValueError(f"{layer.name!r} was not called for any batch of `data`.")
-    return {layer: recorder.moments for layer, recorder in recorders.items()}
+            if recorder.moments is None:
+                raise ValueError(
+                    f"{layer.name!r} was not called for any batch of `data`."
+                )
+        return [recorder.moments for recorder in recorders.values()]
+
+    if not processes.strategy_over(model):
+        return dict(zip(recorders, record(), strict=True))
+    found = processes.on_all(model, record, sharing, OTHER_ROWS)
+    for moments in dict.fromkeys(found):
+        moments.over_processes(model)
+    return dict(zip(recorders, found, strict=True))
+
+
+def sharing(found) -> str:
+    """A text that is the same where the same layers have equal inputs."""
+    return str([found.index(moments) for moments in found])
 
 
 def batches_for(model, data):
-    """Batches of the model's inputs; over several processes those of all together."""
+    """Batches of the model's inputs; over processes of JAX those of all together."""
     batches = batches_of(data)
-    if not processes.is_shared(model):
+    if processes.strategy_over(model) or not processes.is_shared(model):
         return batches
     batches = map(distribution.as_input, batches)
     return processes.in_step(model, batches, distribution.rows_given, OTHER_ROWS)

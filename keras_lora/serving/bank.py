@@ -13,7 +13,7 @@ import numpy as np
 from keras import ops
 
 from keras_lora.files.folder import Adapter
-from keras_lora.keras_internals import compiled, layers, processes
+from keras_lora.keras_internals import compiled, distribution, layers, processes
 from keras_lora.layers import settings
 from keras_lora.models import adapt, sites
 from keras_lora.serving import rows, slots, training
@@ -92,7 +92,8 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
             found[name] = slots.named(name, read, model, paths, adapter, names, most)
         every = [item for each in found.values() for item in each.parts.items()]
         lora_ranks = [part.rank for _, part in every if not part.in_full]
-        super().__init__(name=f"{model.name}_bank", dtype=model.dtype_policy)
+        with distribution.own_strategy(model):
+            super().__init__(name=f"{model.name}_bank", dtype=model.dtype_policy)
         self.autocast = False
         self.model, self.capacity, self.names_given = model, capacity, names
         self.max_rank = max_rank or max(lora_ranks, default=8) or 8
@@ -109,7 +110,7 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
         self.__dict__["counted_layers"] = weakref.WeakSet()
         with_gain = any(part.has_gain for _, part in every)
         chosen = [] if target is None else with_rows(model, paths, target)
-        with contextlib.ExitStack() as undo:
+        with distribution.own_strategy(model), contextlib.ExitStack() as undo:
             undo.callback(self.hosts.release)
             for path, layer in paths.items():
                 ranks = [part.rank for other, part in every if other == path]

@@ -163,10 +163,12 @@ class Hosts:
                 form.over_outputs, np.ones(outputs_of(host, form))
             ).shape
         dtype = layer.variable_dtype
-        slots = Slots(self.count, rank, form, bias_shape, gain_shape, dtype)
         layout = distribution.layout_of(host.frozen_kernel)
-        if layout is not None:
-            slots.lay_out(layout, form)
+        axes = {} if layout is None else form.factor_axes(layout.axes)
+        axes["gain"] = axes.get("magnitude", ())
+        axes = {name: [None, *own] for name, own in axes.items()}
+        with distribution.lying_by(axes, layout):
+            slots = Slots(self.count, rank, form, bias_shape, gain_shape, dtype)
         bank_layer(layer, BankAdapters(self.choice, form, slots, path))
         self.layers[path] = layer
         # Its functions know the layer that it is now.

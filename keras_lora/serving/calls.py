@@ -10,7 +10,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lora.keras_internals import calls
+from keras_lora.keras_internals import calls, distribution
 from keras_lora.serving import export, rows
 from keras_lora.serving.banked import Hosts
 from keras_lora.serving.rows import Choice
@@ -220,6 +220,9 @@ class Calls:
             slots = inputs[SLOTS]
         else:
             ids = ops.convert_to_tensor(inputs["adapter"])
+            if distribution.is_between_replicas():
+                # Keras asks for shapes alone, by means of what the replicas get.
+                ids = ops.cast(ids, "int32")
             refuse_other_ids(ids)
             slots = self.directory.slots(ids)
         self._look_at(inputs["inputs"])

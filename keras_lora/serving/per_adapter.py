@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import keras
 from keras import ops
 
-from keras_lora.keras_internals import calls, compiled
+from keras_lora.keras_internals import calls, compiled, distribution
 
 REDUCTIONS = ("sum_over_batch_size", "mean", "mean_with_sample_weight", "sum")
 
@@ -65,8 +65,10 @@ class PerAdapterLoss(keras.losses.Loss):
         values = by_row(values * weights)
         if self.reduction != "sum":
             weighted = self.reduction == "mean_with_sample_weight"
-            same = ops.cast(ids[:, None] == ids[None, :], values.dtype)
-            total = ops.matmul(same, by_row(weights if weighted else counted)[:, None])
+            every = distribution.of_all_replicas(ids)
+            same = ops.cast(ids[:, None] == every[None, :], values.dtype)
+            counted = by_row(weights if weighted else counted)
+            total = ops.matmul(same, distribution.of_all_replicas(counted)[:, None])
             values = ops.divide_no_nan(values, total[:, 0])
         return ops.sum(ops.where(ids == 0, 0.0, values))
 
@@ -188,17 +190,15 @@ class PerAdapterOptimizer(keras.optimizers.Optimizer):
             optimizer.learning_rate = learning_rate
 
     def apply(self, grads, trainable_variables=None):
-        grads = list(grads)
+        grads, ids = list(grads), distribution.of_all_replicas(self.ids)
         for trainee, own_id, optimizer in self.each:
             count = len(trainee.trainable_variables)
             own, grads = grads[:count], grads[count:]
-            present = ops.any(ops.equal(self.ids, own_id))
+            present = ops.any(ops.equal(ids, own_id))
             kept = [*trainee.trainable_variables, *optimizer.variables]
             before = [ops.copy(ops.convert_to_tensor(each)) for each in kept]
             optimizer.apply(own)
-            for variable, value in zip(kept, before, strict=True):
-                now = ops.convert_to_tensor(variable)
-                variable.assign(ops.where(present, now, value))
+            distribution.assign_unless(present, kept, before)
         self.iterations.assign_add(1)
 
     def stateless_apply(self, optimizer_variables, grads, trainable_variables):

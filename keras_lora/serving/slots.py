@@ -9,7 +9,6 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lora.keras_internals.distribution import lay_out
 from keras_lora.layers import methods
 
 BASE = 0  # the slot of the base model: zeros
@@ -64,18 +63,6 @@ class Slots(Stacks, keras.layers.Layer):
             trainable=False,
             autocast=False,
         )
-
-    def lay_out(self, layout, form):
-        """The stacks lie as the factors of their layer do.
-
-        layout: That of its kernel.
-        """
-        axes = form.factor_axes(layout.axes)
-        axes["gain"] = axes.get("magnitude")
-        for name, stack in self.stacks().items():
-            own = [None, *(axes.get(name) or ())]
-            if any(own) and len(own) == len(stack.shape):
-                lay_out(stack, own, layout)
 
     def rows(self, **values) -> dict:
         """Name -> what one slot holds; what is not named gets the base model's."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from keras_lora.files import config, load, save
 from keras_lora.files.folder import Adapter
-from keras_lora.keras_internals import private_names, probes, processes
+from keras_lora.keras_internals import distribution, private_names, probes, processes
 from keras_lora.keras_internals.calls import keeping_weights, synchronize
 from keras_lora.keras_internals.layers import attach, detach
 from keras_lora.models import record
@@ -137,6 +137,7 @@ class Training:
     """Mixin of the bank: several adapters train at once, each with its own rows."""
 
     trainees = None
+    in_training = False  # inside fit or train_on_batch
     directory: Directory
     sources: dict
     running: Running
@@ -158,7 +159,8 @@ class Training:
                 "A bank does not train under mixed_float16, whose one loss scale would "
                 "tie the adapters to each other. Use mixed_bfloat16 or float32."
             )
-        optimizer = PerAdapterOptimizer(optimizer)
+        with distribution.own_strategy(self.model):
+            optimizer = PerAdapterOptimizer(optimizer)
         if loss is not None:
             loss = keras.tree.map_structure(
                 lambda each: PerAdapterLoss(each, lambda: optimizer.ids), loss
@@ -264,10 +266,12 @@ class Training:
         now = {} if self.trainees is None else self.trainees_by_name()
         if beside:
             names = [*now, *(name for name in names if name not in now)]
-        each, id_of = [self._trainee(name) for name in names], self.directory.id_of
-        if each == [*now.values()] and self.optimizer.is_for(each, id_of):
-            return
-        self.optimizer.train(each, id_of)
+        id_of = self.directory.id_of
+        with distribution.own_strategy(self.model):
+            each = [self._trainee(name) for name in names]
+            if each == [*now.values()] and self.optimizer.is_for(each, id_of):
+                return
+            self.optimizer.train(each, id_of)
         self.sources.update((trainee.adapter_name, trainee) for trainee in each)
         if self.trainees is not None:
             detach(self, "trainees")
@@ -308,7 +312,11 @@ class Training:
         """A call that reads the base alone of what the bank's slots hold."""
         call = self.running.call(lambda: (None, ()), alone=needs_all(method))
         with call, keeping_weights(self):
-            yield
+            self.in_training = True
+            try:
+                yield
+            finally:
+                self.in_training = False
 
     @contextlib.contextmanager
     def _model_frozen(self):
@@ -322,6 +330,12 @@ class Training:
             record.restore_trainable_state(layers, before)
 
     def train_step(self, *args):
+        if not self.in_training:
+            raise ValueError(
+                "A bank trains in `fit` and `train_on_batch`, which choose what is "
+                "trained, and write it back. A loop of your own trains one adapter "
+                "after apply_lora(model), which the bank can then add."
+            )
         if keras.backend.backend() == "torch":
             # The trainees came after the bank told torch what its parameters are.
             for variable in self.trainable_variables:
