@@ -19,6 +19,9 @@ import numpy as np
 
 import keras_lora
 
+# %% The methods
+# Each at five learning rates, three times.
+
 RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
 SEEDS = [0, 1, 2]
 RANK = 4
@@ -32,6 +35,9 @@ METHODS = {
     "EVA": ({}, "eva", None),
     "LoRA+": ({}, None, lambda optimizer: keras_lora.LoRAPlus(optimizer, 16.0)),
 }
+
+
+# %% Two tasks
 
 
 class Digits:
@@ -84,6 +90,9 @@ class Text:
 
     def model(self):
         return text.start_from(self.pretrained)
+
+
+# %% Training
 
 
 def compiled(model, optimizer):
@@ -142,12 +151,14 @@ def draw(results, path):
     figure.savefig(path, dpi=110)
 
 
+# %% Run it
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    picture = Path(__file__).parents[1] / "docs" / "compare_methods.png"
-    parser.add_argument("--picture", type=Path, default=picture)
+    parser.add_argument("--picture", type=Path, default="compare_methods.png")
     parser.add_argument("--quick", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parser.parse_known_args()[0]  # a notebook's own are others
     rates, seeds = (RATES[2:3], SEEDS[:1]) if arguments.quick else (RATES, SEEDS)
 
     kinds = [Digits] if arguments.quick else [Digits, Text]

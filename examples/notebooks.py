@@ -16,7 +16,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 NAMES = ["finetune_digits", "adapt_text_model", "adapt_recurrent_model"]
-NAMES += ["finetune_quantized", "serve_four_tenants"]
+NAMES += ["finetune_quantized", "serve_four_tenants", "compare_methods"]
 SCRIPTS = [FOLDER / f"{name}.py" for name in NAMES]
 INSTALL = """
 # In a clone, whose folder `examples` this notebook is in.
