@@ -40,7 +40,7 @@ class Analysis(Table, Sequence):
     """Rows (.path .rank .norm .relative_norm .singular_values), which print as a table.
 
     Attributes:
-        notes: What has to be said beside the table.
+        notes: Sentences below the table.
     """
 
     def __init__(self, name, rows, notes=()):
@@ -259,9 +259,9 @@ def tensor_differences(one, two) -> list:
             pair = [file.factors.get(module) for file in files]
             ranks = [str(own.rank if own else "-") for own in pair]
             rows.append([module, " and ".join(dict.fromkeys(ranks)), found])
-    beside = [in_full(file) for file in files]
-    for key in tables.in_order(beside[0].keys() | beside[1].keys()):
-        if found := array_difference(*(tensors.get(key) for tensors in beside)):
+    full = [in_full(file) for file in files]
+    for key in tables.in_order(full[0].keys() | full[1].keys()):
+        if found := array_difference(*(tensors.get(key) for tensors in full)):
             rows.append([key, "", found])
     return rows
 

@@ -83,7 +83,7 @@ def checked_config(file):
             "expression. "
             f"Received: {targets!r}."
         )
-    for key in config.KEPT:
+    for key in config.FACTS:
         if not isinstance(file.get(key), (str, type(None))):
             raise ValueError(
                 f"{config.CONFIG}: {key} must be a name. Received: {file[key]!r}."

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from keras_lora.files import analyze, experts, factors
-from keras_lora.files.config import KEPT, settings
+from keras_lora.files.config import FACTS, settings
 from keras_lora.files.folder import Adapter
 from keras_lora.files.slices import fuse
 from keras_lora.keras_internals import warn_caller
@@ -119,7 +119,7 @@ def combine_adapters(
     slices = fuse(tensors, ranks, alphas, use_rslora)
     tensors |= in_full(files, heads)
     bias = max((file.bias for file in files), key=BIASES.index)
-    said = {key: {x.config.get(key) for x in opened} for key in KEPT}
+    said = {key: {x.config.get(key) for x in opened} for key in FACTS}
     config = settings(
         ranks,
         alphas,

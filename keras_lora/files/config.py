@@ -17,28 +17,28 @@ CONFIG = "adapter_config.json"
 SETTINGS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 
 
-def stated(config) -> dict:
+def reading_settings(config) -> dict:
     """The settings that the tensors mean nothing without, another method's too."""
     methods = [word for word in torch_layout.METHODS if word and config.get(word)]
     return {key: config.get(key) for key in (*SETTINGS, *methods)}
 
 
-# What a file says about itself, and a file of the same adapter says again.
-KEPT = ("task_type", "base_model_name_or_path")
-_said_of = weakref.WeakKeyDictionary()  # model -> the same of the file it has loaded
+# Facts about the base model, which a file of a loaded adapter states again.
+FACTS = ("task_type", "base_model_name_or_path")
+_loaded_facts = weakref.WeakKeyDictionary()  # model -> those of the file it has loaded
 
 
 def remember_file(model, config):
-    _said_of[model] = {key: config.get(key) for key in KEPT}
+    _loaded_facts[model] = {key: config.get(key) for key in FACTS}
 
 
-def said_of(model, given):
-    """What a file of the model says about itself: as given, else as it was loaded."""
+def model_facts(model, given):
+    """Returns the facts about a model that its files state: given, else as loaded."""
     for key, value in given.items():
         if not isinstance(value, (str, type(None))):
             raise ValueError(f"`{key}` must be a name. Received: {key}={value!r}.")
-    loaded = _said_of.get(model, dict.fromkeys(KEPT))
-    return {key: given[key] or loaded[key] for key in KEPT}
+    loaded = _loaded_facts.get(model, dict.fromkeys(FACTS))
+    return {key: given[key] or loaded[key] for key in FACTS}
 
 
 def settings(ranks, alphas, use_rslora, parameters=None, **others):

@@ -12,7 +12,7 @@ import numpy as np
 import safetensors
 
 from keras_lora.files import patterns
-from keras_lora.files.config import CONFIG, stated
+from keras_lora.files.config import CONFIG, reading_settings
 from keras_lora.layers import torch_layout
 from keras_lora.models import atomic
 
@@ -237,7 +237,7 @@ def checked_metadata(metadata, config, tensors):
             type(rank) is int and rank >= 0 for rank in ranks
         ):
             raise ValueError(f"{TENSORS}: slices have ranks. Received: {ranks!r}.")
-    said = stated(config)
+    said = reading_settings(config)
     for key in stored | said:
         if stored.get(key) != said.get(key):
             raise ValueError(

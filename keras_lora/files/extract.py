@@ -66,7 +66,7 @@ def extract_adapter(
     paths = sites.layer_paths(base_model)
     base = module_names(paths, names, base_model)
     tuned = module_names(sites.layer_paths(tuned_model), names, tuned_model)
-    adapters, updates, beside, errors = {}, {}, [], {}
+    adapters, updates, trained, errors = {}, {}, [], {}
     kernels = {
         id(kinds.as_site(site).frozen_kernel): module
         for module, site in base.sites.items()
@@ -78,9 +78,9 @@ def extract_adapter(
         rest = [(v, other) for v, other in changed if id(v) not in kernels]
         able = all(kinds.obstacle(base.sites[name]) is None for name in pairs)
         if not able or {v.name for v, _ in rest} - {"bias"}:
-            beside += [(module, other) for _, other in variables]  # all that it has
+            trained += [(module, other) for _, other in variables]  # all that it has
             continue
-        beside += [(module, other) for _, other in rest]
+        trained += [(module, other) for _, other in rest]
         for name, (own, other) in pairs.items():
             delta = torch_layout.to_numpy(other) - torch_layout.to_numpy(own)
             site = base.sites[name]
@@ -96,7 +96,7 @@ def extract_adapter(
             lora = base.sites[module].lora
             distribution.put(lora.a, a)
             distribution.put(lora.b, b)
-        adapter = save.adapter_of(base_model, names, beside)
+        adapter = save.adapter_of(base_model, names, trained)
     return dataclasses.replace(adapter, errors=errors)
 
 

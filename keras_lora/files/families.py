@@ -33,7 +33,7 @@ class Family(NamedTuple):
     Attributes:
         root: Where transformers' task models keep the backbone.
         is_bare: Whether the model is the backbone itself.
-        places: Path -> Place, for layers of the backbone, and for experts' weights.
+        places: Path -> Region, for layers of the backbone, and for experts' weights.
         heads: Path -> module, for layers beside it.
         renamed: What transformers 5 calls otherwise: expression -> replacement.
     """
@@ -119,11 +119,11 @@ def family(model, paths, names) -> Family:
 
 
 def expert_places(sites, places, experts) -> dict:
-    """Path -> Place, for the weights of banks of experts.
+    """Path -> Region, for the weights of banks of experts.
 
     Args:
         sites: Path -> site.
-        places: Path -> Place, for layers beside a bank, which say its number there.
+        places: Path -> Region, for layers beside a bank, which say its number there.
         experts: What the checkpoints call the experts of a layer, or None.
     """
     blocks, weights = {}, collections.defaultdict(list)
@@ -143,7 +143,7 @@ def expert_places(sites, places, experts) -> dict:
         size = parts[0][1].kernel_shape[-1]
         for index, (path, _) in enumerate(parts):
             rows = np.arange(size) + index * size
-            found[path] = Place(module, rows, total=size * len(parts))
+            found[path] = Region(module, rows, total=size * len(parts))
     return found
 
 
@@ -170,7 +170,7 @@ class Indices(np.ndarray):
         return self
 
 
-class Place(NamedTuple):
+class Region(NamedTuple):
     """The rows and columns of a module of transformers that are a layer's."""
 
     module: str
@@ -180,7 +180,7 @@ class Place(NamedTuple):
     inputs_first: bool = False  # the module keeps its weight as (in, out)
 
     def without_prefix(self, prefix):
-        return Place(self.module.removeprefix(prefix), *self[1:])
+        return Region(self.module.removeprefix(prefix), *self[1:])
 
     @property
     def is_whole(self):
@@ -189,7 +189,7 @@ class Place(NamedTuple):
 
 
 def placed_layers(backbone, family) -> dict:
-    """Path in the backbone -> Place, for the layers that are modules there."""
+    """Path in the backbone -> Region, for the layers that are modules there."""
     # Where the backbone is quantized or adapted, the kernels that the converter means
     # are not there.
     cls = type(backbone)
@@ -210,7 +210,7 @@ def placed_layers(backbone, family) -> dict:
         module, _, word = key.rpartition(".")
         if path is not None and tensors.torch_name(paths[path], variable) == word:
             placed = place_of(paths[path], variable, hook, sizes[key])
-            found[path][word] = placed and Place(module, *placed[1:])
+            found[path][word] = placed and Region(module, *placed[1:])
 
     try:
         keras_hub.ask(family, copy, count)
@@ -241,7 +241,7 @@ def agree(places):
 
 
 def place_of(layer, variable, hook, size):
-    """The Place of a variable, or None if a converter does more than cut and permute.
+    """Returns a variable's Region; None if a converter does more than cut and permute.
 
     size: of the tensor there, of which several variables may be parts.
     """
@@ -274,7 +274,7 @@ def place_of(layer, variable, hook, size):
             if not (is_choice(rows, total) and is_choice(columns, inputs)):
                 return None
             in_order = np.array_equal(columns, np.arange(inputs))
-            return Place("", rows, None if in_order else columns, total, inputs_first)
+            return Region("", rows, None if in_order else columns, total, inputs_first)
     return None
 
 
@@ -285,11 +285,11 @@ def indices(*shape):
 
 
 def whole(size):
-    return Place("", np.arange(size), total=size)
+    return Region("", np.arange(size), total=size)
 
 
 def vector_place(shape, hook, size):
-    """Returns the `Place` of a bias, a norm or a table of positions."""
+    """Returns the `Region` of a bias, a norm or a table of positions."""
     length = np.prod(shape, dtype=int)
     sources = [np.arange(size)]
     if size == length:
@@ -297,7 +297,7 @@ def vector_place(shape, hook, size):
     for source in sources:
         rows = converted(source, hook, shape)
         if rows is not None and is_choice(rows, size):
-            return Place("", rows.reshape(-1), total=int(size))
+            return Region("", rows.reshape(-1), total=int(size))
     return None
 
 

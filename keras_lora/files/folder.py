@@ -11,7 +11,7 @@ import safetensors.numpy
 
 from keras_lora.files import disk, experts, factors, other_formats
 from keras_lora.files.checked_config import checked_config, warn_of_unknown
-from keras_lora.files.config import CONFIG, stated
+from keras_lora.files.config import CONFIG, reading_settings
 from keras_lora.models import atomic
 from keras_lora.models.tables import Table
 
@@ -135,7 +135,7 @@ class Adapter(Table):
         }
         metadata = {
             "format": "pt",
-            "settings": json.dumps(stated(self.config)),
+            "settings": json.dumps(reading_settings(self.config)),
         }
         if self.slices:
             metadata["slices"] = json.dumps(self.slices)

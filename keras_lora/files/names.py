@@ -19,7 +19,7 @@ class Modules(dict):
     Attributes:
         sites: Module -> site. One that is no layer by itself stands under the module
             of its layer and the weight's name, "lstm.recurrent_kernel".
-        places: {module: Place} for layers that are not a whole module in its order.
+        places: {module: Region} for layers that are not a whole module in its order.
         inputs_first: The modules that keep their weights as (in, out).
         parameters: Module -> what PEFT calls it, for those that it adapts as a
             parameter: a router, a bank of experts.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import keras
 
 from keras_lora.files import checked_config, slices
-from keras_lora.files.config import said_of, settings
+from keras_lora.files.config import model_facts, settings
 from keras_lora.files.folder import Adapter
 from keras_lora.files.names import module_names, refuse_tied_head, refuse_unnamed
 from keras_lora.files.tensors import (
@@ -71,7 +71,7 @@ def save_adapter(
         "base_model_name_or_path": base_model_name_or_path,
     }
     adapter = adapter_of(model, names)
-    adapter.config.update(said_of(model, given))
+    adapter.config.update(model_facts(model, given))
     writes = processes.is_writer(model)
     processes.on_all(model, lambda: writes and adapter.save(directory))
 

@@ -9,8 +9,8 @@ A fused module has one A for all slices, the layers here have one each:
 Both are exact. A value for each output, DoRA's m, is joined and sliced. What was
 stacked comes apart again: the file's metadata says the ranks of the slices.
 
-Slices whose outputs are not that equal part, in that order, have a Place that says
-which they are: `places`, {name: Place}. `module[0/1]` is a module in another order.
+Slices whose outputs are not that equal part, in that order, have a Region that says
+which they are: `places`, {name: Region}. `module[0/1]` is a module in another order.
 """
 
 import re

@@ -101,8 +101,8 @@ def disabled(model: keras.layers.Layer):
 @contextlib.contextmanager
 def _disabled(model):
     sites = built_sites(model)
-    beside = [layer for layer in flatten_layers(model) if record.base_values(layer)]
-    values = [pair for layer in beside for pair in record.base_values(layer)]
+    layers = [layer for layer in flatten_layers(model) if record.base_values(layer)]
+    values = [pair for layer in layers for pair in record.base_values(layer)]
     # The stand-ins' kernels are no larger than what `merged` has made already.
     kernels = [
         (site.lora.stand_in.kernel, site.frozen_kernel)

@@ -21,7 +21,7 @@ OTHER_STARTS = (
     "The processes have found different values for A and B. Give all of them the same "
     "`data`, and for random values the same seed: `keras.utils.set_random_seed`."
 )
-METHODS = [*start_values.KERNEL_STARTS, "eva", "loftq"]
+STARTS = [*start_values.KERNEL_STARTS, "eva", "loftq"]
 
 
 def initialize_lora(
@@ -123,9 +123,9 @@ def initialize_lora(
 
 
 def checked_arguments(method, data, budget):
-    if not callable(method) and method not in METHODS:
+    if not callable(method) and method not in STARTS:
         raise ValueError(
-            f"`method` must be one of {', '.join(map(repr, METHODS))} or a function of "
+            f"`method` must be one of {', '.join(map(repr, STARTS))} or a function of "
             f"a layer. Received: {method!r}."
         )
     if budget is not None:

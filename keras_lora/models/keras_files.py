@@ -33,7 +33,7 @@ register = keras.saving.register_keras_serializable("keras_lora", "Adapted")
 
 @keras.saving.register_keras_serializable("keras_lora", "AdaptedModel")  # old files
 @register
-class Adapted(Rematerialized):
+class Carrier(Rematerialized):
     """Mixin before the class of what holds adapted layers."""
 
     plain_owner = None  # the class that this one extends
@@ -125,13 +125,13 @@ class Adapted(Rematerialized):
         super().save_own_variables(TrainedValues(store))
         if presets.is_saved_as_plain(self):
             return
-        for name, (layer, index) in record.base_names(self, Adapted).items():
+        for name, (layer, index) in record.base_names(self, Carrier).items():
             if record.record_of(layer).base[index] is not None:
                 store[name] = record.record_of(layer).base[index]
 
     def load_own_variables(self, store):
         values = {name: store[name] for name in store.keys()}  # noqa: SIM118
-        for name, (layer, index) in record.base_names(self, Adapted).items():
+        for name, (layer, index) in record.base_names(self, Carrier).items():
             record.set_base(layer, index, values.get(name))
         others = [name for name in values if not name.startswith(record.BASE)]
         super().load_own_variables({name: values[name] for name in others})
@@ -163,12 +163,12 @@ def adapted_class(cls):
     for method in (save, presets.save_to_preset, make_train_function):
         if hasattr(cls, method.__name__):
             own[method.__name__] = method
-    own |= {name: kept(getattr(cls, name)) for name in LOOPS if hasattr(cls, name)}
-    adapted = type(cls.__name__, (Adapted, cls), own)
+    own |= {name: protected(getattr(cls, name)) for name in LOOPS if hasattr(cls, name)}
+    adapted = type(cls.__name__, (Carrier, cls), own)
     register(adapted)
     # The mixin again: KerasHub would take a subclass that is registered for a task of
     # its own when it looks for that of a preset.
-    register(Adapted)
+    register(Carrier)
     return adapted
 
 
@@ -178,7 +178,7 @@ LOOPS = (
 )
 
 
-def kept(loop):
+def protected(loop):
     """Wraps a method that runs a model, so that an error cannot lose its weights.
 
     What a layer refuses in its call is raised when Keras on JAX has taken them.
@@ -222,7 +222,7 @@ def carriers(model):
     Owners of adapted layers, classes made just now, what trains together with A and B.
     """
     for layer in flatten_layers(model):
-        if isinstance(layer, Adapted):
+        if isinstance(layer, Carrier):
             continue
         if isinstance(layer, LoRALayer):
             inside = parts(layer)

@@ -28,7 +28,7 @@ from keras_lora.layers import lora_layer, quantized_host, torch_layout
 from keras_lora.layers.adapter import FixedKernel
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.models import adapt
-from keras_lora.models.keras_files import Adapted
+from keras_lora.models.keras_files import Carrier
 from keras_lora.models.quantized import quantization_config, renew_policy_maps
 from keras_lora.models.record import (
     NOTHING,
@@ -362,7 +362,7 @@ def restore_models(layers, held):
     held: Ids of those that stay frozen.
     """
     for layer in layers:
-        if isinstance(layer, Adapted) and not any(
+        if isinstance(layer, Carrier) and not any(
             lora_layer.has_adapters(part) for part in flatten_layers(layer)
         ):
             classes.change_class(layer, layer.plain_owner)

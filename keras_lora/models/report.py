@@ -43,7 +43,7 @@ class Report(Table, Sequence):
 
     Attributes:
         skipped: Path -> why the layer was passed over.
-        notes: What has to be said beside the table.
+        notes: Sentences below the table.
         errors: Path -> relative errors of the kernel, before and after a "loftq".
     """
 
@@ -59,7 +59,7 @@ class Report(Table, Sequence):
         self.rows = [adapted_row(path, site) for path, site in sites.items()]
         others = {path: parameters_beside(layer) for path, layer in paths.items()}
         self.also_trained = [path for path, found in others.items() if found]
-        self.beside = sum(map(count, others.values()))
+        self.trained_beside = sum(map(count, others.values()))
         built = [site for site in sites.values() if site.lora.built]
         self.adapted = sum(
             count(s.lora.weights) if s.lora.rank is None else math.prod(s.kernel_shape)
@@ -107,7 +107,7 @@ class Report(Table, Sequence):
         lines = [
             f"{tables.counted(len(self), 'adapter')}: "
             f"{tables.counted(adapters, 'parameter')}",
-            f"Also trained: {tables.counted(self.beside, 'parameter')}{where}",
+            f"Also trained: {tables.counted(self.trained_beside, 'parameter')}{where}",
             f"Trained: {self.trained:,} of {self.total:,} "
             f"({percent(self.trained / max(self.total, 1))})",
             "Optimizer memory (two moments, float32): "

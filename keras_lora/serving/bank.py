@@ -27,7 +27,7 @@ from keras_lora.serving.export import (
 )
 from keras_lora.serving.outside import CompiledFunctions, OutsideCalls
 from keras_lora.serving.reading import read, with_rows
-from keras_lora.serving.rows import Choice
+from keras_lora.serving.rows import SlotChoice
 from keras_lora.serving.slots import Directory
 from keras_lora.serving.training import Training
 
@@ -98,7 +98,7 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
         self.model, self.capacity, self.names_given = model, capacity, names
         self.max_rank = max_rank or max(lora_ranks, default=8) or 8
         self.directory = Directory(capacity)
-        self.choice = Choice(self.directory.slot_count)
+        self.choice = SlotChoice(self.directory.slot_count)
         self.hosts = Hosts(paths, self.choice, self.directory.slot_count)
         self.__dict__["sources"] = {}  # past Keras's tracking: trainees are among them
         self.slots = []

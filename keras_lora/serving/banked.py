@@ -48,7 +48,7 @@ class BankAdapters:
         if self.choice.probe is not None:
             self.choice.probe.record(self, inputs)
             return host.frozen_linear(inputs)
-        chosen = self.choice.now().for_layer(self, ops.shape(inputs)[0])
+        chosen = self.choice.current().for_layer(self, ops.shape(inputs)[0])
         slots = self.slots
         if training:
             slots = WithTrainees(host, self, trainees)

@@ -13,7 +13,7 @@ from keras import ops
 from keras_lora.keras_internals import calls, distribution
 from keras_lora.serving import export, rows
 from keras_lora.serving.banked import Hosts
-from keras_lora.serving.rows import Choice
+from keras_lora.serving.rows import SlotChoice
 from keras_lora.serving.slots import (
     SLOTS,
     Directory,
@@ -192,7 +192,7 @@ class Calls:
 
     model: keras.Model
     directory: Directory
-    choice: Choice
+    choice: SlotChoice
     hosts: Hosts
     running: Running
 

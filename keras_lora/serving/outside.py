@@ -14,7 +14,7 @@ from keras_lora.keras_internals.calls import (
 )
 from keras_lora.serving.banked import Banked, Hosts
 from keras_lora.serving.calls import LOOPS, Running, needs_all
-from keras_lora.serving.rows import Choice
+from keras_lora.serving.rows import SlotChoice
 from keras_lora.serving.slots import Directory
 
 TRAINING = ("fit", "train_on_batch")
@@ -26,7 +26,7 @@ class OutsideCalls:
 
     model: keras.Model
     directory: Directory
-    choice: Choice
+    choice: SlotChoice
     hosts: Hosts
     running: Running
     _row_names: Sequence | None

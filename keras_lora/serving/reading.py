@@ -130,14 +130,14 @@ class Reading:
         parts: Path -> Part, of the layers that the adapter changes.
         adapted: Module -> view, of those that have factors.
         modules: Module -> layer, of all, with what is known of them.
-        beside: [(module, layer, variable, own)] of what trained with the factors:
+        trained: [(module, layer, variable, own)] of what trained with the factors:
             the layer's, and the part's in its place, None where rows share it.
     """
 
     parts: dict
     adapted: dict
     modules: dict
-    beside: list
+    trained: list
 
 
 def as_host(layer):
@@ -271,7 +271,7 @@ def add_others(reading, pairs, layers, path_of):
             part.kernel = own
         elif not np.array_equal(torch_layout.to_numpy(variable), value):
             raise ValueError(unable(path, layer, variable))
-        reading.beside.append((module, layer, variable, own))
+        reading.trained.append((module, layer, variable, own))
         if own is not None:
             reading.parts[path] = part
 

@@ -105,7 +105,7 @@ def assert_equal(size, rows, name):
         tf.debugging.assert_equal(size, rows, message)
 
 
-class Choice(keras.layers.Layer):
+class SlotChoice(keras.layers.Layer):
     """Answers the layers of a bank which slots the rows of this call use.
 
     While the bank is called, those of its ids: a value of the thread that calls or
@@ -143,7 +143,7 @@ class Choice(keras.layers.Layer):
                 self._of[count] = self.slots_variable((count,), f"rows_{count}")
         self.rows = None if count is None else self._of[count]
 
-    def now(self):
+    def current(self):
         slots = getattr(self._local, "slots", None)
         if slots is None:
             slots = self.rows

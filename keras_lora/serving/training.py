@@ -38,7 +38,7 @@ class Trainee(keras.layers.Layer):
         self.adapter_name = adapter_name
         # Past Keras's tracking: views of the model's layers are none of it.
         vars(self).update(parts=reading.parts, reading=reading)
-        vars(self)["said"] = {key: adapter.config.get(key) for key in config.KEPT}
+        vars(self)["said"] = {key: adapter.config.get(key) for key in config.FACTS}
         self.loras = [p.lora for p in reading.parts.values() if p.lora is not None]
         self.others = [
             variable
@@ -57,7 +57,7 @@ class Trainee(keras.layers.Layer):
 
     def refuse_shared(self, reading):
         """Raises ValueError for what the adapter trains and rows of one batch share."""
-        for module, layer, variable, own in reading.beside:
+        for module, layer, variable, own in reading.trained:
             if own is None:
                 raise ValueError(
                     f"The adapter {self.adapter_name!r} trains {variable.name!r} of "
@@ -68,7 +68,7 @@ class Trainee(keras.layers.Layer):
     def read(self) -> Adapter:
         """The adapter as it is now."""
         reading = self.reading
-        trained = [(module, own) for module, *_, own in reading.beside]
+        trained = [(module, own) for module, *_, own in reading.trained]
         adapter = save.adapter_from(reading.modules, reading.adapted, trained)
         adapter.config.update(self.said)
         return adapter
@@ -218,7 +218,7 @@ class Training:
 
     def train_on_batch(self, x, *args, **kwargs):
         """Trains as `keras.Model.train_on_batch`; x as in `fit`."""
-        self._train(self._named_in(x), beside=True)
+        self._train(self._named_in(x), keep=True)
         with self._training("train_on_batch"), self._model_frozen():
             found = super().train_on_batch(x, *args, **kwargs)
         self.write_back()
@@ -251,8 +251,8 @@ class Training:
             )
         return names
 
-    def _train(self, names, beside=False):
-        """Makes trainees of adapters; beside: those that are there stay."""
+    def _train(self, names, keep=False):
+        """Makes trainees of adapters; keep: whether the present ones stay."""
         if not self.compiled:
             raise ValueError("Call `bank.compile(optimizer, loss)` before it trains.")
         if not names:
@@ -264,7 +264,7 @@ class Training:
                     "rows together, so the adapters cannot be trained separately."
                 )
         now = {} if self.trainees is None else self.trainees_by_name()
-        if beside:
+        if keep:
             names = [*now, *(name for name in names if name not in now)]
         id_of = self.directory.id_of
         with distribution.own_strategy(self.model):
