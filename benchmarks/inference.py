@@ -4,6 +4,7 @@ import tempfile
 from pathlib import Path
 
 import keras
+import keras_hub
 import numpy as np
 import tensorflow as tf
 
@@ -12,9 +13,9 @@ from benchmarks.networks import normal
 from benchmarks.timing import ratios
 
 
-def compiled_call(layer, inputs):
+def compiled_call(layer, inputs, jit=False):
     x = tf.constant(inputs)
-    call = tf.function(lambda x: layer(x, training=False))
+    call = tf.function(lambda x: layer(x, training=False), jit_compile=jit)
     call(x), call(x)
     return lambda: call(x).numpy()
 
@@ -65,8 +66,52 @@ def dense(network, arguments, rounds):
     return found | ratios(exports, "plain, exported", rounds, inner)
 
 
+def generation(network, arguments, rounds):
+    """Time for a text of a small GPT-2 of random weights, whose Dense layers adapt."""
+    texts, jit = arguments
+    length, prompt, vocabulary = 48, 16, 4096
+    ids = np.random.default_rng(0).integers(0, vocabulary, (texts, length), "int32")
+    inputs = {
+        "token_ids": ids,
+        "padding_mask": np.repeat([np.arange(length) < prompt], texts, axis=0),
+    }
+
+    def model():
+        backbone = keras_hub.models.GPT2Backbone(
+            vocabulary_size=vocabulary,
+            num_layers=4,
+            num_heads=12,
+            hidden_dim=768,
+            intermediate_dim=3072,
+            max_sequence_length=length,
+        )
+        model = keras_hub.models.GPT2CausalLM(backbone)
+        model.compile(sampler="greedy", jit_compile=jit)
+        return model
+
+    def adapted():
+        lm = model()
+        keras_lora.apply_lora(lm, rank=8)
+        return lm
+
+    models = {
+        "plain model": model(),
+        "control": model(),
+        "inside merged()": adapted(),
+        "outside": adapted(),
+    }
+    with keras_lora.merged(models["inside merged()"]):
+        calls = {
+            name: lambda lm=lm: lm.generate(inputs, stop_token_ids=None)
+            for name, lm in models.items()
+        }
+        for call in calls.values():
+            call(), call()
+        return ratios(calls, "plain model", rounds)
+
+
 def embedding(network, arguments, rounds, width=256, batch=64, length=32):
-    vocabulary, rank = arguments
+    vocabulary, rank, *jit = arguments
     ids = np.random.default_rng(0).integers(0, vocabulary, (batch, length), "int32")
     layers = {
         "plain layer": keras.layers.Embedding(vocabulary, width),
@@ -81,7 +126,7 @@ def embedding(network, arguments, rounds, width=256, batch=64, length=32):
         builtin.enable_lora(rank)
         layers["Keras enable_lora"] = builtin
     calls = {  # the plain layer takes no `training`
-        name: compiled_call(lambda x, training, layer=layer: layer(x), ids)
+        name: compiled_call(lambda x, training, layer=layer: layer(x), ids, *jit)
         for name, layer in layers.items()
     }
     return ratios(calls, "plain layer", rounds, inner=5)
