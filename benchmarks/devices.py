@@ -48,13 +48,8 @@ def share(variable) -> int:
     import keras
 
     layout = keras.distribution.distribution().get_variable_layout(variable)
-    axes = tuple(layout.axes) or (None,) * len(variable.shape)
-    mesh = layout.device_mesh
-    parts = dict(zip(mesh.axis_names, mesh.shape, strict=True))
-    shape = [
-        math.ceil(size / parts.get(axis, 1))
-        for size, axis in zip(variable.shape, axes, strict=True)
-    ]
+    sharding = getattr(layout, "backend_layout", layout)  # JAX's, in Keras 3.12
+    shape = sharding.shard_shape(tuple(variable.shape))
     return math.prod(shape) * variable.value.dtype.itemsize
 
 

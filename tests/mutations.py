@@ -1277,11 +1277,6 @@ FAULTS = {
     "keras_internals/processes.py": [
         ("if known.setdefault(key, text) != text:", "if False:", WORKERS),
         ('if other["kind"] is not None:', "if False:", WORKERS),
-        (
-            "    if is_shared(model):\n        exchange(",
-            "    if False:\n        exchange(",
-            WORKERS,
-        ),
     ],
     "keras_internals/distribution.py": [
         (

@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+from concurrent import futures
 from pathlib import Path
 
 PAGE = Path(__file__).parents[1] / "docs/guides/devices.md"
@@ -50,6 +51,17 @@ def finish(process, seconds=300):
     output, errors = process.communicate(timeout=seconds)
     assert process.returncode == 0, errors[-2000:]
     return json.loads(output.splitlines()[-1])
+
+
+def finish_all(processes, seconds=300):
+    """What processes that wait for each other print; none waits for one that failed."""
+    with futures.ThreadPoolExecutor(len(processes)) as pool:
+        found = [pool.submit(finish, process, seconds) for process in processes]
+        done, _ = futures.wait(found, return_when=futures.FIRST_EXCEPTION)
+        failed = [future for future in done if future.exception()]
+        for process in processes:
+            process.kill()
+    return [future.result() for future in failed or found]
 
 
 def script_of_the_guide(word):

@@ -5,7 +5,7 @@ import json
 import keras
 import numpy as np
 import pytest
-from processes import finish, free_ports, run, script_of_the_guide, start
+from processes import finish, finish_all, free_ports, run, script_of_the_guide, start
 
 import keras_lora
 
@@ -43,7 +43,7 @@ print(json.dumps([one, several]))
 # folder, and which strategy. Keras's `fit` does not take that of several workers; its
 # `train_step` does, in a loop.
 OUTSIDE = """
-import contextlib, json, os, sys, time
+import contextlib, json, os, sys
 import tensorflow as tf
 from keras_lora.keras_internals import processes
 top, kind = sys.argv[1].split()
@@ -192,13 +192,6 @@ def errors():
     said("other files", lambda: keras_lora.load_adapter(model, own))
     keras.utils.set_random_seed(index)
     said("other seeds", lambda: keras_lora.initialize_lora(model, "orthogonal"))
-    mark = os.path.join(folder, "alone")
-    if index == 1:  # the last, as nothing meets after it
-        processes.MEETING_SECONDS = 2
-        said("alone", lambda: keras_lora.merge_lora(model))
-        open(mark, "w").close()
-    while not os.path.exists(mark):
-        time.sleep(0.05)
     return found
 results = {"calls": calls()}
 if workers:
@@ -466,12 +459,7 @@ def test_two_workers(tmp_path, one_device):
         start(OUTSIDE, f"{tmp_path} workers", TF_CONFIG=config)
         for config in worker_settings()
     ]
-    try:
-        results = [finish(process) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-            process.communicate()
+    results = finish_all(started)
     for found in results:
         assert_equal_calls(found["calls"], one_device)
         assert "different files" in found["errors"]["other files"][1]
@@ -480,8 +468,6 @@ def test_two_workers(tmp_path, one_device):
     assert second["seen by one"][0] == "FileNotFoundError"
     assert first["seen by one"][0] == "OSError"
     assert "Process 1" in first["seen by one"][1]
-    assert second["alone"][0] == "RuntimeError"
-    assert "all of them have to make each call" in second["alone"][1]
 
 
 def assert_script_gives_one_loss(word, folder, environments):
@@ -490,13 +476,8 @@ def assert_script_gives_one_loss(word, folder, environments):
     program = f"import os, sys\nos.chdir(sys.argv[1])\n{script}"
     expected = run(program, str(folder))
     started = [start(program, str(folder), **own) for own in environments]
-    try:
-        for process in started:
-            np.testing.assert_allclose(finish(process), expected, rtol=1e-5)
-    finally:
-        for process in started:
-            process.kill()
-            process.communicate()
+    for found in finish_all(started):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from processes import finish, free_ports, script_of_the_guide, start
+from processes import finish_all, free_ports, script_of_the_guide, start
 
 pytestmark = [
     pytest.mark.skipif(
@@ -425,13 +425,8 @@ results["script"] = [together, loss]
         )
         for index in range(2)
     ]
-    try:
-        written = [finish(process, 600) for process in started]
-        return [json.loads(Path(path).read_text()) for path in written]
-    finally:
-        for process in started:
-            process.kill()
-            process.communicate()
+    written = finish_all(started, 600)
+    return [json.loads(Path(path).read_text()) for path in written]
 
 
 def assert_close(several, one):

@@ -42,7 +42,7 @@ def load_adapter(
     Heads and biases that trained with another adapter, and that this file does not
     have, get back the values from before that training.
 
-    If the model is distributed over several processes of JAX, all of them must make
+    If the model is distributed over several processes, all of them must make
     this call, and read the same files.
 
     Args:

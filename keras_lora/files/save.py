@@ -37,7 +37,7 @@ def save_adapter(
     them; PEFT loads them into every model that it can adapt. A save that is interrupted
     leaves the old adapter or the new one.
 
-    If the model is distributed over several processes of JAX, all of them must make
+    If the model is distributed over several processes, all of them must make
     this call: the first one writes, and the others return once it has.
 
     Args:

@@ -31,8 +31,8 @@ def export(
     run once on zeros if its runtime is installed (TensorFlow, onnxruntime, OpenVINO or
     torch), but not if `target_spec` describes another runtime of LiteRT.
 
-    Where the model lies over several processes of JAX, all of them call: the first
-    writes, and its host holds the whole merged model meanwhile.
+    Where the model lies over several processes, all of them call, and the first
+    writes. On JAX its host holds the whole merged model meanwhile.
 
     Args:
         model: A Keras model that holds LoRA layers.
