@@ -134,7 +134,8 @@ def compiled_without_xla():
 def with_rows(outputs, chosen, rows):
     """Outputs of a lookup in which rows stand where they are chosen.
 
-    Only what is chosen is touched; a product over all outputs reads them once more.
+    Only what is chosen is touched, and the outputs are changed where they lie: an
+    update by `tensor_scatter_nd_update` copies them first.
 
     Args:
         outputs: Of shape (..., dim).
@@ -148,7 +149,10 @@ def with_rows(outputs, chosen, rows):
     places = tf.where(chosen)[:, 0]
     # A product, whose gradient is no sparse one as that of a lookup.
     own = tf.matmul(tf.cast(tf.gather(chosen, places), rows.dtype), rows)
-    flat = tf.tensor_scatter_nd_update(flat, places[:, None], own)
+    for more in (-tf.gather(flat, places), own):  # of W's row nothing is left
+        flat = tf.raw_ops.ScatterNdNonAliasingAdd(
+            input=flat, indices=places[:, None], updates=more
+        )
     return tf.reshape(flat, tf.shape(outputs))
 
 
