@@ -4,7 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lora.keras_internals import calls
+from keras_lora.keras_internals import calls, distribution
 from keras_lora.layers import settings
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.torch_layout import TokenRowsFiles
@@ -52,6 +52,12 @@ class TokenRows(TokenRowsFiles, LowRankAdapter):
             (len(self.indices), kernel.shape[1 - self.axis]),
             lambda shape, dtype: self.own_rows(read_kernel(self.variable_dtype)),
         )
+
+    def shard_factors(self, layout):
+        """Rows lie as those of the table do."""
+        axes = [None, layout.axes[1 - self.axis]]
+        if any(axes):
+            distribution.lay_out(self.rows, axes, layout)
 
     def own_rows(self, kernel):
         """Returns the rows as the frozen table has them."""
