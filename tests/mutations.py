@@ -635,6 +635,16 @@ FAULTS = {
     ],
     "files/combine.py": [
         (
+            "if list(found) != list(ids):",
+            "if False:",
+            "test_token_rows.py -k combined",
+        ),
+        (
+            "**{checked_config.KEYWORD: ids},",
+            "",
+            "test_token_rows.py -k combined",
+        ),
+        (
             "weight * found.scaling / first.scaling for",
             "weight * found.scaling for",
             "test_combining.py -k exact",
@@ -970,6 +980,11 @@ FAULTS = {
         ),
     ],
     "models/choose.py": [
+        (
+            "while owner and paths.get(owner, layer) is layer:",
+            "while owner and owner not in paths:",
+            "test_every_weight.py -k calls_itself",
+        ),
         (
             "if id(layer) in heads or is_bias(site):",
             "if id(layer) in heads:",
@@ -1427,6 +1442,11 @@ FAULTS = {
         ),
     ],
     "layers/token_rows.py": [
+        (
+            "for more in (-tf.gather(flat, places), own):",
+            "for more in (own,):",
+            "test_token_rows.py -k touches_what_is_chosen",
+        ),
         (
             "own = tf.matmul(tf.cast(tf.gather(chosen, places), rows.dtype), rows)",
             "own = tf.repeat(rows[:1], tf.shape(places)[0], axis=0)",

@@ -403,6 +403,83 @@ assert spec(odd.layers[1].lora.b) == (None, None)
 print(json.dumps([]))
 """
 
+# A cell's kernels, stacks of experts and rows of a table: the factors lie as the axes
+# of their kernel do, and W + delta as W.
+EVERY_WEIGHT = """
+import json
+import keras_hub
+sizes = dict(vocabulary_size=8, num_layers=1, num_query_heads=2,
+    num_key_value_heads=2, hidden_dim=4, intermediate_dim=4, moe_intermediate_dim=4,
+    shared_expert_intermediate_dim=4, num_experts=4, top_k=2)
+backbone = keras_hub.models.QwenMoeBackbone(**sizes)
+experts = [
+    x for x in backbone._flatten_layers() if type(x).__name__ == "QwenMoeExperts"
+]
+GATE, OUTPUT = (f"expert_feedforward_{x}_dense" for x in ("gate", "output"))
+class Mixture(keras.layers.Layer):
+    def build(self, input_shape):
+        self.bank = type(experts[0])(4, 48, 8, name="bank")
+        self.bank.build(input_shape)
+        self.built = True
+    def call(self, inputs):
+        return keras.ops.sum(self.bank(inputs), axis=0)
+def network():
+    keras.utils.set_random_seed(0)
+    ids = keras.Input((5,), dtype="int32")
+    x = keras.layers.Embedding(16, 8, name="table")(ids)
+    x = keras.layers.LSTM(8, return_sequences=True, name="lstm")(x)
+    x = keras.layers.Conv1DTranspose(8, 2, name="up")(x)
+    x = Mixture(name="mixture")(keras.layers.Reshape((48,))(x))
+    model = keras.Model(ids, keras.layers.Dense(2, name="head")(x))
+    keras_lora.apply_lora(
+        model, rank=2, target=["lstm", "up", "mixture/bank"],
+        trainable_token_indices=[3, 9],
+    )
+    random = np.random.default_rng(1)
+    for variable in model.trainable_variables:
+        variable.assign(variable + 0.1 * random.standard_normal(variable.shape))
+    model.compile("sgd", "mse")
+    ids = random.integers(0, 16, (8, 5))
+    ids[:, 0] = 3
+    targets = random.standard_normal((8, 2), "float32")
+    found = model.fit(ids, targets, epochs=2, batch_size=8, verbose=0).history["loss"]
+    return model, found, model.predict(ids, verbose=0)
+def spec(value):
+    found = tuple(value.sharding.spec)
+    return found + (None,) * (value.ndim - len(found))
+_, one, outputs = network()
+mesh = keras.distribution.DeviceMesh(
+    (1, 4), ["batch", "model"], keras.distribution.list_devices("cpu")
+)
+layouts = keras.distribution.LayoutMap(mesh)
+layouts["lstm/.*kernel"] = (None, "model")
+layouts["up/kernel"] = (None, "model", None)
+layouts["mixture/bank/expert.*"] = ("model", None, None)
+layouts["table/embeddings"] = (None, "model")
+keras.distribution.set_distribution(
+    keras.distribution.ModelParallel(layout_map=layouts, batch_dim_name="batch")
+)
+model, several, found = network()
+np.testing.assert_allclose(several, one, rtol=1e-5)
+np.testing.assert_allclose(found, outputs, rtol=1e-4, atol=1e-5)
+cut, stack = (None, "model"), ("model", None, None)
+expected = {
+    "table": [cut],
+    "lstm/kernel": [(None, None), cut],
+    "lstm/recurrent_kernel": [(None, None), cut],
+    "up": [(None, None), (None, None, "model")],
+    f"mixture/bank/{GATE}": [stack, stack],
+    f"mixture/bank/{OUTPUT}": [stack, stack],
+}
+found = {}
+for row in keras_lora.summary(model):
+    site = row.layer.sites()[row.weight]
+    found[row.path] = [spec(x.value) for x in site.lora.named_factors().values()]
+    assert spec(site.merged_kernel("float32")) == spec(site.frozen_kernel.value)
+assert found == expected, found
+print(json.dumps([]))
+"""
+
 
 @pytest.mark.slow
 @pytest.mark.skipif(
@@ -535,6 +612,11 @@ def test_factors_lie_as_their_kernels_do(tmp_path):
 @on_jax
 def test_tables_and_lengths_lie_as_their_kernels_do():
     run(TABLES, "", XLA_FLAGS=EIGHT_DEVICES)
+
+
+@on_jax
+def test_factors_of_every_weight_lie_as_their_kernels_do():
+    run(EVERY_WEIGHT, "", XLA_FLAGS="--xla_force_host_platform_device_count=4")
 
 
 @on_jax

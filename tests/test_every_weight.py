@@ -246,6 +246,29 @@ def test_a_rule_for_a_layer_means_the_weights_of_what_it_runs():
     assert [row.rank for row in report] == [1, 2, 1, 2, 3, 3]
 
 
+def test_a_layer_whose_wrapper_calls_itself_is_adapted():
+    """TimeDistributed runs the call of the layer inside, and not the layer."""
+    model = keras.Sequential(
+        [
+            keras.Input((2, 5, 3)),
+            L.TimeDistributed(L.LSTM(4, name="inner"), name="each"),
+            L.Dense(2),
+        ]
+    )
+    x = np.random.default_rng(1).standard_normal((3, 2, 5, 3)).astype("float32")
+    before = to_numpy(model(x))  # the cell is called by it, and the layer is not
+    report = keras_lora.apply_lora(model, rank=2)
+    assert [row.path for row in report] == [
+        f"each/inner/{name}" for name in ("kernel", "recurrent_kernel")
+    ]
+    assert not report.skipped
+    filled(model)
+    expected = to_numpy(model(x))
+    assert np.abs(expected - before).max() > 1e-3
+    keras_lora.merge_lora(model)
+    assert_close(model(x), expected, 1e-6)
+
+
 @pytest.mark.filterwarnings("ignore:.*support masking")  # the coming Keras's own
 def test_masks_states_and_sequences():
     keras.utils.set_random_seed(6)

@@ -122,7 +122,8 @@ def test_a_compiled_step_touches_what_is_chosen(xla):
     for place, index in enumerate(IDS):
         assert_close(gradient[place], weights[index == X].sum(axis=0))
     kinds = {op.type for op in step.get_concrete_function().graph.get_operations()}
-    assert ("TensorScatterUpdate" in kinds) == (not xla)
+    assert ("ScatterNdNonAliasingAdd" in kinds) == (not xla)
+    assert "TensorScatterUpdate" not in kinds  # which copies all outputs
     with keras_lora.disabled(model):
         assert_equal_bits(step(X)[0], to_numpy(layer.embeddings)[X])
 
@@ -365,3 +366,50 @@ def test_a_file_whose_parts_disagree(tmp_path):
     wide = {key: np.zeros((3, 7), "float32")}
     with pytest.raises(ValueError, match=r"shape \(3, 7\).*needs \(3, 6\)"):
         keras_lora.load_adapter(untied(), keras_lora.Adapter(wide, found.config))
+
+
+def test_rows_are_combined_as_what_trained_in_full_is(tmp_path):
+    def adapter(seed, ids):
+        model = untied()
+        keras_lora.apply_lora(
+            model, rank=2, target=["head"], trainable_token_indices={"table": ids}
+        )
+        fill(model.get_layer("head").lora.b, seed)
+        fill(model.get_layer("table").lora.rows, seed + 1)
+        keras_lora.save_adapter(model, tmp_path / f"{seed}")
+        return model, tmp_path / f"{seed}"
+
+    (one, first), (two, second), (_, other) = (
+        adapter(seed, ids) for seed, ids in ((1, IDS), (2, IDS), (3, IDS[::-1]))
+    )
+    with pytest.raises(ValueError, match=r"'table.*' in full.*average"):
+        keras_lora.combine_adapters([first, second])
+    with pytest.raises(ValueError, match="different rows of 'table'"):
+        keras_lora.combine_adapters([first, other], heads="average")
+    rows = [to_numpy(model.get_layer("table").lora.rows) for model in (one, two)]
+    for heads, expected in (("average", sum(rows) / 2), (1, rows[1])):
+        both = keras_lora.combine_adapters([first, second], [0.5, 2], heads=heads)
+        model = untied()
+        keras_lora.load_adapter(model, both)
+        lora = model.get_layer("table").lora
+        assert lora.indices == tuple(IDS)
+        assert_close(lora.rows, expected, 1e-6)
+        deltas = [to_numpy(x.get_layer("head").lora.delta()) for x in (one, two)]
+        expected = 0.5 * deltas[0] + 2 * deltas[1]
+        assert_close(model.get_layer("head").lora.delta(), expected)
+    assert "3 rows of table" in str(both)
+    for source in (first, one):
+        report = keras_lora.analyze(source)
+        assert [row.path for row in report] == ["head"]
+        assert "Without table, of which single rows train." in str(report)
+
+
+def test_adapters_of_rows_alone_are_combined(tmp_path):
+    model = untied()
+    keras_lora.apply_lora(model, target=None, trainable_token_indices={"table": IDS})
+    fill(model.get_layer("table").lora.rows, 1)
+    keras_lora.save_adapter(model, tmp_path / "rows")
+    loaded = untied()
+    both = keras_lora.combine_adapters([tmp_path / "rows"] * 2)  # and no warning
+    keras_lora.load_adapter(loaded, both)
+    assert_equal_bits(loaded(X), to_numpy(model(X)))

@@ -138,7 +138,8 @@ def of_adapter(adapter, name):
         for module in tables.in_order(file.factors)
         for found in [file.factors[module]]
     ]
-    return Analysis(name, rows, notes_of([torch_layout.method_in(file.method)]))
+    notes = notes_of([torch_layout.method_in(file.method)])
+    return Analysis(name, rows, [*notes, *notes_of_tables(file.rows)])
 
 
 def of_model(model):
@@ -146,14 +147,16 @@ def of_model(model):
     from keras_lora.models import sites
 
     sites.checked_sites(model)
-    rows, methods = [], []
+    rows, methods, trained = [], [], []
     for path, site in sites.site_paths(sites.layer_paths(model)).items():
-        if lora_layer.is_adapted(site):
+        if lora_layer.is_adapted(site) and site.lora.rank is None:
+            trained.append(path)
+        elif lora_layer.is_adapted(site):
             kernel = torch_layout.to_numpy(site.base_kernel(site.lora.variable_dtype))
             norm, pair = np.linalg.norm(kernel), matrices(site)
             rows.append(update(path, site.lora.rank, *pair, kernel=norm))
             methods.append(type(site.lora))
-    return Analysis(model.name, rows, notes_of(methods))
+    return Analysis(model.name, rows, [*notes_of(methods), *notes_of_tables(trained)])
 
 
 def matrices(site):
@@ -180,6 +183,12 @@ def notes_of(methods) -> list:
         for method in dict.fromkeys(methods)
         if method.beside_update
     ]
+
+
+def notes_of_tables(paths) -> list:
+    """A note on tables of which some rows train, which are no low-rank update."""
+    names = tables.listed(list(paths))
+    return [f"Without {names}, of which single rows train."] if paths else []
 
 
 def update(path, rank, left, right, scaling=1.0, kernel=None):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from keras_lora.files import analyze, experts, factors
+from keras_lora.files import analyze, checked_config, experts, factors
 from keras_lora.files.config import FACTS, settings
 from keras_lora.files.folder import Adapter
 from keras_lora.files.slices import fuse
@@ -42,10 +42,10 @@ def combine_adapters(
         energy: Number in (0, 1] instead of `rank`: each module gets the lowest rank
             that keeps this share of the squares of its update's singular values
             (`analyze` shows them); its error is at most sqrt(1 - energy).
-        heads: What to make of heads and biases that several adapters have trained in
-            full, to other values: "average" is their mean; a place in `adapters`, or
-            the name of a folder there, keeps those of that one. The default is an
-            error.
+        heads: What to make of heads, biases and rows of a table that several adapters
+            have trained in full, to other values: "average" is their mean; a place in
+            `adapters`, or the name of a folder there, keeps those of that one. The
+            default is an error.
 
     Returns:
         An `Adapter`: `.save(directory)` writes it, and `load_adapter(model, adapter)`
@@ -55,7 +55,7 @@ def combine_adapters(
         ValueError: If there is no adapter, the weights do not fit, `rank` and
             `energy` are both given, factors of one module have other shapes or are no
             matrices, several adapters trained the same layer in full and `heads` does
-            not decide, or one has DoRA's magnitudes.
+            not decide, or different rows of one table, or one has DoRA's magnitudes.
         OSError: If a file cannot be read.
 
     Examples:
@@ -73,7 +73,7 @@ def combine_adapters(
     slots = factors.slots_of(opened)
     files = [factors.factors_of(adapter, slots) for adapter in opened]
     refuse_methods(files)
-    modules = [module for file in files for module in file.factors]
+    modules = [m for file in files for m in (*file.factors, *file.rows)]
     if len(files) > 1 and len(set(modules)) == len(modules):
         warn_caller(
             "The adapters have no module in common. The result fits a model that has "
@@ -118,6 +118,7 @@ def combine_adapters(
             alphas[module] = alpha_at(len(a), first.alpha, first.rank, use_rslora)
     slices = fuse(tensors, ranks, alphas, use_rslora)
     tensors |= in_full(files, heads)
+    ids = {m: list(own) for file in files for m, (own, _) in file.rows.items()}
     bias = max((file.bias for file in files), key=BIASES.index)
     said = {key: {x.config.get(key) for x in opened} for key in FACTS}
     config = settings(
@@ -132,6 +133,7 @@ def combine_adapters(
             ranks, {x for f in files for x in f.config["target_parameters"]}
         ),
         **{key: found.pop() for key, found in said.items() if len(found) == 1},
+        **{checked_config.KEYWORD: ids},
     )
     return Adapter(tensors, config, slices, errors)
 
@@ -199,8 +201,9 @@ def checked_limit(rank, energy):
 def in_full(files, heads) -> dict:
     """Key -> what trained in full, where the adapters agree or `heads` decides."""
     tensors = {}
-    for key in dict.fromkeys(key for file in files for key in file.others):
-        values = {n: x.others[key] for n, x in enumerate(files) if key in x.others}
+    found = [file.others | rows_of(file, files) for file in files]
+    for key in dict.fromkeys(key for own in found for key in own):
+        values = {n: own[key] for n, own in enumerate(found) if key in own}
         tensors[key], *others = values.values()
         if all(np.array_equal(value, tensors[key]) for value in others):
             continue
@@ -220,6 +223,21 @@ def in_full(files, heads) -> dict:
             mean = np.mean(list(values.values()), axis=0, dtype="float64")
             tensors[key] = mean.astype(tensors[key].dtype)
     return tensors
+
+
+def rows_of(file, files) -> dict:
+    """Key -> the rows of a table that a file trains, the same ones in all files."""
+    for module, (ids, _) in file.rows.items():
+        for other in files:
+            found, _ = other.rows.get(module, (ids, None))
+            if list(found) != list(ids):
+                raise ValueError(
+                    f"The adapters train different rows of {module!r}: {list(ids)} and "
+                    f"{list(found)}. Only adapters that train the same rows, in the "
+                    "same order, can be combined."
+                )
+    suffix = checked_config.SUFFIX
+    return {module + suffix: rows for module, (_, rows) in file.rows.items()}
 
 
 def checked_heads(heads, adapters):

@@ -255,6 +255,10 @@ def totals(adapter, file):
         sizes = sum(value.size for value in file.others.values())
         names = ", ".join(tables.in_order(file.others))
         lines.append(f"In full, {tables.counted(sizes, 'parameter')}: {names}")
+    if file.rows:
+        count = sum(len(ids) for ids, _ in file.rows.values())
+        names = ", ".join(tables.in_order(file.rows))
+        lines.append(f"{tables.counted(count, 'row')} of {names}")
     return lines
 
 

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lora.keras_internals import calls
+from keras_lora.keras_internals import calls, distribution
 from keras_lora.layers import settings
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.torch_layout import TokenRowsFiles
@@ -52,6 +52,12 @@ class TokenRows(TokenRowsFiles, LowRankAdapter):
             (len(self.indices), kernel.shape[1 - self.axis]),
             lambda shape, dtype: self.own_rows(read_kernel(self.variable_dtype)),
         )
+
+    def shard_factors(self, layout):
+        """Rows lie as those of the table do."""
+        axes = [None, layout.axes[1 - self.axis]]
+        if any(axes):
+            distribution.lay_out(self.rows, axes, layout)
 
     def own_rows(self, kernel):
         """Returns the rows as the frozen table has them."""
@@ -134,7 +140,8 @@ def compiled_without_xla():
 def with_rows(outputs, chosen, rows):
     """Outputs of a lookup in which rows stand where they are chosen.
 
-    Only what is chosen is touched; a product over all outputs reads them once more.
+    Only what is chosen is touched, and the outputs are changed where they lie: an
+    update by `tensor_scatter_nd_update` copies them first.
 
     Args:
         outputs: Of shape (..., dim).
@@ -148,7 +155,10 @@ def with_rows(outputs, chosen, rows):
     places = tf.where(chosen)[:, 0]
     # A product, whose gradient is no sparse one as that of a lookup.
     own = tf.matmul(tf.cast(tf.gather(chosen, places), rows.dtype), rows)
-    flat = tf.tensor_scatter_nd_update(flat, places[:, None], own)
+    for more in (-tf.gather(flat, places), own):  # of W's row nothing is left
+        flat = tf.raw_ops.ScatterNdNonAliasingAdd(
+            input=flat, indices=places[:, None], updates=more
+        )
     return tf.reshape(flat, tf.shape(outputs))
 
 

@@ -46,7 +46,7 @@ def choose(model, paths, target, exclude, trained):
     chosen = {}
     for path in found:
         site, layer = sites[path], kinds.layer_of(sites[path])
-        owner = owner_of(model, paths, path)
+        owner = owner_of(model, paths, path, layer)
         reason = kinds.obstacle(site) or adapt.reassignment_reason(owner)
         if reason and by_name and layer.built:
             raise ValueError(
@@ -171,10 +171,10 @@ def nothing(target, skipped):
     )
 
 
-def owner_of(model, paths, path):
-    """The layer that holds the one at a path."""
+def owner_of(model, paths, path, layer):
+    """The layer that holds a layer, itself or one of whose weights is at a path."""
     owner = path.rpartition("/")[0]
-    while owner and owner not in paths:
+    while owner and paths.get(owner, layer) is layer:
         owner = owner.rpartition("/")[0]
     return paths.get(owner, model)
 
