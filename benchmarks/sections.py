@@ -386,8 +386,8 @@ SECTIONS = [
         ],
         bars=(Bar("inside merged()", 1.1),),
         why=(
-            "Each token is a call with one row for each text. Outside of `merged()` and "
-            "without XLA, W + delta is formed anew in each."
+            "Each token is a call with one row for each text. Outside of `merged()`, "
+            "and without XLA, W + delta is formed anew in each."
         ),
     ),
     Section(
