@@ -1,4 +1,4 @@
-"""What is measured, with the bars it should meet."""
+"""The tables of the benchmarks, and the bars that they should meet."""
 
 from typing import NamedTuple
 
@@ -39,9 +39,9 @@ def stack(title, *arguments, rounds, function=training.step):
 SECTIONS = [
     Section(
         "Training step: Dense stacks",
-        "Square layers with AdamW, six of them and two at d=4096, over the floor: the "
-        "same network, frozen, without adapters. loralib and PEFT stand over torch's "
-        "own floor.",
+        "Six square layers (two at d=4096) with AdamW. The floor is the same network, "
+        "frozen and without adapters; for loralib and PEFT it is that network in "
+        "torch.",
         [
             stack(f"d={d}, {n} rows, r={r}", d, n, r, *others, rounds=k, function=f)
             for d, n, r, others, k, f in (
@@ -54,21 +54,24 @@ SECTIONS = [
             )
         ],
         bars=(
-            Bar("keras_lora", 1.15, "d=1024"),
-            Bar("keras_lora", 1.10, "d=2048"),
+            Bar("keras_lora", 1.13, "d=1024, 512 rows"),
+            Bar("keras_lora", 1.14, "d=1024, 2048 rows, r=8"),
+            Bar("keras_lora", 1.30, "r=64"),
+            Bar("keras_lora", 1.07, "d=2048"),
+            Bar("keras_lora", 1.07, "d=4096"),
             Bar("keras_lora", 1.0, over="loralib"),
             Bar("keras_lora", 1.0, over="PEFT"),
             Bar("Keras enable_lora", 1.35, over="keras_lora", least=True),
         ),
         why=(
-            "Where inputs are large, a step uses W + delta for outputs and dx, with "
-            "low-rank dA and dB: four skinny products a layer, each of which reads an "
-            "activation. Where they are small, it is the number of operations."
+            "With large inputs, a step computes outputs and dx with W + delta, and dA "
+            "and dB by four thin products in each layer, each of which reads an "
+            "activation. With small inputs, the number of operations decides."
         ),
     ),
     Section(
         "Training step: Dense stacks over sequences",
-        "The same with inputs of three axes, as transformers have them.",
+        "The same with three-axis inputs, which transformers have.",
         [
             (
                 f"d={d}, {n // length} x {length} tokens, r=8",
@@ -82,8 +85,8 @@ SECTIONS = [
     ),
     Section(
         "Training step: dropout, jit_compile, bfloat16",
-        "The same stack of d=1024 and 512 rows, r=8, where a row does not say "
-        "otherwise, each row over its own floor. `enable_lora` has no dropout.",
+        "The same stack with d=1024, 512 rows and r=8 unless the row says otherwise; "
+        "each row has its own floor. `enable_lora` has no dropout.",
         [
             stack(
                 "dropout=0.1", 1024, 512, 8, 6, 0.1, rounds=15, function=training.dense
@@ -146,7 +149,8 @@ SECTIONS = [
     ),
     Section(
         "Training step: query, key and value in one kernel",
-        "Two of three slices adapted, over the frozen layer; loralib over torch's own.",
+        "Two of three slices have adapters; the floor is the frozen layer, for "
+        "loralib in torch.",
         [("d=1024, 1024 rows, r=8", training.fused, "fused", (1024, 1024, 8), 25)],
         bars=(
             Bar("LoRAMergedDense", 1.15),
@@ -156,7 +160,8 @@ SECTIONS = [
     ),
     Section(
         "Training step: a transformer block",
-        "MultiHeadAttention and two Dense layers, all adapted, over the frozen block.",
+        "MultiHeadAttention and two Dense layers, all with adapters. The floor is the "
+        "frozen block.",
         [
             ("d=512, 8 x 64 tokens, r=8", training.step, "attention", (512, 64, 8), 25),
             (
@@ -178,11 +183,10 @@ SECTIONS = [
     ),
     Section(
         "Training step: every other weight",
-        "Recurrent layers, transposed convolutions, a bank of experts of KerasHub's, "
-        "and rows of a table (trainable_token_indices), over the same network, "
-        "frozen. PEFT adapts the same matrices by target_parameters, in the experts "
-        "of transformers' Mixtral, all of which every token goes through as in "
-        "KerasHub.",
+        "Recurrent layers, transposed convolutions, a bank of experts from KerasHub, "
+        "and rows of a table (trainable_token_indices). The floor is the same "
+        "network, frozen. PEFT adapts the same matrices of transformers' Mixtral by "
+        "target_parameters; every token goes through all experts, as in KerasHub.",
         [
             ("LSTM, 256 units, 64 steps", training.step, "recurrent", (256, 64, 8), 15),
             (
@@ -224,8 +228,8 @@ SECTIONS = [
     ),
     Section(
         "Training step: Conv2D",
-        "Three 3x3 convolutions on 8 images of 16 x 16, and a bottleneck of ResNet "
-        "with batch normalization, over the frozen network; r=8.",
+        "Three 3x3 convolutions on 8 images of 16 x 16, and a ResNet bottleneck with "
+        "batch normalization; r=8. The floor is the frozen network.",
         [
             ("64 channels", training.step, "convolution", (64, 16, 8), 25),
             ("256 channels", training.step, "convolution", (256, 16, 8), 12),
@@ -263,17 +267,17 @@ SECTIONS = [
             Bar("Keras enable_lora", 1.0, "", "keras_lora", True),
         ),
         why=(
-            "Where channels are few, a convolution to eight channels takes far longer "
-            "than its arithmetic says. So where a kernel is no larger than the "
-            "layer's inputs, one convolution with W + delta gives the outputs and dx, "
-            "and only dA and dB are low-rank; with few filters for the rank they come "
+            "On a CPU, a convolution to eight channels takes much longer than its "
+            "arithmetic suggests. So where the kernel is no larger than the layer's "
+            "inputs, one convolution with W + delta computes outputs and dx, and only "
+            "dA and dB are low-rank. With few filters for the rank, dA and dB come "
             "from the gradient of W + delta, as in `enable_lora`."
         ),
     ),
     Section(
         "Training step: DoRA and a start that is subtracted",
-        "Over the same network with LoRA; PEFT's DoRA over PEFT's LoRA. Convolutions "
-        "have no such start.",
+        "Compared with LoRA in the same network; PEFT's DoRA with PEFT's LoRA. "
+        "Convolutions have no such start.",
         [
             stack("d=1024, 1024 rows, r=8", 1024, 1024, 8, rounds=15, function=methods),
             stack("d=1024, 256 rows, r=8", 1024, 256, 8, rounds=25, function=methods),
@@ -291,9 +295,10 @@ SECTIONS = [
     ),
     Section(
         "Training step over a quantized kernel",
-        "Six layers of d=1024 with r=8, over the same with kernels in float32; "
-        "beside it Keras's own adapters over quantized kernels, and PEFT's over "
-        "integers that are dequantized in each forward pass, over PEFT's in float32.",
+        "Six layers of d=1024 with r=8, compared with the same layers over float32 "
+        "kernels. Keras's own adapters over quantized kernels are in the same table. "
+        "PEFT's adapters over integers, which are dequantized in each forward pass, "
+        "are compared with PEFT's over float32.",
         [
             (f"{rows} rows", training.quantized, "quantized", (1024, rows, 8), 12)
             for rows in (1024, 64)
@@ -301,10 +306,10 @@ SECTIONS = [
     ),
     Section(
         "Memory over a quantized kernel",
-        "Over the same in float32, d=8192, r=8. First the bytes of the frozen weights "
-        "of a layer, with scales and zeros; then what a layer more adds to the peak of "
-        "a training process (16 rows, from 1 layer to 3), in which A, B, their "
-        "optimizer and the traced operations are too.",
+        "Compared with float32, d=8192, r=8. First the bytes of a layer's frozen "
+        "weights, with scales and zeros. Then how much each additional layer adds to "
+        "the peak of a training process (16 rows, from 1 to 3 layers), including A, "
+        "B, the optimizer's state and traced operations.",
         [
             (
                 "frozen weights",
@@ -328,8 +333,8 @@ SECTIONS = [
     ),
     Section(
         "Training step: Embedding",
-        "SGD on 2048 ids of width 256, r=8, over the plain layer that trains its "
-        "table, against the size of the vocabulary.",
+        "SGD on 2048 ids of width 256, r=8, for several sizes of the vocabulary, "
+        "compared with the plain layer, which trains its table.",
         [
             (f"vocabulary={v:,}", training.step, "embedding", (v, 8), k)
             for v, k in ((1_000, 25), (50_000, 25), (1_000_000, 12))
@@ -339,8 +344,8 @@ SECTIONS = [
     ),
     Section(
         "Inference: LoRADense",
-        "One call of a 1024 x 1024 layer, r=8, over the plain layer; the exported "
-        "SavedModel over the plain layer's own.",
+        "One call of a 1024 x 1024 layer, r=8, compared with the plain layer; the "
+        "exported SavedModel is compared with that of the plain layer.",
         [
             (f"{rows} rows", inference.dense, "dense", (1024, rows, 8), 40)
             for rows in (1, 16, 128, 512, 2048)
@@ -352,7 +357,7 @@ SECTIONS = [
     ),
     Section(
         "Inference: Embedding",
-        "2048 ids of width 256, r=8, over the plain layer.",
+        "2048 ids of width 256, r=8, compared with the plain layer.",
         [
             (f"vocabulary={v:,}", inference.embedding, "embedding", (v, 8), k)
             for v, k in ((1_000, 25), (50_000, 25), (1_000_000, 12))
@@ -368,17 +373,17 @@ SECTIONS = [
         ],
         bars=(Bar("keras_lora", 1.35),),
         why=(
-            "One lookup of 2 MB becomes a lookup, a product and an addition of 2 MB "
-            "each; the whole table is never touched, so the cost does not grow with "
-            "the vocabulary but for cache misses: a row of A is one more. Where ids "
-            "are as many as a table has rows, W + delta is formed and looked up in."
+            "A lookup of 2 MB becomes a lookup, a product and an addition of 2 MB "
+            "each. The whole table is never read, so the cost grows with the "
+            "vocabulary by cache misses alone: each id also reads a row of A. With at "
+            "least as many ids as rows, W + delta is formed once and looked up."
         ),
     ),
     Section(
         "Inference: generation",
-        "A GPT-2 of KerasHub's with four layers of width 768 and random weights, r=8 "
-        "at every projection: 32 tokens for each text, greedily, over the plain "
-        "model.",
+        "KerasHub's GPT-2 with four layers of width 768 and random weights, r=8 at "
+        "every projection. It generates 32 tokens for each text, greedily; compared "
+        "with the plain model.",
         [
             ("1 text", inference.generation, "", (1, False), 7),
             ("8 texts", inference.generation, "", (8, False), 7),
@@ -386,13 +391,14 @@ SECTIONS = [
         ],
         bars=(Bar("inside merged()", 1.1),),
         why=(
-            "Each token is a call with one row for each text. Outside of `merged()`, "
-            "and without XLA, W + delta is formed anew in each."
+            "Each token is a call with one row for each text. Outside of `merged()` "
+            "and without XLA, every call forms W + delta."
         ),
     ),
     Section(
         "Peak memory of a training process",
-        "Growth over the imports, over the floor's; the median of three processes.",
+        "How much the peak grows after the imports, compared with the floor; the "
+        "median of three processes.",
         [
             (
                 "Dense d=2048, 1024 rows, r=16",
@@ -416,20 +422,19 @@ SECTIONS = [
             Bar("keras_lora", 1.0, over="Keras enable_lora"),
         ),
         why=(
-            "A stack of linear layers is the worst case: the floor needs no "
-            "activation for its backward pass, dA needs all of them. With an "
-            "activation between the layers the floor keeps them too. The convolutions' "
-            "network is small: of the 23 MB that an adapter adds in a process with an "
-            "exact allocator, 17 are there with images of 2 x 2 as well (adopting, "
-            "tracing, the operations of AdamW for six variables more); the rest are "
-            "the three inputs that dA needs."
+            "A stack of linear layers is the worst case: the floor's backward pass "
+            "needs none of the layers' inputs, and dA needs all of them. With an "
+            "activation between the layers, the floor keeps them too. The network of "
+            "convolutions is small: with an exact allocator, adapters add 23 MB, of "
+            "which 17 MB are there with images of 2 x 2 too, so that at most 6 MB are "
+            "inputs kept for dA."
         ),
     ),
     Section(
         "Memory and time of a step that computes layers once more",
-        "Of a training process with an adapter on each layer, d=512, r=8, over the "
-        "same that keeps all for the backward pass: four transformer blocks under "
-        "`keras.remat`, and six Dense layers with gelu of a `keras.RematScope`.",
+        "A training process with an adapter on each layer, d=512, r=8, compared with "
+        "one that keeps all activations: four transformer blocks under `keras.remat`, "
+        "and six Dense layers with gelu made in a `keras.RematScope`.",
         [
             ("memory, blocks, 8 x 256 tokens", memory.step, "blocks", (512, 256, 8), 3),
             ("time of the same", training.step, "blocks", (512, 256, 8), 8),
@@ -439,7 +444,8 @@ SECTIONS = [
     ),
     Section(
         "Files",
-        "An adapter over the weights of the whole model, with its adapters in it.",
+        "An adapter's files, compared with a weights file of the whole model with "
+        "adapters.",
         [
             (
                 "six Dense, d=1024, r=8",
@@ -460,8 +466,8 @@ SECTIONS = [
     Section(
         "Serving: an adapter for each row",
         "A transformer block of width 768 and a dense layer, r=8 at every projection, "
-        "over the plain model: batches in which each row has an adapter of its own, "
-        "out of 8, 64 and 256; and one adapter active for all rows.",
+        "compared with the plain model: batches in which each row uses its own "
+        "adapter out of 8, 64 or 256, and batches with one adapter for all rows.",
         [
             (title, serving.call, "", (768, rows, length, 8, jit), rounds)
             for title, rows, length, jit, rounds in (
@@ -485,8 +491,8 @@ SECTIONS = [
     ),
     Section(
         "Adopting 1,000 layers",
-        "In seconds, the best of five: making A, B and the scaling of each as bare "
-        "Keras variables, apply_lora, remove_lora and merge_lora.",
+        "Seconds, the best of five: creating A, B and the scaling of each layer as "
+        "bare Keras variables, then apply_lora, remove_lora and merge_lora.",
         [("1,000 Dense layers", files.adopting, "", (1000,), 5)],
         bars=(
             Bar("beyond the variables, s", 0.3),
