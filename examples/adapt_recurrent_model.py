@@ -1,8 +1,8 @@
-"""Adapts a recurrent network that has read English to Python's source code.
+"""Adapts a recurrent network, trained on English, to Python's source code.
 
-A GRU learns to tell the next character of Python's own documentation. Then three ways
-to teach it Python's source code, side by side: training everything, LoRA in the
-kernels of the GRU, and the last layer alone. Both texts come with Python.
+A GRU learns to predict the next character of Python's documentation. It is then adapted
+to Python's source code in three ways: training everything, LoRA on the GRU's kernels,
+and training the last layer alone. Both texts come with Python.
 
 It takes about a minute on two cores.
 
@@ -29,7 +29,8 @@ import numpy as np
 import keras_lora
 
 # %% The texts
-# Every character is one of 97: the printable ones, and one for all others.
+# Characters become numbers below 97: the printable ones, the line break, and one number
+# for all others.
 
 CHARACTERS = 97
 STEPS = 40
@@ -63,7 +64,7 @@ UNSEEN = source(["shutil", "statistics", "tarfile"])
 
 
 def network():
-    """Reads characters, and says of each place which one comes next."""
+    """Reads characters, and predicts the next one at each step."""
     return keras.Sequential(
         [
             keras.Input((STEPS,), dtype="int32"),
@@ -83,7 +84,7 @@ def train(model, text, rows, learning_rate, title):
 
 
 def bits(model, text):
-    """Bits for a character of a text: how much it surprises the network."""
+    """Cross-entropy on a text, in bits per character."""
     pieces, following = windows(text, 512, seed=2)
     logits = model.predict(pieces, batch_size=256, verbose=0)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -91,9 +92,9 @@ def bits(model, text):
 
 
 # %% Three ways
-# A rule that means the GRU means both of its kernels: `memory/kernel` and
-# `memory/recurrent_kernel`. `apply_lora` finds cells inside of RNN, Bidirectional and
-# TimeDistributed too.
+# A target that names the GRU adapts both of its kernels: `memory/kernel` and
+# `memory/recurrent_kernel`. `apply_lora` also finds cells inside RNN, Bidirectional and
+# TimeDistributed.
 
 
 def full(model):
@@ -123,7 +124,7 @@ WAYS = {
 
 
 def draw(rows, before, path):
-    """Bits for a character of unseen code against trained parameters."""
+    """Draws bits per character of unseen code against trained parameters."""
     figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
     for name, found, parameters in rows:
         axes.scatter(parameters, found, s=90, zorder=3)
@@ -142,7 +143,7 @@ def draw(rows, before, path):
         xlim=(1e4, 4e5),
         ylim=(low - 0.1 * (high - low), high + 0.2 * (high - low)),
         xlabel="trained parameters",
-        ylabel="bits for a character of unseen code",
+        ylabel="bits per character of unseen code",
     )
     figure.savefig(path, dpi=120)
     plt.close(figure)

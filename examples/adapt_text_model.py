@@ -1,9 +1,9 @@
-"""Adapts a transformer that tells Python modules from their words to other modules.
+"""Adapts a transformer that recognizes Python modules by their documentation.
 
-The text is what every Python carries: the docstrings of its standard library. A small
-transformer with `keras.layers.MultiHeadAttention` learns to name the module from a few
-words of it, for some modules; `apply_lora` then adapts that very model to modules it
-has not seen, beside training everything and the head alone.
+The texts are the docstrings of Python's standard library. A small transformer with
+`keras.layers.MultiHeadAttention` learns which of eight modules 24 words are from. It is
+then adapted to eight other modules in three ways: training everything, LoRA by
+`apply_lora`, and training the head alone.
 
 It takes less than three minutes on two cores.
 
@@ -31,8 +31,8 @@ import numpy as np
 import keras_lora
 
 # %% The task
-# Of which module of the standard library are these 24 words? Some modules are known,
-# others are to be learnt.
+# Which module of the standard library are these 24 words from? The model is trained on
+# some modules, and then adapted to others.
 
 SEEN = ["argparse", "decimal", "email.message", "logging", "socket", "unittest.case"]
 SEEN += ["datetime", "tarfile"]
@@ -42,7 +42,7 @@ WORDS, LENGTH, WIDTH, RANK = 4096, 24, 64, 4
 
 
 def docstrings(name):
-    """All words of a module's documentation, of its classes and functions too."""
+    """Returns the words of a module's docstrings, and of its classes and functions."""
     try:
         module = importlib.import_module(name)
     except ImportError:  # tkinter is left out of some installations
@@ -62,7 +62,7 @@ def docstrings(name):
 
 
 def pieces(modules):
-    """Windows of LENGTH words as ids, their labels, in a training and a test half."""
+    """Returns windows of LENGTH words as ids, and labels, to train and to test with."""
     random = np.random.default_rng(0)
     parts = {"train": ([], []), "test": ([], [])}
     for label, name in enumerate(modules):
@@ -115,7 +115,7 @@ def train(model, title, data, epochs, learning_rate):
 
 
 def start_from(pretrained):
-    """The same model; its head starts anew, the classes being others."""
+    """Returns a copy of the model with a new head, for other classes."""
     model = transformer(len(UNSEEN))
     for old, new in zip(pretrained.layers[:-1], model.layers[:-1], strict=True):
         new.set_weights(old.get_weights())
@@ -123,8 +123,8 @@ def start_from(pretrained):
 
 
 # %% Three ways to adapt it
-# `apply_lora` reaches the projections inside of attention, the dense layers and the
-# embedding of a model that exists; the head, which starts anew, trains beside them.
+# `apply_lora` adapts the projections inside attention, the dense layers and the
+# embedding of an existing model; the new head trains with them.
 
 
 def full(model):
@@ -208,7 +208,7 @@ def main(picture="adapt_text_model.png"):
     predictions = adapted.predict(unseen_test[0], verbose=0)
 
     # %% Saved and loaded
-    # The files of the adapter, onto another copy of the pretrained model.
+    # The adapter is saved, and loaded into another copy of the pretrained model.
 
     with tempfile.TemporaryDirectory() as folder:
         keras_lora.save_adapter(adapted, Path(folder, "adapter"))

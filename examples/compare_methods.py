@@ -1,8 +1,8 @@
-"""Methods side by side, each at its best learning rate: is one better than LoRA?
+"""Compares methods at several learning rates: is one better than LoRA?
 
-The tasks of the two other examples, digits and text; for every method every learning
-rate, three times with other random numbers. The picture shows accuracy on unseen data
-against the learning rate: the mean, and all that was between.
+The tasks are the digits and the text of the other examples. Every method trains with
+every learning rate and three seeds. The picture shows accuracy on unseen data against
+the learning rate: the mean, and the range over the seeds.
 
     python examples/compare_methods.py             half an hour on two cores
     python examples/compare_methods.py --quick     one rate and seed; writes no picture

@@ -31,7 +31,7 @@ import keras_lora
 from keras_lora import LoRADense
 
 # %% The task
-# The digits 0-4 are known; 5-9 are to be learnt, from some 600 small images.
+# The network knows the digits 0-4, and learns 5-9 from some 600 small images.
 
 HIDDEN = (512, 64)
 RANK = 4
@@ -60,7 +60,7 @@ def digits(classes):
 
 
 # %% The network
-# `LoRADense` takes all that `Dense` takes, and a rank. Its kernel is frozen.
+# `LoRADense` takes the arguments of `Dense`, and a rank. Its kernel is frozen.
 
 
 def network(lora=False, trainable=True):
