@@ -8,7 +8,7 @@ import json
 import keras
 import numpy as np
 
-from keras_lora.keras_internals import private_names, probes, warn_caller
+from keras_lora.keras_internals import layers, private_names, probes, warn_caller
 
 MEETING_SECONDS = 30  # until a process that waits for the others gives up
 WORKING_SECONDS = 600  # the same, while one of them writes or reads a file
@@ -142,6 +142,7 @@ def summed(values, model):
 
 def meet(model):
     """Raises RuntimeError unless all processes that hold a model call."""
+    layers.checked_model(model)
     if is_shared(model):
         exchange(None, MEETING_SECONDS, strategy_over(model))
 
