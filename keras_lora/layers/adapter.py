@@ -119,6 +119,11 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
                 start = self.add_factor(name, factor.shape, "zeros", trainable=False)
                 setattr(self, name, start)
 
+    def factor_axes(self, form, axes) -> dict:
+        """Maps the names of factors to their axes in the layout of W."""
+        found = form.factor_axes(axes)
+        return found | {f"{name}_start": own for name, own in found.items()}
+
     def start_from_kernel(self):
         """Sets values that start from W, once W was assigned; LoRA has none."""
 

@@ -177,8 +177,7 @@ class Site(TorchLayout):
         """Makes A and B to fit W."""
         form = self.low_rank_form(self.lora.rank)
         layout = distribution.layout_of(self.frozen_kernel)
-        axes = {} if layout is None else form.factor_axes(layout.axes)
-        axes |= {f"{name}_start": own for name, own in axes.items()}
+        axes = {} if layout is None else self.lora.factor_axes(form, layout.axes)
         with distribution.lying_by(axes, layout):
             self.lora.build(form, self.factor_regularizer, self.base_kernel)
 

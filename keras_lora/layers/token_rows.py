@@ -4,7 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lora.keras_internals import calls, distribution
+from keras_lora.keras_internals import calls
 from keras_lora.layers import settings
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.torch_layout import TokenRowsFiles
@@ -53,11 +53,9 @@ class TokenRows(TokenRowsFiles, LowRankAdapter):
             lambda shape, dtype: self.own_rows(read_kernel(self.variable_dtype)),
         )
 
-    def shard_factors(self, layout):
+    def factor_axes(self, form, axes) -> dict:
         """Rows lie as those of the table do."""
-        axes = [None, layout.axes[1 - self.axis]]
-        if any(axes):
-            distribution.lay_out(self.rows, axes, layout)
+        return {"rows": [None, axes[1 if form.looks_up else 0]]}
 
     def own_rows(self, kernel):
         """Returns the rows as the frozen table has them."""
