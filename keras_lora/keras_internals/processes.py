@@ -8,7 +8,13 @@ import json
 import keras
 import numpy as np
 
-from keras_lora.keras_internals import layers, private_names, probes, warn_caller
+from keras_lora.keras_internals import (
+    calls,
+    layers,
+    private_names,
+    probes,
+    warn_caller,
+)
 
 MEETING_SECONDS = 30  # until a process that waits for the others gives up
 WORKING_SECONDS = 600  # the same, while one of them writes or reads a file
@@ -48,7 +54,8 @@ def is_shared(model) -> bool:
     if keras.backend.backend() != "jax":
         return strategy_over(model) is not None
     traced = probes.module("jax").core.Tracer  # of a model that is built in a trace
-    values = (variable.value for variable in model.variables)
+    held = (v for v in model.variables if not calls.lies_outside(v))
+    values = (variable.value for variable in held)
     return any(not isinstance(x, traced) and not x.is_fully_addressable for x in values)
 
 
