@@ -149,18 +149,10 @@ def held() -> int:
     return sum({x.unsafe_buffer_pointer(): x.nbytes for x in own}.values())
 
 
-def batch_of(rows, length):
-    """Inputs and targets of the small model, for one process."""
-    import numpy as np
-
-    ids = np.ones((rows, length), "int32")
-    targets = np.ones((rows, length, SMALL["hidden_dim"]), "float32")
-    return {"token_ids": ids, "padding_mask": ids}, targets
-
-
 def measure(folder):
     """The small model: planned, and the bytes of one device after each call."""
     import jax
+    import numpy as np
 
     import keras_lora
 
@@ -179,7 +171,11 @@ def measure(folder):
 
     model = build(rank=8)
     note("apply_lora, before the first step")
-    x, y = batch_of(rows // 2, length)
+    x = {
+        name: np.ones((rows // 2, length), "int32")
+        for name in ("token_ids", "padding_mask")
+    }
+    y = np.ones((rows // 2, length, SMALL["hidden_dim"]), "float32")
     fit = functools.partial(model.fit, x, y, batch_size=rows // 2, verbose=0)
     fit()
     note("fit")
@@ -202,68 +198,40 @@ def measure(folder):
     with keras_lora.merged(model):
         note("inside merged")
     note("after merged")
-    keras_lora.export(model, f"{folder}/served")
-    note("export")
     keras_lora.merge_lora(model)
     note("merge_lora")
-    base = backbone(num_layers=2, **SMALL)
-    keras_lora.extract_adapter(base, model, rank=8)
-    del base
-    note("extract_adapter")
     keras_lora.load_adapter(model, f"{folder}/adapter")
     keras_lora.remove_lora(model)
     note("load_adapter, remove_lora")
     bank = keras_lora.AdapterBank(model, {"one": f"{folder}/adapter"}, capacity=3)
     note("AdapterBank, 3 adapters of rank 8")
-    bank.add("two", f"{folder}/adapter")
-    bank.activate("two")
+    bank.activate("one")
     bank.activate(None)
-    note("add, activate")
-    data = {**x, "adapter": bank.ids(["one"] * (rows // 2))}
-    bank.compile("adam", "mse")
-    bank.fit(data, y, batch_size=rows // 2, verbose=0)
-    note("bank.fit of one")
     bank.release()
     note("release")
     del model, bank, fit
     return result
 
 
-def measure_others():
-    """The same for models that are made anew: starts, methods, int8."""
-    import keras
-
+def measure_starts():
+    """The same for models that are made anew: a start, DoRA."""
     import keras_lora
 
     after, backbone = {}, spread((2, 2))
-    x, y = batch_of(8, 32)
-
-    def note(name, change=None, sizes=SMALL, **options):
-        before = held()
-        model = adapted(backbone, 2, sizes, rank=8, **options)
-        if change is not None:
-            change(model)
-        after[name] = held() - before
-        return model
-
-    for start in ("pissa", "orthogonal", "olora", "eva"):
-        data = x if start == "eva" else None
-        note(
-            f'initialize_lora(model, "{start}")',
-            lambda model, s=start, d=data: keras_lora.initialize_lora(model, s, data=d),
-        )
-
-    def fit(model):
-        optimizer = keras_lora.LoRAPlus(keras.optimizers.Adam())
-        model.compile(optimizer, "mse")
-        model.fit(x, y, batch_size=8, verbose=0)
-
-    note("fit with LoRAPlus and dropout", fit, dropout=0.1)
-    note("int8 kernels", sizes={**SMALL, "dtype": "int8_from_float32"})
-    model = note("use_dora=True", use_dora=True)
     before = held()
+
+    def note(name):
+        after[name] = held() - before
+
+    model = adapted(backbone, 2, SMALL, rank=8)
+    keras_lora.initialize_lora(model, "pissa")
+    note('apply_lora, initialize_lora(model, "pissa")')
+    del model
+    before = held()
+    model = adapted(backbone, 2, SMALL, rank=8, use_dora=True)
+    note("apply_lora(use_dora=True)")
     with keras_lora.merged(model):
-        after["inside merged, with DoRA, more"] = held() - before
+        note("inside merged, with DoRA")
     return after
 
 
@@ -320,9 +288,9 @@ if __name__ == "__main__":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         keras.distribution.initialize(address, 2, int(index))
         keras.utils.set_random_seed(0)
-        others = measure_others()
+        starts = measure_starts()
         result = measure(folder)
-        result["held"] |= others
+        result["held"] |= starts
         print(json.dumps(result))
     else:
         main()
