@@ -171,9 +171,9 @@ def lies_outside(variable) -> bool:
         value = variable.value
     except TypeError:  # there is no initializer any more to make another one
         return True
-    if value is None or is_traced(value):  # in a trace nothing is taken out
-        return value is None
-    return getattr(value, "is_deleted", bool)()
+    if is_traced(value):  # and has nothing that could be deleted
+        return False
+    return value is None or getattr(value, "is_deleted", bool)()
 
 
 @contextlib.contextmanager

@@ -53,10 +53,8 @@ def is_shared(model) -> bool:
     """Whether a model's weights lie on devices of several processes."""
     if keras.backend.backend() != "jax":
         return strategy_over(model) is not None
-    traced = probes.module("jax").core.Tracer  # of a model that is built in a trace
-    held = (v for v in model.variables if not calls.lies_outside(v))
-    values = (variable.value for variable in held)
-    return any(not isinstance(x, traced) and not x.is_fully_addressable for x in values)
+    values = (v.value for v in model.variables if not calls.lies_outside(v))
+    return any(not calls.is_traced(x) and not x.is_fully_addressable for x in values)
 
 
 def process_index(strategy) -> int:
