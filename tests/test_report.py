@@ -129,6 +129,34 @@ def test_weights_that_no_adapter_reaches_are_named():
     assert "does not say which layers make its outputs" in str(report)
 
 
+def test_subclassed_models_output_layers_are_named():
+    class Two(keras.Model):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.table = keras.layers.Embedding(7, 4)
+            self.body = keras.layers.Dense(4)
+            self.score = keras.layers.Dense(3)
+            self.words = keras.layers.Dense(7)
+            self.softmax = keras.layers.Softmax()
+
+        def call(self, inputs):
+            x = self.body(self.table(inputs["ids"]) + inputs["more"])
+            return {"score": self.score(x), "words": self.softmax(self.words(x))}
+
+    model = Two()
+    model({"ids": np.ones((2, 5), "int32"), "more": np.ones((2, 5, 4))})
+    report = keras_lora.apply_lora(model, rank=1)
+    assert [row.path for row in report] == ["body", "score", "words"]
+    assert report.notes == [
+        "Output layers, adapted: score, words (leave them out with exclude=, or train "
+        "them in full with also_train)"
+    ]
+    assert not any("call" in vars(layer) for layer in (model, *model.layers))
+    keras_lora.remove_lora(model)
+    report = keras_lora.apply_lora(model, exclude=["words"], also_train=["score"])
+    assert report.notes == ["Output layers, frozen: words (use also_train)"]
+
+
 def test_what_all_linear_passes_over_is_named():
     _, report = small()
     assert {path: why.split()[0] for path, why in report.skipped.items()} == {

@@ -6,6 +6,7 @@ import re
 import keras
 
 from keras_lora.keras_internals import warn_caller
+from keras_lora.keras_internals.layers import flatten_layers
 from keras_lora.layers import kinds
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.models import adapt, tables, targets
@@ -82,23 +83,32 @@ def of_whole_model(model, sites, target):
 
 def notes_of(model, sites, chosen) -> list:
     """Returns the report's notes on the layers that make the model's outputs."""
-    if not hasattr(model, "outputs"):
-        return [
-            f"{type(model).__name__} does not say which layers make its outputs: they "
-            "are adapted like the others. Leave them out with exclude=, or train them "
-            "in full with also_train."
-        ] * isinstance(model, keras.Model)
     heads = targets.output_layers(model)
-    found = dict.fromkeys(
-        path
-        if site is kinds.layer_of(site)
-        else path.removesuffix(f"/{site.weight_name}")
-        for path, site in sites.items()
-        if id(kinds.layer_of(site)) in heads and path not in chosen
-    )
-    if not found:
-        return []
-    return [f"Output layers, frozen: {tables.listed(list(found))} (use also_train)"]
+    if not hasattr(model, "outputs") and isinstance(model, keras.Model):
+        heads = targets.output_layers_of_call(model, flatten_layers(model))
+        if not heads:
+            return [
+                f"{type(model).__name__} does not say which layers make its outputs: "
+                "they are adapted like the others. Leave them out with exclude=, or "
+                "train them in full with also_train."
+            ]
+    frozen, adapted = {}, {}
+    for path, site in sites.items():
+        layer = kinds.layer_of(site)
+        if id(layer) in heads:
+            name = path if site is layer else path.removesuffix(f"/{site.weight_name}")
+            (adapted if path in chosen else frozen)[name] = layer
+    notes = []
+    if adapted:
+        notes.append(
+            f"Output layers, adapted: {tables.listed(list(adapted))} (leave them out "
+            "with exclude=, or train them in full with also_train)"
+        )
+    if frozen:
+        notes.append(
+            f"Output layers, frozen: {tables.listed(list(frozen))} (use also_train)"
+        )
+    return notes
 
 
 def is_bias(site):

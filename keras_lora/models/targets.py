@@ -1,6 +1,7 @@
 """Which layers a rule means; a rule that means nothing is an error."""
 
 import difflib
+import functools
 import inspect
 import re
 
@@ -202,3 +203,43 @@ def _makers(tensor, model):
     if isinstance(operation, PASS_THROUGH):
         return set().union(*(_makers(t, model) for t in inputs))
     return {id(operation)}
+
+
+def output_layers_of_call(model, layers):
+    """Ids of those of the layers whose outputs a subclassed model returns.
+
+    Its `call` is traced symbolically, as Keras builds a model: what it would assign is
+    dropped, and no layer gets a node. Empty if that fails, for example for want of
+    the inputs' shapes, or if what the model returns was made by other operations.
+    """
+    made, returned = {}, []  # id of a tensor -> it, and the layer that made it
+
+    def watched(layer, call):
+        @functools.wraps(call)
+        def run(*args, **kwargs):
+            outputs = call(*args, **kwargs)
+            before = made.get(id(args[0])) if args else None
+            maker = before[1] if before and isinstance(layer, PASS_THROUGH) else layer
+            for x in keras.tree.flatten(outputs):
+                if layer is model:
+                    returned.append(x)
+                else:  # the innermost layer comes first
+                    made.setdefault(id(x), (x, maker))
+            return outputs
+
+        return run
+
+    layers = [layer for layer in (model, *layers) if "call" not in vars(layer)]
+    try:
+        shapes = model.get_build_config()["input_shape"]
+        shapes = dict(shapes) if isinstance(shapes, dict) else shapes
+        inputs = keras.tree.map_shape_structure(keras.KerasTensor, shapes)
+        for layer in layers:
+            vars(layer)["call"] = watched(layer, layer.call)
+        model.compute_output_spec(inputs)
+    except Exception:
+        return set()
+    finally:
+        for layer in layers:
+            vars(layer).pop("call", None)
+    return {id(made[id(x)][1]) for x in returned if id(x) in made}
