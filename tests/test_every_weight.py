@@ -13,7 +13,7 @@ from test_gradient_sizes import formed, training_step
 
 import keras_lora
 from keras_lora.layers import kinds
-from keras_lora.models.sites import adapted_sites
+from keras_lora.models.sites import adapted_sites, layer_paths
 
 L = keras.layers
 
@@ -439,6 +439,21 @@ def test_banks_of_experts(name):
     keras_lora.merge_lora(model)
     assert_close(kernel, merged, 1e-6)
     assert_close(model(x), tuned, 1e-6)
+
+
+def test_paths_stay_whatever_a_layer_is_called(tmp_path):
+    model = backbone("MixtralBackbone")  # whose banks are called as a class of ours
+    before = layer_paths(model)
+    keras_lora.apply_lora(model, rank=2, target="all")
+    after = {id(layer): path for path, layer in layer_paths(model).items()}
+    assert [after[id(layer)] for layer in before.values()] == list(before)
+    for seed, site in enumerate(adapted_sites(model)):
+        fill(site.lora.b, seed, 0.1)
+    keras_lora.save_adapter(model, tmp_path / "adapter")
+    other = backbone("MixtralBackbone")
+    keras_lora.load_adapter(other, tmp_path / "adapter")
+    for one, two in zip(adapted_sites(model), adapted_sites(other), strict=True):
+        assert_equal_bits(two.lora.delta(), one.lora.delta())
 
 
 def test_what_cannot_be_says_why():

@@ -152,13 +152,22 @@ def given_name(layer, owners, parent):
 
 @functools.cache
 def automatic_names(cls):
-    """Returns Keras's automatic names for a class, without the number."""
-    kinds = {arguments.snake_case(base.__name__) for base in cls.__mro__}
-    return frozenset(kinds | {f"lora_{kind_in_words(cls)}"})
+    """Returns Keras's automatic names for a class, without the number.
+
+    They are the same for a layer with and without an adapter.
+    """
+    lora = [base for base in cls.__mro__ if getattr(base, "plain_class", None)]
+    words = {arguments.snake_case(x.__name__) for x in (*lora, *plain(cls).__mro__)}
+    return frozenset(words | {f"lora_{kind_in_words(cls)}"})
 
 
 def kind_in_words(cls):
     """The kind of a layer class as a word, the same with and without an adapter."""
+    return arguments.snake_case(plain(cls).__name__)
+
+
+def plain(cls):
+    """The class of a layer without its adapter."""
     while issubclass(cls, LoRALayer):
         cls = cls.plain_class
-    return arguments.snake_case(cls.__name__)
+    return cls
