@@ -3,6 +3,7 @@
 import json
 import math
 
+import keras
 import numpy as np
 import pytest
 from layer_cases import fill
@@ -73,6 +74,15 @@ def test_a_cut_adapter_passes(tmp_path):
     assert len(keras_lora.check_adapter(folder)) == 1
     keras_lora.combine_adapters([folder], rank=16).save(tmp_path / "cut")
     assert keras_lora.check_adapter(tmp_path / "cut") == []
+
+
+def test_rows_of_a_table(tmp_path):
+    layers = [keras.layers.Embedding(7, 4, name="table"), keras.layers.Dense(3)]
+    model = keras.Sequential([keras.Input((5,)), *layers, keras.layers.Dense(2)])
+    keras_lora.apply_lora(model, rank=2, trainable_token_indices=[1, 3])
+    keras_lora.save_adapter(model, tmp_path / "adapter")
+    (found,) = keras_lora.check_adapter(tmp_path / "adapter")
+    assert "refuses rows of tables, here ['table']" in found
 
 
 def test_other_tensors_and_engines(tmp_path):

@@ -372,6 +372,11 @@ def check_adapter(
     others = sorted(file.others)
     if others and not heads and file.bias == "none":
         found.append(f"{VLLM} refuses tensors that are no A or B: {others[:5]}.")
+    if file.rows:
+        found.append(
+            f"{VLLM} refuses rows of tables, here {sorted(file.rows)}: train without "
+            "`trainable_token_indices`, or merge and serve the whole model."
+        )
     if not adapter.config.get("target_modules"):
         found.append(f"{VLLM} needs target_modules, which the file has not.")
     largest = max(file.factors.values(), key=lambda found: found.rank)
