@@ -183,7 +183,7 @@ SECTIONS = [
     ),
     Section(
         "Training step: every other weight",
-        "Recurrent layers, transposed convolutions, a bank of experts from KerasHub, "
+        "Recurrent layers, transposed convolutions, a layer of experts from KerasHub, "
         "and rows of a table (trainable_token_indices). The floor is the same "
         "network, frozen. PEFT adapts the same matrices of transformers' Mixtral by "
         "target_parameters; every token goes through all experts, as in KerasHub.",

@@ -437,7 +437,7 @@ FAULTS = {
             "test_loralib_files.py -k standard_convolution",
         ),
         (
-            "slice(slot * size, (slot + 1) * size)",
+            "slice(block * size, (block + 1) * size)",
             "slice(group * size, (group + 1) * size)",
             "test_loralib_files.py -k 'outputs_agree or plain_layers'",
         ),

@@ -1,4 +1,4 @@
-"""KerasHub's banks of experts: the bypass beside each product with a stack."""
+"""KerasHub's layers of experts: the bypass beside each product with a stack."""
 
 import keras
 import keras_hub

@@ -260,8 +260,8 @@ def settings_differences(one, two) -> list:
 
 def tensor_differences(one, two) -> list:
     """[module or tensor, ranks, |one - two| over the larger] for what differs."""
-    slots = factors.slots_of([one, two])
-    files = [factors.factors_of(adapter, slots) for adapter in (one, two)]
+    names = factors.slice_names([one, two])
+    files = [factors.factors_of(adapter, names) for adapter in (one, two)]
     rows = []
     for module in tables.in_order(files[0].factors.keys() | files[1].factors.keys()):
         if found := update_difference(*(file.factors.get(module) for file in files)):

@@ -152,7 +152,7 @@ def checked_file_alpha(alpha):
 SUFFIX = ".token_adapter.trainable_tokens_delta"
 
 
-def rows_of(tables) -> dict:
+def row_tensors(tables) -> dict:
     """Key -> rows. tables: module -> site."""
     return {
         module + SUFFIX: torch_layout.to_numpy(x.lora.rows)

@@ -70,8 +70,8 @@ def combine_adapters(
     opened = [x if isinstance(x, Adapter) else Adapter.read(x) for x in given]
     weights = checked_weights(weights, opened)
     limit = checked_limit(rank, energy)
-    slots = factors.slots_of(opened)
-    files = [factors.factors_of(adapter, slots) for adapter in opened]
+    names = factors.slice_names(opened)
+    files = [factors.factors_of(adapter, names) for adapter in opened]
     refuse_methods(files)
     modules = [m for file in files for m in (*file.factors, *file.rows)]
     if len(files) > 1 and len(set(modules)) == len(modules):
@@ -201,7 +201,7 @@ def checked_limit(rank, energy):
 def in_full(files, heads) -> dict:
     """Key -> what trained in full, where the adapters agree or `heads` decides."""
     tensors = {}
-    found = [file.others | rows_of(file, files) for file in files]
+    found = [file.others | token_rows(file, files) for file in files]
     for key in dict.fromkeys(key for own in found for key in own):
         values = {n: own[key] for n, own in enumerate(found) if key in own}
         tensors[key], *others = values.values()
@@ -225,7 +225,7 @@ def in_full(files, heads) -> dict:
     return tensors
 
 
-def rows_of(file, files) -> dict:
+def token_rows(file, files) -> dict:
     """Key -> the rows of a table that a file trains, the same ones in all files."""
     for module, (ids, _) in file.rows.items():
         for other in files:

@@ -1,4 +1,4 @@
-"""Banks of experts: the parameters that PEFT adapts, and stacks of factors.
+"""Layers of experts: the parameters that PEFT adapts, and stacks of factors.
 
 Since transformers 5 the experts of a layer are one module with two parameters, each a
 stack of E matrices. PEFT wraps the module once for each that it adapts, the one that

@@ -97,11 +97,11 @@ class FileFactors:
         return self.config["method"]
 
 
-def slots_of(adapters) -> list:
+def slice_names(adapters) -> list:
     """Names of the slices that adapters have of modules."""
     counts = {m: len(r) for adapter in adapters for m, r in adapter.slices.items()}
     return [
-        slot for module, n in counts.items() for slot in slices.slices_of(module, n)
+        name for module, n in counts.items() for name in slices.slices_of(module, n)
     ]
 
 
@@ -117,7 +117,7 @@ def factors_of(adapter, modules=None) -> FileFactors:
         those of the slices that the adapter itself has.
     """
     config = checked_config(adapter.config)
-    modules = slots_of([adapter]) if modules is None else modules
+    modules = slice_names([adapter]) if modules is None else modules
     tensors = dict(adapter.tensors)
     for key, value in tensors.items():
         assert_finite(key, value)

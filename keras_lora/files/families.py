@@ -119,11 +119,11 @@ def family(model, paths, names) -> Family:
 
 
 def expert_places(sites, places, experts) -> dict:
-    """Path -> Region, for the weights of banks of experts.
+    """Path -> Region, for the weights of layers of experts.
 
     Args:
         sites: Path -> site.
-        places: Path -> Region, for layers beside a bank, which say its number there.
+        places: Path -> Region, for the layers beside the experts, which number them.
         experts: What the checkpoints call the experts of a layer, or None.
     """
     blocks, weights = {}, collections.defaultdict(list)

@@ -56,7 +56,7 @@ EXPERTS = {
     "qwen3_moe": "mlp.experts",
     "qwen3_5_moe": "mlp.experts",
 }
-# Weight of a bank of experts in KerasHub -> parameter there, the gate before the up
+# Weight of a layer of experts in KerasHub -> parameter there, the gate before the up
 # projection, where they are two weights here.
 EXPERT_WEIGHTS = {
     "gate_up_proj": "gate_up_proj",

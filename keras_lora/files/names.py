@@ -22,7 +22,7 @@ class Modules(dict):
         places: {module: Region} for layers that are not a whole module in its order.
         inputs_first: The modules that keep their weights as (in, out).
         parameters: Module -> what PEFT calls it, for those that it adapts as a
-            parameter: a router, a bank of experts.
+            parameter: a router, a stack of experts.
         weights: Path -> module, for sites that are no layers and have a module.
         unnamed: The modules that have no counterpart, if another framework's are
             derived: they are called by their path.

@@ -113,7 +113,7 @@ def adapter_from(modules, adapters, trained) -> Adapter:
     stacks = modules.parameters.keys() & {slices.without_slice(m) for m in adapters}
     parameters = {module: modules.parameters[module] for module in sorted(stacks)}
     refuse_parameters(adapters, parameters)
-    tensors = checked_config.rows_of(tables)
+    tensors = checked_config.row_tensors(tables)
     for module, layer in adapters.items():
         tensors |= {module + suffix: x for suffix, x in to_tensors(layer).items()}
     tensors |= of_unadapted_slices(modules, adapters)
@@ -255,7 +255,7 @@ def fuse_others(others, modules):
     """Biases and weights of slices become their module's, in place."""
     for module, layout in slices.layouts(modules, modules.places).items():
         names = layout.names
-        for weight in {name for slot, name in others if slot in names}:
+        for weight in {name for part, name in others if part in names}:
             missing = [name for name in names if name not in modules]
             if missing:
                 raise ValueError(

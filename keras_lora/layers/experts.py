@@ -1,4 +1,4 @@
-"""KerasHub's banks of experts: a bypass beside each product with a stack."""
+"""KerasHub's layers of experts: a bypass beside each product with a stack."""
 
 import inspect
 
@@ -9,7 +9,7 @@ from keras_lora.keras_internals import calls
 from keras_lora.layers import products, rematerialized
 from keras_lora.layers.substituted import SeveralWeights
 
-BANKS = (
+EXPERT_LAYERS = (
     "MixtralMoeExperts",
     "QwenMoeExperts",
     "Qwen3MoeExperts",
@@ -19,19 +19,22 @@ BANKS = (
 )
 
 
-def is_bank(cls):
-    """Whether a layer class is one of KerasHub's banks of experts."""
-    return cls.__module__.partition(".")[0] == "keras_hub" and cls.__name__ in BANKS
+def is_expert_layer(cls):
+    """Whether a layer class is one of KerasHub's layers of experts."""
+    return (
+        cls.__module__.partition(".")[0] == "keras_hub"
+        and cls.__name__ in EXPERT_LAYERS
+    )
 
 
 class Experts(SeveralWeights):
-    """Mixin of a bank of experts, whose call multiplies with stacks of matrices.
+    """Mixin of a layer of experts, whose call multiplies with stacks of matrices.
 
         training=True    einsum("th,ehm->etm", x, W)
                          + einsum("etr,erm->etm", einsum("th,ehr->etr", x, A), scaling * B)
         training=False   einsum("th,ehm->etm", x, W + scaling * A @ B)
 
-    In training the bank's own call runs on symbolic weights: the operations that it
+    In training the layer's own call runs on symbolic weights: the operations that it
     asks for are then computed one by one, with the bypass beside each product that
     `low_rank_equations` understands. Whatever else it does with a weight gets
     W + scaling * A @ B, and so does a method other than LoRA.

@@ -165,7 +165,7 @@ def substituted_class(cls, weight):
     weight: Its only weight that can be adapted, or None: it has several.
     """
     mixin = SeveralWeights if weight is None else SubstitutedLayer
-    mixin = Experts if experts.is_bank(cls) else mixin
+    mixin = Experts if experts.is_expert_layer(cls) else mixin
     axes = [AXES[base] for base in reversed(cls.__mro__) if base in AXES]
     attributes = {
         "plain_class": cls,

@@ -116,8 +116,8 @@ def merged_linear(layer, a, b, rank, mask, module):
             f"{(sum(mask) * rank, a.shape[1])} and {(sum(mask) * size, rank)}."
         )
     blocks = np.zeros((layer.units, groups * rank), b.dtype)
-    for group, slot in enumerate(np.flatnonzero(mask)):
-        rows = slice(slot * size, (slot + 1) * size)
+    for group, block in enumerate(np.flatnonzero(mask)):
+        rows = slice(block * size, (block + 1) * size)
         columns = slice(group * rank, (group + 1) * rank)
         blocks[rows, columns] = b[group * size : (group + 1) * size]
     return a, blocks

@@ -158,7 +158,7 @@ class PerAdapterOptimizer(keras.optimizers.Optimizer):
         return compiled.like_without_state(given, trainee.trainable_variables)
 
     @contextlib.contextmanager
-    def rows_of(self, ids):
+    def for_rows(self, ids):
         """Inside, `apply` is for a batch with these ids. Each thread has its own."""
         self.ids_now.now = ids
         try:

@@ -49,11 +49,11 @@ def split(data, validation_data):
                 f"{count} rows are too few for a fifth of them: give `validation_data`."
             )
         whole = checked[0]
-        checked = [rows_of(whole, slice(first)), rows_of(whole, slice(first, None))]
+        checked = [taken(whole, slice(first)), taken(whole, slice(first, None))]
     return checked
 
 
-def rows_of(data, rows):
+def taken(data, rows):
     return [
         None if x is None else keras.tree.map_structure(lambda part: part[rows], x)
         for x in data
@@ -78,7 +78,7 @@ class Batches(keras.utils.PyDataset):
         first = index * self.batch_size
         rows = self.order[first : first + self.batch_size]
         ids = self.bank.ids(np.repeat(self.names, len(rows)))
-        x, y, weights = rows_of(self.data, np.tile(rows, len(self.names)))
+        x, y, weights = taken(self.data, np.tile(rows, len(self.names)))
         batch = {"inputs": x, "adapter": ids}, y
         return batch if weights is None else (*batch, weights)
 

@@ -350,7 +350,7 @@ class Training:
     def _ids_of(self, data):
         x, *_ = keras.utils.unpack_x_y_sample_weight(data)
         ids = x[slots.SLOTS] if slots.SLOTS in x else x["adapter"]
-        return self.optimizer.rows_of(keras.ops.convert_to_tensor(ids))
+        return self.optimizer.for_rows(keras.ops.convert_to_tensor(ids))
 
 
 class WriteBack(keras.callbacks.Callback):
