@@ -1391,6 +1391,11 @@ FAULTS = {
     ],
     "layers/substituted.py": [
         (
+            "kernels |= self.calls_inside(",
+            "kernels = self.calls_inside(",
+            "test_every_weight.py -k cudnn",
+        ),
+        (
             "if not places or kept_for != [adapters, weights_at(self, places)]:",
             "if not places:",
             "test_every_weight.py -k stand_elsewhere",

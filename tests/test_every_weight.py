@@ -1,5 +1,6 @@
 """Weights of layers whose call is not one product: W + delta takes their place."""
 
+import sys
 import threading
 
 import keras
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from backbones import backbone
 from gradients import gradients
+from keras import ops
 from layer_cases import ON_TORCH, fill, to_numpy
 from shared import assert_close, assert_equal_bits
 from test_gradient_sizes import formed, training_step
@@ -344,6 +346,60 @@ def test_compiled_loops_have_the_eager_gradients(name):
     for one, other in zip(found(True), found(False), strict=True):
         assert np.abs(other).max() > 0
         assert_close(one, other, 1e-5)
+
+
+def lstm_of_cudnn(inputs, h, c, kernel, recurrent, bias, *_):
+    """What Keras's function of this name returns, by plain TensorFlow."""
+    for x in ops.unstack(inputs, axis=1):
+        i, f, g, o = ops.split(x @ kernel + h @ recurrent + bias, 4, axis=-1)
+        c = ops.sigmoid(f) * c + ops.sigmoid(i) * ops.tanh(g)
+        h = ops.sigmoid(o) * ops.tanh(c)
+    return h, h[:, None], [h, c]
+
+
+def gru_of_cudnn(inputs, states, kernel, recurrent, bias, *_):
+    h = states[0] if isinstance(states, (list, tuple)) else states
+    for x in ops.unstack(inputs, axis=1):
+        z, r, g = ops.split(x @ kernel + bias[0], 3, axis=-1)
+        more = ops.split(h @ recurrent + bias[1], 3, axis=-1)
+        z, r = ops.sigmoid(z + more[0]), ops.sigmoid(r + more[1])
+        h = z * h + (1 - z) * ops.tanh(g + r * more[2])
+    return h, h[:, None], [h]
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="TensorFlow's layers use cuDNN"
+)
+@pytest.mark.parametrize("kind, function", [("LSTM", "lstm"), ("GRU", "gru")])
+def test_cudnn_gets_w_plus_delta_where_the_plain_layer_uses_it(
+    kind, function, monkeypatch
+):
+    rnn = sys.modules["keras.src.backend.tensorflow.rnn"]
+    model = keras.Sequential([keras.Input((5, 4)), getattr(L, kind)(3), L.Dense(2)])
+    plain = keras.models.clone_model(model)
+    keras_lora.apply_lora(model, rank=2)
+    for seed, factor in enumerate(model.trainable_variables):
+        fill(factor, seed, 0.5)
+    x = np.random.default_rng(1).standard_normal((2, 5, 4)).astype("float32")
+
+    def found(compiled):
+        return gradients(model, x, np.ones((2, 2), "float32"), compiled=compiled)
+
+    expected, outputs, calls = found(False), to_numpy(model(x)), []
+
+    def counted(*args):
+        calls.append(args)
+        return globals()[f"{function}_of_cudnn"](*args)
+
+    monkeypatch.setattr(rnn, "_is_gpu_available", lambda: True)
+    monkeypatch.setattr(rnn, f"_cudnn_{function}", counted)
+    plain(x)
+    assert len(calls) == 1
+    assert_close(model(x), outputs, 1e-6)
+    for compiled in (False, True):
+        for one, other in zip(found(compiled), expected, strict=True):
+            assert_close(one, other, 1e-5)
+    assert len(calls) == 4
 
 
 @pytest.mark.skipif(
