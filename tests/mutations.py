@@ -1160,6 +1160,11 @@ FAULTS = {
             "return self.total",
             "test_report.py -k rows_and_table",
         ),
+        (
+            "parameters = self.plain + self.packed",
+            "parameters = self.plain",
+            "test_report.py -k int4",
+        ),
     ],
     "models/atomic.py": [
         (
