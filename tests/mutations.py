@@ -900,7 +900,7 @@ FAULTS = {
             "test_peft_settings.py -k tied",
         ),
         (
-            "if names == families.TRANSFORMERS_4:  # whose",
+            "if names == families.TRANSFORMERS_4:  # where",
             "if False:  # whose",
             "test_expert_files.py -k has_not",
         ),
