@@ -259,8 +259,6 @@ def main():
     head = ["model", "layers adapted", "parameters", "with a gradient"]
     head += ["two paths differ by", "reload and merge"]
     lines = [
-        "# Compatibility",
-        "",
         f"Written by `python tests/compatibility.py` with Keras {keras.version()} on "
         f"{keras.backend.backend()}: random weights, `apply_lora(model, rank=2)`. Each "
         "model starts with its own outputs to the bit, trains two steps with its "
@@ -295,7 +293,7 @@ def main():
             banks.append(f"| {name} | {axes} |")
             failures += [f"- {name}: {reason}"] if reason else []
     if not only:
-        write_section("", "\n".join([*lines, *failures]))
+        write_section("## Models", "\n".join([*lines, *failures]))
         write_section("## Leading axes in a bank", "\n".join(banks))
 
 

@@ -191,7 +191,7 @@ def test_a_path_that_asks_for_no_log_writes_nothing(tmp_path, capsys):
     compile_eagerly(model)
     for place in ("{los}", "{}", "{loss:d}", "{epoch.x}"):
         checkpoint = keras_lora.AdapterCheckpoint(tmp_path / "new" / place)
-        with pytest.raises(ValueError, match=r"There are \['epoch', 'loss'\]"):
+        with pytest.raises(ValueError, match=r"Possible are \['epoch', 'loss'\]"):
             model.fit(x(), y(), verbose=0, callbacks=[checkpoint])
     assert not (tmp_path / "new").exists()
     checkpoint = keras_lora.AdapterCheckpoint(tmp_path / "{{run}}")

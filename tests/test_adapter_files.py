@@ -273,7 +273,7 @@ def refused(folder, match=None, adapted_already=False):
         ({"target_modules": None}, "target_modules"),
         ({"target_modules": 3}, "target_modules"),
         ({"modules_to_save": "head"}, "modules_to_save"),
-        ({"modules_to_save": ["nothing"]}, "'nothing', which is the name of no layer"),
+        ({"modules_to_save": ["nothing"]}, "'nothing', but no layer of that name"),
         ({"fan_in_fan_out": "yes"}, "fan_in_fan_out must be a Boolean"),
         ({"target_parameters": "experts"}, "target_parameters must be a list"),
         ({"task_type": 3}, "task_type must be a name"),
@@ -483,10 +483,10 @@ def test_another_rank_is_an_error_that_says_what_to_do(tmp_path):
         model, _ = adapt(sequential, rank=rank)
         keras_lora.save_adapter(model, tmp_path / folder)
     model, _ = adapt(sequential, rank=2)
-    advice = r"Call remove_lora\(model\) first: the file then brings its own\."
+    advice = r"Call remove_lora\(model\) first, and the file's adapters are created\."
     with pytest.raises(ValueError, match=f"is 1 in the file and 2 in .*{advice}$"):
         keras_lora.load_adapter(model, tmp_path / "low")
-    cut = r"Or cut the file: combine_adapters\(\[adapter\], rank=2\)"
+    cut = r"Or lower the file's rank: combine_adapters\(\[adapter\], rank=2\)"
     with pytest.raises(ValueError, match=f"is 4 in the file.*{advice} {cut}"):
         keras_lora.load_adapter(model, tmp_path / "high")
     cut = keras_lora.combine_adapters([tmp_path / "high"], rank=2)

@@ -41,11 +41,11 @@ def test_a_plain_adapter_passes(use_rslora, tmp_path):
     [
         ({"also_train": ["head"]}, ["modules_to_save, here ['head']"]),
         ({"use_dora": True}, ["refuses use_dora"]),
-        ({"bias": "lora_only"}, ["takes no bias, here bias='lora_only'"]),
-        ({"bias": "all"}, ["takes no bias, here bias='all'"]),
+        ({"bias": "lora_only"}, ["refuses trained biases, here bias='lora_only'"]),
+        ({"bias": "all"}, ["refuses trained biases, here bias='all'"]),
         ({"rank": 17}, ["max_lora_rank=16, and 'dense' has 17"]),
-        ({"alpha_pattern": {"first": 9}}, ["no alpha_pattern: it would scale ["]),
-        ({"rank_pattern": {"first": 2}}, ["no alpha_pattern: it would scale ["]),
+        ({"alpha_pattern": {"first": 9}}, ["and alpha_pattern: it would scale ["]),
+        ({"rank_pattern": {"first": 2}}, ["and alpha_pattern: it would scale ["]),
         (
             {"also_train": ["head"], "rank": 32, "use_dora": True},
             ["modules_to_save", "use_dora", "max_lora_rank"],
@@ -90,7 +90,7 @@ def test_other_tensors_and_engines(tmp_path):
     more = {"norm.weight": np.ones(3, "float32")}
     adapter = keras_lora.Adapter(adapter.tensors | more, adapter.config)
     (sentence,) = keras_lora.check_adapter(adapter)
-    assert "no A or B: ['norm.weight']" in sentence
+    assert "other than A and B: ['norm.weight']" in sentence
     with pytest.raises(ValueError, match="`engine` must be 'vllm'"):
         keras_lora.check_adapter(adapter, engine="another")
     with pytest.raises(ValueError, match="rank"):

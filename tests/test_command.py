@@ -128,8 +128,8 @@ def test_diff_names_what_is_in_one_and_what_is_equal(here, capsys):
     assert rows["h.1"] == [["2 and -", "only in the first"]]
     assert rows["other"] == [["- and 2", "only in the second"]]
     write("three", 1, shapes={"h.0": (5, 7), "h.1": (4, 5)})
-    assert "other shapes" in run(capsys, "diff", "one", "three")[1]
-    assert run(capsys, "diff", "one", "one")[:2] == (0, "The two say the same.\n")
+    assert "different shapes" in run(capsys, "diff", "one", "three")[1]
+    assert run(capsys, "diff", "one", "one")[:2] == (0, "The two adapters are equal.\n")
 
 
 def test_diff_of_heads_and_of_doras_lengths(here, capsys):
@@ -269,7 +269,7 @@ def test_check(here, capsys):
         ["torn", "wrong"],
         ["nowhere", "wrong"],
     ]
-    assert "its checksum does not fit" in lines[0]
+    assert "its checksum does not match" in lines[0]
     write("large", 1, rank=32)
     status, output, _ = run(capsys, "check", "large", "good", "--engine", "vllm")
     assert status == 1

@@ -297,7 +297,7 @@ def one_wrapped(tensors):
     ("change", "reason"),
     [
         (fewer_experts, r"factors of '.*experts\.\w+', with shapes \(2, 3, "),
-        (no_whole_experts, r"'model\.layers\..\.mlp\.experts\.\w+' have shapes \(7, "),
+        (no_whole_experts, r"'model\.layers\..\.mlp\.experts\.\w+'.* Received: \(7, "),
         (other_inputs, r"experts\.(gate_up|down)_proj"),
         (other_outputs, r"experts\.(gate_up|down)_proj"),
         (swapped, r"experts\.(gate_up|down)_proj"),
@@ -329,12 +329,12 @@ def test_old_files_that_are_no_stacks(pairs, tmp_path):
     key = "base_model.model.model.layers.0.block_sparse_moe.experts.2.w2"
     fewer = {k: x for k, x in tensors.items() if not k.startswith(key)}
     for found, config, reason in (
-        (fewer, {}, r"experts\.down_proj' needs .* those of experts \[0, 1, 3\]"),
+        (fewer, {}, r"experts\.down_proj' need .* of the experts \[0, 1, 3\]"),
         (tensors, {"alpha_pattern": {r"experts\.1\.w2": 3}}, "one for all"),
         (
             {**tensors, f"{key}.lora_magnitude_vector": np.ones(16, "float32")},
             {"use_dora": True},
-            "by A and B alone",
+            "only A and B are",
         ),
     ):
         write(tmp_path / "old", found, **config)
@@ -347,20 +347,20 @@ def test_what_peft_has_not_for_parameters(pairs, tmp_path):
     """No dropout, no DoRA; and no name for a bias of experts."""
     module, model = pairs("mixtral")
     adapted_here(model, f"{BANK}|.*/query", rank=2, dropout=0.1)
-    with pytest.warns(UserWarning, match=r"lora_dropout=0\.0, and not 0\.1"):
+    with pytest.warns(UserWarning, match=r"lora_dropout=0\.0 instead of 0\.1"):
         keras_lora.save_adapter(model, tmp_path, names="transformers")
     loaded = peft.PeftModel.from_pretrained(module, tmp_path).eval()
     expected = ours("mixtral", model)
     assert difference(theirs("mixtral", loaded), expected) < 1e-5
     keras_lora.remove_lora(model)
     keras_lora.apply_lora(model, target=BANK, rank=2, use_dora=True)
-    with pytest.raises(ValueError, match="use_dora, which PEFT does not have"):
+    with pytest.raises(ValueError, match="use_dora, which PEFT does not support"):
         keras_lora.save_adapter(model, tmp_path, names="transformers")
     model = pairs("gpt_oss")[1]
     keras_lora.apply_lora(model, target=".*gate_up_proj_bias", rank=2)
-    with pytest.raises(ValueError, match=r"gate_up_proj_bias.*no module of their own"):
+    with pytest.raises(ValueError, match=r"gate_up_proj_bias.*no counterpart in"):
         keras_lora.save_adapter(model, tmp_path, names="transformers")
-    with pytest.raises(ValueError, match=r"gate_dense'.*no module of their own"):
+    with pytest.raises(ValueError, match=r"gate_dense'.*no counterpart in"):
         model = pairs("mixtral")[1]
         keras_lora.apply_lora(model, target=BANK, rank=2)
         keras_lora.save_adapter(model, tmp_path, names="transformers4")

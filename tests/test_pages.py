@@ -146,13 +146,13 @@ def test_links_and_pictures_are_there():
                 assert (folder / target).exists(), (page, target)
 
 
-def test_the_rooms_of_the_architecture_are_there():
-    """Those of `layers/dora.py`, and tests/test_own_method.py."""
+def test_the_modules_of_the_architecture_are_there():
+    """Those of `layers/dora.py`, and of tests/test_own_method.py."""
     text = (ROOT / "docs/architecture.md").read_text()
-    rooms = set(re.findall(r"[a-z_]+/[a-z_/]+\.py", text))
-    assert len(rooms) > 30
-    for room in rooms:
-        assert any((folder / room).exists() for folder in (ROOT, ROOT / "keras_lora"))
+    modules = set(re.findall(r"[a-z_]+/[a-z_/]+\.py", text))
+    assert len(modules) > 30
+    for name in modules:
+        assert any((folder / name).exists() for folder in (ROOT, ROOT / "keras_lora"))
 
 
 def test_the_reference_has_every_public_name():

@@ -1,5 +1,6 @@
 """summary(): rows that programs read, and a table that people read."""
 
+import math
 import re
 from html.parser import HTMLParser
 
@@ -34,6 +35,23 @@ def test_rows_and_table(capsys):
     # Eight bytes for each parameter but A's and B's.
     plain = (48 + 8) + 4 * 8 + (32 + 4) + 12
     assert f"full fine-tuning {8 * plain / 1000:.2f} kB" in printed
+
+
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize`")
+def test_share_counts_the_kernels_of_an_int4_model_unpacked():
+    inputs = keras.Input((16,))
+    hidden = keras.layers.Dense(32, use_bias=False, name="hidden")(inputs)
+    model = keras.Model(inputs, keras.layers.Dense(2, use_bias=False)(hidden))
+    keras_lora.apply_lora(model, rank=2, target=["hidden"])
+    model.quantize("int4")
+    weights, kernel = model.get_layer("hidden").weights, 16 * 32
+    packed = sum(math.prod(w.shape) for w in weights) - 2 * (16 + 32) - kernel // 2
+    assert packed >= 32, "scales"
+    others = packed + sum(math.prod(w.shape) for w in model.layers[-1].weights)
+    share = 100 * kernel / (kernel + others)
+    assert f"Adapted: weights with {share:.2f}% of the model's " in str(
+        keras_lora.summary(model)
+    )
 
 
 def test_paths_are_the_same_in_every_instance():

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class Update(NamedTuple):
     """One layer's update, scaling * A @ B, as a matrix (inputs, outputs).
 
-    norm is Frobenius's; relative_norm is that over the norm of W, None for an adapter
-    apart from its model.
+    norm is the Frobenius norm; relative_norm is its ratio to the norm of W, None for an
+    adapter without its model.
     """
 
     path: str
@@ -69,18 +69,18 @@ class Analysis(Table, Sequence):
             ]
             for row in self
         ]
-        line = "90%, 99%: how many singular values have that share of the squares' sum."
+        line = "90%, 99%: how many singular values make up that share of the energy."
         return f"Updates of {self.name}", head, rows, [line, *self.notes]
 
     def plot(self, path):
         """Draws norm by layer and spectrum by layer into a file, with matplotlib.
 
         Args:
-            path: The picture's file; its ending says the format.
+            path: The picture's file; its ending decides the format.
 
         Raises:
             ImportError: Without matplotlib.
-            ValueError: If there is no row, or the ending is no format's.
+            ValueError: If there are no rows, or the ending is of no known format.
         """
         tables.draw(self, path)
 
@@ -90,11 +90,11 @@ def analyze(source: "keras.layers.Layer | Adapter | str | os.PathLike") -> Analy
 
     They say how far a layer has moved, absolutely and relative to its W, and how much
     of its rank it uses. If two of eight singular values make up 99% of the sum of
-    squares, rank 2 is enough, and `combine_adapters([adapter], energy=0.99)` reduces to
-    it. The updates themselves are not formed, except for convolutions with
-    factorization="loralib".
+    squares, their energy, rank 2 is enough: `combine_adapters([adapter], energy=0.99)`
+    reduces the adapter to it. The updates themselves are not formed, except for
+    convolutions with factorization="loralib".
 
-    A kernel is taken as the matrix that multiplies the inputs of one output. A stack
+    A kernel is treated as the matrix that maps the inputs of an output to it. A stack
     of matrices has the singular values of all of them. With DoRA, the rows describe
     scaling * A @ B, without m.
 
@@ -102,14 +102,14 @@ def analyze(source: "keras.layers.Layer | Adapter | str | os.PathLike") -> Analy
         source: A model with adapters, an `Adapter`, or the folder of one.
 
     Returns:
-        A sequence of rows with .path .rank .norm .relative_norm (over |W|, of a model)
-        .singular_values and .effective_rank(energy), which prints as a table;
+        A sequence of rows with .path .rank .norm .relative_norm (divided by |W|, for a
+        model) .singular_values and .effective_rank(energy). It prints as a table, and
         `.plot(path)` draws it.
 
     Raises:
         ValueError: If there is no adapter, values are not finite, the model is inside
-            `merged` or `disabled`, or an adapter's factors are matrices only together
-            with their layer.
+            `merged` or `disabled`, or the factors in a file are not matrices without
+            their layer.
         OSError: If a file cannot be read.
 
     Examples:
@@ -121,7 +121,7 @@ def analyze(source: "keras.layers.Layer | Adapter | str | os.PathLike") -> Analy
         return of_adapter(Adapter.read(source), Path(source).name)
     if isinstance(source, Adapter):
         return of_adapter(source, "an adapter")
-    import keras  # here: a file is shown without it
+    import keras  # not needed to analyze a file
 
     if isinstance(source, keras.layers.Layer):
         return of_model(source)
@@ -188,7 +188,7 @@ def notes_of(methods) -> list:
 def notes_of_tables(paths) -> list:
     """A note on tables of which some rows train, which are no low-rank update."""
     names = tables.listed(list(paths))
-    return [f"Without {names}, of which single rows train."] if paths else []
+    return [f"Not shown: {names}, where only some rows train."] if paths else []
 
 
 def update(path, rank, left, right, scaling=1.0, kernel=None):
@@ -235,7 +235,7 @@ def cut(left, right, rank):
     q_left, middle, q_right = core(left, right)
     rows, values, columns = np.linalg.svd(middle, full_matrices=False)
     norms = np.linalg.norm(values.reshape(-1, values.shape[-1]), axis=0)
-    rank = min(rank(norms), len(norms))  # a small kernel has no more
+    rank = min(rank(norms), len(norms))  # a small kernel has fewer values
     root = np.sqrt(values[..., :rank])
     error = np.linalg.norm(norms[rank:]) / (np.linalg.norm(norms) or 1.0)
     new_left = (q_left @ rows[..., :rank]) * root[..., None, :]
@@ -248,7 +248,7 @@ def transposed(matrix):
 
 
 def settings_differences(one, two) -> list:
-    """[key, first, second] for what the two configurations say otherwise."""
+    """[key, first, second] for each setting that differs."""
     keys = sorted(one.config.keys() | two.config.keys())
     pairs = [(key, one.config.get(key), two.config.get(key)) for key in keys]
     return [
@@ -276,7 +276,7 @@ def tensor_differences(one, two) -> list:
 
 
 def in_full(file):
-    """Key -> array for all that is no factor: heads, biases, DoRA's lengths."""
+    """Key -> array for everything but factors: heads, biases, DoRA's lengths."""
     more = {
         module + suffix: found.tensors[suffix]
         for module, found in file.factors.items()
@@ -297,7 +297,7 @@ def update_difference(one, two):
         return None
     (b, a), (other_b, other_a) = one.product(), two.product()
     if b.shape[:-1] != other_b.shape[:-1] or a.shape[-1] != other_a.shape[-1]:
-        return "other shapes"
+        return "different shapes"
     b, other_b = b * one.scaling, other_b * two.scaling
     both = np.concatenate([b, -other_b], -1), np.concatenate([a, other_a], -2)
     norms = [
@@ -311,14 +311,14 @@ def array_difference(one, two):
     if one is None or two is None:
         return f"only in the {'second' if one is None else 'first'}"
     if one.shape != two.shape:
-        return "other shapes"
+        return "different shapes"
     if np.array_equal(one, two):
         return None
     scale = max(map(np.linalg.norm, (one, two)))
     return f"{np.linalg.norm(one.astype('float64') - two) / scale:.3g}"
 
 
-# Read on 2026-11-25 in the documentation of vLLM 0.22.1 (vllm.lora.peft_helper,
+# From the documentation of vLLM 0.22.1, read on 2026-11-25 (vllm.lora.peft_helper,
 # vllm.lora.utils, vllm.config.lora).
 VLLM = "vLLM 0.22 (its documentation of 2026-11-25)"
 
@@ -328,16 +328,16 @@ def check_adapter(
     engine: str = "vllm",
     max_lora_rank: int = 16,
 ) -> list:
-    """Returns what a serving engine would refuse in an adapter, or read differently.
+    """Returns what a serving engine would refuse or misread in an adapter.
 
     Args:
         adapter: A folder, or an `Adapter`.
-        engine: "vllm", by its documented rules of 2026-11-25.
-        max_lora_rank: What the server is started with.
+        engine: "vllm", by the rules in its documentation of 2026-11-25.
+        max_lora_rank: The `--max-lora-rank` of the server.
 
     Returns:
-        A list of sentences, empty if no problem was found. They
-        say nothing about which modules of a model the engine can adapt.
+        A list of sentences, empty if no problem was found. Which modules of a model
+        the engine can adapt is not checked.
 
     Raises:
         ValueError: If the engine is unknown, or the adapter is damaged.
@@ -361,30 +361,31 @@ def check_adapter(
         )
     for word in file.method:
         found.append(
-            f"{VLLM} refuses {word}: serve the merged model, or extract_adapter's "
-            "nearest plain LoRA of it."
+            f"{VLLM} refuses {word}: serve the merged model, or the nearest plain "
+            "LoRA, which extract_adapter finds."
         )
     if file.bias != "none":
         found.append(
-            f"{VLLM} takes no bias, here bias={file.config['bias']!r}: train with "
-            'bias="none".'
+            f"{VLLM} refuses trained biases, here bias={file.config['bias']!r}: train "
+            'with bias="none".'
         )
     others = sorted(file.others)
     if others and not heads and file.bias == "none":
-        found.append(f"{VLLM} refuses tensors that are no A or B: {others[:5]}.")
+        found.append(f"{VLLM} refuses tensors other than A and B: {others[:5]}.")
     if file.rows:
         found.append(
             f"{VLLM} refuses rows of tables, here {sorted(file.rows)}: train without "
             "`trainable_token_indices`, or merge and serve the whole model."
         )
     if not adapter.config.get("target_modules"):
-        found.append(f"{VLLM} needs target_modules, which the file has not.")
+        found.append(f"{VLLM} needs target_modules, which the file lacks.")
     largest = max(file.factors.values(), key=lambda found: found.rank)
     if largest.rank > max_lora_rank:
         found.append(
             f"{VLLM} refuses ranks above max_lora_rank={max_lora_rank}, and "
-            f"{largest.module!r} has {largest.rank}: start it with --max-lora-rank, or "
-            f"cut with combine_adapters([adapter], rank={max_lora_rank})."
+            f"{largest.module!r} has {largest.rank}: start the server with a higher "
+            "--max-lora-rank, or lower the rank with combine_adapters([adapter], "
+            f"rank={max_lora_rank})."
         )
     rslora = file.config["use_rslora"]
     scaling = file.config["lora_alpha"] / settings.divisor(file.config["r"], rslora)
@@ -395,8 +396,8 @@ def check_adapter(
     ]
     if otherwise:
         found.append(
-            f"{VLLM} reads no rank_pattern and no alpha_pattern: it would scale "
-            f"{otherwise[:5]} by {scaling:.4g}, which is another adapter. Give all "
-            "layers one alpha and one rank, or the same ratio of both."
+            f"{VLLM} ignores rank_pattern and alpha_pattern: it would scale "
+            f"{otherwise[:5]} by {scaling:.4g}, which changes the adapter. Use one "
+            "rank and one alpha for all layers, or the same ratio of the two."
         )
     return found

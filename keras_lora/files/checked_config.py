@@ -1,4 +1,4 @@
-"""Checks that the settings of a folder can be read, those of token rows too."""
+"""Checks the settings in adapter_config.json, and those of token rows."""
 
 from keras_lora.files import config, disk
 from keras_lora.files.patterns import Budget, Pattern
@@ -7,8 +7,8 @@ from keras_lora.layers import settings, torch_layout
 from keras_lora.layers.torch_layout import TokenRowsFiles
 
 KEYWORD = TokenRowsFiles.keyword
-# What a reader may meet and need not obey. Another key that is set is named in a
-# warning; one that is null, false or empty asks for nothing.
+# Keys that are read, or can be ignored. A warning names any other key that is set; a
+# key that is null, false or empty asks for nothing.
 KNOWN = set(
     """
     alpha_pattern auto_mapping base_model_name_or_path bias ensure_weight_tying
@@ -18,7 +18,7 @@ KNOWN = set(
     target_modules target_parameters task_type trainable_token_indices use_rslora
     """.split()  # noqa: SIM905
 )
-# What changes the mathematics, and is not read.
+# Keys that change the mathematics and are not supported.
 REFUSED = (
     "alora_invocation_tokens",
     "arrow_config",
@@ -45,26 +45,24 @@ def checked_config(file):
         if file.get(key) and key not in torch_layout.METHODS:
             raise ValueError(
                 f"{config.CONFIG} has {key}={file[key]!r}, which changes the meaning "
-                "of the "
-                "factors and is not supported. In PEFT, merge the adapter into its "
-                "base model, or train one without it."
+                "of the factors and is not supported. In PEFT, merge the adapter into "
+                "its base model, or train one without it."
             )
     start = file.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower().startswith(
         ("pissa", "olora", "corda", "loftq", "lora_ga")
     ):
         raise ValueError(
-            f"{config.CONFIG} has init_lora_weights={start!r}: its base weights were "
-            "changed, "
-            "so that the tensors do not fit the model. Convert it in PEFT first."
+            f"{config.CONFIG} has init_lora_weights={start!r}: PEFT changed the base "
+            "weights too, so the tensors do not fit the original model. Convert the "
+            "adapter in PEFT first."
         )
     rslora = file.get("use_rslora", False)
     heads = file.get("modules_to_save") or []
     if not isinstance(rslora, bool) or not is_list_of(heads, str):
         raise ValueError(
             f"{config.CONFIG}: use_rslora must be a Boolean and modules_to_save a list "
-            "of "
-            f"names. Received: {rslora!r} and {heads!r}."
+            f"of names. Received: {rslora!r} and {heads!r}."
         )
     bias = file.get("bias", "none")
     settings.checked_bias(bias if isinstance(bias, str) else repr(bias))
@@ -79,9 +77,8 @@ def checked_config(file):
     named = isinstance(targets, str) or is_list_of(targets, str)
     if not named or not (targets or parameters or tokens):
         raise ValueError(
-            f"{config.CONFIG}: target_modules must be a list of names or an "
-            "expression. "
-            f"Received: {targets!r}."
+            f"{config.CONFIG}: target_modules must be a list of names or a regular "
+            f"expression. Received: {targets!r}."
         )
     for key in config.FACTS:
         if not isinstance(file.get(key), (str, type(None))):
@@ -140,7 +137,7 @@ def is_list_of(values, kind):
 
 
 def checked_file_alpha(alpha):
-    """Refuses an alpha that float32 cannot represent; JSON's numbers have no limits."""
+    """Checks an alpha from JSON, whose numbers may be too large for float32."""
     if settings.is_number(alpha) and not 1e-37 < alpha < 3e38:
         raise ValueError(
             f"{config.CONFIG}: lora_alpha must be a finite number > 0, in float32 too. "
@@ -161,13 +158,13 @@ def row_tensors(tables) -> dict:
 
 
 def take_rows(tensors) -> dict:
-    """Takes the rows out of a file's tensors: {module: rows}."""
+    """Removes the rows from a file's tensors and returns {module: rows}."""
     keys = [key for key in tensors if key.endswith(SUFFIX)]
     return {key.removesuffix(SUFFIX): tensors.pop(key) for key in keys}
 
 
 def checked_tokens(given) -> dict:
-    """{module, or the end of one: ids}; "" is the model's table of tokens."""
+    """{module, or the end of one: ids}; "" means the model's token embedding."""
     if not given:
         return {}
     named = given if isinstance(given, dict) else {"": given}
@@ -186,13 +183,14 @@ def checked_rows(rows, tokens) -> dict:
         names = [n for n in tokens if not n or f".{module}".endswith(f".{n}")]
         if len(names) != 1 or values.ndim != 2 or len(values) != len(tokens[names[0]]):
             raise ValueError(
-                f"{disk.TENSORS} has rows of shape {values.shape} for {module!r}, and "
+                f"{disk.TENSORS} has rows of shape {values.shape} for {module!r}, but "
                 f"{config.CONFIG} has {KEYWORD}={tokens}: the two do not belong "
                 "together."
             )
         found[module] = tokens[names[0]], values
     if len(found) < len(tokens):
         raise ValueError(
-            f"{config.CONFIG} has {KEYWORD}={tokens}, and {disk.TENSORS} no rows."
+            f"{config.CONFIG} has {KEYWORD}={tokens}, but {disk.TENSORS} has no rows "
+            "for some of them."
         )
     return found

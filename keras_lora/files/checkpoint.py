@@ -1,4 +1,4 @@
-"""A callback that writes the adapter alone."""
+"""A callback that saves only the adapter."""
 
 import math
 import os
@@ -23,11 +23,11 @@ class AdapterCheckpoint(keras.callbacks.Callback):
         mode: "min", "max" or "auto". "auto" asks the compiled metric of that name;
             for other values it means "max" for accuracies and areas, else "min".
         names: As in `save_adapter`.
-        verbose: 0, or 1 to print what is saved where.
+        verbose: 0, or 1 to print each save and its folder.
 
     Raises:
-        ValueError: If `mode` is another word or `directory` is not a valid format;
-            at the end of an epoch, if the logs lack a value that is asked for.
+        ValueError: If `mode` is another word or `directory` is not a valid format
+            string; at the end of an epoch, if a value is missing from the logs.
 
     Examples:
         >>> checkpoint = keras_lora.AdapterCheckpoint("adapter")
@@ -48,9 +48,9 @@ class AdapterCheckpoint(keras.callbacks.Callback):
             list(string.Formatter().parse(os.fspath(directory)))
         except ValueError as error:
             raise ValueError(
-                f"`directory` is not a valid format: {error}. Received: "
-                f"{str(directory)!r}. "
-                'Write braces that are part of the name twice, "{{".'
+                f"`directory` is not a valid format string: {error}. Received: "
+                f"{str(directory)!r}. Double the braces that are part of the name: "
+                '"{{".'
             ) from error
         if mode not in ("auto", "min", "max"):
             raise ValueError(
@@ -88,8 +88,8 @@ class AdapterCheckpoint(keras.callbacks.Callback):
             return os.fspath(self.directory).format(epoch=epoch + 1, **logs)
         except (LookupError, AttributeError, TypeError, ValueError) as error:
             raise ValueError(
-                f"`directory` {str(self.directory)!r} asks for a value that is not in "
-                f"the logs: {error}. There are {['epoch', *sorted(logs)]}."
+                f"`directory` {str(self.directory)!r} uses a value that is not in the "
+                f"logs: {error}. Possible are {['epoch', *sorted(logs)]}."
             ) from error
 
     def _say(self, epoch, what):
@@ -102,7 +102,7 @@ class AdapterCheckpoint(keras.callbacks.Callback):
             self._watch = self._watcher(self.mode)
         try:
             self._watch.on_epoch_end(0, logs)
-        except ValueError:  # no metric of the model: its name has to tell
+        except ValueError:  # not a metric of the model: decide by its name
             self._watch = self._watcher("max" if is_rising(self.monitor) else "min")
             self._watch.on_epoch_end(0, logs)
         before, self.best = self.best, self._watch.best

@@ -1,4 +1,4 @@
-"""Sums of adapters, exact or cut to a rank."""
+"""Sums of adapters, exact or of a lower rank."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from keras_lora.keras_internals import warn_caller
 from keras_lora.layers.settings import alpha_at, checked_rank, divisor, is_number
 from keras_lora.models import tables
 
-BIASES = ("none", "lora_only", "all")  # each trains what those before it train
+BIASES = ("none", "lora_only", "all")  # each includes those before it
 
 
 def combine_adapters(
@@ -24,38 +24,38 @@ def combine_adapters(
     energy: float | None = None,
     heads: int | str | Path | None = None,
 ) -> Adapter:
-    """Returns an adapter whose updates are weighted sums of those of others.
+    """Returns the weighted sum of several adapters as one adapter.
 
         delta = sum over i of weights[i] * delta_i
 
-    The sum is exact: A = [A_1; A_2; ...] has the factors of all adapters, and so has B,
-    with their weights and scalings, so that the ranks add up. With `rank` or `energy`
-    each sum is cut to the nearest update of a lower rank (its singular value
-    decomposition), and `.errors` of the result says what that lost. A single adapter is
-    made smaller in the same way: `combine_adapters([adapter], energy=0.99)`.
+    The sum is exact: A = [A_1; A_2; ...] stacks the factors of all adapters, and so
+    does B, with their weights and scalings. The ranks add up. With `rank` or `energy`,
+    each sum is replaced by the nearest update of a lower rank (by singular value
+    decomposition), and `.errors` of the result has the relative errors. A single
+    adapter is reduced in the same way: `combine_adapters([adapter], energy=0.99)`.
 
     Args:
         adapters: Folders, or `Adapter` values.
         weights: One number per adapter; the default is 1 for each.
-        rank: Whole number > 0, the largest rank of the result; the default cuts
-            nothing.
+        rank: Whole number > 0, the highest rank of the result. By default, no rank is
+            lowered.
         energy: Number in (0, 1] instead of `rank`: each module gets the lowest rank
             that keeps this share of the squares of its update's singular values
             (`analyze` shows them); its error is at most sqrt(1 - energy).
-        heads: What to make of heads, biases and rows of a table that several adapters
-            have trained in full, to other values: "average" is their mean; a place in
-            `adapters`, or the name of a folder there, keeps those of that one. The
-            default is an error.
+        heads: What to do with heads, biases and table rows that several adapters have
+            trained in full, to different values. "average" takes their mean. A
+            position in `adapters`, or the name of a folder there, keeps the values of
+            that adapter. By default this is an error.
 
     Returns:
         An `Adapter`: `.save(directory)` writes it, and `load_adapter(model, adapter)`
-        takes it. What the adapters trained in full is kept without a weight.
+        reads it. Layers that trained in full are not multiplied by the weights.
 
     Raises:
-        ValueError: If there is no adapter, the weights do not fit, `rank` and
-            `energy` are both given, factors of one module have other shapes or are no
-            matrices, several adapters trained the same layer in full and `heads` does
-            not decide, or different rows of one table, or one has DoRA's magnitudes.
+        ValueError: If there is no adapter, the number of weights differs, or `rank` and
+            `energy` are both given. If factors of one module have different shapes or
+            are not matrices. If several adapters trained the same layer in full and
+            `heads` is not given, or different rows of one table. If one uses DoRA.
         OSError: If a file cannot be read.
 
     Examples:
@@ -81,7 +81,7 @@ def combine_adapters(
         )
     for file in files:
         for found in file.factors.values():
-            found.product()  # which is an error where they are no matrices
+            found.product()  # raises if they are not matrices
     use_rslora = all(file.use_rslora for file in files)
     tensors, ranks, alphas, errors = {}, {}, {}, {}
     for module in dict.fromkeys(m for file in files for m in file.factors):
@@ -114,7 +114,7 @@ def combine_adapters(
         tensors |= zip(keys, (a, b), strict=True)
         ranks[module] = len(a)
         alphas[module] = first.scaling * divisor(len(a), use_rslora)
-        if use_rslora == first.use_rslora:  # exactly its own, for one
+        if use_rslora == first.use_rslora:  # exact if there is one adapter
             alphas[module] = alpha_at(len(a), first.alpha, first.rank, use_rslora)
     slices = fuse(tensors, ranks, alphas, use_rslora)
     tensors |= in_full(files, heads)
@@ -141,7 +141,7 @@ def combine_adapters(
 def refuse_methods(files):
     for word in [word for file in files for word in file.method]:
         raise ValueError(
-            f"Adapters with {word} cannot be added up. Load the adapter into a model, "
+            f"Adapters with {word} cannot be added. Load the adapter into a model, "
             "call `merge_lora(model)`, and combine what `extract_adapter(base_model, "
             "model, rank)` returns."
         )
@@ -164,11 +164,13 @@ def checked_weights(weights, adapters):
 
 
 def assert_same_shapes(module, pairs):
-    """Raises if shapes differ other than in the rank: A's first axis and B's second."""
+    """Raises if shapes differ in more than the rank, A's first axis and B's second."""
     first = pairs[0]
     for pair in pairs:
         if pair.low_rank != first.low_rank:
-            raise ValueError(f"{module!r} is an embedding in some adapters only.")
+            raise ValueError(
+                f"{module!r} is an embedding in only some of the adapters."
+            )
         for place, suffix in enumerate(pair.low_rank):
             both = (pair.tensors[suffix], first.tensors[suffix])
             shapes = [np.delete(value.shape, place) for value in both]
@@ -211,13 +213,14 @@ def in_full(files, heads) -> dict:
             tensors[key] = values[heads]
         elif heads != "average":
             raise ValueError(
-                f"Several adapters trained {key!r} in full; there is no sum of that. "
-                'Choose with heads="average", or heads= and the place or the folder '
-                f"of one to keep: they are at {', '.join(map(str, values))}."
+                f"Several adapters trained {key!r} in full, to different values. Give "
+                'heads="average", or as `heads` the position or folder of the one to '
+                f"keep: positions {', '.join(map(str, values))} have it."
             )
         elif len({value.shape for value in values.values()}) > 1:
             raise ValueError(
-                f"{key!r} has several shapes: they belong to different models."
+                f"{key!r} has several shapes in the adapters: they belong to different "
+                "models."
             )
         else:
             mean = np.mean(list(values.values()), axis=0, dtype="float64")
@@ -241,7 +244,7 @@ def token_rows(file, files) -> dict:
 
 
 def checked_heads(heads, adapters):
-    """None, "average", or a place."""
+    """Returns None, "average", or a position."""
     if heads is None or heads == "average":
         return heads
     folders = {n: Path(x) for n, x in enumerate(adapters) if not isinstance(x, Adapter)}
@@ -252,8 +255,8 @@ def checked_heads(heads, adapters):
         found = [n for n in range(len(adapters)) if type(heads) is int and n == heads]
     if len(found) != 1:
         raise ValueError(
-            '`heads` must be "average", a place in `adapters`, counted from 0, or the '
-            f"name of one folder there. Received: heads={heads!r}, folders "
+            '`heads` must be "average", a position in `adapters`, counted from 0, or '
+            f"the name of one folder there. Received: heads={heads!r}, folders "
             f"{[str(x) for x in folders.values()]}."
         )
     return found[0]

@@ -24,10 +24,10 @@ from keras_lora.models import atomic, tables
 
 
 def main(arguments=None) -> int:
-    """Runs the command that the arguments, or those of the process, say."""
+    """Runs the command given by the arguments, by default those of the process."""
     options = parser(show, diff, combine, merge, check).parse_args(arguments)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what is not for users of the command
+        warnings.simplefilter("ignore")  # of other packages, not for users
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = lambda message, *_: say(f"warning: {message}")
         try:
@@ -57,9 +57,9 @@ def diff(options):
         write("Settings", ["setting", *options.folders], settings)
     if tensors:
         head = ["module", "rank", "|first - second| over the larger"]
-        write("Updates, and what trained in full", head, tensors)
+        write("Updates and fully trained weights", head, tensors)
     if not settings and not tensors:
-        write_lines(["The two say the same."])
+        write_lines(["The two adapters are equal."])
     return int(bool(settings or tensors))
 
 
@@ -67,8 +67,8 @@ def combine(options):
     for folder in options.folders:
         if os.path.realpath(folder) == os.path.realpath(options.output):
             raise ValueError(
-                f"OUT is {folder}, one of the adapters that are combined, which would "
-                "be lost. Give another folder."
+                f"OUT is {folder}, one of the adapters to combine, which would be "
+                "overwritten. Give another folder."
             )
 
     combined = combine_adapters(
@@ -86,7 +86,7 @@ def combine(options):
 def merge(options):
     if not options.output.endswith(".keras"):
         raise ValueError(f"OUT must end with .keras. Received: {options.output!r}.")
-    # Here: no other command needs Keras, which takes seconds to load.
+    # Only this command needs Keras, which takes seconds to import.
     with without_first_logs():
         import keras
 
@@ -96,7 +96,7 @@ def merge(options):
         importlib.import_module(module)
     try:
         model = keras.saving.load_model(options.model)
-    except Exception as error:  # of whatever the file holds
+    except Exception as error:  # the file may hold anything
         raise ValueError(f"{options.model} cannot be loaded: {error}") from error
     report = load_adapter(model, options.folder, names=options.names)
     for row in merge_lora(model, quantized=options.quantized):
@@ -111,7 +111,7 @@ def merge(options):
 
 @contextlib.contextmanager
 def without_first_logs():
-    """Hides what TensorFlow logs at import, which no setting stops in full."""
+    """Hides TensorFlow's log lines at import, some of which no setting stops."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     sys.stderr.flush()
     stderr, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
@@ -193,9 +193,11 @@ def parser(show, diff, combine, merge, check):
         2,
     )
     added = command(
-        combine, "Writes the weighted sum of adapters, exact or cut to a rank.", "+"
+        combine, "Writes the weighted sum of adapters, exact or of a lower rank.", "+"
     )
-    added.add_argument("-o", "--output", required=True, metavar="OUT", help="folder")
+    added.add_argument(
+        "-o", "--output", required=True, metavar="OUT", help="its folder"
+    )
     added.add_argument(
         "--weights",
         nargs="+",
@@ -204,12 +206,12 @@ def parser(show, diff, combine, merge, check):
         help="a number for each folder, 1 by default",
     )
     cuts = added.add_mutually_exclusive_group()
-    cuts.add_argument("--rank", type=int, help="the largest rank of the result")
+    cuts.add_argument("--rank", type=int, help="the highest rank of the result")
     cuts.add_argument(
         "--energy",
         type=float,
-        help="in (0, 1]: the share of the squares of each update's singular values "
-        "that is kept, by the lowest rank that does",
+        help="in (0, 1]: lowers each rank as far as this share of the squares of the "
+        "update's singular values is kept",
     )
     added.add_argument(
         "--heads",
@@ -224,7 +226,7 @@ def parser(show, diff, combine, merge, check):
     )
     added.add_argument(
         "--names",
-        help='where the module names come from, as in load_adapter: "transformers"',
+        help='as in load_adapter: "transformers" for a KerasHub model',
     )
     added.add_argument(
         "--quantized",
@@ -237,8 +239,8 @@ def parser(show, diff, combine, merge, check):
         action="append",
         default=[],
         metavar="MODULE",
-        help="a module to import first, such as keras_hub, that registers classes of "
-        "the model; can be repeated",
+        help="a module to import first because it registers classes of the model, "
+        "such as keras_hub; can be repeated",
     )
     added = command(
         check,
@@ -249,7 +251,7 @@ def parser(show, diff, combine, merge, check):
     added.add_argument(
         "--engine",
         choices=("vllm",),
-        help="also report what this serving engine would refuse, as check_adapter does",
+        help="also list what this serving engine would refuse, as check_adapter does",
     )
     added.add_argument(
         "--max-lora-rank",
@@ -271,7 +273,7 @@ def in_one_line(text):
 def console():
     found = rich.console.Console(highlight=False)
     if not found.is_terminal:
-        found.width = 10_000  # in a file or a pipe nothing is folded
+        found.width = 10_000  # no line breaks in a file or a pipe
     return found
 
 

@@ -1,4 +1,4 @@
-"""adapter_config.json: settings in PEFT's words, and which modules they mean."""
+"""adapter_config.json: settings under PEFT's names, and the modules they apply to."""
 
 import collections
 import re
@@ -13,19 +13,19 @@ from keras_lora.layers import torch_layout
 from keras_lora.layers.settings import checked_alpha
 
 CONFIG = "adapter_config.json"
-# What decides how the tensors are read: it also stands in the tensors' metadata.
+# Settings that decide how the tensors are read; the tensors' metadata has them too.
 SETTINGS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 
 
 def reading_settings(config) -> dict:
-    """The settings that the tensors mean nothing without, another method's too."""
+    """Returns the settings without which the tensors cannot be interpreted."""
     methods = [word for word in torch_layout.METHODS if word and config.get(word)]
     return {key: config.get(key) for key in (*SETTINGS, *methods)}
 
 
-# Facts about the base model, which a file of a loaded adapter states again.
+# Facts about the base model, which are kept when a loaded adapter is saved again.
 FACTS = ("task_type", "base_model_name_or_path")
-_loaded_facts = weakref.WeakKeyDictionary()  # model -> those of the file it has loaded
+_loaded_facts = weakref.WeakKeyDictionary()  # model -> facts in the file it loaded
 
 
 def remember_file(model, config):
@@ -33,7 +33,7 @@ def remember_file(model, config):
 
 
 def model_facts(model, given):
-    """Returns the facts about a model that its files state: given, else as loaded."""
+    """Returns the facts about the base model: those given, else those loaded."""
     for key, value in given.items():
         if not isinstance(value, (str, type(None))):
             raise ValueError(f"`{key}` must be a name. Received: {key}={value!r}.")
@@ -44,7 +44,7 @@ def model_facts(model, given):
 def settings(ranks, alphas, use_rslora, parameters=None, **others):
     """The configuration of an adapter with these ranks and alphas per module.
 
-    parameters: module -> what PEFT adapts as a parameter, which it calls so.
+    parameters: module -> name of the parameter that PEFT adapts there.
     """
     parameters = parameters or {}
     alphas = {module: checked_alpha(alpha) for module, alpha in alphas.items()}
@@ -53,9 +53,9 @@ def settings(ranks, alphas, use_rslora, parameters=None, **others):
         "task_type": None,
         "base_model_name_or_path": None,
         "inference_mode": True,
-        # An empty list: for None PEFT has modules of its own choice.
+        # Not None, for which PEFT would choose modules itself.
         "target_modules": sorted(ranks.keys() - parameters.keys()),
-        # PEFT warns of a pattern that means a parameter, though it obeys it.
+        # PEFT obeys a pattern for a parameter, but warns about it.
         "r": most_common([ranks[m] for m in parameters] or ranks.values()),
         "lora_alpha": most_common([alphas[m] for m in parameters] or alphas.values()),
     }
@@ -70,7 +70,7 @@ def settings(ranks, alphas, use_rslora, parameters=None, **others):
 
 
 def most_common(values):
-    """PEFT's default where there is none: rows of a table have no rank."""
+    """The most frequent value; PEFT's default, 8, if there is none."""
     return collections.Counter(values or [8]).most_common(1)[0][0]
 
 
@@ -78,9 +78,9 @@ EXACT = re.compile(r"\^((?:\\\W|[^\\^$.|?*+(){}\[\]])+)")
 
 
 def pattern(values, usual, parameters: Mapping = MappingProxyType({})):
-    """One key for each module whose value is not the usual one.
+    """One key for each module whose value differs from the usual one.
 
-    parameters: module -> the parameter that PEFT adapts, and looks for by its name.
+    parameters: module -> name of the parameter that PEFT adapts there.
     """
     ends = {module: r"(\.weight)?" for module, x in parameters.items() if x != module}
     return {
@@ -91,9 +91,9 @@ def pattern(values, usual, parameters: Mapping = MappingProxyType({})):
 
 
 def value_of(config, pattern_key, default_key, found, warns=True):
-    """Module -> rank or alpha: the first key that fits the end of its name.
+    """Module -> rank or alpha, by the first key that matches the end of its name.
 
-    warns: Boolean, whether of keys that fit none.
+    warns: Boolean, whether to warn about keys that match no module.
     """
     budget, names, expressions = Budget(), {}, []
     for place, key in enumerate(config[pattern_key]):
@@ -123,12 +123,12 @@ def value_of(config, pattern_key, default_key, found, warns=True):
 
 
 def ends_of(name) -> list:
-    """A name, and what follows each of its dots."""
+    """Returns a name, and the part after each of its dots."""
     return [name[place:] for place in [0, *(x.end() for x in re.finditer(r"\.", name))]]
 
 
 def check_targets(config, found):
-    """`target_modules` and `target_parameters` must mean modules of the tensors."""
+    """Raises unless `target_modules` or `target_parameters` match the tensors."""
     targets, parameters = config["target_modules"], config["target_parameters"]
     modules = [slices.without_slice(module) for module in found]
     ends = {end for module in modules for end in ends_of(module)}
@@ -141,8 +141,8 @@ def check_targets(config, found):
     lost = [name for name in parameters if name.removesuffix(".weight") not in ends]
     if len(unmatched) + len(lost) == len(targets) + len(parameters):
         raise ValueError(
-            f"target_modules means {[*unmatched, *lost][:5]}, and none of the modules "
-            f"that there are tensors for: {modules[:5]}."
+            f"target_modules has {[*unmatched, *lost][:5]}, which match none of the "
+            f"modules that have tensors: {modules[:5]}."
         )
     warn_of_unmatched("target_modules", unmatched)
     warn_of_unmatched("target_parameters", lost)

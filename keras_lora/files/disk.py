@@ -1,4 +1,4 @@
-"""The two files of a folder: read as a pair, checked, and replaced as one."""
+"""The two files of a folder: read, checked and replaced together."""
 
 import hashlib
 import json
@@ -17,14 +17,14 @@ from keras_lora.layers import torch_layout
 from keras_lora.models import atomic
 
 TENSORS = "adapter_model.safetensors"
-INDEX = f"{TENSORS}.index.json"  # of a file in parts
+INDEX = f"{TENSORS}.index.json"  # if the tensors are split into several files
 FLOATS = ("F64", "F32", "F16", "BF16")
 # The peft_type of adapter_config.json while both files are being replaced.
 INTERRUPTED = "SAVE_INTERRUPTED"
 
 
 def replace_files(directory, new, tensors, config, sha256):
-    """Puts both files in place, by way of `new`, a folder on the same disk."""
+    """Replaces both files; `new` is a temporary folder on the same disk."""
     atomic.write(new / TENSORS, tensors)
     atomic.write(new / CONFIG, config)
     old = matching_config(directory)
@@ -44,7 +44,7 @@ def replace_files(directory, new, tensors, config, sha256):
 
 
 def matching_config(directory):
-    """Returns the bytes of adapter_config.json; None if it does not fit the tensors."""
+    """Returns adapter_config.json in bytes, or None if it does not fit the tensors."""
     try:
         config = read_config(directory)
         if belonging(config, {}) is config:
@@ -56,7 +56,7 @@ def matching_config(directory):
 
 
 def belonging(config, metadata):
-    """After an interrupted save, the settings that belong to the tensors."""
+    """Returns the settings of the tensors, also after an interrupted save."""
     if not isinstance(config, dict) or config.get("peft_type") != INTERRUPTED:
         return config
     written = config.get("sha256") == metadata.get("sha256")
@@ -97,7 +97,7 @@ def read_all(directory):
         tensors |= {key: found[key] for key in found if parts.get(key) == name}
     missing = sorted(parts.keys() - tensors.keys())
     if missing:
-        raise ValueError(f"{INDEX} names tensors that are in no part: {missing[:5]}.")
+        raise ValueError(f"{INDEX} lists tensors that no part has: {missing[:5]}.")
     return tensors, {}
 
 
@@ -118,12 +118,14 @@ def parsed(text):
 
 
 def assert_readable(path, limit=math.inf):
-    """Raises for pipes and devices, which could be read without end."""
+    """Raises for pipes and devices, which may never end."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise OSError(f"{path} is not a file but a folder, a pipe or a device.")
     if status.st_size > limit:
-        raise ValueError(f"{path} has {status.st_size} bytes; {limit} are read.")
+        raise ValueError(
+            f"{path} has {status.st_size} bytes; at most {limit} are read."
+        )
 
 
 def read_tensors(path):
@@ -134,14 +136,15 @@ def read_tensors(path):
                 kind = file.get_slice(key).get_dtype()
                 if kind not in FLOATS:
                     raise ValueError(
-                        f"the tensor {key!r} is of {kind}. {', '.join(FLOATS)} are "
-                        "read: convert it, with torch by tensor.float()"
+                        f"the tensor {key!r} is of {kind}, and only "
+                        f"{', '.join(FLOATS)} can be read. In torch, tensor.float() "
+                        "converts it"
                     )
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             return tensors, file.metadata() or {}
     except OSError:
         raise
-    except Exception as error:  # safetensors has its own, and NumPy's pass through
+    except Exception as error:  # safetensors' own, and NumPy's
         raise ValueError(f"{path} cannot be read: {error}.") from error
 
 
@@ -150,7 +153,7 @@ PREFIX = "base_model.model."
 NAMED = re.compile(
     r"\.lora_(?:(?:embedding_)?[AB]|magnitude_vector)\.(?!weight$)([^.]+)(?=\.|$)"
 )
-# Layers may be called as these are: where there is one, no key has an adapter's name.
+# If one key matches, none has an adapter's name: a layer may be called "lora_A".
 UNNAMED = re.compile(r"\.lora_(?:[AB]\.weight|embedding_[AB])$")
 
 
@@ -187,7 +190,7 @@ def checked_tensors(tensors):
             name = NAMED.sub(lambda match: match[0][: -len(match[1]) - 1], key)
         name = name.replace(f".modules_to_save.{adapter}.", ".")
         name = name.removeprefix(PREFIX).replace(".modules_to_save.", ".")
-        if name.removesuffix(".weight").endswith(more):  # as parameters or as modules
+        if name.removesuffix(".weight").endswith(more):  # a parameter or a module
             name = name.removesuffix(".weight")
         value = value if value.dtype == "float64" else value.astype("float32")
         if not np.array_equal(floats.setdefault(name, value), value, equal_nan=True):
@@ -227,16 +230,20 @@ def checked_metadata(metadata, config, tensors):
         return {}, []
     found = digest(tensors, metadata)
     if metadata.get("sha256", found) != found:
-        raise ValueError(f"{TENSORS} is damaged: its checksum does not fit.")
+        raise ValueError(f"{TENSORS} is damaged: its checksum does not match.")
     stored, slices = (stated_in(metadata, key, {}) for key in ("settings", "slices"))
     starts = stated_in(metadata, "starts", [])
     if not all(isinstance(module, str) for module in starts):
-        raise ValueError(f"{TENSORS}: starts are modules. Received: {starts!r}.")
+        raise ValueError(
+            f"{TENSORS}: starts must be a list of modules. Received: {starts!r}."
+        )
     for ranks in slices.values():
         if not isinstance(ranks, list) or not all(
             type(rank) is int and rank >= 0 for rank in ranks
         ):
-            raise ValueError(f"{TENSORS}: slices have ranks. Received: {ranks!r}.")
+            raise ValueError(
+                f"{TENSORS}: slices must have lists of ranks. Received: {ranks!r}."
+            )
     said = reading_settings(config)
     for key in stored | said:
         if stored.get(key) != said.get(key):
@@ -248,7 +255,7 @@ def checked_metadata(metadata, config, tensors):
 
 
 def stated_in(metadata, key, default):
-    """A value of the default's type."""
+    """Returns a value of the metadata, checked to have the default's type."""
     try:
         value = parsed(metadata.get(key, json.dumps(default)))
     except ValueError as error:

@@ -1,8 +1,8 @@
 """Layers of experts: the parameters that PEFT adapts, and stacks of factors.
 
-Since transformers 5 the experts of a layer are one module with two parameters, each a
-stack of E matrices. PEFT wraps the module once for each that it adapts, the one that
-was registered first innermost, and writes both factors as matrices. r is the rank of
+Since transformers 5, the experts of a layer are one module with two parameters, each a
+stack of E matrices. PEFT wraps the module once for each parameter that it adapts, the
+first registered one innermost, and writes both factors as matrices. r is the rank of
 one expert.
 
     stack   A (r, E, in)                   B (out, r, E)
@@ -12,8 +12,8 @@ one expert.
     both parameters adapted    experts.base_layer is gate_up_proj, experts is down_proj
     one of them                experts is that one: `target_parameters` says which
 
-Before transformers 5 each expert had linear modules of its own, and a file a pair for
-each.
+Before transformers 5, each expert had its own linear modules, and a file has a pair of
+factors for each.
 """
 
 import collections
@@ -28,11 +28,11 @@ from keras_lora.files.config import check_targets, ends_of, pattern, value_of
 from keras_lora.files.slices import fuse, without_slice
 from keras_lora.layers import torch_layout
 
-PARAMETERS = ("gate_up_proj", "down_proj")  # as their modules register them
+PARAMETERS = ("gate_up_proj", "down_proj")  # in the order of registration
 OWNER = r"((?:.+\.)?experts)"
 STACK = re.compile(rf"{OWNER}\.({'|'.join(PARAMETERS)})")
 WRAPPED = re.compile(rf"{OWNER}((?:\.base_layer)*)\.lora_[AB]\.weight")
-# What each expert's linear modules are called -> the parameter, and which half.
+# Name of an expert's linear module -> the parameter, and which half of it.
 HALVES = {
     "w1": "gate_up_proj[0/2]",
     "w3": "gate_up_proj[1/2]",
@@ -50,7 +50,7 @@ def parameter_of(module) -> str:
 
 
 def parameters_in(modules, entries) -> dict:
-    """{module: parameter} for those that entries of `target_parameters` mean."""
+    """{module: parameter} for the modules that match `target_parameters`."""
     entries, found = set(entries), {}
     for module in modules:
         parameter = parameter_of(without_slice(module))
@@ -87,9 +87,8 @@ def from_wrapped(tensors, config) -> dict:
         modules = wrapped_modules(owner, meant)
         if modules and found != set(range(len(modules))):
             raise ValueError(
-                f"target_parameters means {sorted(modules)}, and {disk.TENSORS} has "
-                "factors "
-                f"for {len(found)} parameters of {owner!r}."
+                f"target_parameters means {sorted(modules)}, but {disk.TENSORS} has "
+                f"factors for {len(found)} parameters of {owner!r}."
             )
         for parameter, module in modules.items():
             keys = [module + suffix for suffix in torch_layout.LINEAR]
@@ -99,10 +98,9 @@ def from_wrapped(tensors, config) -> dict:
             rank = ranks[parameter]
             if a.ndim != 2 or b.ndim != 2 or len(a) % rank or b.shape[1] != len(a):
                 raise ValueError(
-                    f"The factors of {parameter!r} have shapes {a.shape} and {b.shape},"
-                    f" and not (experts * {rank}, inputs) and (outputs, {rank} * "
-                    "experts): its rank, that of one expert, is "
-                    f"{rank}."
+                    f"The factors of {parameter!r}, whose rank is {rank} for each "
+                    f"expert, must have shapes (experts * {rank}, inputs) and "
+                    f"(outputs, {rank} * experts). Received: {a.shape} and {b.shape}."
                 )
             a = a.reshape(-1, rank, a.shape[1]).transpose(1, 0, 2)
             b = b.reshape(len(b), rank, -1)
@@ -130,7 +128,7 @@ def to_wrapped(tensors, entries) -> dict:
 
 
 def as_parameter(key):
-    """The key of a stack for that of one expert; another as it is."""
+    """Returns the key of the stack for that of one expert, and other keys unchanged."""
     match = EXPERT.match(key)
     if match is None:
         return key
@@ -138,9 +136,9 @@ def as_parameter(key):
 
 
 def with_stacks(adapter, parameters):
-    """An adapter with a pair for each expert as one of stacks.
+    """Converts an adapter with a pair of factors for each expert into one of stacks.
 
-    parameters: The stacks that the model has. Others stay as they are.
+    parameters: The stacks that the model has; other tensors are unchanged.
     """
     owners = {match[1] for x in parameters if (match := STACK.fullmatch(x))}
     found = collections.defaultdict(lambda: collections.defaultdict(dict))
@@ -153,8 +151,8 @@ def with_stacks(adapter, parameters):
             rest[key] = value
         elif not suffix or match[0] != module:
             raise ValueError(
-                f"The tensor {key!r} is of one expert, and experts are adapted by A "
-                "and B alone."
+                f"The tensor {key!r} belongs to one expert, for which only A and B are "
+                "supported."
             )
         else:
             stack = f"{match[1]}.{HALVES[match[3]]}"
@@ -166,11 +164,11 @@ def with_stacks(adapter, parameters):
 
 
 def stacked(adapter, tensors, found, modules):
-    """`with_stacks` for what was found.
+    """The second half of `with_stacks`.
 
     Args:
         adapter: The adapter as it was read.
-        tensors: What is not of one expert.
+        tensors: The tensors that belong to no single expert.
         found: Half of a stack -> {suffix: {expert: value}}.
         modules: Half of a stack -> the linear modules of its experts.
     """
@@ -192,8 +190,8 @@ def stacked(adapter, tensors, found, modules):
             own = {values[module] for module in modules[stack]}
             if len(own) > 1:
                 raise ValueError(
-                    f"The experts of {without_slice(stack)!r} have ranks or alphas of "
-                    f"their own, {sorted(own)}; a stack has one for all."
+                    f"The experts of {without_slice(stack)!r} have different ranks or "
+                    f"alphas, {sorted(own)}; a stack of experts has one for all."
                 )
             of_stack[stack] = own.pop()
         a, b = (in_order(stack, pairs[suffix]) for suffix in torch_layout.LINEAR)
@@ -221,8 +219,8 @@ def in_order(stack, values):
     every = values.keys() == set(range(len(values)))
     if not every or [len(shape) for shape in shapes] != [2]:
         raise ValueError(
-            f"{without_slice(stack)!r} needs factors of one shape for each expert. The "
-            f"file has those of experts {sorted(values)[:9]}, of shapes "
+            f"The experts of {without_slice(stack)!r} need factors of one shape each. "
+            f"The file has factors of the experts {sorted(values)[:9]}, with shapes "
             f"{sorted(shapes)[:3]}."
         )
     return [values[expert] for expert in range(len(values))]

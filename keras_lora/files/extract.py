@@ -1,4 +1,4 @@
-"""The adapter that turns one model into another, as nearly as its rank allows."""
+"""The difference of two models as an adapter, as far as its rank allows."""
 
 import dataclasses
 import itertools
@@ -22,27 +22,27 @@ def extract_adapter(
     rank: int,
     names: str | Mapping | Callable | None = None,
 ) -> Adapter:
-    """Returns the best update of a rank between two models of one architecture.
+    """Returns the difference of two models of one architecture as an adapter.
 
-        scaling * A @ B = the nearest of rank r to W_tuned - W_base
+        scaling * A @ B = the nearest matrix of rank r to W_tuned - W_base
 
     in the Frobenius norm, by singular value decomposition, for every weight that can
-    be adapted and that differs. Everything else that differs, such as
-    biases and heads, is kept in full: a base model that loads the adapter equals the
-    tuned model, up to the errors that `.errors` of the result lists.
+    be adapted and differs. Everything else that differs, such as biases and heads, is
+    kept in full. A base model that loads the adapter equals the tuned model, up to the
+    errors in `.errors` of the result.
 
     Args:
-        base_model: A plain Keras model that is built. It is left as it is.
-        tuned_model: Another of the same layers and shapes.
+        base_model: A plain Keras model that is built. It is not changed.
+        tuned_model: Another model with the same layers and shapes.
         rank: Whole number > 0; a layer whose kernel is smaller gets its full rank.
         names: As in `save_adapter`.
 
     Returns:
-        An `Adapter`; its `.errors` are |delta - scaling * A @ B| / |delta| by module.
+        An `Adapter`; its `.errors` has |delta - scaling * A @ B| / |delta| by module.
 
     Raises:
-        ValueError: If the two differ in more than values, hold adapters
-            (`merge_lora` first), or differ in no kernel.
+        ValueError: If the models have different layers or shapes, hold adapters (call
+            `merge_lora` first), or have equal kernels.
 
     Examples:
         >>> tuned = keras.models.clone_model(base)
@@ -60,8 +60,8 @@ def extract_adapter(
         for path, layer in sites.layer_paths(model).items():
             if layer.quantization_mode is not None:
                 raise ValueError(
-                    f"The layer {path!r} of {model.name!r} is quantized: kernels of "
-                    "integers have no difference of low rank. Give the float models."
+                    f"The layer {path!r} of {model.name!r} is quantized, and integer "
+                    "kernels have no low-rank difference. Give the float models."
                 )
     paths = sites.layer_paths(base_model)
     base = module_names(paths, names, base_model)
@@ -78,7 +78,7 @@ def extract_adapter(
         rest = [(v, other) for v, other in changed if id(v) not in kernels]
         able = all(kinds.obstacle(base.sites[name]) is None for name in pairs)
         if not able or {v.name for v, _ in rest} - {"bias"}:
-            trained += [(module, other) for _, other in variables]  # all that it has
+            trained += [(module, other) for _, other in variables]  # the whole layer
             continue
         trained += [(module, other) for _, other in rest]
         for name, (own, other) in pairs.items():
@@ -105,7 +105,7 @@ def paired_layers(base, tuned):
     if base.keys() != tuned.keys():
         raise ValueError(
             "The two models have different layers: "
-            f"{sorted(base.keys() ^ tuned.keys())[:5]} are in one of them."
+            f"{sorted(base.keys() ^ tuned.keys())[:5]} are in only one of them."
         )
     pairs = {}
     for module, layer in base.items():
@@ -114,7 +114,7 @@ def paired_layers(base, tuned):
             for x in (layer, tuned[module])
         )
         if [(v.name, v.shape) for v in own] != [(v.name, v.shape) for v in other]:
-            raise ValueError(f"The variables of {module!r} have other shapes.")
+            raise ValueError(f"The variables of {module!r} differ in name or shape.")
         pairs[module] = layer, list(zip(own, other, strict=True))
     return pairs
 
@@ -124,7 +124,7 @@ def differ(own, other):
 
 
 def is_of_kind(site):
-    """Whether files say what the weight is: a known layer's, or one of several."""
+    """Whether adapter files can name the weight: a known layer's, or one of several."""
     return isinstance(site, WeightSite) or kinds.lora_class_of(type(site)) is not None
 
 

@@ -22,7 +22,7 @@ class Factors:
     rank: int
     alpha: float
     use_rslora: bool
-    parameter: str | None  # that PEFT adapts, of a module with several
+    parameter: str | None  # the one that PEFT adapts, if the module has several
 
     @property
     def scaling(self) -> float:
@@ -37,7 +37,7 @@ class Factors:
 
     @property
     def more(self) -> list:
-        """The suffixes of what a method has beside A and B, or in their place."""
+        """The suffixes of a method's arrays other than A and B."""
         return sorted(
             self.tensors.keys() - {*torch_layout.LINEAR, *torch_layout.EMBEDDING}
         )
@@ -66,9 +66,9 @@ class Factors:
         if len(a) != rank or b.shape[1] != rank or b.size != len(b) * rank:
             raise ValueError(
                 f"The factors of {self.module!r} have shapes {a.shape} and {b.shape}, "
-                f"and not rank {rank} on one side: they are a layer's own form of a "
-                'stack of kernels or of factorization="loralib". Load the adapter into '
-                "its model for what needs their product."
+                f"which are not matrices of rank {rank}: only their layer can multiply "
+                'them (a stack of kernels, or factorization="loralib"). Load the '
+                "adapter into its model first."
             )
         return b.reshape(len(b), rank), a.reshape(rank, -1)
 
@@ -78,7 +78,7 @@ class FileFactors:
     """The arrays of a file, grouped by their use."""
 
     factors: dict  # module -> Factors
-    others: dict  # key -> array, for what trained in full
+    others: dict  # key -> array, for weights that trained in full
     unadapted: dict  # slice of an adapted module -> {suffix: array}, without A and B
     config: dict  # checked
     rows: dict  # module -> (ids of tokens, their rows)
@@ -93,12 +93,12 @@ class FileFactors:
 
     @property
     def method(self) -> dict:
-        """The keyword of another method than LoRA."""
+        """The keyword of a method other than LoRA."""
         return self.config["method"]
 
 
 def slice_names(adapters) -> list:
-    """Names of the slices that adapters have of modules."""
+    """Names of the slices of modules in these adapters."""
     counts = {m: len(r) for adapter in adapters for m, r in adapter.slices.items()}
     return [
         name for module, n in counts.items() for name in slices.slices_of(module, n)
@@ -135,10 +135,9 @@ def factors_of(adapter, modules=None) -> FileFactors:
     if not factors and not rows:
         keys = ", ".join(map(repr, [*tensors][:3])) or "nothing"
         raise ValueError(
-            f"{disk.TENSORS} holds no factors of an adapter, lora_A and lora_B in "
-            "their "
-            f"names, but {keys}. Kernels of a whole model become an adapter by "
-            "extract_adapter(base, tuned, rank)."
+            f"{disk.TENSORS} holds no factors of an adapter (tensors named lora_A and "
+            f"lora_B), but {keys}. To turn the kernels of a whole model into an "
+            "adapter, use extract_adapter(base, tuned, rank)."
         )
     fused = {slices.without_slice(name) for name in shares}
     unadapted = {
@@ -169,15 +168,14 @@ def factors_of(adapter, modules=None) -> FileFactors:
         if any(x.ndim < 2 or ranks[module] > x.size for x in low_rank):
             shapes = [value.shape for value in pair.values()]
             raise ValueError(
-                f"{module!r} has rank {ranks[module]} in {CONFIG} and factors of "
+                f"{module!r} has rank {ranks[module]} in {CONFIG}, but factors of "
                 f"shapes {shapes}."
             )
     for module, (rank, total) in shares.items():
         if ranks[module] != total:
             raise ValueError(
                 f"The rank of {slices.without_slice(module)!r} is {ranks[module]} in "
-                f"{CONFIG} "
-                f"and {total} in {disk.TENSORS}."
+                f"{CONFIG}, but {total} in {disk.TENSORS}."
             )
         ranks[module] = rank
         alphas[module] = settings.alpha_at(
@@ -203,14 +201,14 @@ def checked_starts(starts, factors):
     for module in starts:
         if module not in factors or factors[module].rank % 2:
             raise ValueError(
-                f"The file has a start for {module!r}, and for that module no factors "
-                "of an even rank. Load it with the `names` that it was written with."
+                f"The file has initial values for {module!r}, but no factors of an "
+                "even rank. Load it with the same `names` with which it was saved."
             )
     return starts
 
 
 def quiet_factors(adapter):
-    """`factors_of` without its warnings, which came when the adapter was read."""
+    """`factors_of` without its warnings, which were given when the file was read."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return factors_of(adapter)
@@ -219,11 +217,11 @@ def quiet_factors(adapter):
 def parts_of(adapter, most=math.inf):
     """Title, head, rows and lines below, as a `Table` has them.
 
-    most: how many rows there are.
+    most: the largest number of rows.
     """
     try:
         file = quiet_factors(adapter)
-    except ValueError as error:  # printing something is no place for errors
+    except ValueError as error:  # printing must not raise
         return "Adapter", ["module"], [], [f"It cannot be loaded: {error}"]
     head = ["module", "A, B", "rank", "alpha", "parameters", "size"]
     head += ["error"] if adapter.errors else []

@@ -1,7 +1,7 @@
 """Names of transformers' modules, from KerasHub's converters of checkpoints.
 
-A converter of KerasHub names tensors of a checkpoint. Adapters name modules: under a
-prefix in a task model, and since transformers 5 otherwise for some families.
+A converter of KerasHub names tensors of a checkpoint. Adapters name modules, which have
+a prefix in a task model, and for some families other names since transformers 5.
 """
 
 import collections
@@ -35,7 +35,7 @@ class Family(NamedTuple):
         is_bare: Whether the model is the backbone itself.
         places: Path -> Region, for layers of the backbone, and for experts' weights.
         heads: Path -> module, for layers beside it.
-        renamed: What transformers 5 calls otherwise: expression -> replacement.
+        renamed: What transformers 5 has renamed: expression -> replacement.
     """
 
     root: str
@@ -56,7 +56,7 @@ class Family(NamedTuple):
         return names | self.heads
 
     def read(self, keys) -> dict:
-        """Path -> module, under the names and the prefix that most of a file has."""
+        """Path -> module, with the names and the prefix of most keys of a file."""
         votes, styles = collections.Counter(), [self.modules(x) for x in (True, False)]
         keys = [as_parameter(key) for key in keys]
         for style, known in enumerate(set(style.values()) for style in styles):
@@ -87,16 +87,16 @@ def family(model, paths, names) -> Family:
         known = [TRANSFORMERS, TRANSFORMERS_4, *keras_hub.converters()]
         raise ValueError(
             f"`names` {names!r} does not fit {held}{f' of {name!r}' if name else ''}. "
-            "Give a dict from paths here to modules there, or a function. A model of "
-            f"KerasHub can have one of {known}."
+            "Give a dict from the model's paths to module names, or a function. For a "
+            f"model of KerasHub, `names` can be one of {known}."
         )
     try:
         placed = placed_layers(backbone, name)
-    except Exception as error:  # of a converter, which says what it wants
+    except Exception as error:  # a converter may raise anything
         raise ValueError(
-            f"KerasHub's converter for {name!r} cannot be asked about {held}: "
-            f"{type(error).__name__}: {error}. Give `names` as a dict from paths here "
-            "to modules there."
+            f"KerasHub's converter for {name!r} does not work for {held}: "
+            f"{type(error).__name__}: {error}. Give `names` as a dict from the model's "
+            "paths to module names."
         ) from error
     path_of = {id(layer): path for path, layer in paths.items()}
     own = layer_paths(backbone)
@@ -175,7 +175,7 @@ class Region(NamedTuple):
 
     module: str
     rows: np.ndarray
-    columns: np.ndarray | None = None  # None: in the same order
+    columns: np.ndarray | None = None  # the inputs; None if the order is the same
     total: int = 0  # outputs of the module
     inputs_first: bool = False  # the module keeps its weight as (in, out)
 

@@ -2,7 +2,7 @@
 
 import re
 
-# Where transformers' task models keep the backbone; "model" where it is not here.
+# The attribute of transformers' task models that is the backbone; else "model".
 ROOTS = {
     "albert": "albert",
     "bert": "bert",
@@ -29,7 +29,7 @@ TOWERS = {
     r"^language_model\.model\.": "language_model.",
     r"^vision_tower\.vision_model\.": "vision_tower.",
 }
-# What transformers 5 calls modules otherwise than the checkpoints, in this order.
+# Names that transformers 5 has changed from those of the checkpoints, in this order.
 SINCE_5 = {
     "deit": VIT,
     "dinov2": {rule: VIT[rule] for rule in list(VIT)[1:5]},
@@ -47,7 +47,7 @@ SINCE_5 = {
     },
     "vit": VIT,
 }
-# The experts of a layer, as the checkpoints have them.
+# The experts of a layer in the checkpoints.
 EXPERTS = {
     "gemma4": "experts",
     "gpt_oss": "mlp.experts",
@@ -56,8 +56,8 @@ EXPERTS = {
     "qwen3_moe": "mlp.experts",
     "qwen3_5_moe": "mlp.experts",
 }
-# Weight of a layer of experts in KerasHub -> parameter there, the gate before the up
-# projection, where they are two weights here.
+# Weight of a layer of experts in KerasHub -> parameter in transformers. Where KerasHub
+# has two weights, the gate comes before the up projection.
 EXPERT_WEIGHTS = {
     "gate_up_proj": "gate_up_proj",
     "gate_proj": "gate_up_proj",
@@ -67,7 +67,7 @@ EXPERT_WEIGHTS = {
     "expert_feedforward_intermediate_dense": "gate_up_proj",
     "expert_feedforward_output_dense": "down_proj",
 }
-# The router of a mixture of experts: since 5 no linear module, but one with a weight.
+# The router of a mixture of experts: since transformers 5 not a linear module.
 ROUTER = re.compile(r".*\.mlp\.(gate|router)")
 ROBERTA = {
     "pooled_dense": "classifier.dense",

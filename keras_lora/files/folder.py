@@ -1,4 +1,4 @@
-"""An adapter apart from any model, and the folder of two files that holds one."""
+"""An adapter without a model, and the folder of two files that holds it."""
 
 import contextlib
 import dataclasses
@@ -31,16 +31,16 @@ class Adapter(Table):
 
     Attributes:
         tensors: Name -> array: `<module>.lora_A.weight` (r, in) and
-            `<module>.lora_B.weight` (out, r), and what trained in full, in the
-            layout of PEFT. Of a parameter that is a stack of experts' matrices
-            (r, experts, in) and (out, r, experts), under the parameter's name.
-        config: The settings in PEFT's words: r, lora_alpha, rank_pattern, ...
+            `<module>.lora_B.weight` (out, r), and weights that trained in full, in
+            PEFT's layout. For a parameter that stacks the matrices of experts, the
+            shapes are (r, experts, in) and (out, r, experts).
+        config: The settings under PEFT's names: r, lora_alpha, rank_pattern, ...
         slices: Module -> ranks of its slices, where several layers here are one
             module in the file.
-        errors: Module -> relative error of an update that was cut to a lower rank,
-            in the Frobenius norm.
-        starts: Modules whose second half of factors is a frozen start, as
-            `initialize_lora` makes it.
+        errors: Module -> relative error of an update whose rank was lowered, in the
+            Frobenius norm.
+        starts: Modules whose factors have a second, frozen half: the initial values
+            of `initialize_lora`.
 
     Examples:
         >>> keras_lora.save_adapter(model, "adapter")
@@ -79,7 +79,7 @@ class Adapter(Table):
 
     @classmethod
     def read(cls, directory: str | os.PathLike) -> "Adapter":
-        """Reads a folder that `save_adapter` or PEFT has written, and checks it.
+        """Reads and checks a folder that `save_adapter` or PEFT has written.
 
         Two other formats are read too: a .safetensors file of kohya (lora_down,
         lora_up, alpha), and a folder of mlx (lora_a, lora_b, scale).
@@ -109,15 +109,15 @@ class Adapter(Table):
         return cls(tensors, config, slices, starts=starts)
 
     def save(self, directory: str | os.PathLike):
-        """Writes the two files. If the process ends, the old or new adapter is whole.
+        """Writes the two files. If it is interrupted, the old or new adapter is intact.
 
         Each file is written under another name and then renamed. If the settings
-        change too, adapter_config.json holds both settings while the tensors are
+        change too, adapter_config.json holds both versions while the tensors are
         replaced, in a form that PEFT refuses and `read` understands. So no reader
         combines new tensors with old settings.
 
         Args:
-            directory: Folder for them, or a link to one; other files in it stay.
+            directory: The folder, or a link to it; other files in it are kept.
 
         Raises:
             ValueError: If a tensor holds values that are not finite.
@@ -152,7 +152,7 @@ class Adapter(Table):
                 disk.replace_files(directory, new, data, config, metadata["sha256"])
         except BaseException:
             if is_new:
-                with contextlib.suppress(OSError):  # something is in it already
+                with contextlib.suppress(OSError):  # it is not empty
                     directory.rmdir()
             raise
 
@@ -162,13 +162,13 @@ def refuse_pickles(folder, paths):
         if path.suffix in PICKLES:
             raise ValueError(
                 f"{folder} holds {path.name}, a pickle: loading one can run any "
-                "program. With torch, in that folder: "
+                "program. Convert it with torch, in that folder: "
                 f"{CONVERT.format(path.name, path.stem)}"
             )
 
 
 def adapter_folder(directory):
-    """The folder itself, or the one adapter that it keeps in a folder of its name."""
+    """Returns the folder itself, or the one folder in it that holds an adapter."""
     if (directory / CONFIG).exists():
         return directory
     if directory.is_file():
@@ -176,8 +176,8 @@ def adapter_folder(directory):
         raise NotADirectoryError(
             f"{directory} is a file, and an adapter is a folder with {CONFIG} and "
             f"{disk.TENSORS}. A .keras file is for keras.models.load_model, a "
-            ".weights.h5 "
-            "file for model.load_weights once the model has the same adapters."
+            ".weights.h5 file for model.load_weights once the model has the same "
+            "adapters."
         )
     inside = sorted(path.parent for path in directory.glob(f"*/{CONFIG}"))
     if len(inside) > 1:

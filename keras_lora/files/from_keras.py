@@ -1,4 +1,4 @@
-"""Adapters that Keras's own `enable_lora` has trained, and KerasHub's files of them."""
+"""Adapters of Keras's own `enable_lora`, from a model or from KerasHub's files."""
 
 import math
 import os
@@ -21,21 +21,20 @@ def load_keras_lora(
 ) -> Report:
     """Loads the factors of Keras's own `enable_lora` into a model, exactly.
 
-    Keras splits an einsum kernel before its last axis, wherever the equation has
-    its new axes. With L new axes before the last one the same update has rank L * r
-    here: a query of L heads, for example. Other layers keep their rank.
+    Keras splits an einsum kernel before its last axis, whatever its equation says. For
+    a query projection of L heads, the same update therefore has rank L * r here.
+    Other layers keep their rank.
 
-    Keras's `.keras` and `.weights.h5` files hold the merged kernel and no factors;
-    for those, take `extract_adapter` of the model before and after.
+    Keras's `.keras` and `.weights.h5` files hold the merged kernel without factors;
+    for those, use `extract_adapter` with the model before and after.
 
     Args:
         model: A Keras model that is built: plain, or with adapters of these ranks.
-        source: A `.lora.h5` file that KerasHub's `save_lora_weights` has written,
-            for a model that is or has the same backbone; or a model of the same
-            layers on some of which `enable_lora` was called.
+        source: A `.lora.h5` file that KerasHub's `save_lora_weights` has written for
+            the same backbone, or a model of the same layers with Keras's adapters.
 
     Returns:
-        The report of `apply_lora`, of the layers that are adapted now.
+        A report like that of `apply_lora`.
 
     Raises:
         ValueError: If there are no factors, or they do not fit the model. The model
@@ -76,7 +75,7 @@ def read_factors(model, path):
         return factors_of_file(model, path)
     except (OSError, ValueError):
         raise
-    except Exception as error:  # of a damaged file h5py has many
+    except Exception as error:  # h5py has many for a damaged file
         raise ValueError(f"{path} is damaged: {error!r}") from error
 
 
@@ -95,8 +94,8 @@ def factors_of_file(model, path):
         import h5py
     except ImportError as error:
         raise ValueError(
-            f"{path} is a file of HDF5: install h5py to read it, or load KerasHub's "
-            "model with it and give that model."
+            f"{path} is an HDF5 file: install h5py to read it, or load it into a model "
+            "of KerasHub and give that model."
         ) from error
     found = []
     with h5py.File(path, "r") as file:
@@ -127,22 +126,22 @@ def member(group, name, kind):
     link = type(group.get(name, getlink=True)).__name__
     if link != "HardLink" or not isinstance(group[name], kind):
         raise ValueError(
-            f"{group.file.filename} has for {group.name}/{name} no {kind.__name__} of "
-            "its own."
+            f"{group.file.filename}: {group.name}/{name} must be a {kind.__name__} in "
+            "the file itself, not a link."
         )
     return group[name]
 
 
 def values_of(dataset, path):
-    """The values that stand in the file itself, as Keras writes them."""
+    """Returns the values of a dataset that is stored whole in the file, as by Keras."""
     if dataset.dtype.kind != "f" or dataset.shape is None or len(dataset.shape) < 2:
         raise ValueError(f"{path}: {dataset.name} is not a matrix of floats.")
-    # In pieces, they could be filled in or unpacked to any size.
+    # Chunks could be filled in or unpacked to any size.
     elsewhere = dataset.external or dataset.is_virtual or dataset.chunks
     if elsewhere or dataset.nbytes > os.path.getsize(path):
         raise ValueError(
-            f"{path}: the values of {dataset.name} are not in the file, or are packed. "
-            "KerasHub writes them plainly: write the file again with it."
+            f"{path}: the values of {dataset.name} are outside the file or compressed. "
+            "KerasHub stores them plainly: save the file with it again."
         )
     return dataset[()]
 
@@ -165,7 +164,7 @@ def factors_of_model(own, source):
             (own[path], torch_layout.to_numpy(a), torch_layout.to_numpy(b), scaling)
         )
     if not found:
-        raise ValueError(f"`enable_lora` was called on no layer of {source.name!r}.")
+        raise ValueError(f"No layer of {source.name!r} has Keras's `enable_lora`.")
     return found
 
 
@@ -186,7 +185,7 @@ def converted(layer, a, b, module):
             f"Keras's factors of {module!r} cannot be written as a low-rank update "
             f"here: its equation is {layer.equation!r}."
         )
-    # Output axes before the last one, heads for example, are A's in Keras.
+    # In Keras, output axes before the last one, such as heads, belong to A.
     heads = [axis for axis in range(last) if axis not in form.input_axes]
     count = math.prod(shape[axis] for axis in heads)
     form = kinds.form_of(layer, count * len(b))

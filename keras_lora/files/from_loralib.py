@@ -1,4 +1,4 @@
-"""Adapters of microsoft/LoRA: what `loralib.lora_state_dict` gives."""
+"""Adapters of microsoft/LoRA, from the state dict of `loralib.lora_state_dict`."""
 
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -25,39 +25,39 @@ def load_loralib(
     names: str | Mapping | Callable | None = None,
     enable_lora: Sequence | Mapping | None = None,
 ) -> Report:
-    """Loads loralib's factors into a model.
+    """Loads the factors of loralib (microsoft/LoRA) into a model.
 
     A plain model gets LoRA layers where the state dict has factors. A model that has
-    adapters must have them there, with the ranks on the right:
+    adapters must have them there, with the ranks in the last column:
 
         Linear, Embedding   lora_A (r, in)       lora_B (out, r)         r
         MergedLinear        lora_A (G*r, in)     lora_B (G*units/n, r)   r, or G*r
         Conv                lora_A (r*k, in*k)   lora_B (out/g*k, r*k)   r, or r*k*k
 
-    The second rank is that of a Dense layer in place of LoRAMergedDense, and of a
-    convolution in its standard form in place of `factorization="loralib"` (no
-    groups, then): both hold the same update exactly. `fan_in_fan_out` concerns the
-    frozen weight alone. Biases that the dict has are read too. Everything is checked
-    before anything is assigned.
+    The second rank is for a Dense layer instead of LoRAMergedDense, and for a
+    convolution without groups in the standard form instead of
+    `factorization="loralib"`; both hold the same update exactly. `fan_in_fan_out`
+    concerns only the frozen weight. Biases in the dict are read too. Everything is
+    checked before anything is assigned.
 
     Args:
         model: A Keras model that is built.
-        state_dict: Name -> tensor or array, such as `lora_state_dict` returns, or a
-            file of it: .safetensors, or what `torch.save` writes (this needs torch,
-            which then unpickles tensors only).
-        rank: The `r` of the layers, which the dict does not hold.
-        alpha: Their `lora_alpha`, which it does not hold either; loralib's default
-            is 1.
-        names: Module paths there for the paths here, as in `save_adapter`.
-        enable_lora: The mask of every MergedLinear that meets a plain layer, if not
-            all of its slices are adapted; or a dict from modules to masks.
+        state_dict: Name -> tensor or array, as `lora_state_dict` returns it, or a file:
+            .safetensors, or one that `torch.save` has written (needs torch, which
+            then unpickles only tensors).
+        rank: The `r` of the layers, which is not in the dict.
+        alpha: Their `lora_alpha`, which is not in the dict either; 1 is loralib's
+            default.
+        names: Their module names for the paths of this model, as in `save_adapter`.
+        enable_lora: For plain layers that get the factors of a MergedLinear: its
+            mask, if not all slices are adapted; or a dict from modules to masks.
 
     Returns:
-        The report of `apply_lora`, of the layers that are adapted now.
+        A report like that of `apply_lora`.
 
     Raises:
         ValueError: If a tensor is missing, unexpected, of a wrong shape or not
-            finite, or a layer has another rank. The model is then as before.
+            finite, or a layer has another rank. The model is left unchanged.
         OSError: If the file cannot be read.
 
     Reference: https://github.com/microsoft/LoRA
@@ -106,7 +106,7 @@ def load_loralib(
     biases = {}
     for key, value in arrays.items():
         module = key.removesuffix(".bias")
-        if module not in modules:  # loralib's convolutions wrap torch's
+        if module not in modules:  # loralib wraps torch's convolutions
             module = module.removesuffix(".conv")
         if not key.endswith(".bias") or not hasattr(modules.get(module), "bias"):
             raise ValueError(
@@ -130,7 +130,7 @@ def read_state_dict(path):
         import torch
     except ImportError as error:
         raise ValueError(
-            f"{path} is a file of torch, which is not installed. Save the state dict "
+            f"{path} was written by torch, which is not installed. Save the state dict "
             "as .safetensors instead."
         ) from error
     size = path.stat().st_size
@@ -141,14 +141,14 @@ def read_state_dict(path):
                     raise ValueError("it is compressed, which torch.save does not do")
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, Mapping):
-            raise ValueError(f"but a {type(state).__name__}")
+            raise ValueError(f"it is a {type(state).__name__}")
         tensors = [value for value in state.values() if hasattr(value, "numel")]
         if sum(value.numel() * value.element_size() for value in tensors) > size:
             raise ValueError("it describes more values than it holds")
     except OSError:
         raise
-    except Exception as error:  # of many kinds: zip, pickle, end of file
-        raise ValueError(f"{path} holds no state dict: {error}") from error
+    except Exception as error:  # of zip, pickle, or an early end of the file
+        raise ValueError(f"{path} holds no usable state dict: {error}") from error
     return state
 
 
@@ -167,6 +167,6 @@ def as_array(key, value):
         return value if value.dtype == "float64" else value.astype("float32")
     except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
         raise ValueError(
-            f"The state dict must have names and dense tensors of floats. {key!r} is "
-            f"none: {error}."
+            "The state dict must map names to dense tensors of floats. Received "
+            f"{key!r}: {error}."
         ) from error

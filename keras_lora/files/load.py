@@ -1,4 +1,4 @@
-"""An adapter from PEFT's files into a model."""
+"""Loads an adapter from PEFT's files into a model."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from keras_lora.models.report import Report
 
 OTHER_FILES = (
     "The processes have read different files under this name. Give all of them the "
-    "same files, on a disk that they share or as copies."
+    "same files, on a shared disk or as copies."
 )
 
 
@@ -30,37 +30,37 @@ def load_adapter(
     names: str | Mapping | Callable | None = None,
     trainable: bool = True,
 ) -> Report:
-    """Reads an adapter that `save_adapter` or PEFT has written.
+    """Loads an adapter that `save_adapter` or PEFT has written.
 
     A plain model gets the LoRA layers that the file describes. A model with adapters
-    must have them in the same layers as the file, with the same ranks; it takes over
-    the file's alpha. Then no function is traced again: the next call of a compiled
-    `predict` gives the new outputs. Everything is checked before anything is assigned.
-    A thread that predicts at the same time may see old factors in some layers and new
-    ones in others.
+    must have them in the same layers as the file, with the same ranks. It adopts the
+    file's alpha, and no function is traced again: the next call of a compiled `predict`
+    gives the new outputs. Everything is checked before anything is assigned. A thread
+    that predicts at the same time may see old factors in some layers and new ones in
+    others.
 
-    Heads and biases that trained with another adapter, and that this file does not
-    have, get back the values from before that training.
+    Heads and biases that trained with another adapter and are not in this file get back
+    their values from before that training.
 
     If the model is distributed over several processes, all of them must make
     this call, and read the same files.
 
     Args:
         model: A Keras model that is built.
-        directory: Folder with adapter_config.json and adapter_model.safetensors,
-            an `Adapter`, or what kohya or mlx have written, as `Adapter.read` says.
-        names: As in `save_adapter`. For "transformers" the file says the prefix and
-            whether its names are those before transformers 5.
+        directory: Folder with adapter_config.json and adapter_model.safetensors, an
+            `Adapter`, or files of kohya or mlx (see `Adapter.read`).
+        names: As in `save_adapter`. With "transformers", the prefix of the names, and
+            whether they are from before transformers 5, are taken from the file.
         trainable: Boolean, whether the adapter can be trained further.
 
     Returns:
-        The report of `keras_lora.summary`.
+        A report like that of `apply_lora`.
 
     Raises:
-        ValueError: If a file is damaged, the two do not belong together, or they do
-            not fit the model: a missing, unexpected, wrongly shaped or non-finite
-            tensor; or inside `merged` or `disabled`. The model is left unchanged.
-        OSError: If a file cannot be read, on one process that holds the model or all.
+        ValueError: If a file is damaged, the two do not belong together, or a tensor
+            is missing, unexpected, not finite or of a shape that does not fit the
+            model; or inside `merged` or `disabled`. The model is left unchanged.
+        OSError: If a file cannot be read, on any process that holds the model.
         RuntimeError: If another process does not call within half a minute.
 
     Examples:
@@ -76,7 +76,7 @@ def load_adapter(
 
 
 def read_for(model, directory) -> Adapter:
-    """An adapter that every process which holds the model has read alike."""
+    """Reads an adapter, the same one on every process that holds the model."""
 
     def read():
         if isinstance(directory, Adapter):
@@ -88,7 +88,7 @@ def read_for(model, directory) -> Adapter:
 
 
 def fingerprint(adapter) -> str:
-    """A text that is the same for equal adapters."""
+    """Returns a text that is equal for equal adapters."""
     said = {"settings": adapter.config, "slices": adapter.slices}
     said["starts"] = sorted(adapter.starts)
     words = {key: json.dumps(value, sort_keys=True) for key, value in said.items()}
@@ -96,7 +96,7 @@ def fingerprint(adapter) -> str:
 
 
 def load_into(model, paths, adapter, names=None, trainable=True) -> Report:
-    """Gives a model what an adapter holds.
+    """Loads an `Adapter` into a model.
 
     paths: Path -> layer, of all its layers.
     """
@@ -132,7 +132,7 @@ def load_into(model, paths, adapter, names=None, trainable=True) -> Report:
 
 
 def unread_base_values(layers, values):
-    """The base's own values for what trains with A and B and is not in the file."""
+    """Base values of variables that train with A and B but are not in the file."""
     read = {id(variable) for variable, _ in values}
     unread = []
     for layer in layers.values():

@@ -1,4 +1,4 @@
-"""Matches what a file holds with a model: modules, then shapes and values."""
+"""Matches the contents of a file with a model: modules, then shapes and values."""
 
 import collections
 import dataclasses
@@ -22,21 +22,21 @@ class Contents(FileFactors):
 
     modules: dict  # module -> layer, for all of the model
     heads: dict  # module -> layer
-    starts: list  # modules whose second half of factors does not train
+    starts: list  # modules whose factors have a second, frozen half
 
     @property
     def adapted(self):
-        """Module -> site, for those that the file has factors for, in their order."""
+        """Module -> site, for the modules that have factors in the file."""
         sites = self.modules.sites.items()
         return {module: site for module, site in sites if module in self.factors}
 
     @property
     def tables(self):
-        """Module -> site, for those of which the file has rows."""
+        """Module -> site, for the tables that have rows in the file."""
         return {module: self.modules.sites[module] for module in self.rows}
 
     def method_of(self, module):
-        """The keywords that the adapter of a layer has."""
+        """The keyword arguments of a layer's adapter."""
         start = {"frozen_start": True} if module in self.starts else {}
         return {**self.method, **start}
 
@@ -62,26 +62,28 @@ def contents(adapter, modules) -> Contents:
 
 
 def heads_of(names, modules, others):
-    """{module: layer} that `modules_to_save` means: by a name or the end of one."""
+    """{module: layer} for `modules_to_save`: names, or ends of names."""
     heads, slices = {}, collections.defaultdict(list)
     for module in modules:
         slices[without_slice(module)].append(module)
     for name in names:
-        meant = [m for m in slices if f".{name}." in f".{m}."]  # or inside of one
+        meant = [
+            m for m in slices if f".{name}." in f".{m}."
+        ]  # itself, or what it holds
         stored = [m for m in meant if any(key.startswith(f"{m}.") for key in others)]
         for module in stored:
             heads |= {part: modules[part] for part in slices[module]}
-    if names and not heads:  # PEFT names those of other models too, its "score"
+    if names and not heads:  # PEFT also lists heads of other models, such as "score"
         raise ValueError(
-            f"The file's modules_to_save has {', '.join(map(repr, names))}, which is "
-            "the name of no layer here that the file has tensors for. Map the path of "
+            f"modules_to_save in the file has {', '.join(map(repr, names))}, but no "
+            "layer of that name in the model has tensors in the file. Map the path of "
             "the layer to that name with `names`."
         )
     return heads
 
 
 def split_others(file):
-    """Biases and weights of a fused module become those of its slices, in place."""
+    """Splits biases and weights of fused modules into those of slices, in place."""
     for module, layout in layouts(file.modules, file.modules.places).items():
         for key in [key for key in file.others if key.startswith(f"{module}.")]:
             value = file.others.pop(key)
@@ -107,7 +109,7 @@ def refuse_unknown_modules(factors, modules):
         if module not in modules.sites or not can_hold(layer):
             able = [m for m, site in modules.sites.items() if can_hold(site)]
             close = difflib.get_close_matches(module, able, n=3, cutoff=0.3)
-            hint = f" Close are: {close}." if close else ""
+            hint = f" The closest are {close}." if close else ""
             hint += prefix_between(factors, able)
             raise ValueError(
                 f"The file has an adapter for {module!r}, which the model does not have"
@@ -118,7 +120,7 @@ def refuse_unknown_modules(factors, modules):
 
 
 def prefix_between(factors, able) -> str:
-    """A sentence where all modules of a file have a prefix more, or one less.
+    """A hint if the file's names and the model's differ by one prefix, else "".
 
     able: the model's modules that can have an adapter.
     """
@@ -142,7 +144,7 @@ def prefix_between(factors, able) -> str:
 
 
 def refuse_ranks_without_values(factors, modules):
-    """Refuses ranks without values, so that a small file makes no large factors."""
+    """Refuses ranks without values, so that a small file cannot make large factors."""
     for module, found in factors.items():
         if not found.low_rank:
             continue
@@ -163,7 +165,7 @@ def can_hold(site):
 
 
 def refuse_other_modules(file):
-    """An adapted model takes a file for the same layers only."""
+    """Raises if the file does not adapt the layers that the model adapts."""
     sites = {m: s for m, s in file.modules.sites.items() if lora_layer.is_adapted(s)}
     refuse_other_rows(sites, file)
     own = {m for m, site in sites.items() if site.lora.keyword != token_rows.KEYWORD}
@@ -171,8 +173,8 @@ def refuse_other_modules(file):
     if missing or more:
         raise ValueError(
             "The file and the model adapt different layers. Only in the model: "
-            f"{missing}. Only in the file: {more}. Call remove_lora(model) first: the "
-            "file then brings its own."
+            f"{missing}. Only in the file: {more}. Call remove_lora(model) first, and "
+            "the file's adapters are created."
         )
     for module, layer in file.adapted.items():
         found = {word for word, on in file.method_of(module).items() if on}
@@ -181,13 +183,13 @@ def refuse_other_modules(file):
         if own != found:
             said, read = (" and ".join(sorted(x)) or "LoRA" for x in (own, found))
             raise ValueError(
-                f"The adapter of {module!r} has {said}, and the file {read}. Call "
-                "remove_lora(model) first: the file then brings its own."
+                f"The adapter of {module!r} is {said} in the model and {read} in the "
+                "file. Call remove_lora(model) first, and the file's is created."
             )
 
 
 def refuse_other_rows(sites, file):
-    """An adapted model takes a file for the same rows of the same tables only."""
+    """Raises if the file does not train the rows that the model trains."""
     own = {
         m: s.lora.indices
         for m, s in sites.items()
@@ -196,8 +198,8 @@ def refuse_other_rows(sites, file):
     found = {module: ids for module, (ids, _) in file.rows.items()}
     if own != found:
         raise ValueError(
-            f"The model has {token_rows.KEYWORD}={own}, and the file {found}. Call "
-            "remove_lora(model) first: the file then brings its own."
+            f"The model has {token_rows.KEYWORD}={own}, but the file has {found}. Call "
+            "remove_lora(model) first, and the file's are used."
         )
 
 
@@ -205,7 +207,9 @@ def refuse_changed_slices(file):
     """Raises if a file changes a slice for which it has no A and B."""
     for module, arrays in file.unadapted.items():
         if module not in file.modules:
-            raise ValueError(f"`names` has no layer for {module!r} of the file.")
+            raise ValueError(
+                f"`names` maps no layer to {module!r}, which the file has."
+            )
         method = torch_layout.method_in(file.method)
         expected = method.of_plain_layer(tensors.kernel_to_tensor(file.modules[module]))
         for suffix, value in arrays.items():
@@ -213,26 +217,25 @@ def refuse_changed_slices(file):
                 value, expected[suffix], rtol=1e-4, atol=0
             ):
                 raise ValueError(
-                    f"{suffix[1:]} of {module!r}, which has no A and B, does not leave "
-                    "the model's kernel as it is: the file belongs to another base "
-                    "model."
+                    f"{suffix[1:]} of {module!r}, which has no A and B, would change "
+                    "the model's kernel: the file belongs to another base model."
                 )
 
 
 def checked_values(file):
-    """[(variable, value)] for the whole file, of which every shape fits."""
+    """[(variable, value)] for the whole file; raises if a shape does not fit."""
     values = []
     for module, found in file.factors.items():
         layer = file.adapted[module]
         rank, own = found.rank, layer.lora.file_rank
         if rank != own:
             cut = (
-                f" Or cut the file: combine_adapters([adapter], rank={own}) is the "
-                "nearest of the model's rank."
+                " Or lower the file's rank: combine_adapters([adapter], "
+                f"rank={own}) is the nearest adapter of the model's rank."
             )
             raise ValueError(
                 f"The rank of {module!r} is {rank} in the file and {own} in the model. "
-                "Call remove_lora(model) first: the file then brings its own."
+                "Call remove_lora(model) first, and the file's adapters are created."
                 f"{cut if rank > own else ''}"
             )
         values += tensors.from_tensors(layer, found.tensors, module)
@@ -266,10 +269,10 @@ def checked_values(file):
             continue  # PEFT repeats a targeted embedding or head
         if key not in index:
             close = difflib.get_close_matches(key, index, n=3)
-            hint = f" Close are: {close}." if close else ""
+            hint = f" The closest are {close}." if close else ""
             raise ValueError(f"Unexpected tensor {key!r}.{hint}")
         layer, variable = index[key]
-        # Beside transformers' Conv1D there may be a head that is a Linear.
+        # A model with transformers' Conv1D may have a Linear head.
         linear = tensors.weight_to_tensor(layer, variable).shape
         is_linear = value.shape == linear and linear != linear[::-1]
         inputs_first = file.config["fan_in_fan_out"] and not is_linear

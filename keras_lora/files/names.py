@@ -1,4 +1,4 @@
-"""Names of another framework for the layers of a model."""
+"""Maps the layers of a model to module names of another framework."""
 
 import collections
 import difflib
@@ -17,15 +17,14 @@ class Modules(dict):
     """Module -> layer.
 
     Attributes:
-        sites: Module -> site. One that is no layer by itself stands under the module
-            of its layer and the weight's name, "lstm.recurrent_kernel".
-        places: {module: Region} for layers that are not a whole module in its order.
+        sites: Module -> site. A site that is one of several in a layer is listed under
+            the layer's module and the weight's name, "lstm.recurrent_kernel".
+        places: {module: Region} for layers that are part of a module, or reordered.
         inputs_first: The modules that keep their weights as (in, out).
-        parameters: Module -> what PEFT calls it, for those that it adapts as a
-            parameter: a router, a stack of experts.
-        weights: Path -> module, for sites that are no layers and have a module.
-        unnamed: The modules that have no counterpart, if another framework's are
-            derived: they are called by their path.
+        parameters: Module -> name in PEFT, for those that it adapts as parameters:
+            routers and stacks of experts.
+        weights: Path -> module, for sites that are not layers but have a module.
+        unnamed: Modules without a counterpart, which are named by their path.
     """
 
     def __init__(self):
@@ -36,22 +35,23 @@ class Modules(dict):
 
 
 def name_function(names: Mapping | Callable | None, paths) -> Callable:
-    """Path -> module, or None where the path itself is meant."""
+    """Returns a function from paths to modules, None where the path is the name."""
     if names is None:
         return lambda path: None
     if callable(names):
         return names
     if not isinstance(names, Mapping):
         raise ValueError(
-            "`names` must be a dict from paths here to modules there, a function of "
-            f"the path, or a family's name. Received: {names!r}."
+            "`names` must be a dict from the model's paths to module names, a function "
+            f"of the path, or a family's name. Received: {names!r}."
         )
     for path in names:
         targets.refuse_two_meanings(path, {path} & paths.keys(), paths, "names")
     unknown = [path for path in names if path not in paths]
     if unknown:
         close = difflib.get_close_matches(str(unknown[0]), paths, n=3)
-        hint = f"Close are: {close}." if close else "`keras_lora.summary` shows paths."
+        hint = f"The closest are {close}." if close else ""
+        hint = hint or "`keras_lora.summary` shows paths."
         raise ValueError(
             f"`names` has {unknown[0]!r}, which is not the path of a layer. {hint}"
         )
@@ -61,8 +61,8 @@ def name_function(names: Mapping | Callable | None, paths) -> Callable:
 def module_names(paths, names, model=None, adapter=None) -> Modules:
     """Module -> layer.
 
-    model: what `paths` are of. adapter: the file that is read, if one is, whose names
-    may be those of an earlier transformers or have another prefix.
+    model: the model with these `paths`. adapter: the adapter that is read, if any; its
+    names may be from an earlier transformers or have another prefix.
     """
     sites = site_paths(paths)
     if isinstance(names, str):
@@ -77,8 +77,7 @@ def module_names(paths, names, model=None, adapter=None) -> Modules:
         module = get(path) or path.replace("/", ".")
         if not isinstance(module, str):
             raise ValueError(
-                f"`names` gives {module!r} for {path!r}, which is not the name of a "
-                "module."
+                f"`names` gives {module!r} for {path!r}, which is not a module name."
             )
         other = modules.get(module)
         if other is None or not holds_weights(other):
@@ -95,7 +94,7 @@ def named_sites(modules, sites, get=lambda path: None) -> dict:
     Args:
         modules: Module -> layer.
         sites: Path -> site.
-        get: The name that a user gives for a path, or None.
+        get: Function from a path to the user's name for it, or None.
     """
     module_of = {id(layer): module for module, layer in modules.items()}
     named = {}
@@ -117,11 +116,11 @@ def holds_weights(layer):
 
 
 def derived_names(paths, names, model, adapter) -> Modules:
-    """Returns the modules under the names that KerasHub's converters know."""
+    """Returns the modules under the names from KerasHub's converters."""
     found = families.family(model, paths, names)
     if adapter is None:
         named = found.written(since_5=names != families.TRANSFORMERS_4)
-        if names == families.TRANSFORMERS_4:  # whose experts are modules, one by one
+        if names == families.TRANSFORMERS_4:  # where each expert has its own modules
             named = {path: module for path, module in named.items() if path in paths}
     else:
         named = found.read(adapter.tensors)
@@ -133,7 +132,7 @@ def derived_names(paths, names, model, adapter) -> Modules:
         places = {path: found.places[path] for path in parts if path in found.places}
         rows = np.concatenate([[], *(place.rows for place in places.values())])
         if len(rows) > len(np.unique(rows)):
-            continue  # one weight in two layers here: none of them has it alone
+            continue  # two layers share the weight
         parts.sort(key=lambda path: min(places[path].rows) if places else 0)
         is_whole = all(place.is_whole for place in places.values())
         for index, path in enumerate(parts):
@@ -160,19 +159,17 @@ def derived_names(paths, names, model, adapter) -> Modules:
 
 
 def refuse_unnamed(modules, adapters):
-    """Raises for adapters without a module there: PEFT would ignore them."""
+    """Raises for adapters without a counterpart, which PEFT would ignore."""
     unnamed = sorted(modules.unnamed & adapters.keys())
     if unnamed:
         raise ValueError(
-            f"The layers {unnamed[:5]} have adapters but no module of their own in "
+            f"The layers {unnamed[:5]} have adapters but no counterpart in "
             "transformers. Leave them out with `exclude`, or give `names` as a dict."
         )
 
 
 def refuse_tied_head(model, names, layers):
-    """Raises for a tied embedding, which PEFT adapts differently.
-
-    There it changes where tokens are looked up; the head keeps the base's weights.
+    """Raises for a tied embedding, which PEFT adapts only where tokens are looked up.
 
     layers: module -> layer, those that an adapter changes.
     """
@@ -180,8 +177,9 @@ def refuse_tied_head(model, names, layers):
     for module, layer in layers.items():
         if kinds.looks_up(layer) and id(kinds.layer_of(layer)) in heads:
             raise ValueError(
-                f"The embedding {module!r} makes the model's outputs too. PEFT changes "
-                "it where tokens are looked up and leaves the head as it was, so no "
-                "file says the same to both. Leave the embedding out, take the "
-                "backbone alone, or leave out `names` for a file of keras_lora's own."
+                f"The embedding {module!r} makes the model's outputs too. PEFT would "
+                "change it only where tokens are looked up, not in the head, so the "
+                "file would mean another adapter there. Leave the embedding out, save "
+                "only the backbone, or leave out `names` for a file that only "
+                "keras_lora reads."
             )

@@ -1,4 +1,4 @@
-"""Adapters in formats other than PEFT's: converted, or named in an error."""
+"""Adapters in formats other than PEFT's: converted, or refused with a next step."""
 
 import collections
 import re
@@ -13,10 +13,10 @@ from keras_lora.layers.settings import checked_alpha, checked_dropout, is_number
 
 
 class Format(NamedTuple):
-    """One format, what its keys look like, and what to do with such a file."""
+    """A format, what its keys look like, and what to do with such a file."""
 
     name: str
-    key: str  # an expression for some key of it
+    key: str  # a regular expression that one of its keys matches
     next_step: str
 
 
@@ -26,11 +26,11 @@ IN_DIFFUSERS = (
     "save them beside an adapter_config.json."
 )
 NO_PRODUCT = (
-    "Its update is no product of A and B, so no LoRA says the same. Merge it into the "
-    "base model with its own library, then extract_adapter(base, merged, rank) here is "
-    "the nearest of a rank."
+    "Its update is not a product of A and B, so no LoRA equals it. Merge it into the "
+    "base model with its own library; extract_adapter(base, merged, rank) then gives "
+    "the nearest LoRA."
 )
-# The first whose key is found is meant.
+# The first format that has a matching key is taken.
 FORMATS = [
     Format("LoKr of LyCORIS", r"\.lokr_(w[12](_[ab])?|t[12])$", NO_PRODUCT),
     Format("LoHa of LyCORIS", r"\.hada_(w[12]_[ab]|t[12])$", NO_PRODUCT),
@@ -41,21 +41,20 @@ FORMATS = [
     Format(
         "prompt or prefix tuning",
         r"^prompt_embeddings$",
-        "It has inputs for the model, and no update of its weights.",
+        "It holds additional inputs for the model, not an update of its weights.",
     ),
     Format(
         "DoRA of LyCORIS or ComfyUI",
         r"\.dora_scale$",
-        "PEFT has DoRA's lengths under `lora_magnitude_vector`, in another shape, and "
-        "LyCORIS may norm the other axis of the kernel. Merge it with its own library, "
-        "or train it in PEFT.",
+        "PEFT stores DoRA's lengths as `lora_magnitude_vector`, in another shape, and "
+        "LyCORIS may take the norm over the other axis of the kernel. Merge it with "
+        "its own library, or train it in PEFT.",
     ),
     Format(
         "VeLoRA of PEFT",
         r"\.lora_velora_embed(\.|$)",
-        "Its projections serve the training alone. Without them, and without "
-        "velora_config in adapter_config.json, the rest is a LoRA: in PEFT, delete "
-        "both from the saved files.",
+        "Its projections are only needed in training. Delete them from the tensors in "
+        "PEFT, and velora_config from adapter_config.json: the rest is a LoRA.",
     ),
     Format("XLabs's for Flux", r"(proj|qkv)_lora\d?\.(down|up)\.weight$", IN_DIFFUSERS),
     Format(
@@ -67,30 +66,29 @@ FORMATS = [
     Format(
         "torchtune's",
         r"\.lora_[ab]\.weight$",
-        "It has no alpha, and torchtune's names. A FullModelHFCheckpointer of "
-        "torchtune writes PEFT's files (save_adapter_weights_only).",
+        "It has no alpha, and its names are torchtune's. torchtune's "
+        "FullModelHFCheckpointer writes PEFT's files (save_adapter_weights_only).",
     ),
     Format("mlx's", r"\.lora_[ab]$", ""),
     Format("PEFT's with alphas among the tensors", r"\.alpha$", ""),
     Format(
         "diffusers'",
         r"^(unet|transformer|text_encoder(_2)?)\..*\.lora_[AB]\.weight$",
-        "It has no alpha beside the tensors. Save it with PEFT, "
-        "pipe.unet.save_lora_adapter and its adapter_config.json, or write that file: "
-        "r, lora_alpha, target_modules.",
+        "It has no alpha. Save it with PEFT (pipe.unet.save_lora_adapter) together "
+        "with adapter_config.json, or write that file: r, lora_alpha, target_modules.",
     ),
     Format(
         "PEFT's, without its settings",
         r"\.lora_(embedding_)?[AB](\.|$)",
-        f"Give the folder that PEFT has written: {CONFIG} has the alpha, without which "
-        "the factors mean nothing.",
+        f"Give the whole folder that PEFT has written: {CONFIG} has the alpha that "
+        "scales the factors.",
     ),
 ]
 PEFT = FORMATS[-2:]
 
 
 def format_of(keys):
-    """The format that keys look like, and one of them; None for both."""
+    """Returns the format of the keys, and the key that shows it; else None, None."""
     for found in FORMATS:
         for key in keys:
             if re.search(found.key, key):
@@ -99,7 +97,7 @@ def format_of(keys):
 
 
 def refuse_other_format(keys, where=disk.TENSORS):
-    """Raises ValueError where keys are those of another format than PEFT's."""
+    """Raises ValueError if the keys have a format other than PEFT's."""
     found, key = format_of(keys)
     if found is not None and found not in PEFT:
         step = found.next_step or (
@@ -108,17 +106,17 @@ def refuse_other_format(keys, where=disk.TENSORS):
         )
         raise ValueError(
             f"{where} has the tensor {key[:200]!r}, which looks like {found.name} "
-            f"format, and not like PEFT's. {step}"
+            f"format, not like PEFT's. {step}"
         )
 
 
 def read_other_format(path):
-    """Converts a file of another format: (config, tensors) in PEFT's terms.
+    """Converts a file of another format to (config, tensors) of PEFT.
 
-    None where there is nothing but what PEFT or `save_adapter` writes.
+    Returns None for the files of PEFT and `save_adapter`.
 
     Raises:
-        ValueError: If the file is of a format that says something else, or too little.
+        ValueError: If the format cannot be converted, or the file lacks something.
     """
     path = Path(path)
     file = path if path.is_file() else tensors_in(path)
@@ -145,16 +143,16 @@ def read_other_format(path):
 
 
 def tensors_in(folder):
-    """The one .safetensors of a folder that is no pair of PEFT's files."""
+    """Returns the one .safetensors of a folder, unless it has PEFT's name."""
     found = sorted(folder.glob("*.safetensors"))
-    others = [x for x in found if x.name == "adapters.safetensors"] or found  # mlx's
+    others = [x for x in found if x.name == "adapters.safetensors"] or found  # mlx
     if len(others) == 1 and others[0].name != disk.TENSORS:
         return others[0]
     return None
 
 
 def modules_of(file, tensors, parts) -> dict:
-    """Module -> {part: array}; parts: the ending of a key -> what it holds."""
+    """Module -> {part: array}; parts: the ending of a key -> the part it holds."""
     modules, others = collections.defaultdict(dict), []
     for key, value in tensors.items():
         ending = next((x for x in parts if key.endswith(x)), None)
@@ -170,7 +168,7 @@ def modules_of(file, tensors, parts) -> dict:
     for module, found in modules.items():
         if not {"A", "B"} <= found.keys():
             raise ValueError(
-                f"{file} has of {module!r} only {sorted(found)}: A and B are needed."
+                f"{file} has only {sorted(found)} of {module!r}: A and B are needed."
             )
     return modules
 
@@ -185,9 +183,9 @@ KOHYA = {
 
 
 def from_kohya(file, tensors):
-    """down (r, in) and up (out, r) are PEFT's A and B; each module has its alpha.
+    """Takes down (r, in) and up (out, r) as PEFT's A and B, and each module's alpha.
 
-    Without one, alpha is the rank, as in sd-scripts.
+    If there is none, alpha is the rank, as in sd-scripts.
     """
     modules = modules_of(file, tensors, KOHYA)
     alphas = {}
@@ -203,27 +201,27 @@ MLX = {".lora_a": "A", ".lora_b": "B", ".m": "m"}
 
 
 def from_mlx(file, tensors, config):
-    """y = x W + scale * (x @ lora_a) @ lora_b: PEFT's A and B are their transposes."""
+    """Transposes the factors of y = x W + scale * (x @ lora_a) @ lora_b."""
     said = config.get("lora_parameters")
     scale = said.get("scale") if isinstance(said, dict) else None
     kind = config.get("fine_tune_type", "lora")
     modules = modules_of(file, tensors, MLX)
     if kind != "lora" or any("m" in found for found in modules.values()):
         raise ValueError(
-            f"{file} is a {kind!r} of mlx, with other tensors than A and B. Fuse it "
-            "with mlx_lm.fuse, or train it with fine_tune_type lora."
+            f"{file} is an adapter of mlx ({kind!r}) with tensors other than A and B. "
+            "Fuse it with mlx_lm.fuse, or train it with fine_tune_type lora."
         )
     if not is_number(scale) or "alpha" in said:
         raise ValueError(
-            f"{CONFIG} of mlx must have lora_parameters with a number for `scale`, and "
-            "without `alpha`, which mlx_lm of early 2024 multiplied it with. Received: "
+            f"In {CONFIG} of mlx, lora_parameters must have a number for `scale` "
+            "without `alpha`, by which mlx_lm of early 2024 multiplied it. Received: "
             f"{said!r}. Set `scale` to the factor in front of A @ B."
         )
     for module, found in modules.items():
         if found["A"].ndim != 2 or found["B"].ndim != 2:
             raise ValueError(
-                f"{file} adapts {module!r}, a stack of kernels (experts), which is not "
-                "read from mlx's files."
+                f"{file} adapts {module!r}, a stack of kernels (experts), which cannot "
+                "be read from mlx's files."
             )
     pairs = {m: {"A": x["A"].T, "B": x["B"].T} for m, x in modules.items()}
     alphas = {m: scale * len(x["A"]) for m, x in pairs.items()}
@@ -242,18 +240,18 @@ def in_words_of_peft(modules, alphas, **more):
         if found["B"].ndim < 2 or found["B"].shape[1] != ranks[module]:
             shapes = found["A"].shape, found["B"].shape
             raise ValueError(
-                f"A and B of {module!r} have shapes {shapes}: no one rank."
+                f"A and B of {module!r} have shapes {shapes}, with different ranks."
             )
         checked_alpha(alphas[module])
     return settings(ranks, alphas, False, **more), tensors
 
 
-# lora_unet_down_blocks_0_attn_to_q: the module, with underscores for dots.
+# kohya's names have underscores for dots: lora_unet_down_blocks_0_attn_to_q.
 FLAT = re.compile(r"^lora_[a-z0-9]+_")
 
 
 def module_of(name, modules):
-    """The name in a model of a module under kohya's names."""
+    """Returns the model's name for a module that may have kohya's name."""
     if name in modules or not FLAT.match(name):
         return name
     flat = FLAT.sub("", name)

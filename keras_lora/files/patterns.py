@@ -1,14 +1,14 @@
 """Regular expressions for module names, from files that are not trusted.
 
-`re` tries one way after another, for ever if an expression is made so. What could take
-that long is refused: repeats inside of repeats, and more ways than there is time for.
+`re` backtracks, which can take for ever. Expressions that could are refused: those with
+repeats inside repeats, and those with more ways to match than there is time for.
 """
 
 import math
 import re
 
 LONGEST = 2000  # characters of an expression, or of a name
-LIMIT = 10**9  # ways to match that one file may make `re` try: some ten seconds
+LIMIT = 10**9  # ways to match for one file: about ten seconds
 TOKEN = re.compile(
     r"""(?P<repeat>[*+]\??|\{\d+(?:,\d*)?\}\??)(?![?*+{])|(?P<option>\?\??)(?![?*+{])
     |(?P<open>\((?:\?:)?)(?!\?)|(?P<close>\))|(?P<either>\|)
@@ -16,12 +16,12 @@ TOKEN = re.compile(
     """,
     re.VERBOSE,
 )
-WORDS = re.compile(r"(?:\w|\\\.|-)*(?:\|(?:\w|\\\.|-)*)+")  # alternatives without more
+WORDS = re.compile(r"(?:\w|\\\.|-)*(?:\|(?:\w|\\\.|-)*)+")  # plain alternatives
 ENDING = re.compile(r"(?:^|[^\\\w-])([\w-]+)$")
 
 
 class Budget:
-    """The ways to match that may still be tried for one file."""
+    """How many ways to match may still be tried for one file."""
 
     def __init__(self):
         self.ways = LIMIT
@@ -30,8 +30,8 @@ class Budget:
         self.ways -= ways
         if self.ways < 0:
             raise ValueError(
-                "The file's expressions for modules take too long to match. Give the "
-                "modules' names instead: '^' and the whole name, escaped."
+                "The file's regular expressions for modules take too long to match. "
+                "Give the modules' names instead: '^' and the whole name, escaped."
             )
 
 
@@ -55,7 +55,7 @@ class Pattern:
         self.budget = budget
 
     def matches(self, name, part=False):
-        """Whether it matches the whole name, or what follows one of its dots."""
+        """Whether it matches the whole name, or with `part` the end after a dot."""
         if not name.endswith(self.ending):
             return False
         starts = [0, *(dot.end() for dot in re.finditer(r"\.", name) if part)]
@@ -65,19 +65,19 @@ class Pattern:
 
 
 def ways(expression):
-    """(number of repeats, product of the choices) of an expression.
+    """Returns the number of repeats and the product of the choices of an expression.
 
-    A name of n characters is matched in at most choices * comb(n + repeats, repeats)
-    ways, as no repeat has another one, or a choice, inside.
+    As no repeat holds another repeat or a choice, a name of n characters has at most
+    choices * comb(n + repeats, repeats) ways to match.
     """
     groups, closed, place = [[0, 0, 1]], None, 0  # start, repeats, choices
     while place < len(expression):
         token = TOKEN.match(expression, place)
         if token is None:
-            raise ValueError(f"{expression[place : place + 9]!r} is not read")
+            raise ValueError(f"{expression[place : place + 9]!r} is not supported")
         if token["repeat"]:
             if closed and (closed[1] or closed[2] > 1):
-                raise ValueError("a repeated group has a repeat or a choice inside")
+                raise ValueError("a repeated group holds a repeat or a choice")
             groups[-1][1] += 1
         elif token["option"]:
             groups[-1][2] *= 2
@@ -99,7 +99,7 @@ def ways(expression):
 
 
 def choices(text, bars):
-    """How many of the alternatives of a text can begin at one place of a name."""
+    """Returns how many alternatives of a text can match at one place of a name."""
     if not bars or not WORDS.fullmatch(text):
         return 1 + bars
     words = text.split("|")

@@ -31,10 +31,10 @@ def save_adapter(
     task_type: str | None = None,
     base_model_name_or_path: str | None = None,
 ):
-    """Writes what training changed: A, B, trained biases and heads, and settings.
+    """Saves what training changed: A, B, trained biases and heads, and settings.
 
-    Two files, adapter_config.json and adapter_model.safetensors, as PEFT writes
-    them; PEFT loads them into every model that it can adapt. A save that is interrupted
+    Writes two files, adapter_config.json and adapter_model.safetensors, in PEFT's
+    format. PEFT loads them into every model that it can adapt. An interrupted save
     leaves the old adapter or the new one.
 
     If the model is distributed over several processes, all of them must make
@@ -42,23 +42,22 @@ def save_adapter(
 
     Args:
         model: A Keras model that holds LoRA layers.
-        directory: Folder for the two files; other files in it stay.
-        names: Module paths of another framework for the paths of this one
-            (`keras_lora.summary` shows them): a dict, a function of the path, or
-            "transformers" for a model of KerasHub, whose converters know its
-            counterpart there; "transformers4" writes the names that modules had
-            before transformers 5, and a family's name, such as "bert", refuses
-            models of others. Layers that are one module there share a name:
-            "qkv[0/3]" is the first third of its outputs. The default writes dots
-            for slashes.
+        directory: Folder for the two files; other files in it are kept.
+        names: Module names in another framework for the paths of this model
+            (`keras_lora.summary` shows them): a dict, or a function of the path. For
+            a KerasHub model, "transformers" takes the names from KerasHub's
+            converters, "transformers4" those from before transformers 5, and the
+            name of a family, such as "bert", refuses models of other families. Layers
+            that are one module there share its name: "qkv[0/3]" is the first third of
+            its outputs. By default, slashes become dots.
         task_type: How PEFT should treat the model, such as "SEQ_CLS" or
-            "CAUSAL_LM"; the default is that of the file that was loaded, if any.
-        base_model_name_or_path: Where PEFT finds the base model; likewise.
+            "CAUSAL_LM". The default is that of the adapter that was loaded, if any.
+        base_model_name_or_path: Where PEFT finds the base model. The same default.
 
     Raises:
         ValueError: If the model holds no LoRA layer, a factor is not finite, two
-            layers get one name, or KerasHub has no converter for the model.
-        OSError: If a file cannot be written, on every process.
+            layers get the same name, or KerasHub has no converter for the model.
+        OSError: If a file cannot be written; raised on every process.
         RuntimeError: If another process does not call within half a minute.
 
     Examples:
@@ -77,10 +76,10 @@ def save_adapter(
 
 
 def adapter_of(model, names=None, trained=None) -> Adapter:
-    """The adapter of a model, as it would be saved.
+    """Returns the adapter of a model, as it would be saved.
 
-    trained: (module, variable) that go along with the factors; by default those
-    that train beside them, or did.
+    trained: (module, variable) to save with the factors; by default those that train
+    or trained together with them.
     """
     paths = sites.layer_paths(model)
     modules = module_names(paths, names, model)
@@ -92,7 +91,7 @@ def adapter_of(model, names=None, trained=None) -> Adapter:
         trained = trained_beside(modules, adapters)
     changed = {
         **{module: modules[module] for module, _ in trained},
-        # A tied head uses rows of the table, in PEFT too.
+        # A tied head uses the trained rows, in PEFT too.
         **{m: s for m, s in adapters.items() if s.lora.keyword != token_rows.KEYWORD},
     }
     refuse_tied_head(model, names, changed)
@@ -104,8 +103,8 @@ def adapter_from(modules, adapters, trained) -> Adapter:
 
     Args:
         modules: Module -> layer, of a whole model.
-        adapters: Those of them that have an adapter.
-        trained: (module, variable) that go along.
+        adapters: The modules that have an adapter.
+        trained: (module, variable) to save with the factors.
     """
     tables = {m: s for m, s in adapters.items() if s.lora.keyword == token_rows.KEYWORD}
     adapters = {m: s for m, s in adapters.items() if m not in tables}
@@ -159,16 +158,16 @@ def adapter_from(modules, adapters, trained) -> Adapter:
     return Adapter(tensors, config, layout, starts=starts)
 
 
-# What parts of PEFT's keys are called beside modules.
+# Parts of PEFT's keys that are not module names.
 PARTS = ["lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "base_layer"]
 PARTS += ["lora_magnitude_vector", "modules_to_save", "original_module"]
 
 
 def refuse_unreadable(adapted, others):
-    """Raises ValueError for modules whose keys would mean another module when read.
+    """Raises ValueError for modules whose keys would be read as another module's.
 
-    adapted: The modules that have factors. others: (module, name) of what trained
-    beside them.
+    adapted: The modules that have factors. others: (module, name) of the variables
+    that trained with them.
     """
     whole = {module for module, _ in others} - adapted.keys()
     for module in [*adapted, *whole]:
@@ -177,20 +176,20 @@ def refuse_unreadable(adapted, others):
             inner and module in whole and inner[-1] in PARTS
         ):
             raise ValueError(
-                f"{module!r} has a name like a part of PEFT's keys. Its tensors would "
-                "be read as those of another module. Give it another name with "
+                f"{module!r} has a name like a part of PEFT's keys, so its tensors "
+                "would be read as another module's. Give it another name with "
                 "`names`, when you save and when you load."
             )
 
 
 def refuse_parameters(adapters, parameters):
-    """Raises for DoRA of parameters, which PEFT does not have."""
+    """Raises for DoRA of parameters, which PEFT does not support."""
     for module, layer in adapters.items():
         if slices.without_slice(module) in parameters and layer.lora.keyword:
             raise ValueError(
                 f"The adapter of {module!r} has {layer.lora.keyword}, which PEFT does "
-                "not have for a parameter. Leave out `names` for a file of "
-                "keras_lora's own, or merge it."
+                "not support for a parameter. Leave out `names` for a file that only "
+                "keras_lora reads, or merge the adapter."
             )
 
 
@@ -199,7 +198,7 @@ def file_dropout(adapters, parameters):
     dropout = max([0.0, *(layer.lora.dropout for layer in adapters.values())])
     if dropout and parameters:
         warn_caller(
-            f"The file says lora_dropout=0.0, and not {dropout}: PEFT supports no "
+            f"The file has lora_dropout=0.0 instead of {dropout}: PEFT supports no "
             "dropout where it adapts a parameter, here "
             f"{sorted(parameters.values())[0]!r}."
         )
@@ -208,7 +207,7 @@ def file_dropout(adapters, parameters):
 
 
 def method_of(adapters) -> dict:
-    """The keyword of another method than LoRA, which a file has for all or none."""
+    """The keyword of a method other than LoRA, the same for all adapters."""
     adapters = [layer.lora for layer in adapters.values()]
     words = {lora.keyword for lora in adapters}
     if len(words) > 1:
@@ -220,7 +219,7 @@ def method_of(adapters) -> dict:
 
 
 def of_unadapted_slices(modules, adapters) -> dict:
-    """The tensors that a fused module needs for its slices without adapters."""
+    """Returns the tensors of slices without adapters, for methods that need them."""
     tensors = {}
     for module, (names, _) in slices.layouts(adapters).items():
         method = next(type(adapters[name].lora) for name in names if name in adapters)
@@ -238,7 +237,7 @@ def of_unadapted_slices(modules, adapters) -> dict:
 
 
 def trained_beside(modules, adapters):
-    """(module, variable) that train with the factors; of heads, all variables."""
+    """(module, variable) that train with the factors; for heads, all variables."""
     trained = []
     for module, layer in modules.items():
         if isinstance(layer, LowRankAdapter):
@@ -252,15 +251,15 @@ def trained_beside(modules, adapters):
 
 
 def fuse_others(others, modules):
-    """Biases and weights of slices become their module's, in place."""
+    """Joins biases and weights of slices to those of their modules, in place."""
     for module, layout in slices.layouts(modules, modules.places).items():
         names = layout.names
         for weight in {name for part, name in others if part in names}:
             missing = [name for name in names if name not in modules]
             if missing:
                 raise ValueError(
-                    f"The {weight} of {module!r} trains in part: `names` has no layer "
-                    f"for {missing}."
+                    f"Only part of the {weight} of {module!r} trains: `names` has no "
+                    f"layer for {missing}."
                 )
             untrained = {
                 name: weight_to_tensor(
@@ -278,8 +277,8 @@ def fuse_others(others, modules):
             sizes = sum(part.shape[axis] for part in parts.values())
             if sizes != layout.total(first.shape[axis]):
                 raise ValueError(
-                    f"The {weight} of {module!r} trains, of which the model has only a "
-                    "part."
+                    f"The {weight} of {module!r} trains, but the model has only part "
+                    "of it."
                 )
             value = layout.gather(parts, axis)
             if value.ndim > 1:

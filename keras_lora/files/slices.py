@@ -1,16 +1,16 @@
-"""Layers here that are one module there: query, key and value in one c_attn.
+"""Layers that are one module in a file: query, key and value in one c_attn.
 
 The name `module[i/n]` stands for the i-th of n equal slices of a module's outputs.
-A fused module has one A for all slices, the layers here have one each:
+A fused module has one A for all slices; the layers of the model have one each:
 
     save    A = [A_0; A_1; ...] of rank R = r_0 + r_1 + ..., B in blocks
     load    A copied to each layer, B sliced
 
-Both are exact. A value for each output, DoRA's m, is joined and sliced. What was
-stacked comes apart again: the file's metadata says the ranks of the slices.
+Both are exact. Values for each output, such as DoRA's m, are joined and sliced. The
+ranks of the slices are in the file's metadata, so that they can be separated again.
 
-Slices whose outputs are not that equal part, in that order, have a Region that says
-which they are: `places`, {name: Region}. `module[0/1]` is a module in another order.
+Slices whose outputs are in another order have a Region, which lists them: `places` is
+{name: Region}. `module[0/1]` is a whole module in another order.
 """
 
 import re
@@ -24,20 +24,20 @@ SLICE = re.compile(r"(.+)\[(\d+)/(\d+)\]")
 
 
 class Share(NamedTuple):
-    """A slice's rank, and that of its module."""
+    """The rank of a slice, and the rank of its module."""
 
     rank: int
     total: int
 
 
 class Layout(NamedTuple):
-    """Which outputs and inputs of a module each of its slices has."""
+    """Which outputs and inputs of a module belong to which slice."""
 
     names: list  # of the slices
     places: dict
 
     def total(self, size):
-        """How many outputs the module has; size: of one of its slices."""
+        """Returns the number of the module's outputs; size: that of one slice."""
         first = self.places.get(self.names[0])
         return first.total if first else size * len(self.names)
 
@@ -53,7 +53,7 @@ class Layout(NamedTuple):
         return np.arange(size) + self.names.index(name) * size
 
     def gather(self, parts, axis=0):
-        """The value of a module from {slice: value}, 0 where a slice is left out."""
+        """Joins {slice: value} to a value of the module, with 0 for missing slices."""
         first = next(iter(parts.values()))
         shape = list(first.shape)
         shape[axis] = total = self.total(first.shape[axis])
@@ -69,7 +69,7 @@ class Layout(NamedTuple):
         return {name: whole.take(self.rows(name, total), axis) for name in self.names}
 
     def order_inputs(self, value, axis, inverse=False):
-        """A value with a module's inputs on an axis, from the order here or to it."""
+        """Reorders the axis of a module's inputs, to the model's order or back."""
         first = self.places.get(self.names[0])
         if first is None or first.columns is None:
             return value
@@ -78,7 +78,7 @@ class Layout(NamedTuple):
 
 
 def layouts(modules, places=None) -> dict:
-    """{module: Layout} for what `module[i/n]` names stand for."""
+    """{module: Layout} for the modules of `module[i/n]` names."""
     counts = {}
     for name in modules:
         match = SLICE.fullmatch(name)
@@ -87,8 +87,8 @@ def layouts(modules, places=None) -> dict:
         module, index, count = match[1], int(match[2]), int(match[3])
         if index >= count or counts.setdefault(module, count) != count:
             raise ValueError(
-                f"{name!r} is no slice of a module of {counts.get(module, count)} "
-                "slices."
+                f"{name!r} is not a slice of a module of "
+                f"{counts.get(module, count)} slices."
             )
     return {
         module: Layout(slices_of(module, count), places or {})
@@ -101,7 +101,7 @@ def slices_of(module, count):
 
 
 def without_slice(name):
-    """The module of a slice, or of itself."""
+    """Returns the module of a slice; a module's own name is unchanged."""
     match = SLICE.fullmatch(name)
     return match[1] if match else name
 
@@ -121,7 +121,9 @@ def fuse(tensors, ranks, alphas, use_rslora, places=None) -> dict:
             for suffix in torch_layout.LINEAR
         )
         if not layout.places.keys() & own and len({len(block) for block in b}) > 1:
-            raise ValueError(f"The slices of {module!r} have outputs of several sizes.")
+            raise ValueError(
+                f"The slices of {module!r} have different numbers of outputs."
+            )
         for suffix in torch_layout.more_suffixes():
             parts = {name: tensors.pop(name + suffix, None) for name in layout.names}
             if parts[layout.names[0]] is not None:
@@ -147,7 +149,7 @@ def fuse(tensors, ranks, alphas, use_rslora, places=None) -> dict:
 
 
 def side_by_side(blocks):
-    """Returns the blocks, each with zeros in the columns of the others."""
+    """Joins blocks, each with zeros in the columns of the others."""
     total, end = sum(block.shape[1] for block in blocks), 0
     for block in blocks:
         wide = np.zeros((len(block), total, *block.shape[2:]), block.dtype)

@@ -1,6 +1,6 @@
-"""A layer's adapter as PEFT's tensors, and back.
+"""Converts a layer's adapter to PEFT's tensors, and back.
 
-PEFT keeps what torch keeps: (out, in) for a linear layer, (out, in, *k) for a
+PEFT uses the layout of torch: (out, in) for a linear layer, (out, in, *k) for a
 convolution. Suffixes follow the module's name in a file.
 
     layer           A here             lora_A there     B here        lora_B there
@@ -23,7 +23,7 @@ def suffixes(layer):
 
 
 def file_alpha(layer, use_rslora):
-    """The alpha that gives the layer's scaling with the file's rank."""
+    """Returns the alpha that gives the layer's scaling with the file's rank."""
     rank = layer.lora.file_rank
     if use_rslora == layer.lora.use_rslora and rank == layer.lora.rank:
         return layer.lora.alpha
@@ -41,12 +41,12 @@ def to_tensors(layer):
 
 
 def from_tensors(layer, arrays, where):
-    """[(variable, value)], the inverse; a ValueError where shapes do not fit."""
+    """The inverse, as [(variable, value)]; raises if a shape does not fit."""
     expected = to_tensors(layer)
     if arrays.keys() != expected.keys():
         raise ValueError(
-            f"{where!r} is a {type(layer).__name__}; the file has {sorted(arrays)} "
-            f"for it, and not {sorted(expected)}."
+            f"{where!r} is a {type(layer).__name__}, which needs {sorted(expected)}; "
+            f"the file has {sorted(arrays)}."
         )
     for suffix, found in arrays.items():
         if found.shape != expected[suffix].shape:
@@ -62,7 +62,7 @@ def from_tensors(layer, arrays, where):
     return [(factors[name], value) for name, value in values.items()]
 
 
-# Keras's word for a layer's own variable, and torch's.
+# Keras's name for a variable of a layer -> torch's.
 TORCH_NAMES = {
     "kernel": "weight",
     "embeddings": "weight",
@@ -82,9 +82,9 @@ def torch_name(layer, variable):
 
 
 def weight_to_tensor(layer, variable, inputs_first=False):
-    """A variable that trained in full, with torch's axes for it.
+    """Returns the value of a variable that trained in full, with torch's axes.
 
-    inputs_first: the module keeps (in, out), as `fan_in_fan_out` says.
+    inputs_first: whether the module keeps (in, out), as with `fan_in_fan_out`.
     """
     value = torch_layout.to_numpy(saved_values.trained_value(variable))
     if variable.name == "bias":
@@ -101,7 +101,7 @@ def kernel_to_tensor(layer):
 
 
 def weight_from_tensor(layer, variable, value, where, inputs_first=False):
-    """The inverse; a ValueError where shapes do not fit."""
+    """The inverse; raises if the shape does not fit."""
     expected = weight_to_tensor(layer, variable, inputs_first).shape
     if value.shape != expected:
         raise ValueError(

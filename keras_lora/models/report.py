@@ -65,6 +65,12 @@ class Report(Table, Sequence):
             count(s.lora.weights) if s.lora.rank is None else math.prod(s.kernel_shape)
             for s in built
         )
+        # An int4 kernel is stored in half as many numbers.
+        self.packed = sum(
+            math.prod(site.kernel_shape) - count([site.frozen_kernel])
+            for site in built
+            if site.is_quantized
+        )
         self.added = sum(count(row.adapter.weights) for row in self.rows)
         self.total = count(model.weights)
         self.trained = count(model.trainable_weights)
@@ -101,6 +107,7 @@ class Report(Table, Sequence):
             for row in self
         ]
         where = f" in {tables.listed(self.also_trained)}" if self.also_trained else ""
+        parameters = self.plain + self.packed
         reasons = collections.defaultdict(list)
         for path, why in self.skipped.items():
             reasons[why].append(path)
@@ -118,8 +125,8 @@ class Report(Table, Sequence):
                 for why, paths in reasons.items()
             ),
             *self.notes,
-            f"Adapted: weights with {percent(self.adapted / max(self.plain, 1))} of "
-            f"the model's {tables.counted(self.plain, 'parameter')}",
+            f"Adapted: weights with {percent(self.adapted / max(parameters, 1))} of "
+            f"the model's {tables.counted(parameters, 'parameter')}",
         ]
         title = f"LoRA in {self.model_name}"
         if self.is_dry_run:
