@@ -1055,6 +1055,11 @@ FAULTS = {
     ],
     "models/merge.py": [
         (
+            "return bool(np.isfinite(ops.convert_to_numpy(values)).all())",
+            "return True",
+            "test_merging.py -k 'finite or cannot_hold'",
+        ),
+        (
             '        refuse_not_finite(layer, {"the merged kernel": kernel})\n',
             "",
             "test_merging.py -k 'finite or cannot_hold'",
@@ -1339,6 +1344,13 @@ FAULTS = {
             "if not self.in_training:",
             "if False:",
             "test_bank_fit.py -k cannot_be_trained_apart",
+        ),
+    ],
+    "keras_internals/hidden_state.py": [
+        (
+            "        variable.assign(value)\n",
+            "        pass\n",
+            "test_laws.py -k delta_is_scaling",
         ),
     ],
     "keras_internals/layers.py": [

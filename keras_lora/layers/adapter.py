@@ -164,7 +164,9 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
     def factors(self, dtype):
         """A and scaling * B, scaled in the adapter's dtype, then cast."""
         a, b = self.unscaled_factors()
-        scaled_b = ops.multiply(b, self._scaling.variable)
+        # By their values: Keras's variables take TensorFlow three times as long.
+        value = b.value if isinstance(b, keras.Variable) else b
+        scaled_b = ops.multiply(value, self._scaling.variable.value)
         if dtype == self.variable_dtype:
             return a, scaled_b
         return ops.cast(a, dtype), ops.cast(scaled_b, dtype)
@@ -188,7 +190,8 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
 
     def effective_kernel(self, kernel):
         """W + delta, in the adapter's dtype."""
-        return ops.add(ops.cast(kernel, self.variable_dtype), self.delta())
+        kernel = ops.convert_to_tensor(kernel, self.variable_dtype)
+        return ops.add(kernel, self.delta())
 
     def low_rank_outputs(self, host, inputs, training):
         """linear(x, W) + linear(drop(x), A) @ (scaling * B)."""
@@ -266,12 +269,12 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
 
     def _write_scaling(self):
         if self._scaling.variable is not None:
-            self._scaling.variable.assign(self._scaling_value())
+            self._scaling.assign(self._scaling_value())
 
     def _scaling_value(self, shape=(), dtype=None):
         # By way of NumPy: TensorFlow takes a Python number for a float32.
         value = self.scaling if self.is_on else 0.0
-        return ops.convert_to_tensor(np.full(shape, value, self.variable_dtype))
+        return np.full(shape, value, self.variable_dtype)
 
     def make_scaling(self):
         """Makes the variable, when the factors are made."""

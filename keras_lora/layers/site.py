@@ -165,7 +165,7 @@ class Site(TorchLayout):
     def merged_kernel(self, dtype):
         """The merged kernel W + delta, rounded once."""
         kernel = self.base_kernel(self.lora.variable_dtype)
-        return ops.cast(self.lora.effective_kernel(kernel), dtype)
+        return ops.convert_to_tensor(self.lora.effective_kernel(kernel), dtype)
 
     def attach_adapter(self, adapter):
         layers.attach(self.lora_layer(), self.adapter_attribute, adapter)

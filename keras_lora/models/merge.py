@@ -43,7 +43,6 @@ from keras_lora.models.sites import (
     adapted_sites,
     checked_sites,
     layer_paths,
-    with_model,
 )
 
 WAYS = ("dequantize", "requantize")
@@ -191,7 +190,7 @@ def merge_lora(
     sites = checked_sites(model)
     hosts = [site for site in sites if site.is_quantized]
     checked_way(hosts, quantized)
-    paths = layer_paths(model)
+    paths = layer_paths(model) if hosts else {}
     path_of = {id(layer): path for path, layer in paths.items()}
     report, made, small = [], {}, {}
     for site in sites:
@@ -210,7 +209,7 @@ def merge_lora(
             if kernel is None:
                 kernel = site.merged_kernel(site.kernel_dtype)
             site.frozen_kernel.assign(kernel)
-    _make_plain(model, [*with_model(model, paths).values()])
+    _make_plain(model, flatten_layers(model))
     return report
 
 
@@ -322,6 +321,10 @@ def checked_merged_kernel(layer):
 
 
 def is_finite(values) -> bool:
+    values = ops.convert_to_tensor(values)
+    here = getattr(values, "is_fully_addressable", True)
+    if here and math.prod(values.shape) <= SMALL:  # faster, for each of many
+        return bool(np.isfinite(ops.convert_to_numpy(values)).all())
     return bool(ops.all(ops.isfinite(values)))
 
 
