@@ -1222,8 +1222,8 @@ FAULTS = {
             "test_carriers.py -k old_h5",
         ),
         (
-            "            quantized_host.refuse_quantizing(layer, mode)  # before any "
-            "layer changes",
+            "            quantized_host.refuse_quantizing(layer, mode)  # all before "
+            "the first changes",
             "            pass",
             "test_quantized.py -k 'calibrating or before_any_layer'",
         ),

@@ -211,7 +211,7 @@ def test_rows_beside_a_quantized_table(mode):
         ([True], "whole numbers >= 0"),
         (7, "whole numbers >= 0"),
         ({"middle2": [1]}, "matches no layer"),
-        ({"flat": [1]}, "no embedding and no Dense head"),
+        ({"flat": [1]}, "neither an embedding nor a Dense head"),
     ],
 )
 def test_ids_that_are_none(given, message):
