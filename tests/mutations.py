@@ -1222,8 +1222,8 @@ FAULTS = {
             "test_carriers.py -k old_h5",
         ),
         (
-            "            quantized_host.refuse_quantizing(layer, mode)  # all before "
-            "the first changes",
+            "            quantized_host.refuse_quantizing(layer, mode)  # before any "
+            "change",
             "            pass",
             "test_quantized.py -k 'calibrating or before_any_layer'",
         ),
@@ -1377,7 +1377,7 @@ FAULTS = {
             "test_experts.py -k another_kind",
         ),
         (
-            "# Keras then says whether a call is one of training.",
+            "# So that Keras passes `training` to the call.",
             "return",
             "test_experts.py -k 'size and QwenMoe and float32'",
         ),

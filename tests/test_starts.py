@@ -471,5 +471,5 @@ def test_files_of_a_start_that_do_not_fit(tmp_path):
         del metadata["sha256"]
         safetensors.numpy.save_file(tensors, path, metadata)
         metadata["sha256"] = ""
-        with pytest.raises(ValueError, match="start|initial values"):
+        with pytest.raises(ValueError, match=r"start|initial values"):
             keras_lora.load_adapter(mlp(), tmp_path)

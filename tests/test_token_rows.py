@@ -401,7 +401,7 @@ def test_rows_are_combined_as_what_trained_in_full_is(tmp_path):
     for source in (first, one):
         report = keras_lora.analyze(source)
         assert [row.path for row in report] == ["head"]
-        assert "Without table, of which single rows train." in str(report)
+        assert "Not shown: table, where only some rows train." in str(report)
 
 
 def test_adapters_of_rows_alone_are_combined(tmp_path):

@@ -135,9 +135,7 @@ class Carrier(Rematerialized):
 
     def quantize(self, mode=None, config=None, **kwargs):
         for layer in adapted_sites(self):
-            quantized_host.refuse_quantizing(
-                layer, mode
-            )  # all before the first changes
+            quantized_host.refuse_quantizing(layer, mode)  # before any change
         super().quantize(mode, config=config, **kwargs)
         quantized.fix_quantized(flatten_layers(self))
 
