@@ -261,7 +261,7 @@ def test_adapter_files_come_back(tmp_path):
     keras_lora.apply_lora(other, rank=2, target=["middle"], trainable_token_indices=[1])
     with pytest.raises(ValueError, match=r"trainable_token_indices=.*\(1,\).*remove"):
         keras_lora.load_adapter(other, tmp_path / "adapter")
-    with pytest.raises(ValueError, match="a bank keeps no table"):
+    with pytest.raises(ValueError, match="which a bank cannot hold"):
         keras_lora.AdapterBank(tied(), {"one": tmp_path / "adapter"})
 
 
