@@ -1228,7 +1228,7 @@ FAULTS = {
         ),
         (
             "            quantized_host.refuse_quantizing(layer, mode)  # before any "
-            "layer changes",
+            "change",
             "            pass",
             "test_quantized.py -k 'calibrating or before_any_layer'",
         ),
@@ -1389,7 +1389,7 @@ FAULTS = {
             "test_experts.py -k another_kind",
         ),
         (
-            "# Keras then says whether a call is one of training.",
+            "# So that Keras passes `training` to the call.",
             "return",
             "test_experts.py -k 'size and QwenMoe and float32'",
         ),

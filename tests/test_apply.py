@@ -565,7 +565,7 @@ def test_our_words_are_all_that_an_editor_shows():
     [
         ({"target": "all_linear"}, r"Did you mean 'all-linear'\?$"),
         ({"target": ["all_linear"]}, "Did you mean 'all-linear'"),
-        ({"target": ["all-linear"]}, 'by itself: target="all-linear"'),
+        ({"target": ["all-linear"]}, 'not in a list: target="all-linear"'),
         ({"target": "frist"}, r"Did you mean 'first'\?$"),
         ({"target": "dnse"}, r"Did you mean 'dense'(, '\w+')*\?$"),
         ({"exclude": "all_linear"}, "There are: "),

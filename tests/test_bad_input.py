@@ -223,7 +223,7 @@ def test_names_that_name_nothing(names, tmp_path):
     with pytest.raises(ValueError, match="`names`"):
         keras_lora.save_adapter(model, tmp_path / "adapter", names=names)
     assert not (tmp_path / "adapter").exists()
-    with pytest.raises(ValueError, match="`rank_pattern` has expressions for keys"):
+    with pytest.raises(ValueError, match="The keys of `rank_pattern` must be strings"):
         keras_lora.apply_lora(attention(), rank_pattern={1: 2})
 
 

@@ -299,7 +299,7 @@ def test_what_cannot_be_trained_apart_is_refused():
         bank.fit(inputs, y, verbose=0)
     bank = AdapterBank(network(), adapters)
     bank.compile({"a": "sgd"}, "mse")
-    with pytest.raises(ValueError, match=r"optimizers for \['a'\], and with none"):
+    with pytest.raises(ValueError, match=r"optimizers for \['a'\], but with none"):
         bank.fit(inputs, y)
     bank.compile("sgd", "mse")
     with pytest.raises(ValueError, match="No row names an adapter"):
@@ -396,5 +396,5 @@ def test_adapters_with_a_start_that_is_subtracted_are_one_of_many(tmp_path):
     for name, adapter in adapters.items():
         expected = alone(network, adapter, name, keras.optimizers.SGD(0.1), "mse", x, y)
         assert_same_adapter(bank.adapter(name), expected)
-    with pytest.raises(ValueError, match="Make the bank with max_rank=4"):
+    with pytest.raises(ValueError, match="Create the bank with max_rank=4"):
         AdapterBank(network(), {"a": adapters["a"]}, max_rank=2)

@@ -327,7 +327,7 @@ def test_names_that_the_model_shows_are_understood_or_refused(tmp_path):
             {"target": "dense.*", "alpha_pattern": {path: 1}},
         ):
             before = paths[paths.index(path) - 1]
-            words = f"path of the one at '{path}'.* latter say '{before}'.*path == "
+            words = f"path of the one at '{path}'.* latter give '{before}'.*path == "
             with pytest.raises(ValueError, match=words):
                 apply_lora(model, rank=2, **rule)
         with pytest.raises(ValueError, match="means two layers"):

@@ -793,7 +793,7 @@ def test_a_quantized_head_that_is_to_train_is_refused(tmp_path):
     model = build()
     model.quantize("int8")
     before = [(v.trainable, to_numpy(v)) for v in model.variables]
-    with pytest.raises(ValueError, match=r"`also_train` means 'head'.*filters"):
+    with pytest.raises(ValueError, match=r"`also_train` names 'head'.*filters"):
         keras_lora.apply_lora(model, target=["up"], also_train=["head"])
     assert type(model.layers[0]) is keras.layers.Dense
     for variable, (flag, value) in zip(model.variables, before, strict=True):

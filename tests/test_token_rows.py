@@ -211,7 +211,7 @@ def test_rows_beside_a_quantized_table(mode):
         ([True], "whole numbers >= 0"),
         (7, "whole numbers >= 0"),
         ({"middle2": [1]}, "matches no layer"),
-        ({"flat": [1]}, "no embedding and no Dense head"),
+        ({"flat": [1]}, "neither an embedding nor a Dense head"),
     ],
 )
 def test_ids_that_are_none(given, message):
@@ -261,7 +261,7 @@ def test_adapter_files_come_back(tmp_path):
     keras_lora.apply_lora(other, rank=2, target=["middle"], trainable_token_indices=[1])
     with pytest.raises(ValueError, match=r"trainable_token_indices=.*\(1,\).*remove"):
         keras_lora.load_adapter(other, tmp_path / "adapter")
-    with pytest.raises(ValueError, match="a bank keeps no table"):
+    with pytest.raises(ValueError, match="which a bank cannot hold"):
         keras_lora.AdapterBank(tied(), {"one": tmp_path / "adapter"})
 
 
@@ -401,7 +401,7 @@ def test_rows_are_combined_as_what_trained_in_full_is(tmp_path):
     for source in (first, one):
         report = keras_lora.analyze(source)
         assert [row.path for row in report] == ["head"]
-        assert "Without table, of which single rows train." in str(report)
+        assert "Not shown: table, where only some rows train." in str(report)
 
 
 def test_adapters_of_rows_alone_are_combined(tmp_path):

@@ -1,4 +1,4 @@
-"""The trainable half of a LoRA layer: A, B and what the layer's call makes of them."""
+"""The adapter of a LoRA layer: A and B, and how a call uses them."""
 
 import math
 import random
@@ -22,22 +22,22 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
         scaling = alpha / rank          (alpha / sqrt(rank) with use_rslora=True)
         delta   = scaling * A @ B       in the kernel's own shape
 
-    With a frozen start A0, B0, as `initialize_lora` gives one, that start is
-    subtracted:
+    With frozen initial values A0 and B0, as `initialize_lora` sets them, their product
+    is subtracted:
 
         delta   = scaling * (A @ B - A0 @ B0)
                 = scaling * [A - A0, A0] @ [B; B - B0]
 
-    The second line is what is computed: it is exactly zero at the start, in every
-    dtype, and a small step loses no digits. W stays where it is. The rank of the
-    update is up to 2 * rank, and a file holds it as a plain LoRA of that rank.
+    The second line is what is computed: it is exactly zero at the start in every dtype,
+    and small steps lose no digits. W does not change. The rank of the update is up to
+    2 * rank, and a file holds it as a plain LoRA of that rank.
 
-    It is found as `layer.lora` on every LoRA layer. A and B are float32 under every
-    dtype policy but float64, where they are float64.
+    A LoRA layer holds it as `layer.lora`. A and B are float32, or float64 under the
+    float64 policy.
 
-    Another method is a subclass: it answers `build_factors`, `effective_kernel` and
-    `low_rank_outputs`, names its variables in `factor_names`, and is known by a
-    `keyword` once `register_method` has it.
+    Another method is a subclass: it implements `build_factors`, `effective_kernel` and
+    `low_rank_outputs`, names its variables in `factor_names`, and has a `keyword`, by
+    which it is chosen after `register_method`.
 
     Args:
         rank: Whole number > 0, the inner dimension r of the product A @ B.
@@ -59,13 +59,13 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
 
     factor_names: tuple[str, ...] = ("a", "b")
     magnitude = None  # DoRA's m
-    has_gain = False  # whether outputs are multiplied too, as `for_bank` says
-    takes_start = True  # a subclass with other factors says it for itself
+    has_gain = False  # whether outputs are multiplied too; see `for_bank`
+    takes_start = True  # each subclass sets it for itself
     removal_hint = "merge_lora(model) or remove_lora(model)"
-    is_bank = False  # many adapters, which their bank alone may change
-    stand_in = None  # what acts for it inside `merged()`
-    kernel_place: Place | None = None  # where W stood before it was frozen
-    switched_off = 0  # by how many contexts
+    is_bank = False  # whether it holds many adapters, which only a bank may change
+    stand_in = None  # replaces it inside `merged()`
+    kernel_place: Place | None = None  # position of W before it was frozen
+    switched_off = 0  # number of contexts that have switched it off
 
     def __init__(
         self,
@@ -86,11 +86,11 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
         self.b_initializer = keras.initializers.get(b_initializer)
         self.seed_generator = None
         if self.dropout > 0:
-            # With a seed of its own: torch ignores the state of one that has none.
+            # With an explicit seed: otherwise torch ignores the generator's state.
             self.seed_generator = keras.random.SeedGenerator(random.randrange(2**31))
         self._scaling = HiddenVariable()
 
-    # What is trained.
+    # Variables.
 
     def build(self, form, regularizer=None, read_kernel=None):
         self.form = form
@@ -98,9 +98,9 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
         self.make_scaling()
 
     def build_factors(self, form, regularizer, read_kernel):
-        """Makes the variables that are named in `factor_names`.
+        """Creates the variables that are named in `factor_names`.
 
-        read_kernel: a function of a dtype that gives W, for methods that start from
+        read_kernel: a function of a dtype that returns W, for methods that start from
         it. (A variable among build's arguments would become a weight.)
         """
         self.a = self.add_factor(
@@ -112,7 +112,7 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
         self.b = self.add_factor(
             "b", form.b_shape, self.b_initializer or form.b_initializer, regularizer
         )
-        self.b.lora_factor = "B"  # by this LoRAPlus knows it among all variables
+        self.b.lora_factor = "B"  # LoRAPlus recognizes it by this
         if self.has_start:
             refuse_start(form)
             for name, factor in (("a_start", self.a), ("b_start", self.b)):
@@ -125,11 +125,11 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
         return found | {f"{name}_start": own for name, own in found.items()}
 
     def start_from_kernel(self):
-        """Sets values that start from W, once W was assigned; LoRA has none."""
+        """Resets values that start from W, after W was assigned; LoRA has none."""
 
     def add_factor(self, name, shape, initializer, regularizer=None, trainable=True):
         # autocast=False: merging needs the stored float32 values, also inside a
-        # mixed-precision call; the training path casts where it means to.
+        # mixed-precision call; the training path casts explicitly.
         return self.add_weight(
             name=name,
             shape=shape,
@@ -144,18 +144,18 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
         return [*super().variables, *self._scaling.jax_variables()]
 
     def named_factors(self) -> dict:
-        """Name -> variable: what files, reports and checks go through."""
+        """Name -> variable, for files, reports and checks."""
         starts = ("a_start", "b_start") if self.has_start else ()
         return {name: getattr(self, name) for name in (*self.factor_names, *starts)}
 
     def unscaled_factors(self):
         """A and B, or [A - A0, A0] and [B; B - B0] with a start."""
         if not self.has_start:
-            return self.a, self.b  # the variables: rows of A can be looked up
+            return self.a, self.b  # variables, so that rows of A can be looked up
         a, b, a_start, b_start = map(
             ops.convert_to_tensor, (self.a, self.b, self.a_start, self.b_start)
         )
-        rank_axis = len(self.form.batch_axes)  # of B; A has it last
+        rank_axis = len(self.form.batch_axes)  # of B; in A it is the last axis
         return (
             ops.concatenate([a - a_start, a_start], axis=-1),
             ops.concatenate([b, b - b_start], axis=rank_axis),
@@ -176,9 +176,9 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
         return self.form.compose(*self.factors(self.variable_dtype))
 
     def quantize(self, mode=None, type_check=True, config=None):
-        """A and B train: they stay as they are when their model is quantized."""
+        """Does nothing: A and B stay float when their model is quantized."""
 
-    # What the layer's call makes of it.
+    # Calls.
 
     def outputs(self, host, inputs, training):
         """Returns the layer's outputs before bias and activation."""
@@ -201,7 +201,7 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
             return merged_training.linear_with_update(host, inputs, a, b)
         dropped = self.dropped(inputs) if training else inputs
         outputs = ops.cast(host.frozen_linear(inputs), dtype)
-        # Not ops.add, which on TensorFlow takes an empty batch's rows for a bias.
+        # Not ops.add, which on TensorFlow mistakes an empty batch for a bias.
         return outputs + ops.cast(host.form.bypass(dropped, a, b), dtype)
 
     def for_bank(self) -> tuple:
@@ -224,8 +224,8 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
             inputs, self.dropout, seed=rematerialized.seed_of(self)
         )
 
-    # Rank and alpha, and the factor that they make. Compiled functions read the factor
-    # from a variable, which is no weight: another alpha and `switch` need no new trace.
+    # Rank, alpha and scaling. Compiled functions read the scaling from a variable that
+    # is not a weight, so a new alpha and `switch` need no retracing.
 
     @property
     def rank(self) -> int:
@@ -272,12 +272,12 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
             self._scaling.assign(self._scaling_value())
 
     def _scaling_value(self, shape=(), dtype=None):
-        # By way of NumPy: TensorFlow takes a Python number for a float32.
+        # Through NumPy, because TensorFlow converts Python numbers to float32.
         value = self.scaling if self.is_on else 0.0
         return np.full(shape, value, self.variable_dtype)
 
     def make_scaling(self):
-        """Makes the variable, when the factors are made."""
+        """Creates the scaling's variable, after the factors."""
         self._scaling.make(self._scaling_value, self.variable_dtype, "scaling")
         hidden_state.hold_state(
             self,
@@ -289,9 +289,9 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
 
     @property
     def switched(self):
-        """1 where the adapter acts, 0 inside `disabled()`; seen by compiled functions.
+        """1, or 0 inside `disabled()`, as a tensor that compiled functions read.
 
-        For methods whose formula has no `scaling` in front of all they add.
+        For methods that do not multiply all that they add by `scaling`.
         """
         return ops.cast(ops.not_equal(self._scaling.variable, 0), self.variable_dtype)
 
@@ -310,17 +310,17 @@ class FixedKernel:
 
 
 def refuse_start(form):
-    """Raises where two pairs of factors are not one of twice the rank."""
+    """Raises if initial values cannot be subtracted by factors of twice the rank."""
     if form.looks_up or not form.one_rank:
         what = "an embedding" if form.looks_up else "a layer of several low ranks"
         raise ValueError(
-            f"A start that is subtracted again is not for {what}: its factors are not "
-            "one product. Leave the layer with LoRA's own start, where the product of "
-            "A and B is zero."
+            f"Initial values that are subtracted are not possible for {what}, whose "
+            "factors are not one product. Keep LoRA's own initial values there, with "
+            "A @ B = 0."
         )
 
 
 def uniform(fan_in):
-    """U(±1/sqrt(fan_in)), the starting values of A in LoRA's own code."""
+    """Returns U(±1/sqrt(fan_in)), the initializer of A in LoRA's own code."""
     limit = 1 / math.sqrt(fan_in)
     return keras.initializers.RandomUniform(-limit, limit)

@@ -12,7 +12,7 @@ import keras
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Words of other libraries, and the keyword that means the same here.
+# Keywords of other libraries -> the keyword here.
 FOREIGN_KEYWORDS = {
     "lora_rank": "rank",
     "r": "rank",
@@ -26,7 +26,7 @@ FOREIGN_KEYWORDS = {
     "init_lora_weights": "a_initializer` and `b_initializer",
 }
 
-# The same for whole models, where A and B start as `initialize_lora` says.
+# The same for whole models, where `initialize_lora` sets initial values.
 MODEL_KEYWORDS = FOREIGN_KEYWORDS | {
     "lora_a_initializer": "method` of `initialize_lora",
     "lora_b_initializer": "method` of `initialize_lora",
@@ -42,33 +42,33 @@ MODEL_KEYWORDS = FOREIGN_KEYWORDS | {
 
 COMMON_ARGUMENTS = """
 
-Those of LoRA are keyword-only, after the arguments of the Keras layer.
+The LoRA arguments are keyword-only:
 
 Args:
     rank: Whole number >= 0, the rank r of the update. 0 means no adapter: the
         layer is its Keras base class and its kernel trains.
     alpha: Number > 0, default `rank`. The update is scaled by alpha / rank.
-    dropout: Number in [0, 1): dropout on the adapter's input while training.
+    dropout: Number in [0, 1), the dropout on the adapter's inputs in training.
     use_rslora: Boolean, scale by alpha / sqrt(rank) instead.
-    use_dora: Boolean, DoRA: the columns of W + delta get lengths m of their own,
-        which train and start as those of W. Every call forms A^T @ W as well; for
-        an embedding that reads the whole table. With dropout, training takes a
-        second product with W. `layer.lora.start_from_kernel()` starts m anew where
-        W is assigned after the layer was built.
-    a_initializer: Initializer of A; None means the starting values given above.
-    b_initializer: Initializer of B; None likewise.
-    merge_weights: Boolean. True: with training=False the call uses the merged
-        kernel W + delta, formed in float32 and rounded once, so that what is
-        evaluated is what is exported. False: the low-rank path there too.
+    use_dora: Boolean, train the lengths m of the columns of W + delta separately
+        (DoRA). They start as those of W. Every call also computes A^T @ W, which for
+        an embedding reads the whole table; with dropout, training needs a second
+        product with W. Call `layer.lora.start_from_kernel()` if W is assigned after
+        the layer was built.
+    a_initializer: Initializer of A. None means the initial values given above.
+    b_initializer: Initializer of B. None means the initial values given above.
+    merge_weights: Boolean. If True, calls with training=False use the merged kernel
+        W + delta, formed in float32 and rounded once, so that what is evaluated is
+        what is exported. If False, they use the low-rank path of training.
 
-A kernel regularizer applies to A and B, which train in the kernel's place.
-`layer.lora` holds the adapter (.rank .alpha .scaling .a .b .delta(), and m as
-.magnitude), None with rank=0; the kernel attribute of the Keras layer is the frozen
-W.
+A kernel regularizer applies to A and B, which train instead of the kernel.
+`layer.lora` is the adapter (.rank .alpha .scaling .a .b .delta(), and m as
+.magnitude), or None with rank=0. The kernel attribute of the Keras layer is the
+frozen W.
 
 Raises:
-    ValueError: If an argument is out of range, a keyword is another library's
-        word for one of the above, or the kernel has a constraint.
+    ValueError: If an argument is out of range, a keyword is another library's name
+        for one of the above, or the kernel has a constraint.
 
 Reference:
     [LoRA: Hu et al., 2021](https://arxiv.org/abs/2106.09685);
@@ -86,7 +86,7 @@ def refuse_foreign_keywords(name, kwargs, words=FOREIGN_KEYWORDS):
 
 
 def refusing_foreign_keywords(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, which names the right keyword; editors see its own alone."""
+    """Decorates a function so that a wrong keyword raises with the right one."""
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -97,7 +97,7 @@ def refusing_foreign_keywords(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def check_keywords(function, kwargs):
-    """An error that names the right keyword in the place of one that is none."""
+    """Raises for an unknown keyword, with the right or similar ones."""
     refuse_foreign_keywords(function.__name__, kwargs, MODEL_KEYWORDS)
     own = inspect.signature(function).parameters
     for keyword in kwargs.keys() - own.keys():
@@ -107,7 +107,7 @@ def check_keywords(function, kwargs):
 
 
 def with_defaults(function, *args, **kwargs) -> dict:
-    """All arguments of a call by name, those too that it leaves out."""
+    """Returns all arguments of a call by name, with defaults."""
     check_keywords(function, kwargs)
     bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
@@ -115,14 +115,14 @@ def with_defaults(function, *args, **kwargs) -> dict:
 
 
 def default_name(cls):
-    """lora_dense, lora_dense_1, ..., counted as Keras counts."""
+    """Returns lora_dense, lora_dense_1, ..., numbered as by Keras."""
     name = snake_case(cls.__name__)
     count = keras.backend.get_uid(name)
     return name if count == 1 else f"{name}_{count - 1}"
 
 
 def snake_case(class_name):
-    """Keras's rule for names, but lora_dense where that gives lo_ra_dense."""
+    """Converts a class name as Keras does, but LoRADense to lora_dense."""
     name = class_name.replace("LoRA", "Lora")
     name = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)
     return re.sub("([a-z])([A-Z])", r"\1_\2", name).lower()
@@ -131,8 +131,7 @@ def snake_case(class_name):
 def full_signature(cls, mixin):
     """Returns the signature for `help()`: Keras's arguments, then those of the mixin.
 
-    Whatever a constructor looks like: a required argument that would come after an
-    optional one is shown as keyword-only.
+    A required argument that would come after an optional one is shown as keyword-only.
     """
     constructors = [cls.plain_class.__init__]
     constructors += [

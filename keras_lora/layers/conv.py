@@ -1,4 +1,4 @@
-"""LoRAConv1D, LoRAConv2D, LoRAConv3D: one mixin, three documented faces."""
+"""LoRAConv1D, LoRAConv2D and LoRAConv3D, which share one mixin."""
 
 import math
 from functools import partial
@@ -12,7 +12,7 @@ from keras_lora.layers.lora_layer import LoRALayer
 
 
 class LoRAConv(LoRALayer):
-    """Base class of the three convolutions. `self.rank` is Keras's: spatial axes."""
+    """Base class of the convolutions. As in Keras, `rank` counts spatial axes."""
 
     factorization = "standard"
     replaces = ("call", "convolution_op")
@@ -50,15 +50,15 @@ class LoRAConv(LoRALayer):
             up=partial(up, self),
             input_axes=tuple(range(self.rank + 1)),
             over_outputs=self.over_outputs,
-            # As measured on a CPU: more of A's channels cost more without W + delta,
-            # and a convolution to few channels takes as long as one to sixteen.
+            # Measured on a CPU: the low-rank path costs more with the rank, and a
+            # convolution to few channels takes as long as one to sixteen.
             merges_from=math.prod(self.kernel_shape) * 16 // max(rank, 16),
             forms_gradient=self.groups == 1 and filters <= 2 * max(rank, 16),
             **torch_layout.convolutions_in_file(self.groups, len(self.kernel_shape)),
         )
 
     def over_outputs(self, value):
-        # With all axes: TensorFlow may take a vector for one of another axis.
+        # With all axes, because TensorFlow may align a vector with another axis.
         shape = [1] * (self.rank + 2)
         shape[-1 if self.data_format == "channels_last" else 1] = self.filters
         return ops.reshape(value, shape)
@@ -84,15 +84,15 @@ class LoRAConv1D(LoRAConv, keras.layers.Conv1D):
         A   (k, channels/groups, rank)      starts as U(±1/sqrt(k * channels/groups))
         B   (rank, filters)                 starts as 0
 
-    The groups share A. With `factorization="loralib"`, for files and numbers of
-    microsoft/LoRA, delta = scaling * (B @ A) reshaped to the kernel, with
+    All groups share A. With `factorization="loralib"`, the form of microsoft/LoRA,
+    delta = scaling * (B @ A) reshaped to the kernel, with
 
         A   (rank * k, channels * k)            starts as U(±1/sqrt(channels * k))
         B   (filters/groups, rank * k)          starts as 0
 
-    whose rank is up to rank * k, and which forms delta while training too. At
-    the start B = 0, and the layer equals `keras.layers.Conv1D`, whose arguments
-    it takes, `padding="causal"` among them.
+    Its rank is up to rank * k, and delta is formed in training too. At the start
+    B = 0, and the layer equals `keras.layers.Conv1D`, whose arguments it takes,
+    including `padding="causal"`.
 
     Args:
         factorization: "standard" or "loralib".
@@ -120,15 +120,14 @@ class LoRAConv2D(LoRAConv, keras.layers.Conv2D):
         A   (h, w, channels/groups, rank)      starts as U(±1/sqrt(h * w * channels/groups))
         B   (rank, filters)                    starts as 0
 
-    The groups share A. With `factorization="loralib"`, for files and numbers of
-    microsoft/LoRA, delta = scaling * (B @ A) reshaped to the kernel, with
+    All groups share A. With `factorization="loralib"`, the form of microsoft/LoRA,
+    delta = scaling * (B @ A) reshaped to the kernel, with
 
         A   (rank * w, channels * w)           starts as U(±1/sqrt(channels * w))
         B   (filters/groups * h, rank * w)     starts as 0
 
-    whose rank is up to rank * h * w, and which forms delta while training too. At
-    the start B = 0, and the layer equals `keras.layers.Conv2D`, whose arguments
-    it takes.
+    Its rank is up to rank * h * w, and delta is formed in training too. At the start
+    B = 0, and the layer equals `keras.layers.Conv2D`, whose arguments it takes.
 
     Args:
         factorization: "standard" or "loralib".
@@ -156,15 +155,14 @@ class LoRAConv3D(LoRAConv, keras.layers.Conv3D):
         A   (k1, k2, k3, channels/groups, rank)      starts as U(±1/sqrt(fan in of W))
         B   (rank, filters)                          starts as 0
 
-    The groups share A. With `factorization="loralib"`, delta = scaling * (B @ A)
+    All groups share A. With `factorization="loralib"`, delta = scaling * (B @ A)
     reshaped to the kernel, in the shapes of microsoft/LoRA pull request 157:
 
         A   (rank * k3, channels * k3)               starts as U(±1/sqrt(channels * k3))
         B   (filters/groups * k1 * k2, rank * k3)    starts as 0
 
-    whose rank is up to rank * k1 * k2 * k3, and which forms delta while training
-    too. At the start B = 0, and the layer equals `keras.layers.Conv3D`, whose
-    arguments it takes.
+    Its rank is up to rank * k1 * k2 * k3, and delta is formed in training too. At the
+    start B = 0, and the layer equals `keras.layers.Conv3D`, whose arguments it takes.
 
     Args:
         factorization: "standard" or "loralib".
@@ -182,14 +180,14 @@ class LoRAConv3D(LoRAConv, keras.layers.Conv3D):
 
 
 def down(layer, inputs, a):
-    """The convolution with A, to the rank."""
+    """Convolves inputs with A, to rank channels."""
     if layer.groups > 1:
-        # Every group of channels goes through the same A.
+        # All groups share A.
         a = ops.tile(a, (1,) * (len(a.shape) - 1) + (layer.groups,))
     if as_products(layer) and set(layer.kernel_size + layer.strides) == {1}:
         return ops.matmul(inputs, ops.reshape(a, a.shape[-2:]))
     if a.shape[-1] == 1 and keras.backend.backend() == "torch":
-        # Its convolution on a CPU has no gradient for one row and one filter.
+        # On a CPU, torch's convolution has no gradient for one row and one filter.
         axis = -1 if layer.data_format == "channels_last" else 1
         both = layer.linear(inputs, ops.repeat(a, 2, axis=-1))
         return ops.take(both, [0], axis=axis)
@@ -197,7 +195,7 @@ def down(layer, inputs, a):
 
 
 def up(layer, hidden, b):
-    """The 1x1 convolution with B, from the rank to the filters."""
+    """Convolves with B as a 1x1 kernel, from rank channels to the filters."""
     if as_products(layer):
         return ops.matmul(hidden, b)
     return ops.conv(
@@ -209,5 +207,5 @@ def up(layer, hidden, b):
 
 
 def as_products(layer):
-    """Whether a 1x1 convolution is a product here, which is faster on a CPU."""
+    """Whether a 1x1 convolution can be a matrix product, which is faster on a CPU."""
     return layer.groups == 1 and layer.data_format == "channels_last"

@@ -1,4 +1,4 @@
-"""DoRA: the update of LoRA, and a trained length for each column of the kernel."""
+"""DoRA: LoRA's update, with a trained length for each column of the kernel."""
 
 import string
 
@@ -23,21 +23,21 @@ class DoRAAdapter(DoRAFiles, LowRankAdapter):
         n  = ||V|| over the axes that are summed over; no gradient goes through n
         W' = V * m / n
 
-    W' is not formed in training. Nor is V: n comes from products with A and B.
+    Neither W' nor V is formed in training: n comes from products with A and B.
 
         y   = (m / n) * (linear(x, W) + linear(x, A) @ (scaling * B))
         n^2 = ||W||^2 + sum over r of scaling * B * (2 A^T W + A^T A @ (scaling * B))
 
-    A^T W reads W once more in every call, and ||W||^2 writes down the squares of W
-    where no compiler makes one operation of it. For an embedding that is the whole
-    table, at inference too. With dropout there is a second full product:
+    A^T W reads W once more in every call, and ||W||^2 stores the squares of W unless a
+    compiler fuses it. For an embedding, this reads the whole table, at inference too.
+    With dropout there is a second full product:
 
         y = linear(x, W) + (m / n - 1) * linear(drop(x), W)
             + (m / n) * linear(drop(x), A) @ (scaling * B)
 
-    m starts as n, so that nothing changes, and a column of zeros stays one until B
-    moves it. `start_from_kernel` starts m anew where W was assigned later. `delta()`
-    is scaling * A @ B, without m.
+    m starts as n, so that nothing changes. A column of zeros stays zero until B moves
+    it. `start_from_kernel` resets m if W was assigned later. `delta()` is
+    scaling * A @ B, without m.
 
     Reference:
         [DoRA: Liu et al., 2024](https://arxiv.org/abs/2402.09353)
@@ -60,8 +60,8 @@ class DoRAAdapter(DoRAFiles, LowRankAdapter):
         shape = [n for axis, n in enumerate(sizes) if axis not in form.input_axes]
         if form.adapted_outputs is not None:
             shape = [int(np.sum(form.adapted_outputs))]
-        # An initializer: where the layer is built inside of a compiled function, W
-        # has its value only when that is asked for.
+        # An initializer, because W may have no value yet if the layer is built inside a
+        # compiled function.
         self.magnitude = self.add_factor(
             "magnitude", shape, lambda shape, dtype: self.starting_magnitude()
         )

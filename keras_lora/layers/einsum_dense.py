@@ -1,4 +1,4 @@
-"""EinsumDense with low-rank adapters, and what its equation says of W's axes."""
+"""LoRAEinsumDense, and the meaning of W's axes in its equation."""
 
 import math
 import string
@@ -15,7 +15,7 @@ from keras_lora.layers.lora_layer import LoRALayer
 
 
 class SplitEquation(NamedTuple):
-    """An equation's kernel axes by what they do, and the low-rank equations."""
+    """The kernel axes of an equation by their use, and the low-rank equations."""
 
     inputs: str
     kernel: str
@@ -33,12 +33,12 @@ class SplitEquation(NamedTuple):
         return tuple(map(self.kernel.index, letters))
 
     def over_outputs(self, value):
-        """A value with the kernel's batch and new axes, laid out as the outputs are."""
+        """Lays out a value with the kernel's batch and new axes like the outputs."""
         own = [axis for axis in self.kernel if axis not in self.contracted]
         lead, _, trail = self.outputs.rpartition("...")
         if any(axis in lead for axis in own):
             raise ValueError(
-                f"The kernel's axes of outputs {self.outputs!r} come before '...'."
+                f"The kernel's output axes come before '...' in {self.outputs!r}."
             )
         value = ops.transpose(value, [own.index(axis) for axis in trail if axis in own])
         for place, axis in enumerate(trail):
@@ -47,7 +47,7 @@ class SplitEquation(NamedTuple):
         return value
 
     def rows(self, inputs):
-        """Inputs as (n, contracted axes as one); None where the kernel is a stack."""
+        """Inputs as (n, all contracted axes); None if the kernel is a stack."""
         if self.batch:
             return None
         own = self.inputs.replace("...", "")
@@ -62,12 +62,12 @@ class SplitEquation(NamedTuple):
 
     @property
     def keeps_order(self):
-        """Whether outputs have the inputs' other axes in their order, then new ones."""
+        """Whether outputs have the inputs' other axes in order, then the new ones."""
         others = "".join(axis for axis in self.inputs if axis not in self.contracted)
         return not self.batch and self.outputs.startswith(others)
 
     def by_row(self, ndim):
-        """(down, up, letter of the rows), with letters in the place of "..."."""
+        """Returns (down, up, letter of the rows), with letters instead of "..."."""
         free = (x for x in string.ascii_letters if x not in self.down + self.up)
         inputs = self.down.partition(",")[0]
         others = "".join(next(free) for _ in range(ndim - len(inputs) + 3))
@@ -75,13 +75,13 @@ class SplitEquation(NamedTuple):
         row = down[0]
         if row in self.kernel:
             raise ValueError(
-                f"The first axis of the inputs in {self.down!r} is one of the kernel's "
-                "own: rows cannot have adapters of their own."
+                f"The first axis of the inputs in {self.down!r} is also an axis of the "
+                "kernel, so rows cannot have their own adapters."
             )
         return down, up, row
 
     def over_kernel(self, value, sizes):
-        """Returns a value laid out as the outputs are in a shape that multiplies W."""
+        """Reshapes a value laid out like the outputs so that it can multiply W."""
         size = dict(zip(self.kernel, sizes, strict=True))
         found = [axis for axis in self.outputs if axis in self.kernel]
         value = ops.reshape(value, [size[axis] for axis in found])
@@ -106,7 +106,7 @@ def split_equation(equation):
             'has nothing to factor. Use rank=0, or an equation such as "abc,cd->abd".'
         )
     rank = next(x for x in "rzyxwvutsqponmlkjihgfedcbaR" if x not in equation)
-    # Output axes that come from the input keep their order, then the rank axis.
+    # The axes that outputs share with inputs, in order, then the rank axis.
     hidden = "".join(x for x in outputs if x not in new) + rank
     a, b = batch + contracted + rank, batch + rank + new
     return SplitEquation(
@@ -124,7 +124,7 @@ def split_equation(equation):
 
 
 def as_matrix(layer, kernel):
-    """The kernel of an einsum layer as (inputs, outputs); a stack of them stays one."""
+    """Returns an einsum kernel as (inputs, outputs); a stack stays a stack."""
     split = split_equation(layer.equation)
     if split.batch:
         return kernel
@@ -134,7 +134,7 @@ def as_matrix(layer, kernel):
 
 
 class QuantizedEinsum:
-    """Mixin of LoRAEinsumDense: what `QuantizedHost` asks of a kind."""
+    """Mixin of LoRAEinsumDense with the methods that `QuantizedHost` needs."""
 
     equation: str
     name: str
@@ -163,7 +163,7 @@ class QuantizedEinsum:
             )
 
     def scales_outputs(self, scale, zero):
-        """Whether a scale lies as the outputs do: int8, and int4 in Keras 3.12."""
+        """Whether a scale has the outputs' layout: int8, and int4 in Keras 3.12."""
         return zero is None and (self.quantization_mode == "int8" or scale.ndim > 1)
 
     def from_integers(self, integers, scale, zero, groups):
@@ -171,7 +171,7 @@ class QuantizedEinsum:
             split = split_equation(self.equation)
             scale = split.over_kernel(scale, integers.shape)
             return quantized_host.dequantize(integers, scale)
-        # Keras reshapes the kernel to a matrix, whichever axes come first.
+        # Keras reshapes the kernel to a matrix without reordering its axes.
         matrix = ops.reshape(integers, (-1, scale.shape[-1]))
         values = quantized_host.dequantize(matrix, scale, zero, groups)
         return ops.reshape(values, integers.shape)
@@ -181,10 +181,10 @@ class QuantizedEinsum:
 class LoRAEinsumDense(QuantizedEinsum, LoRALayer, keras.layers.EinsumDense):
     """EinsumDense layer with a frozen kernel and an update of true rank r.
 
-    The equation splits the kernel's axes: those summed over with the input are
-    contracted, those found in the output alone are new. For a query projection
-    `"abc,cde->abde"` c is contracted, d and e (heads and head size) are new, and
-    all heads share one rank r:
+    The equation splits the kernel's axes: those that are summed over are contracted,
+    those that only the output has are new. In a query projection `"abc,cde->abde"`,
+    c is contracted, d and e (heads and head size) are new, and all heads share one
+    rank r:
 
         training=True    y = finish( einsum(x, W) + einsum(einsum(drop(x), A), scaling * B) )
         training=False   y = finish( einsum(x, W + scaling * A @ B) )
@@ -193,8 +193,8 @@ class LoRAEinsumDense(QuantizedEinsum, LoRALayer, keras.layers.EinsumDense):
         A   (contracted axes..., rank)   starts as U(±1/sqrt(product of these axes))
         B   (rank, new axes...)          starts as 0
 
-    A kernel axis found in input and output alike is a batch axis: it leads both
-    A and B, and each of its indices has an update of rank r.
+    A kernel axis that input and output share is a batch axis. It comes first in A and
+    B, and each of its indices has an update of rank r.
 
     At the start B = 0, and the layer equals `keras.layers.EinsumDense`, whose
     arguments it takes: equation, output_shape, activation, bias_axes, ...

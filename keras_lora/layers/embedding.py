@@ -1,4 +1,4 @@
-"""LoRAEmbedding: a table of which the rows that are looked up are touched."""
+"""LoRAEmbedding, which touches only the rows that are looked up."""
 
 import keras
 from keras import ops
@@ -19,13 +19,13 @@ class LoRAEmbedding(LoRALayer, keras.layers.Embedding):
         A   (input_dim, rank)         starts as 0
         B   (rank, output_dim)        starts as N(0, 1)
 
-    Here A is the zero factor: a row of A is trained only when its id occurs, and
-    a zero row leaves the row of W as it is. At the start the layer equals
-    `keras.layers.Embedding`, whose arguments it takes. The rows are added in
-    float32 and rounded once, for the looked-up rows alone; at inference W + delta is
-    formed where no fewer rows than the table has are looked up, unless
-    `merge_weights` is False. There is no dropout, as the adapter's inputs are ids
-    (nor is there in LoRA's own code and in PEFT).
+    A starts as zero here, because a row of A trains only when its id occurs, and a zero
+    row leaves the row of W as it is. At the start the layer equals
+    `keras.layers.Embedding`, whose arguments it takes. Only the looked-up rows are
+    added, in float32, and rounded once. At inference, W + delta is formed if at least
+    as many ids are looked up as the table has rows, unless `merge_weights` is False.
+    There is no dropout, because the adapter's inputs are ids (as in LoRA's own code
+    and in PEFT).
 
     Input shape: `(...)` of whole numbers. Output shape: `(..., output_dim)`.
 
@@ -50,7 +50,7 @@ class LoRAEmbedding(LoRALayer, keras.layers.Embedding):
             inputs = ops.cast(inputs, "int32")
         return ops.take(kernel, inputs, axis=0)
 
-    # Looked up first and cast after: a cast would touch the whole table.
+    # Cast after the lookup: a cast of the table would touch all of it.
 
     def frozen_linear(self, inputs):
         if self.is_quantized:

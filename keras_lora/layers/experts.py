@@ -1,4 +1,4 @@
-"""KerasHub's layers of experts: a bypass beside each product with a stack."""
+"""KerasHub's layers of experts, with the low-rank path beside each product."""
 
 import inspect
 
@@ -34,10 +34,10 @@ class Experts(SeveralWeights):
                          + einsum("etr,erm->etm", einsum("th,ehr->etr", x, A), scaling * B)
         training=False   einsum("th,ehm->etm", x, W + scaling * A @ B)
 
-    In training the layer's own call runs on symbolic weights: the operations that it
-    asks for are then computed one by one, with the bypass beside each product that
-    `low_rank_equations` understands. Whatever else it does with a weight gets
-    W + scaling * A @ B, and so does a method other than LoRA.
+    In training, the layer's own call runs on symbolic weights. Its operations are then
+    computed one by one, with the low-rank path beside each product that
+    `low_rank_equations` understands. Other operations on a weight, and methods other
+    than LoRA, get W + scaling * A @ B.
     """  # noqa: E501
 
     def __init_subclass__(cls, **kwargs):
@@ -47,7 +47,7 @@ class Experts(SeveralWeights):
             training = inspect.Parameter(
                 "training", inspect.Parameter.KEYWORD_ONLY, default=None
             )
-            # Keras then says whether a call is one of training.
+            # So that Keras passes `training` to the call.
             cls.call.__signature__ = plain.replace(
                 parameters=[*plain.parameters.values(), training]
             )
@@ -69,7 +69,7 @@ class Experts(SeveralWeights):
 
 
 class Stack(products.AdaptedWeight):
-    """A stack of matrices W, and its adapter, in the place of W."""
+    """Stands for a stack of matrices W together with its adapter."""
 
     def outputs(self, operation, args):
         if type(operation).__name__ == "Cast":
@@ -82,7 +82,7 @@ class Stack(products.AdaptedWeight):
         a, b = self.site.lora.factors(self.dtype)
         kernel = ops.stop_gradient(self.site.base_kernel(self.dtype))
         if keras.backend.backend() == "tensorflow" and is_matmul(equation):
-            # The same sums, without the copies of W that its einsum writes.
+            # The same sums as its einsum, without copies of W.
             outputs = ops.matmul(inputs, kernel)
         else:
             outputs = ops.einsum(equation, inputs, kernel)
@@ -91,7 +91,7 @@ class Stack(products.AdaptedWeight):
 
 
 def split(equation):
-    """The axes of inputs, of a kernel and of outputs."""
+    """Splits an equation into the axes of inputs, kernel and outputs."""
     operands, _, outputs = equation.replace(" ", "").partition("->")
     inputs, _, kernel = operands.partition(",")
     return inputs, kernel, outputs
@@ -100,7 +100,7 @@ def split(equation):
 def low_rank_equations(equation):
     """(inputs, A -> hidden) and (hidden, B -> outputs) of a product with a stack.
 
-    None where it does not sum over the second of the kernel's three axes alone.
+    None unless it sums over exactly the second of the kernel's three axes.
     """
     inputs, kernel, outputs = split(equation)
     if len(kernel) != 3 or "." in kernel:
@@ -122,7 +122,7 @@ def low_rank_equations(equation):
 
 
 def is_matmul(equation):
-    """Whether a product with a stack is that of `matmul`."""
+    """Whether a product with a stack equals `matmul`."""
     inputs, (stack, rows, columns), outputs = split(equation)
     return len(outputs) == 3 and (
         outputs == f"{stack}{outputs[1]}{columns}"

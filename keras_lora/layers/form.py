@@ -1,4 +1,4 @@
-"""How one layer's kernel is made of A and B: all that differs between kinds."""
+"""LowRankForm: how a layer's update is made of A and B, which differs by kind."""
 
 import math
 from collections.abc import Callable
@@ -10,12 +10,12 @@ from keras import ops
 
 
 def last_axes(vector):
-    """Returns the vector itself: outputs end with the kernel's output axes."""
+    """Returns a vector unchanged, for outputs that end with the kernel's own axes."""
     return vector
 
 
 def matrices_to_file(a, b):
-    """(..., r) and (r, ...) as torch's two linear modules: (r, in) and (out, r)."""
+    """Converts (..., r) and (r, ...) to torch's linear layout: (r, in) and (out, r)."""
     return a.reshape(-1, a.shape[-1]).T, b.reshape(b.shape[0], -1).T
 
 
@@ -24,83 +24,82 @@ def same(value):
 
 
 def flat(vector):
-    """A value of the kernel's output axes as torch's linear modules have it."""
+    """Flattens a value of the kernel's output axes, as in torch's linear modules."""
     return vector.reshape(-1)
 
 
 def unchanged(a, b):
-    """Returns factors as they are, for kinds of which torch has no module."""
+    """Returns factors unchanged, for kinds without a module in torch."""
     return a, b
 
 
 def padded(value, shape):
-    """Zeros at the ends of a value's axes."""
+    """Pads a value with zeros at the ends of its axes."""
     more = [(0, size - own) for size, own in zip(shape, value.shape, strict=True)]
     return ops.pad(value, more)
 
 
 def merging_size(kernel_size, inputs, outputs):
-    """The size of inputs from which W + delta is cheaper in a step, for products.
+    """Returns the size of inputs from which a step with W + delta is cheaper.
 
-    As measured: four fifths of what goes in and comes out are as large as the kernel.
+    Measured for products: four fifths of inputs and outputs are as large as the kernel.
 
-    inputs, outputs: How many of each a row has.
+    inputs, outputs: The sizes of a row.
     """
     return -(-5 * kernel_size * inputs // (4 * (inputs + outputs)))
 
 
 def gradient_of_matrix(rows, of_hidden):
-    """Returns the gradient of A in hidden = rows @ A, by the faster product."""
+    """Returns the gradient of A in hidden = rows @ A, in the faster order."""
     of_hidden = ops.reshape(of_hidden, (-1, of_hidden.shape[-1]))
     product = ops.matmul(ops.transpose(of_hidden), rows)
-    # As an einsum: TensorFlow transposes small arrays slowly for oneDNN.
+    # An einsum, because TensorFlow transposes small arrays slowly for oneDNN.
     return ops.einsum("ri->ir", product)
 
 
 @dataclass(frozen=True)
 class LowRankForm:
-    """One layer's way from A and B to its kernel and through its operation.
+    """How A and B of one layer make its update, and how they act on inputs.
 
-    A kind makes it in `low_rank_form(rank)`. The four functions of tensors satisfy,
-    for any A and B,
+    A kind returns it from `low_rank_form(rank)`. Its functions satisfy
 
         up(down(inputs, A), B) = linear(inputs, compose(A, B))
 
     Attributes:
         a_shape, b_shape: Shapes of A and B.
-        fan_in: How many inputs each entry of A's rank axis sums over.
+        fan_in: How many inputs each component of the rank sums over.
         compose: (A, B) -> A @ B in the kernel's own shape.
-        down: (inputs, A) -> hidden, with r channels where `linear` has its outputs;
-            None where the layer's call computes with W + delta.
+        down: (inputs, A) -> hidden, which has r channels instead of the outputs of
+            `linear`. None if the layer's call computes with W + delta.
         up: (hidden, B) -> outputs.
-        a_initializer, b_initializer: Starting values. One factor starts as zero, so
-            that a fresh adapter changes nothing. None for A: U(±1/sqrt(fan_in)).
+        a_initializer, b_initializer: Initializers. One factor starts as zero, so that a
+            new adapter changes nothing. None for A means U(±1/sqrt(fan_in)).
         input_axes: The kernel's axes that `linear` sums over.
         batch_axes: The kernel's axes that inputs and outputs share.
-        over_outputs: A value in the shape of the kernel's other axes, in their order
-            -> the same where it can be multiplied with outputs.
-        adapted_outputs: Booleans, which outputs the update reaches, of a kernel that
-            has one axis of them; None for all.
-        spread: B -> the B, (batch..., r, new axes...), that `compose` multiplies A
-            with, where it is another.
-        to_file: (A, B) as NumPy arrays -> what a file of PEFT holds for them.
-        from_file: The inverse; None where `to_file` only reshapes and transposes.
-        vector_to_file: A value that `over_outputs` takes -> what a file holds for it.
-        file_rank: The rank of the file's arrays, if it is another than the layer's.
-        one_rank: Boolean: A's last axis and B's first, after the batch axes, are the
-            rank, so that two pairs of factors side by side are one of twice the rank.
-        file_note: What to say where a file's arrays have other shapes.
-        down_by_row, up_by_row: `down` and `up` for rows with adapters of their own:
+        over_outputs: Reshapes a value that has the kernel's other axes, in their order,
+            so that it can be multiplied with outputs.
+        adapted_outputs: Booleans, which outputs the update reaches, for a kernel with
+            one output axis. None means all.
+        spread: B -> the factor (batch..., r, new axes...) by which `compose` multiplies
+            A, if it is not B itself.
+        to_file: (A, B) as NumPy arrays -> the arrays in PEFT's file.
+        from_file: The inverse; None if `to_file` only reshapes and transposes.
+        vector_to_file: A value as for `over_outputs` -> the array in PEFT's file.
+        file_rank: The rank of the file's arrays, if it differs from the layer's.
+        one_rank: Boolean, whether A's last axis, and B's first after the batch axes,
+            are the rank, so that two pairs of factors can be joined to one.
+        file_note: What to add to the error if a file's arrays have other shapes.
+        down_by_row, up_by_row: `down` and `up` for an adapter per row:
             (inputs, stack of A, slots) -> hidden, where row i uses stack[slots[i]].
-            Without them the bypass is mapped over the rows.
-        looks_up: Boolean: `linear` picks rows. What is added to its outputs is then
-            added to the kernel, so the low-rank path serves inference too.
-        merges_from: The size of inputs from which a training step may use W + delta;
-            None: it never does.
-        forms_gradient: Boolean: such a step takes the gradients of A and B from that of
-            W + delta, as there are too few outputs for rank r to be cheaper.
-        gradient_of_a: (inputs, gradient of hidden) -> gradient of A, where another
-            order of the product is faster than the backend's own.
+            Without them, `down` and `up` are mapped over the rows.
+        looks_up: Boolean, whether `linear` picks rows of the kernel. Adding to its
+            outputs then equals adding to the kernel, also at inference.
+        merges_from: The size of inputs from which a training step may use W + delta.
+            None means never.
+        forms_gradient: Boolean, whether such a step takes the gradients of A and B from
+            that of W + delta, because there are too few outputs for the rank.
+        gradient_of_a: (inputs, gradient of hidden) -> gradient of A, in an order that
+            is faster than the backend's own.
 
     Examples:
         >>> form = LowRankForm(  # of a Dense layer of 6 inputs and 2 units, rank 4
@@ -142,9 +141,9 @@ class LowRankForm:
     def merges_at_inference(self, inputs):
         """Whether forming W + delta costs no more than the low-rank path.
 
-        Of a table: where no fewer rows are looked up than it has.
+        For a table: if at least as many rows are looked up as it has.
         """
-        sizes = inputs.shape or (0,)  # falsy: TensorFlow's, of an unknown rank
+        sizes = inputs.shape or (0,)  # TensorFlow's shape of unknown rank is falsy
         rows = math.prod(size or 0 for size in sizes)
         return not self.looks_up or rows >= self.a_shape[0]
 
@@ -153,13 +152,13 @@ class LowRankForm:
         return self.up(self.down(inputs, a), b)
 
     def bypass_by_row(self, inputs, a, b, slots, training=False):
-        """`bypass` for rows of which row i uses a[slots[i]] and b[slots[i]]."""
+        """`bypass` in which row i uses a[slots[i]] and b[slots[i]]."""
         if self.down_by_row is None:
             return mapped_by_row(self.bypass, inputs, a, b, slots, training)
         return self.up_by_row(self.down_by_row(inputs, a, slots), b, slots)
 
     def widened(self, a, b, rank, wider):
-        """A and B of a rank as those of a form of a higher rank: zeros."""
+        """Pads A and B with zeros to the shapes of a form of a higher rank."""
         parts = (self.file_rank or rank) // rank  # updates side by side in A
         lead, wide = list(a.shape[:-1]), list(wider.a_shape[:-1])
         a = ops.reshape(a, (*lead, parts, a.shape[-1] // parts))
@@ -167,18 +166,18 @@ class LowRankForm:
         return ops.reshape(a, wider.a_shape), padded(b, wider.b_shape)
 
     def is_product(self, sizes):
-        """Whether a kernel of these sizes is A times the B that `spread` gives."""
+        """Whether the update of a kernel of these sizes is A @ spread(B)."""
         axes = (*self.batch_axes, *self.input_axes)
         return self.a_shape[:-1] == tuple(sizes[axis] for axis in axes)
 
     def highest_rank(self, sizes):
-        """Returns the full rank of a kernel of these sizes, or of each in a stack."""
+        """Returns the full rank of a kernel of these sizes, or of each of a stack."""
         inputs = math.prod(sizes[axis] for axis in self.input_axes)
         batch = math.prod(sizes[axis] for axis in self.batch_axes)
         return min(inputs, math.prod(sizes) // (inputs * batch))
 
     def over_kernel(self, vector):
-        """A value in the shape of the kernel's other axes, to multiply W with."""
+        """Reshapes a value that has the kernel's other axes, to multiply W."""
         for axis in sorted(self.input_axes):
             vector = ops.expand_dims(vector, axis)
         return vector
@@ -186,7 +185,7 @@ class LowRankForm:
     def factor_axes(self, axes) -> dict:
         """Maps the axes of A, B and m to those of the kernel, for layouts.
 
-        Where a factor's axes are not the kernel's own, it has none.
+        Factors whose axes are not those of the kernel are left out.
         """
         if not self.one_rank:
             return {}
@@ -208,18 +207,18 @@ class LowRankForm:
         return 0, 1
 
     def read_file(self, a, b):
-        """A and B from what a file holds for them."""
+        """Returns A and B from the arrays of a file."""
         if self.from_file is not None:
             return self.from_file(a, b)
         return a.T.reshape(self.a_shape), b.T.reshape(self.b_shape)
 
     def matrix_axes(self, ndim) -> list:
-        """A kernel's axes: those of the batch, of the inputs, and the rest."""
+        """Returns a kernel's axes: batch axes, input axes, then the rest."""
         first = [*self.batch_axes, *self.input_axes]
         return first + [axis for axis in range(ndim) if axis not in first]
 
     def as_matrix(self, kernel):
-        """A kernel (NumPy) as (batch..., inputs, outputs), and the way back."""
+        """Returns a kernel (NumPy) as (batch..., inputs, outputs), and the inverse."""
         axes, sizes = self.matrix_axes(kernel.ndim), kernel.shape
         lead = [sizes[axis] for axis in self.batch_axes]
         rows = math.prod(sizes[axis] for axis in self.input_axes)
@@ -249,7 +248,7 @@ def take_by_row(ids, stack, slots):
     count, vocabulary, rank = stack.shape
     ids = ops.cast(ids, "int32")
     ids = ops.where(ids < 0, ids + vocabulary, ids)
-    # Else an id that the table has not would be a row of another adapter's.
+    # Otherwise an id outside the table would get a row of another adapter.
     ids = ops.clip(ids, 0, vocabulary - 1)
     slots = ops.reshape(slots, (-1, *[1] * (len(ids.shape) - 1)))
     flat = ops.reshape(stack, (count * vocabulary, rank))
@@ -257,14 +256,14 @@ def take_by_row(ids, stack, slots):
 
 
 def einsum_by_row(equation, row, inputs, stack, slots):
-    """einsum(equation, inputs[i], stack[slots[i]]) where `row` is the rows' axis."""
+    """einsum(equation, inputs[i], stack[slots[i]]); row: the letter of axis i."""
     operand, _, rest = equation.partition(",")
     factors = ops.cast(ops.take(stack, slots, axis=0), inputs.dtype)
     return ops.einsum(f"{operand},{row}{rest}", inputs, factors)
 
 
 def mapped_by_row(bypass, inputs, a, b, slots, training=False):
-    """Any kind's bypass, row by row."""
+    """The bypass of any kind, row by row."""
     a, b = (ops.take(stack, slots, axis=0) for stack in (a, b))
     if "int" not in str(inputs.dtype):
         a, b = (ops.cast(factor, inputs.dtype) for factor in (a, b))
@@ -274,10 +273,10 @@ def mapped_by_row(bypass, inputs, a, b, slots, training=False):
         return bypass(ops.expand_dims(inputs, 0), a, b)[0]
 
     if keras.backend.backend() == "tensorflow" and training:
-        # There a grouped convolution that is mapped at once has no gradient, and
-        # any other is a loop as well.
+        # A vectorized grouped convolution has no gradient in TensorFlow, and any other
+        # is a loop anyway.
         return ops.map(one, (inputs, a, b))
     if keras.backend.backend() != "torch":
         return ops.vectorized_map(one, (inputs, a, b))
-    # There Keras's convolution cannot be mapped.
+    # torch cannot vectorize Keras's convolution.
     return ops.stack([one((inputs[i], a[i], b[i])) for i in range(len(slots))])

@@ -1,4 +1,4 @@
-"""The table of kinds: which LoRA class belongs to which layer class."""
+"""The table of kinds: layer class -> LoRA class."""
 
 import functools
 from collections.abc import Mapping
@@ -63,7 +63,7 @@ if hasattr(keras.layers, "ReversibleEmbedding"):  # since Keras 3.13
     LORA_CLASSES[keras.layers.ReversibleEmbedding] = LoRAReversibleEmbedding
 
 
-# Layer class -> {weight: Axes}, as `register_lora_layer` was told.
+# Layer class -> {weight: Axes}, as given to `register_lora_layer`.
 AXES: dict[type, dict] = {}
 
 
@@ -74,9 +74,9 @@ def register_lora_layer(lora_class: type, weights: Mapping | None = None) -> typ
         lora_class: A subclass of `keras_lora.LoRALayer` whose `plain_class` is the
             layer class that it adapts. Or, with `weights`, that layer class itself.
         weights: Name of a weight -> the axes of its inputs, as a tuple, or a dict of
-            `input_axes` and `batch_axes`; a batch axis counts the matrices of a
-            stack. The other axes are outputs. The layer's own call runs with
-            W + delta in the place of each weight W that `apply_lora` adapts.
+            `input_axes` and `batch_axes`; a batch axis counts the matrices of a stack.
+            The other axes are outputs. The layer's own call runs with W + delta instead
+            of each weight W that `apply_lora` adapts.
 
     Returns:
         The same class.
@@ -96,7 +96,7 @@ def register_lora_layer(lora_class: type, weights: Mapping | None = None) -> typ
     if weights is not None:
         if not (isinstance(lora_class, type) and issubclass(lora_class, Layer)):
             raise ValueError(
-                "With `weights` register_lora_layer takes a layer class. Received: "
+                "With `weights`, register_lora_layer takes a layer class. Received: "
                 f"{lora_class!r}."
             )
         AXES[lora_class] = {w: checked_axes(w, axes) for w, axes in weights.items()}
@@ -105,7 +105,7 @@ def register_lora_layer(lora_class: type, weights: Mapping | None = None) -> typ
     plain_class = getattr(lora_class, "plain_class", None)
     if not (isinstance(plain_class, type) and issubclass(lora_class, LoRALayer)):
         raise ValueError(
-            "A LoRA layer is a subclass of keras_lora.LoRALayer with a `plain_class`. "
+            "`lora_class` must be a subclass of LoRALayer with a `plain_class`. "
             f"Received: {lora_class!r}."
         )
     LORA_CLASSES[plain_class] = lora_class
@@ -114,24 +114,24 @@ def register_lora_layer(lora_class: type, weights: Mapping | None = None) -> typ
 
 
 def checked_axes(weight, axes) -> Axes:
-    """The axes that a user gives for a weight."""
+    """Checks the axes that a user gives for a weight."""
     named = dict(axes) if isinstance(axes, Mapping) else {"input_axes": axes}
     found = [tuple(named.pop(name, ())) for name in ("input_axes", "batch_axes")]
     every = [axis for own in found for axis in own]
     whole = all(type(axis) is int and axis >= 0 for axis in every)
     if named or not found[0] or not whole or len(set(every)) < len(every):
         raise ValueError(
-            f"The axes of {weight!r} must be a tuple of the axes that its inputs have, "
-            "or a dict of `input_axes` and `batch_axes`: different whole numbers >= 0. "
+            f"The axes of {weight!r} must be a tuple of the axes of its inputs, or a "
+            "dict of `input_axes` and `batch_axes`: different whole numbers >= 0. "
             f"Received: {axes!r}."
         )
     return Axes(*found)
 
 
 def kind_of(layer):
-    """The kind of a layer, by which its weights look in files.
+    """The kind of a layer, which decides how its weights are stored in files.
 
-    Also where its `call` is its own; LoRALayer itself where it is of no kind.
+    A subclass with its own `call` has one too; LoRALayer itself if there is none.
     """
     if isinstance(layer, Site):
         return layer.lora_class
@@ -141,7 +141,7 @@ def kind_of(layer):
 
 @functools.cache
 def lora_class_of(cls):
-    """The LoRA class for a layer class; None where its call is not understood."""
+    """The LoRA class for a layer class; None if its call is not known."""
     if issubclass(cls, LoRALayer):
         return None
     for base in cls.__mro__:
@@ -160,9 +160,9 @@ def lora_class_of(cls):
 
 @functools.cache
 def substituted_class(cls, weight):
-    """The LoRA class for a layer class of no kind, whose call reads its weights.
+    """The LoRA class for a layer class that is of no kind.
 
-    weight: Its only weight that can be adapted, or None: it has several.
+    weight: Its only weight that can be adapted, or None if there are several.
     """
     mixin = SeveralWeights if weight is None else SubstitutedLayer
     mixin = Experts if experts.is_expert_layer(cls) else mixin
@@ -178,7 +178,7 @@ def substituted_class(cls, weight):
 
 
 def adapting_class(layer):
-    """The LoRA class that a layer gets with an adapter; None where it has no weight."""
+    """The LoRA class that a layer gets with an adapter; None without such a weight."""
     if isinstance(layer, LoRALayer):
         return type(layer)
     found = lora_class_of(type(layer))
@@ -215,21 +215,21 @@ def layer_of(site):
 
 
 def wraps(layer) -> tuple:
-    """The layers that a wrapper of Keras's runs: a rule that means it means them."""
+    """The layers that a wrapper of Keras runs: a rule for it means them."""
     if isinstance(layer, keras.layers.Bidirectional):
         return layer.forward_layer, layer.backward_layer
     return (layer.layer,) if isinstance(layer, keras.layers.TimeDistributed) else ()
 
 
 def takes_dropout(site):
-    """Whether an adapter at a site has inputs of its own that can be dropped."""
+    """Whether an adapter at a site has its own inputs, to which dropout can apply."""
     lora_class = kind_of(site) if isinstance(site, Site) else adapting_class(site)
     return lora_class.takes_dropout
 
 
 def looks_up(site):
     """Whether a layer picks rows of its kernel by ids."""
-    is_table = not isinstance(site, WeightSite)  # and no head beside one
+    is_table = not isinstance(site, WeightSite)  # not an untied head
     return is_table and issubclass(kind_of(site), LoRAEmbedding)
 
 
@@ -244,7 +244,7 @@ def in_all_linear(site):
 
 
 def out_of_reach(layer) -> dict:
-    """Weight -> why no adapter reaches it, of a layer's own weights of two axes."""
+    """Weight -> why it cannot have an adapter, for a layer's own matrices."""
     if isinstance(layer, keras.Model):
         return dict.fromkeys(
             layers.weight_places(layer),
@@ -268,7 +268,7 @@ def out_of_reach(layer) -> dict:
 
 
 def obstacle(site):
-    """Why a site cannot be adapted, or None."""
+    """Says why a site cannot be adapted, or None."""
     if not site.built:
         return "it was never built."
     try:
@@ -287,7 +287,7 @@ def obstacle(site):
 
 
 def as_site(site):
-    """A plain layer as it is as a site; what is one already is returned unchanged."""
+    """Returns a plain layer seen as a site; a site is returned unchanged."""
     if isinstance(site, Site):
         return site
     return classes.seen_as(site, adapting_class(site) or kind_of(site))

@@ -27,19 +27,19 @@ class LoRALayer(Rematerialized, HostChecks, QuantizedHost, Site):
         training=True    y = finish( linear(x, W) + linear(drop(x), A) @ (scaling * B) )
         training=False   y = finish( linear(x, round(W + delta)) )
 
-    Over a quantized kernel the first line holds for both: see `QuantizedHost`.
+    Over a quantized kernel, the first line holds for both.
 
     A kind of layer is `class LoRAKind(LoRALayer, keras.layers.Kind)`. It implements
-    `linear` and `low_rank_form`, and `finish` if a bias is not added last.
-    `keras_lora.register_lora_layer` registers it for `apply_lora`, files and all else.
+    `linear` and `low_rank_form`, and `finish` if a call ends with more than bias and
+    activation. `keras_lora.register_lora_layer` registers it for all functions.
 
     Attributes of a kind:
         plain_class: The Keras class that it extends.
         kernel_name: The attribute of that class that holds W.
-        more_weights: Names of weights beside the kernel that can have adapters too.
-        keras_dropout: Whether the Keras layer has a `dropout` of its own.
-        replaces: Methods of the Keras class whose work is done here. A subclass with
-            one of its own computes something else, and is not adapted.
+        more_weights: Names of further weights that can have adapters.
+        keras_dropout: Whether the Keras layer has its own `dropout`.
+        replaces: Methods of the Keras class that this class replaces. A subclass that
+            overrides one of them computes something else, and is not adapted.
     """
 
     plain_class: type | None = None
@@ -50,10 +50,10 @@ class LoRALayer(Rematerialized, HostChecks, QuantizedHost, Site):
 
     built: bool  # Keras's
 
-    # As a plain layer gets them when it is turned into this class.
+    # Defaults for a plain layer that is turned into this class.
     lora: LowRankAdapter | None = None
     merge_weights = True
-    frozen_names = ()  # of variables, such as a bias, that its config says are frozen
+    frozen_names = ()  # of variables that are frozen in its config, such as a bias
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -81,8 +81,8 @@ class LoRALayer(Rematerialized, HostChecks, QuantizedHost, Site):
     ):
         arguments.refuse_foreign_keywords(type(self).__name__, kwargs)
         method = methods.take_method(kwargs)
-        frozen_start = kwargs.pop("frozen_start", False)  # in configurations alone
-        adapters = kwargs.pop("adapters", {})  # likewise
+        frozen_start = kwargs.pop("frozen_start", False)  # only in configurations
+        adapters = kwargs.pop("adapters", {})  # only in configurations
         if self.keras_dropout:
             kwargs["dropout"], dropout = dropout, 0.0
         if kwargs.get("name") is None:
@@ -103,39 +103,39 @@ class LoRALayer(Rematerialized, HostChecks, QuantizedHost, Site):
                 "adapters": adapters,
             }
             self.attach_adapters({**options, **method})
-            if self.built:  # by Keras's constructor, for an Embedding with `weights`
+            if self.built:  # an Embedding with `weights` is built by its constructor
                 with layers.name_scope_of(self):
                     self.build_adapters()
 
-    # What a kind answers.
+    # Methods that a kind implements.
 
     def linear(self, inputs, kernel):
-        """The host's own operation: matmul, einsum, gather or convolution."""
+        """Applies the layer's own operation: matmul, einsum, gather or convolution."""
         raise NotImplementedError
 
     def low_rank_form(self, rank: int) -> LowRankForm:
-        """How the kernel that has just been built is made of A and B."""
+        """Returns the `LowRankForm` of the built kernel at a rank."""
         raise NotImplementedError
 
     def input_rows(self, inputs):
-        """Inputs as the rows that a matrix W multiplies, (n, fan in).
+        """Returns inputs as the rows (n, fan in) that W multiplies.
 
-        None for a kind or an equation in which W is no such matrix.
+        None if W does not multiply rows.
         """
         return None
 
     def over_outputs(self, bias):
-        """A bias where it can be added to the outputs."""
+        """Reshapes a bias so that it can be added to the outputs."""
         return bias
 
     def finish(self, outputs):
-        """Bias and activation."""
+        """Adds the bias and applies the activation."""
         bias, activation = (getattr(self, x, None) for x in ("bias", "activation"))
         if bias is not None:
             outputs = ops.add(outputs, self.over_outputs(bias))
         return outputs if activation is None else activation(outputs)
 
-    # How W is read: by these alone.
+    # The only methods that read W.
 
     @property
     def frozen_kernel(self):
@@ -149,7 +149,7 @@ class LoRALayer(Rematerialized, HostChecks, QuantizedHost, Site):
 
     @property
     def kernel_shape(self) -> tuple:
-        if "kernel_shape" in vars(self):  # of Keras's Dense, in GPTQ and AWQ
+        if "kernel_shape" in vars(self):  # set by Keras's Dense for GPTQ and AWQ
             return tuple(vars(self)["kernel_shape"])
         kernel = self.kernel_values() if self.is_quantized else self.frozen_kernel
         return tuple(kernel.shape)
@@ -175,7 +175,7 @@ class LoRALayer(Rematerialized, HostChecks, QuantizedHost, Site):
         """linear(inputs, kernel) for a kernel of another dtype, rounded once."""
         return self.linear(inputs, ops.cast(kernel, self.compute_dtype))
 
-    # What all kinds do.
+    # Methods that all kinds share.
 
     def sites(self) -> dict:
         """Weight -> site, of those that have an adapter."""
@@ -195,7 +195,7 @@ class LoRALayer(Rematerialized, HostChecks, QuantizedHost, Site):
         return getattr(self, f"{self.kernel_name}_regularizer", None)
 
     def attach_adapters(self, options):
-        """Gives the layer the adapters that its constructor's options mean."""
+        """Gives the layer the adapters of its constructor's options."""
         self.refuse_dropout(options)
         del options["adapters"]
         self.attach_adapter(methods.make_adapter(options, self.variable_dtype))
@@ -225,7 +225,7 @@ class LoRALayer(Rematerialized, HostChecks, QuantizedHost, Site):
         return self.adapted_call(inputs, training)
 
     def adapted_call(self, inputs, training, **options):
-        """options: what the Keras layer's own call takes beside its inputs."""
+        """options: further arguments of the Keras layer's own call."""
         if hasattr(inputs, "with_flat_values"):  # TensorFlow's ragged tensors
             values = self.adapted_call(inputs.flat_values, training, **options)
             return inputs.with_flat_values(values)
@@ -243,7 +243,7 @@ class LoRALayer(Rematerialized, HostChecks, QuantizedHost, Site):
         return host.finish(strategy.outputs(host, inputs, training))
 
     def host(self):
-        """Returns the layer that the adapter works on; None if it has no part in it."""
+        """Returns the layer that the adapter acts on, or None if it does not act."""
         return self
 
     def enable_lora(self, *args, **kwargs):
@@ -254,9 +254,9 @@ class LoRALayer(Rematerialized, HostChecks, QuantizedHost, Site):
             "`keras_lora.merge_lora(model)` first."
         )
 
-    enable_dora = enable_lora  # of coming releases of Keras
+    enable_dora = enable_lora  # in coming releases of Keras
 
-    # Its configuration and its files.
+    # Configuration and files.
 
     def get_config(self):
         options = self.adapter_config()
@@ -267,7 +267,7 @@ class LoRALayer(Rematerialized, HostChecks, QuantizedHost, Site):
         return {**super().get_config(), **options}
 
     def adapter_config(self):
-        """The constructor's arguments that make these adapters."""
+        """The constructor's arguments for these adapters."""
         return {"rank": 0} if self.lora is None else self.lora.options()
 
     @classmethod
@@ -281,8 +281,8 @@ class LoRALayer(Rematerialized, HostChecks, QuantizedHost, Site):
     def save_own_variables(self, store):
         super().save_own_variables(TrainedValues(store))
         if self.loras:
-            # A plain layer refuses a file with one entry more than it has variables;
-            # without it some read what they know and leave A and B out, silently.
+            # With this extra entry a plain layer refuses the file. Without it, some
+            # plain layers would silently ignore A and B.
             store["adapter"] = max(x.settings.rank for x in self.loras.values())
 
     def load_own_variables(self, store):
@@ -297,7 +297,7 @@ class LoRALayer(Rematerialized, HostChecks, QuantizedHost, Site):
         super().load_own_variables({name: store[name] for name in names})
 
     def set_weights(self, weights):
-        """Also takes the weights of the plain layer, which leave A and B alone."""
+        """Also takes the weights of the plain layer, and then keeps A and B."""
         variables = self.plain_weights()
         if not self.loras or len(weights) != len(variables):
             return super().set_weights(weights)
@@ -312,7 +312,7 @@ class LoRALayer(Rematerialized, HostChecks, QuantizedHost, Site):
             variable.assign(value)
         for lora in self.loras.values():
             if lora.has_gain and not torch_layout.to_numpy(lora.delta()).any():
-                lora.start_from_kernel()  # m of a fresh DoRA adapter is W's
+                lora.start_from_kernel()  # m of a new DoRA adapter starts from W
         return None
 
     def plain_weights(self):
@@ -321,7 +321,7 @@ class LoRALayer(Rematerialized, HostChecks, QuantizedHost, Site):
         moved = {id(site.frozen_kernel) for site in sites}
         moved |= {id(v) for lora in self.loras.values() for v in lora.weights}
         found = [v for v in self.weights if id(v) not in moved]
-        for site in reversed(sites):  # as they were moved when they were frozen
+        for site in reversed(sites):  # in the reverse order of freezing
             found.insert(site.lora.kernel_place.position, site.frozen_kernel)
         return found
 
@@ -332,6 +332,6 @@ def has_adapters(layer):
 
 
 def is_adapted(site):
-    """Whether this is a site that has an adapter; a layer with one kernel is one."""
+    """Whether this is a site that has an adapter, such as a layer with one kernel."""
     is_site = isinstance(site, Site) and site.weight_name is not None
     return is_site and site.lora is not None

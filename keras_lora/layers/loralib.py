@@ -28,7 +28,7 @@ def loralib_convolution(layer, rank):
     def compose(a, b):
         # microsoft/LoRA: (B @ A).view(filters, channels/groups, *kernel_size)
         shape = (filters, group_channels, *kernel_size)
-        # On torch `ops.matmul` of float64 gives float32.
+        # Not ops.matmul, which on torch returns float32 for float64.
         product = ops.reshape(ops.einsum("ij,jk->ik", b, a), shape)
         return ops.transpose(product, (*range(2, len(shape)), 1, 0))
 
@@ -37,8 +37,7 @@ def loralib_convolution(layer, rank):
         b_shape=(filters // layer.groups * others, rank * last),
         fan_in=channels * last,
         compose=compose,
-        # Its reshape mixes channels with positions: no cheaper path exists than
-        # to hand both on and form the kernel.
+        # The reshape mixes channels with positions, so the kernel has to be formed.
         down=lambda inputs, a: (inputs, a),
         up=lambda hidden, b: layer.linear(hidden[0], compose(hidden[1], b)),
         input_axes=tuple(range(layer.rank + 1)),
@@ -50,10 +49,10 @@ def loralib_convolution(layer, rank):
 
 
 def standard_convolution(layer, a, b, rank, module):
-    """loralib's factors at rank r * prod(k), in the form of a convolution and a 1x1.
+    """Converts loralib's factors to a convolution of rank r * prod(k) and a 1x1.
 
     delta[f] = (B @ A)[f*m : (f+1)*m] in a row, m = prod(k[:-1]): with m copies of A
-    on a block diagonal, row f*m + s of B acts on the s-th of them.
+    on a block diagonal, row f*m + s of B acts on the s-th copy.
     """
     if layer.groups > 1:
         raise ValueError(
@@ -95,9 +94,9 @@ def checked_mask(enable_lora, units):
 
 
 def merged_linear(layer, a, b, rank, mask, module):
-    """loralib's factors of a MergedLinear, or a Linear, as those of one linear module.
+    """Converts loralib's factors of a MergedLinear or Linear to one linear module.
 
-    Its rank is G * r: A as it is, B in blocks.
+    Its rank is G * r: A is unchanged, B is in blocks.
     """
     groups = len(a) // rank
     if a.ndim != 2 or b.ndim != 2 or len(a) != groups * rank or b.shape[1] != rank:
@@ -106,7 +105,7 @@ def merged_linear(layer, a, b, rank, mask, module):
             f"not those of rank={rank}."
         )
     if groups == 1 and len(b) == layer.units:
-        return a, b  # a Linear
+        return a, b  # of a Linear
     mask = checked_mask(mask or (True,) * groups, layer.units)
     size = layer.units // len(mask)
     if sum(mask) != groups or len(b) != groups * size:

@@ -13,9 +13,9 @@ from keras_lora.layers.lora_layer import LoRALayer
 class LoRAMergedDense(LoRALayer, keras.layers.Dense):
     """Dense layer whose kernel is n slices side by side, G of them adapted.
 
-    The usual use is one kernel for query, key and value, of which query and
-    value are adapted: `LoRAMergedDense(3 * dim, enable_lora=(True, False, True))`.
-    The g-th adapted slice has an update of its own, of rank r:
+    It is used for one kernel of query, key and value, of which query and value are
+    adapted: `LoRAMergedDense(3 * dim, enable_lora=(True, False, True))`. Each adapted
+    slice g has its own update of rank r:
 
         delta[:, slice g] = scaling * A[:, g*r:(g+1)*r] @ B[g]      adapted slices
         delta[:, slice]   = 0                                       the others
@@ -24,13 +24,13 @@ class LoRAMergedDense(LoRALayer, keras.layers.Dense):
         A   (inputs, G * rank)   starts as U(±1/sqrt(inputs))
         B   (G, rank, units/n)   starts as 0
 
-    It equals n LoRADense layers, of which n - G have no adapter, on the same
-    input and concatenated; their dropout is one mask. At the start B = 0, and the
-    layer equals `keras.layers.Dense`, whose arguments it takes.
+    It equals n LoRADense layers on the same input, concatenated, of which n - G have no
+    adapter and all share one dropout mask. At the start B = 0, and the layer equals
+    `keras.layers.Dense`, whose arguments it takes.
 
     Args:
-        enable_lora: One Boolean per slice, at least one of them True; units must
-            be divisible by their number.
+        enable_lora: One Boolean per slice, at least one of them True. `units` must be
+            divisible by their number.
 
     Input shape: `(..., inputs)`. Output shape: `(..., units)`.
 
@@ -82,7 +82,7 @@ class LoRAMergedDense(LoRALayer, keras.layers.Dense):
         )
 
     def spread(self, b):
-        """B in block form, (G * rank, units): block g in the g-th adapted slice."""
+        """Returns B in block form, (G * rank, units): block g in adapted slice g."""
         placement = np.eye(len(self.adapted_slices))[list(self.adapted_slices)]
         blocks = ops.einsum("grn,gs->grsn", b, ops.cast(placement, b.dtype))
         return ops.reshape(blocks, (-1, self.units))
@@ -100,7 +100,7 @@ class LoRAMergedDense(LoRALayer, keras.layers.Dense):
 
 
 def gathered(layer, a, blocks):
-    """A and B for a layer from arrays A and `spread` B, in any order of ranks.
+    """Returns A and B of a layer from A and B in block form, in any order of ranks.
 
     Each row of the block form must be zero outside of one adapted slice.
     """
@@ -116,13 +116,13 @@ def gathered(layer, a, blocks):
         elif len(slot) == 1 and slot[0] in slots:
             rows[slots.index(slot[0])].append(row)
         else:
-            rows[0] += range(rank + 1)  # fits nowhere
+            rows[0] += range(rank + 1)  # too many, which raises below
     if any(len(own) > rank for own in rows):
         raise ValueError(
             "B is not zero outside the blocks of the adapted slices "
             f"{layer.adapted_slices}: it is another layer's adapter."
         )
-    for row in zero_rows:  # where they stand, if there is room
+    for row in zero_rows:  # in their own block, if it has room
         own = rows[row // rank]
         if len(own) == rank:
             own = next(other for other in rows if len(other) < rank)

@@ -15,10 +15,10 @@ from keras_lora.keras_internals import calls
 
 
 def merging_pays(host, adapter, inputs):
-    """Whether a step is compiled by TensorFlow, exact, and its inputs large enough.
+    """Whether TensorFlow compiles the step, W + delta is exact, and inputs are large.
 
-    A size that is not known, such as the batch's in `fit`, counts as 8: a choice that
-    waits for it (`tf.cond`) made tracing take half as long again, and more.
+    An unknown size, such as the batch's in `fit`, counts as 8: choosing at run time
+    (`tf.cond`) made tracing at least one and a half times as slow.
     """
     if host.form.merges_from is None or not calls.in_tensorflow_graph():
         return False
@@ -26,8 +26,8 @@ def merging_pays(host, adapter, inputs):
 
     return (
         host.merges_in_call
-        and adapter.dropout == 0  # it drops inputs of the adapter alone
-        # Rounding to half precision would swallow updates.
+        and adapter.dropout == 0  # dropout applies only to the adapter's inputs
+        # Rounding to half precision would lose small updates.
         and host.compute_dtype == adapter.variable_dtype
         and isinstance(inputs, tf.Tensor)  # not a sparse one
         and inputs.dtype == host.compute_dtype
@@ -37,12 +37,11 @@ def merging_pays(host, adapter, inputs):
 
 
 def linear_with_update(host, inputs, a, b):
-    """linear(inputs, W + A @ B), with dA and dB by way of rank r.
+    """linear(inputs, W + A @ B), with low-rank gradients of A and B.
 
     The gradient is that of linear(inputs, W) + bypass(inputs, A, B), to any order,
-    and forms none of the kernel's size, unless `form.forms_gradient`. Only for
-    TensorFlow's graphs: the outputs that are written down again for the gradient are
-    needed by nothing there.
+    without an array of the kernel's size, unless `form.forms_gradient`. Only for
+    TensorFlow's graphs, which leave out the unused outputs that the gradient repeats.
     """
     import tensorflow as tf
 
@@ -71,16 +70,16 @@ def linear_with_update(host, inputs, a, b):
 
         return host.linear(inputs, merged), gradient
 
-    # Read once: a read for the backward pass alone came after the optimizer's update
-    # at times, where `fit` ran several steps in one call.
+    # Read once: if `fit` runs several steps in one call, a read in the backward pass
+    # may come after the optimizer's update.
     return call(inputs, tf.convert_to_tensor(a), tf.convert_to_tensor(b))
 
 
 def product_with_update(inputs, kernel, a, b):
-    """inputs @ kernel, where the kernel is W + A @ B, with dA and dB by way of rank r.
+    """inputs @ kernel for the kernel W + A @ B, with low-rank gradients of A and B.
 
-    For matrices in the steps of a loop: the kernel is formed before it, and the
-    gradients are written out, as TensorFlow computes in a loop what nothing needs.
+    For matrices in a loop over steps: the kernel is formed before the loop. The
+    gradients are written out, because TensorFlow leaves out nothing inside a loop.
     """
     import tensorflow as tf
 

@@ -7,7 +7,7 @@ from keras_lora.layers.token_rows import TokenRows
 
 
 def register_method(adapter_class):
-    """Teaches all kinds another method, chosen by its `keyword`; a decorator."""
+    """Registers a method for all kinds, chosen by its `keyword`; a decorator."""
     torch_layout.METHODS[adapter_class.keyword] = adapter_class
     return adapter_class
 
@@ -18,7 +18,7 @@ register_method(TokenRows)
 
 
 def take_method(keywords) -> dict:
-    """Takes the keyword of a method, with its value, out of a constructor's."""
+    """Removes the keyword of a method from a constructor's, and returns it."""
     given = {word: keywords.pop(word, False) for word in torch_layout.METHODS if word}
     chosen = {word: value for word, value in given.items() if value}
     if len(chosen) > 1:
@@ -27,9 +27,9 @@ def take_method(keywords) -> dict:
 
 
 def make_adapter(options, dtype, name="lora"):
-    """The adapter that a host's options mean.
+    """Creates an adapter from a host's options.
 
-    dtype: that of the host's variables.
+    dtype: the dtype of the host's variables.
     """
     options = dict(options)
     chosen = take_method(options)
@@ -39,8 +39,8 @@ def make_adapter(options, dtype, name="lora"):
 
 
 def wide_dtype(dtype):
-    """Returns the dtype of A and B: float32, or float64 beside float64 kernels.
+    """Returns the dtype of A and B: float32, or float64 for float64 kernels.
 
-    dtype: that of the host's variables.
+    dtype: the dtype of the host's variables.
     """
     return "float64" if dtype == "float64" else "float32"

@@ -10,10 +10,10 @@ from keras_lora.keras_internals import calls, classes, layers, private_names, pr
 from keras_lora.keras_internals.layers import Leaf
 
 MODES = ("int8", "int4")
-# Their integers are for inputs that were seen.
+# Modes that calibrate the integers with sample inputs.
 CALIBRATED = ("gptq", "awq")
 
-# The attributes of a layer whose work comes after the adapter's.
+# Attributes of a layer that apply after the adapter.
 WITHOUT_FINISH = {"bias": None, "activation": None, "logit_soft_cap": None}
 
 
@@ -22,10 +22,10 @@ _in_artefact = contextvars.ContextVar("in_artefact", default=False)
 
 @contextlib.contextmanager
 def without_gradients():
-    """Inside, quantized layers compute as Keras's own: what is traced is an artefact.
+    """Context for tracing an artefact, in which quantized layers compute as in Keras.
 
-    What orders the float kernels in a compiled step would keep them from being
-    computed when the artefact is written, by operations that its runtime may not have.
+    The operations that order float kernels in a compiled step may not exist in the
+    artefact's runtime, and would keep the kernels from being computed in advance.
     """
     token = _in_artefact.set(True)
     try:
@@ -43,15 +43,15 @@ class QuantizedHost(Leaf):
 
         y = finish( quantized(x, W) + linear(drop(x), A) @ (scaling * B) )
 
-    in training and at inference alike, as no integers stand for W + delta. `quantized`
-    is Keras's own operation; its gradient is that of linear(x, dequantized W), straight
-    through what is rounded. Integers, scales and zeros never move.
+    in training and at inference, because no integers represent W + delta. `quantized`
+    is Keras's own operation. Its gradient is that of linear(x, dequantized W), with the
+    rounding of inputs taken as the identity. Integers, scales and zeros never change.
     """
 
     variable_dtype: str
     quantization_mode: str | None
     merge_weights: bool
-    mends_gradient = False  # whether Keras's own, of a quantized layer, is a wrong one
+    mends_gradient = False  # whether Keras's gradient of the quantized layer is wrong
 
     @property
     def is_quantized(self) -> bool:
@@ -66,7 +66,7 @@ class QuantizedHost(Leaf):
         return self.call(*args, **kwargs)
 
     def plain_call(self, inputs, **options):
-        """The call of a layer in which no adapter has a part."""
+        """The call without an adapter."""
         call = super().quantized_call if self.is_quantized else super().call
         return call(inputs, **options)
 
@@ -75,7 +75,7 @@ class QuantizedHost(Leaf):
         if self.lora is not None:
             refuse_quantizing(self, mode)
         super().quantize(mode, type_check=False, config=config, **kwargs)
-        if self.lora is not None:  # the kernel that was frozen is no more
+        if self.lora is not None:  # the frozen kernel was replaced
             self.lora.kernel_place = None
             layers.mark_frozen(self.frozen_kernel)
         self.warn_of_quantization()
@@ -92,24 +92,24 @@ class QuantizedHost(Leaf):
         return getattr(self.plain_class, self.kernel_name).fget(self)
 
     def dequantized(self, dtype):
-        """W as Keras's quantized operation means it."""
+        """Returns W as Keras's quantized operation uses it."""
         scale, zero, groups = quantization(self, self.kernel_name)
         values = self.from_integers(self.kernel_values(), scale, zero, groups)
-        if self.quantization_mode == "awq":  # which scales the inputs too
+        if self.quantization_mode == "awq":  # it scales the inputs too
             rows = ops.reshape(self.awq_scales, (-1, 1))
             matrix = ops.divide(ops.reshape(values, (rows.shape[0], -1)), rows)
             values = ops.reshape(matrix, values.shape)
         return ops.cast(values, dtype)
 
     def other_kernels(self) -> dict:
-        """Name -> value of what is quantized beside the kernel."""
+        """Name -> value of other quantized variables."""
         return {}
 
     def save_own_variables(self, store):
         if self.quantization_mode not in CALIBRATED or not self.built:
             super().save_own_variables(store)
             return
-        # Keras 3.15 leaves the zeros out, and reads no such file.
+        # Keras 3.15 leaves the zeros out, and cannot load its own file.
         names = self.variable_serialization_spec[self.quantization_mode]
         values = [getattr(self, name) for name in names]
         for index, value in enumerate(v for v in values if v is not None):
@@ -118,7 +118,7 @@ class QuantizedHost(Leaf):
     def warn_of_quantization(self):
         """Warns about limits of the kernel's quantization, where a kind has some."""
 
-    # What a kind says of its kernel; here as a dense layer.
+    # Methods of a kind; the defaults are those of a dense layer.
 
     def linear_back(self, upstream, kernel):
         """The gradient of `linear` for its inputs."""
@@ -141,7 +141,7 @@ class QuantizedHost(Leaf):
 
 
 def refuse_mode(layer, mode):
-    """Raises ValueError for a mode in which a kernel has no adapter beside it."""
+    """Raises ValueError for a mode that does not support adapters."""
     if mode is None:
         return
     probes.require(private_names.QUANTIZED)
@@ -156,12 +156,12 @@ def refuse_mode(layer, mode):
 
 
 def refuse_quantizing(layer, mode):
-    """Raises ValueError for a mode into which Keras brings no adapted layer."""
+    """Raises ValueError for a mode to which Keras cannot quantize an adapted layer."""
     refuse_mode(layer, mode)
     if mode in CALIBRATED:
         raise ValueError(
-            f"The layer {layer.name!r} has an adapter: Keras passes it by when it "
-            f"calibrates for {mode!r}. Quantize the model first, and adapt it then."
+            f"The layer {layer.name!r} has an adapter, and Keras skips it when it "
+            f"calibrates for {mode!r}. Quantize the model first, then adapt it."
         )
 
 
@@ -179,16 +179,16 @@ def refuse_uncalibrated(layer, name):
         is_calibrated(layer, name) and is_reported_calibrated(layer)
     ):
         raise ValueError(
-            f"The layer {layer.name!r} is in {layer.quantization_mode!r} and was not "
-            "calibrated: Keras computes with a float kernel, and has none or keeps it "
-            "beside the integers. Calibrate it with `Model.quantize`, in a block of "
-            "the `quantization_layer_structure`, load its weights from a .keras file, "
-            "or leave it out with `exclude`."
+            f"The layer {layer.name!r} is quantized to {layer.quantization_mode!r} but "
+            "was not calibrated: Keras computes with its float kernel, or has none. "
+            "Calibrate it with `Model.quantize`, in a block of the "
+            "`quantization_layer_structure`, load its weights from a .keras file, or "
+            "leave it out with `exclude`."
         )
 
 
 def is_reported_calibrated(layer):
-    """Whether Keras says so: a layer that was made by its policy has no integers."""
+    """Whether Keras reports a layer as calibrated; one made by its policy is not."""
     pending = f"is_{layer.quantization_mode}_calibrated"  # before Keras 3.16
     if hasattr(layer, pending):
         return getattr(layer, pending)
@@ -196,14 +196,14 @@ def is_reported_calibrated(layer):
 
 
 def own_kernel(layer, name):
-    """The variable of a layer's kernel: a quantized one's property may unpack it."""
+    """Returns the kernel's variable; a quantized layer's property may unpack it."""
     if layer.quantization_mode is None:
         return getattr(layer, name)
     return next(variable for variable in layer.variables if variable.name == name)
 
 
 def quantization(layer, name):
-    """Scale, zero and groups of a quantized variable; the latter only of blocks."""
+    """Returns scale, zero and groups of a quantized variable; only blocks have all."""
     scale, zero = (getattr(layer, f"{name}_{x}", None) for x in ("scale", "zero"))
     if is_transposed(layer):
         scale, zero = ops.transpose(scale), ops.transpose(zero)
@@ -211,7 +211,7 @@ def quantization(layer, name):
 
 
 def is_transposed(layer):
-    """Whether integers lie as (outputs, inputs): of GPTQ and AWQ, before Keras 3.16."""
+    """Whether integers are (outputs, inputs): GPTQ and AWQ before Keras 3.16."""
     calibrated = layer.quantization_mode in CALIBRATED
     return calibrated and not hasattr(layer, "calibration_pending")
 
@@ -219,7 +219,7 @@ def is_transposed(layer):
 def calibrated_integers(layer):
     """Returns the integers of GPTQ or AWQ in the kernel's own shape."""
     values = layer.quantized_kernel
-    if policy_of(layer).weight_bits == 4:  # two a byte; others lie one a byte
+    if policy_of(layer).weight_bits == 4:  # two in a byte
         outputs = layer.kernel_scale.shape[0]
         values = keras.quantizers.unpack_int4(values, outputs, axis=0, dtype="uint8")
     values = ops.transpose(values)
@@ -227,7 +227,7 @@ def calibrated_integers(layer):
 
 
 def policy_of(layer):
-    """A layer's policy, also where its model holds those of all layers."""
+    """Returns a layer's policy, also from a map of policies for the whole model."""
     policy = layer.dtype_policy
     if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
         return policy[layer.path]
@@ -248,9 +248,8 @@ def dequantize(integers, scale, zero=None, groups=None, axis=0):
 def straight_through(layer, inputs, forward, backward):
     """forward(plain layer, inputs), with the gradient backward(layer, upstream).
 
-    Both see the layer by twins without bias and activation, of which the variables
-    are values: the layer itself does not change, and nothing but these values is kept
-    from one to the other.
+    Both get views of the layer without bias and activation, whose variables are values.
+    The layer itself does not change, and only these values are kept for the gradient.
     """
     if in_artefact():
         return forward(classes.twin(layer, layer.plain_class, WITHOUT_FINISH), inputs)
@@ -264,7 +263,7 @@ def straight_through(layer, inputs, forward, backward):
     @ops.custom_gradient
     def call(inputs, *values):
         def gradient(*args, upstream=None):
-            if upstream is None:  # torch gives it beside the arguments
+            if upstream is None:  # torch passes it as an argument
                 (upstream,) = args
             found = backward(seen(type(layer), values, upstream), upstream)
             return (ops.cast(found, dtype), *[None] * len(values))
@@ -280,12 +279,12 @@ def straight_through(layer, inputs, forward, backward):
 def ordered_after(tensor, value):
     """Makes a value depend on a tensor, so that no compiler computes it earlier.
 
-    Else it forms the float kernels of all layers as it starts, or keeps them from
-    forward to backward: the memory that quantization saved.
+    Otherwise it would form the float kernels of all layers at the start, or keep them
+    for the backward pass, and lose the memory that quantization saved.
     """
     if not calls.in_tensorflow_graph() and keras.backend.backend() != "jax":
         return value
     first = ops.reshape(tensor, (-1,))[:1]
-    # False for every number, which a compiler does not see.
+    # Always false, which a compiler cannot see.
     never = ops.logical_and(ops.equal(first, first), ops.not_equal(first, first))
     return ops.add(value, ops.cast(ops.any(never), value.dtype))

@@ -13,22 +13,23 @@ CELLS = (keras.layers.SimpleRNNCell, keras.layers.LSTMCell, keras.layers.GRUCell
 
 STARTS = """
 
-    A   (inputs, rank)              starts as U(±1/sqrt(inputs)); of the recurrent
-                                    kernel (units, rank), as U(±1/sqrt(units))
-    B   (rank, gates * units)       starts as 0
+    A   (inputs, rank)          starts as U(±1/sqrt(inputs))
+    B   (rank, gates * units)   starts as 0
+    C   (units, rank)           starts as U(±1/sqrt(units))
+    D   (rank, gates * units)   starts as 0
 
-W + scaling * A @ B is formed once for a whole sequence, in training too; Keras's own
-call runs on it, with cuDNN where the plain layer uses it. A and B get their gradients
-by way of one array of the kernel's size, but in the loop over the steps that TensorFlow
-compiles in float32: there each product has a gradient of rank r. `dropout` and
-`recurrent_dropout` are Keras's; the adapters have none. At the start B = 0, and the
-layer equals the Keras layer, whose arguments it takes. `layer.loras` holds both
+W + scaling * A @ B and U + scaling * C @ D are formed once for a whole sequence, in
+training too. Keras's own call runs on them, with cuDNN where the plain layer uses it.
+The gradients of the factors go through arrays of the kernels' sizes, except in float32
+loops that TensorFlow compiles, where each product has a low-rank gradient. `dropout`
+and `recurrent_dropout` are Keras's; the adapters have none. At the start B and D are 0,
+and the layer equals the Keras layer, whose arguments it takes. `layer.loras` holds both
 adapters.
 """
 
 
 class RecurrentLayer(SeveralWeights):
-    """Mixin of a layer that runs a cell, whose weights have the adapters."""
+    """Mixin of a layer that runs a cell; the cell's weights have the adapters."""
 
     adapted_weights = linear_weights = ("kernel", "recurrent_kernel")
 
@@ -47,9 +48,9 @@ class RecurrentLayer(SeveralWeights):
         return found
 
     def calls_inside(self, kernels, training):
-        """Those of cells whose products have gradients of rank r.
+        """Calls of cells whose products have gradients of rank r.
 
-        A loop of TensorFlow sums the gradient of a whole kernel at each of its steps.
+        Otherwise a TensorFlow loop adds up a kernel-sized gradient at every step.
         """
         if training is not True or not calls.in_tensorflow_graph():
             return {}
@@ -77,7 +78,7 @@ class CellWeight(products.AdaptedWeight):
     def __init__(self, site, kernel):
         super().__init__(site, site.dtype_in_call)
         self.kernel = kernel
-        # Not in half precision, where rounding would swallow updates.
+        # Not in half precision, where rounding would lose small updates.
         exact = self.dtype == site.lora.variable_dtype
         if exact and self.is_low_rank and site.form.input_axes == (0,):
             self.factors = site.lora.factors(self.dtype)
@@ -93,7 +94,7 @@ class CellWeight(products.AdaptedWeight):
 
 
 def computes_symbolically(cell):
-    """Whether a cell is one of Keras's, with no function that wants real tensors."""
+    """Whether a cell is Keras's own, without functions that need real tensors."""
     names = ("activation", "recurrent_activation")
     functions = [getattr(cell, name, None) for name in names]
     return type(cell) in CELLS and all(
@@ -123,7 +124,7 @@ class GatedLayer(RecurrentLayer):
 
 
 class LoRARNN(RecurrentLayer, keras.layers.RNN):
-    """A layer that runs a cell of any class, and cells that are stacked."""
+    """A layer that runs a cell of any class, or stacked cells."""
 
     plain_class = keras.layers.RNN
 
@@ -174,7 +175,7 @@ class LoRALSTM(GatedLayer, keras.layers.LSTM):
 class LoRAGRU(GatedLayer, keras.layers.GRU):
     """GRU layer with frozen kernels and a low-rank update of each.
 
-        z, r, h = x @ (W + scaling * A @ B) and h @ (U + scaling * C @ D), with biases
+        z, r, c = x @ (W + scaling * A @ B) and h @ (U + scaling * C @ D), with biases
 
         W   (inputs, 3 * units)   frozen        U   (units, 3 * units)   frozen
 

@@ -1,4 +1,4 @@
-"""Calls that a backward pass computes once more: keras.RematScope and keras.remat."""
+"""Calls that the backward pass repeats: keras.RematScope and keras.remat."""
 
 import collections
 import contextvars
@@ -10,23 +10,22 @@ import keras
 from keras_lora.keras_internals import calls, layers, private_names, probes
 from keras_lora.keras_internals.hidden_state import DrawnSeeds
 
-# Inside of a call that is computed twice: {id of an adapter: what its seeds are from}.
+# Inside a call that is computed twice: {id of an adapter: the source of its seeds}.
 _seeds: contextvars.ContextVar[dict] = contextvars.ContextVar("seeds")
 
-# Calls with training=True that may be computed once more: {adapter: those calls}.
+# Calls with training=True that may be repeated: {adapter: its calls}.
 _first_runs: WeakKeyDictionary = WeakKeyDictionary()
-FIRST_RUNS = 256  # of an adapter, whose gradients are not computed yet
+FIRST_RUNS = 256  # that are remembered for an adapter
 
 BACKEND = keras.backend.backend()
 
 
 class Rematerialized:
-    """Mixin of a LoRA layer, and of what holds some: computed twice, a call is one.
+    """Mixin for LoRA layers and their owners, whose calls may be computed twice.
 
-    JAX makes a tracer of every argument of such a call, `training` too, and
-    TensorFlow's graphs take none by name: those without a gradient are bound to it
-    before. The seeds of dropout are drawn before, so that both runs drop the same
-    inputs.
+    JAX traces every argument of such a call, `training` too, and TensorFlow's graphs
+    take none by name, so arguments without a gradient are bound in advance. Dropout's
+    seeds are drawn in advance too, so that both runs drop the same inputs.
     """
 
     def rematerialized_call(self, call, *args, **kwargs):
@@ -75,7 +74,7 @@ def seed_of(adapter):
     if BACKEND == "tensorflow" and calls.recording_is_stopped(adapter.variables[0]):
         raise ValueError(
             "An adapter with dropout is called with training=True while TensorFlow "
-            "records no gradients, as inside of keras.remat(function), which would "
+            "records no gradients, as inside keras.remat(function), which would "
             "drop different inputs when it runs the function again. Make the "
             "layers in a keras.RematScope, or set dropout=0."
         )
@@ -85,9 +84,9 @@ def seed_of(adapter):
 
 
 def training_of(adapter, training):
-    """Whether a call is one of training; as at first, where it is computed again.
+    """Whether a call is in training; a repeated call has the value of the first.
 
-    Keras knows it from the layer around, which is not called again.
+    Keras takes it from the layer around, which is not called again.
     """
     again = {"tensorflow": runs_again, "torch": runs_again_on_torch}.get(BACKEND)
     if again is not None and (training is None or training is True):
@@ -98,8 +97,8 @@ def training_of(adapter, training):
 def runs_again(adapter, training) -> bool:
     """Whether a call is the second run of one with training=True, on TensorFlow.
 
-    The first run is the one in which no tape records. A second one is taken for it only
-    in the graph of the first, and once.
+    In the first run no tape records. A call counts as its repetition only once, and
+    only in the same graph.
     """
     if training is None and adapter not in _first_runs:
         return False
@@ -115,7 +114,7 @@ def runs_again(adapter, training) -> bool:
 
 
 def runs_again_on_torch(adapter, training) -> bool:
-    """Whether a call is such a second run on torch: both draw the same number."""
+    """Whether a call is a second run on torch, where both draw the same number."""
     if not calls.inside_checkpoint():
         return False
     number = calls.drawn_in_checkpoint()

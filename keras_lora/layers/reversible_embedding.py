@@ -1,4 +1,4 @@
-"""The token embedding that is also the output head of a language model."""
+"""LoRAReversibleEmbedding: a token embedding that is also the output head."""
 
 import keras
 from keras import ops
@@ -11,7 +11,7 @@ from keras_lora.layers.substituted import WeightSite
 
 
 class ReverseForm(LowRankForm):
-    """(A @ B).T: B leads down to the rank, and A up to the ids."""
+    """The form of (A @ B).T: B maps down to the rank, and A up to the ids."""
 
     def bypass(self, inputs, a, b):
         return self.up(self.down(inputs, b), a)
@@ -21,12 +21,12 @@ class ReverseForm(LowRankForm):
 
 
 class ReverseSide:
-    """The layer as the adapter works on it from outputs back to ids."""
+    """The layer in the reverse direction, as its adapter's host."""
 
     def __init__(self, layer):
         self.layer = layer
         self.merges_in_call = layer.merges_in_call
-        # Keras's quantized call knows no `reverse_dtype`.
+        # Keras's quantized call ignores `reverse_dtype`.
         own = None if layer.is_quantized else layer.reverse_dtype
         self.compute_dtype = own or layer.compute_dtype
         self.base_kernel = layer.base_kernel
@@ -91,10 +91,9 @@ class LoRAReversibleEmbedding(LoRAEmbedding, keras.layers.ReversibleEmbedding):
         A   (input_dim, rank)         starts as 0
         B   (rank, output_dim)        starts as N(0, 1)
 
-    With `tie_weights=False` the reverse direction has a kernel of its own, which
+    With `tie_weights=False`, the reverse direction has its own kernel, which
     `apply_lora` can adapt by its name, "token_embedding/reverse_embeddings". At the
-    start the layer equals
-    `keras.layers.ReversibleEmbedding`, whose arguments it takes.
+    start the layer equals `keras.layers.ReversibleEmbedding`, whose arguments it takes.
 
     Input shape: ids `(...)`, or `(..., output_dim)` with reverse=True. Output
     shape: `(..., output_dim)`, or `(..., input_dim)` with reverse=True.
@@ -102,7 +101,7 @@ class LoRAReversibleEmbedding(LoRAEmbedding, keras.layers.ReversibleEmbedding):
 
     plain_class = keras.layers.ReversibleEmbedding
     more_weights = ("reverse_embeddings",)
-    mends_gradient = True  # that of int8 goes through `round`
+    mends_gradient = True  # Keras's for int8 goes through `round`
 
     @classmethod
     def check_host(cls, layer):
@@ -111,7 +110,7 @@ class LoRAReversibleEmbedding(LoRAEmbedding, keras.layers.ReversibleEmbedding):
 
     def call(self, inputs, reverse=False, training=None):
         outputs = self.adapted_call(inputs, training, reverse=reverse)
-        if not reverse and not self.is_quantized:  # Keras drops it there
+        if not reverse and not self.is_quantized:  # then Keras has no mask
             mask = keras.layers.Embedding.compute_mask(self, inputs)
             if mask is not None:
                 calls.set_mask(outputs, mask)
@@ -123,7 +122,7 @@ class LoRAReversibleEmbedding(LoRAEmbedding, keras.layers.ReversibleEmbedding):
         return ReverseSide(self) if self.tie_weights else None
 
     def sites(self):
-        """Also the head's, where it is not tied."""
+        """Also the site of an untied head."""
         (name,) = self.more_weights
         head = WeightSite(self, name, (name,), type(self))
         return super().sites() | ({name: head} if head.lora is not None else {})

@@ -25,7 +25,7 @@ class Settings:
     """
 
     rank: int
-    alpha: float = None  # type: ignore[assignment]  # the rank, then
+    alpha: float = None  # type: ignore[assignment]  # means the rank
     use_rslora: bool = False
 
     def __post_init__(self):
@@ -44,7 +44,7 @@ class Settings:
         return self.alpha / divisor(self.rank, self.use_rslora)
 
     def at(self, rank: int) -> "Settings":
-        """The settings of another rank that scale as these do."""
+        """Returns settings of another rank with the same scaling."""
         if rank == self.rank:
             return self
         alpha = alpha_at(rank, self.alpha, self.rank, self.use_rslora)
@@ -57,7 +57,7 @@ def divisor(rank, use_rslora):
 
 
 def alpha_at(new_rank, alpha, rank, use_rslora):
-    """The alpha that scales at another rank as this one does at its own."""
+    """Returns the alpha that gives the same scaling at another rank."""
     return alpha * (new_rank / rank) ** (0.5 if use_rslora else 1)
 
 
@@ -101,7 +101,7 @@ def checked_bias(bias):
 
 
 def checked_indices(indices) -> tuple:
-    """The ids that a user gives, as whole numbers; a ValueError where they are none."""
+    """Checks the token ids that a user gives, and returns them as a tuple."""
     try:
         found = list(indices)
     except TypeError:
@@ -118,7 +118,8 @@ def checked_indices(indices) -> tuple:
     twice = sorted({int(i) for i in found if found.count(i) > 1})
     if twice:
         raise ValueError(
-            f"`trainable_token_indices` has {twice[:5]} more than once: each id once."
+            f"`trainable_token_indices` has {twice[:5]} more than once. Give each id "
+            "once."
         )
     return tuple(int(i) for i in found)
 

@@ -1,4 +1,4 @@
-"""Adapters in layers whose call is not one product: W + delta stands in for W."""
+"""Adapters for layers that run their own call with W + delta instead of W."""
 
 import math
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from keras_lora.layers.site import (
 
 
 class Axes(NamedTuple):
-    """Which axes of a weight its inputs have, and which a stack of matrices."""
+    """The axes of a weight that are inputs, and those that count its matrices."""
 
     inputs: tuple
     batch: tuple = ()
@@ -37,12 +37,12 @@ def usual_axes(ndim) -> Axes:
 
 
 def weight_form(sizes, axes, rank) -> LowRankForm:
-    """A @ B as a matrix (inputs, outputs), or a stack of them, in the weight's shape.
+    """The form of A @ B, a matrix or a stack of them, in the weight's shape.
 
     Args:
         sizes: The weight's shape.
         axes: An `Axes`.
-        rank: Of each matrix.
+        rank: The rank of each matrix.
     """
     inputs, batch = axes
     outputs = [axis for axis in range(len(sizes)) if axis not in (*inputs, *batch)]
@@ -88,12 +88,12 @@ def weight_form(sizes, axes, rank) -> LowRankForm:
 
 
 class SubstitutedSite(Site):
-    """A weight that the Keras layer's own call reads: W + delta takes its place.
+    """A weight that the layer's own Keras call reads, with W + delta in its place.
 
         y = call(x) of the Keras layer in which W is W + scaling * A @ B
 
-    in training and at inference alike. A and B get their gradients by way of one array
-    of the kernel's size, and in half precision W + delta is rounded in training too.
+    in training and at inference. The gradients of A and B go through one array of the
+    kernel's size, and in half precision W + delta is rounded in training too.
     """
 
     takes_dropout = False
@@ -113,7 +113,7 @@ class SubstitutedSite(Site):
         return self.kernel_owner().compute_dtype if casts else self.kernel_dtype
 
     def kernel_in_call(self):
-        """Returns W + delta, which the call uses in the place of W."""
+        """Returns W + delta, which the call uses instead of W."""
         lora = self.lora
         kernel = ops.stop_gradient(self.base_kernel(lora.variable_dtype))
         kernel = (lora.stand_in or lora).effective_kernel(kernel)
@@ -123,13 +123,13 @@ class SubstitutedSite(Site):
 class WeightSite(SubstitutedSite):
     """One weight of a layer that has several, adapted or not.
 
-    Made anew for each look: all that changes stands on the layer and its adapters.
+    It is created on each access; all state is on the layer and its adapters.
 
     Attributes:
-        kernel_keys: What leads from the layer to W, as `weight_places` gives it.
+        kernel_keys: The keys from the layer to W, as in `weight_places`.
     """
 
-    # Attributes here, and not what a layer says of itself.
+    # Attributes here; properties of a layer.
     lora_class = weight_name = kernel_keys = None
 
     def __init__(self, layer, weight, keys, lora_class):
@@ -195,7 +195,7 @@ class WeightSite(SubstitutedSite):
 
 
 def weights_at(layer, places):
-    """Which variables stand at some places of a layer; None where one does not."""
+    """Returns the ids of a layer's variables at some places; None if one is gone."""
     try:
         return [id(classes.value_at(layer, keys)[1]) for keys in places.values()]
     except (AttributeError, LookupError):
@@ -214,10 +214,10 @@ class SubstitutedLayer(SubstitutedSite, LoRALayer):
     """Mixin of a layer that runs its Keras class's call with W + delta for W.
 
     Attributes:
-        adapted_weights: Those that have adapters once it is constructed.
-        weight_axes: Name of a weight -> its `Axes`, where they are not the usual ones.
-        linear_weights: Those that the target "all-linear" means.
-        constructs: Whether its constructor can be used, and not `apply_lora` alone.
+        adapted_weights: The weights that its constructor gives adapters.
+        weight_axes: Name of a weight -> its `Axes`, if they are not the usual ones.
+        linear_weights: The weights in the target "all-linear".
+        constructs: Whether it can be constructed; else only `apply_lora` makes it.
     """
 
     replaces = ()
@@ -229,7 +229,7 @@ class SubstitutedLayer(SubstitutedSite, LoRALayer):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        if "plain_class" in cls.__dict__:  # Keras reads the signatures of both
+        if "plain_class" in cls.__dict__:  # Keras reads both signatures
             cls.call = classes.like_method(cls.call, cls.plain_class.call)
             if cls.constructs:
                 cls.build = classes.like_method(
@@ -249,7 +249,7 @@ class SubstitutedLayer(SubstitutedSite, LoRALayer):
     def check_host(cls, layer):
         refuse_keras_adapter(layer)
         refuse_bound_functions(layer)
-        if not layer.built:  # in its constructor
+        if not layer.built:  # called by its constructor
             words = {weight.removesuffix("_kernel") for weight in cls.adapted_weights}
             names = {f"{word}_constraint" for word in words} | vars(layer).keys()
             for name in sorted(names):
@@ -268,12 +268,12 @@ class SubstitutedLayer(SubstitutedSite, LoRALayer):
         return self.weight_name in self.linear_weights
 
     def kept_places(self) -> dict:
-        """`places_of`, kept while adapters and weights are the same ones."""
+        """Returns `places_of`, cached while adapters and weights are the same."""
         adapters = [n for n, x in vars(self).items() if isinstance(x, LowRankAdapter)]
         places, *kept_for = vars(self).get(KEPT, ({}, [], []))
         if not places or kept_for != [adapters, weights_at(self, places)]:
             places = self.places_of(self)
-            # Not as an attribute, which Keras and torch would track.
+            # Past Keras's and torch's tracking of attributes.
             vars(self)[KEPT] = places, adapters, weights_at(self, places)
         return places
 
@@ -302,7 +302,7 @@ class SubstitutedLayer(SubstitutedSite, LoRALayer):
         return classes.call_with(self, self.plain_class, kernels, args, kwargs)
 
     def calls_inside(self, kernels, training) -> dict:
-        """Calls of layers inside, where they compute their products otherwise."""
+        """Calls of inner layers that compute their products in another way."""
         return {}
 
     def quantize(self, *args, **kwargs):
@@ -335,12 +335,12 @@ class SeveralWeights(SubstitutedLayer):
         return next(iter(loras.values()), None)
 
     def __getattr__(self, name):
-        if name == "lora":  # torch would give no reason
+        if name == "lora":  # torch's error would have no reason
             raise AttributeError(
                 f"{self.name!r} has an adapter for each of {', '.join(self.loras)}: "
                 "take them from `layer.loras`."
             )
-        if hasattr(super(), "__getattr__"):  # torch's
+        if hasattr(super(), "__getattr__"):  # of torch
             return super().__getattr__(name)
         raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}.")
 

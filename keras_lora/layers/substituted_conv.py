@@ -12,7 +12,7 @@ class LoRAConv1DTranspose(SubstitutedLayer, keras.layers.Conv1DTranspose):
         y = activation(conv_transpose(x, W + scaling * A @ B) + bias)
 
         W   (k, filters, channels)   frozen
-        A   (channels, rank)           starts as U(±1/sqrt(channels))
+        A   (channels, rank)         starts as U(±1/sqrt(channels))
         B   (rank, k, filters)       starts as 0
 
     W + scaling * A @ B is formed in every call, in training too. There is no dropout.
@@ -40,7 +40,7 @@ class LoRAConv2DTranspose(SubstitutedLayer, keras.layers.Conv2DTranspose):
         y = activation(conv_transpose(x, W + scaling * A @ B) + bias)
 
         W   (h, w, filters, channels)   frozen
-        A   (channels, rank)           starts as U(±1/sqrt(channels))
+        A   (channels, rank)            starts as U(±1/sqrt(channels))
         B   (rank, h, w, filters)       starts as 0
 
     W + scaling * A @ B is formed in every call, in training too. There is no dropout.
@@ -68,7 +68,7 @@ class LoRAConv3DTranspose(SubstitutedLayer, keras.layers.Conv3DTranspose):
         y = activation(conv_transpose(x, W + scaling * A @ B) + bias)
 
         W   (d, h, w, filters, channels)   frozen
-        A   (channels, rank)           starts as U(±1/sqrt(channels))
+        A   (channels, rank)               starts as U(±1/sqrt(channels))
         B   (rank, d, h, w, filters)       starts as 0
 
     W + scaling * A @ B is formed in every call, in training too. There is no dropout.
@@ -95,13 +95,13 @@ class LoRASeparableConv1D(SeveralWeights, keras.layers.SeparableConv1D):
 
         y = activation(conv1x1(depthwise(x, D + scaling * A @ B), P + scaling * F @ G) + bias)
 
-        D   (k, channels, multiplier)               frozen
-        A   (k, rank)                               starts as U(±1/sqrt(k))
-        B   (rank, channels, multiplier)              starts as 0
-        P   (1, channels * multiplier, filters)  frozen; F and G as of a Dense layer
+        D   (k, channels, multiplier)             frozen
+        A   (k, rank)                             starts as U(±1/sqrt(k))
+        B   (rank, channels, multiplier)          starts as 0
+        P   (1, channels * multiplier, filters)   frozen; F and G as A and B of a Dense layer
 
     The kernels with their updates are formed in every call, in training too. There is
-    no dropout. The update of D has at most the rank of the window's size. At the start
+    no dropout. The rank of D's update is at most the size of the window. At the start
     the layer equals `keras.layers.SeparableConv1D`, whose arguments it takes.
     `layer.loras` holds both adapters.
 
@@ -128,12 +128,12 @@ class LoRADepthwiseConv1D(SubstitutedLayer, keras.layers.DepthwiseConv1D):
 
         y = activation(depthwise(x, W + scaling * A @ B) + bias)
 
-        W   (k, channels, multiplier)    frozen
-        A   (k, rank)                    starts as U(±1/sqrt(k))
+        W   (k, channels, multiplier)      frozen
+        A   (k, rank)                      starts as U(±1/sqrt(k))
         B   (rank, channels, multiplier)   starts as 0
 
     W + scaling * A @ B is formed in every call, in training too. There is no dropout,
-    and a rank above the window's size is spent for nothing. At the start the layer
+    and a rank above the size of the window adds nothing. At the start the layer
     equals `keras.layers.DepthwiseConv1D`, whose arguments it takes.
 
     Input shape: `(batch, steps, channels)`. Output shape: the same with
@@ -155,13 +155,13 @@ class LoRASeparableConv2D(SeveralWeights, keras.layers.SeparableConv2D):
 
         y = activation(conv1x1(depthwise(x, D + scaling * A @ B), P + scaling * F @ G) + bias)
 
-        D   (h, w, channels, multiplier)               frozen
-        A   (h, w, rank)                               starts as U(±1/sqrt(h * w))
-        B   (rank, channels, multiplier)              starts as 0
-        P   (1, 1, channels * multiplier, filters)  frozen; F and G as of a Dense layer
+        D   (h, w, channels, multiplier)             frozen
+        A   (h, w, rank)                             starts as U(±1/sqrt(h * w))
+        B   (rank, channels, multiplier)             starts as 0
+        P   (1, 1, channels * multiplier, filters)   frozen; F and G as A and B of a Dense layer
 
     The kernels with their updates are formed in every call, in training too. There is
-    no dropout. The update of D has at most the rank of the window's size. At the start
+    no dropout. The rank of D's update is at most the size of the window. At the start
     the layer equals `keras.layers.SeparableConv2D`, whose arguments it takes.
     `layer.loras` holds both adapters.
 
@@ -188,12 +188,12 @@ class LoRADepthwiseConv2D(SubstitutedLayer, keras.layers.DepthwiseConv2D):
 
         y = activation(depthwise(x, W + scaling * A @ B) + bias)
 
-        W   (h, w, channels, multiplier)    frozen
-        A   (h, w, rank)                    starts as U(±1/sqrt(h * w))
+        W   (h, w, channels, multiplier)   frozen
+        A   (h, w, rank)                   starts as U(±1/sqrt(h * w))
         B   (rank, channels, multiplier)   starts as 0
 
     W + scaling * A @ B is formed in every call, in training too. There is no dropout,
-    and a rank above the window's size is spent for nothing. At the start the layer
+    and a rank above the size of the window adds nothing. At the start the layer
     equals `keras.layers.DepthwiseConv2D`, whose arguments it takes.
 
     Input shape: `(batch, height, width, channels)`. Output shape: the same with

@@ -1,4 +1,4 @@
-"""Rows of a frozen table that train by themselves: trainable_token_indices."""
+"""Trainable rows of a frozen table: trainable_token_indices."""
 
 import keras
 import numpy as np
@@ -14,7 +14,7 @@ KEYWORD = TokenRowsFiles.keyword
 
 @keras.saving.register_keras_serializable(package="keras_lora")
 class TokenRows(TokenRowsFiles, LowRankAdapter):
-    """Trainable rows in the place of some of a frozen table's.
+    """Trainable rows that replace some rows of a frozen table.
 
         y = rows[i] where inputs[..] = indices[i], else W[inputs]
 
@@ -23,13 +23,13 @@ class TokenRows(TokenRowsFiles, LowRankAdapter):
 
     A head that is tied to the table uses the rows too. For a Dense head they are
     columns of its kernel, one for each token. Rows are float32 over every table, also
-    a quantized one. There is no rank: merging writes the rows into W.
+    over a quantized one. There is no rank. Merging writes the rows into W.
 
     Args:
         trainable_token_indices: Whole numbers >= 0, each once: the rows that train.
 
     Raises:
-        ValueError: If an index is none, or given twice.
+        ValueError: If an index is not a whole number >= 0, or is given twice.
 
     Reference:
         PEFT's `trainable_token_indices`.
@@ -54,16 +54,16 @@ class TokenRows(TokenRowsFiles, LowRankAdapter):
         )
 
     def factor_axes(self, form, axes) -> dict:
-        """Rows lie as those of the table do."""
+        """Rows have the layout of the table's rows."""
         return {"rows": [None, axes[1 if form.looks_up else 0]]}
 
     def own_rows(self, kernel):
-        """Returns the rows as the frozen table has them."""
+        """Returns the rows of the frozen table."""
         kernel = ops.transpose(kernel) if self.axis else kernel
         return ops.take(kernel, np.array(self.indices), axis=0)
 
     def effective_kernel(self, kernel):
-        """W with the rows that train in the place of its own."""
+        """Returns W with the trained rows in it."""
         kernel = ops.cast(kernel, self.variable_dtype)
         kernel = ops.transpose(kernel) if self.axis else kernel
         places = np.array(self.indices)[:, None]
@@ -98,12 +98,12 @@ class TokenRows(TokenRowsFiles, LowRankAdapter):
         chosen = ops.logical_and(chosen, self.switched > 0)
         if training is True and compiled_without_xla():
             return with_rows(outputs, chosen, self.rows)
-        chosen = ops.cast(chosen, self.variable_dtype)  # one for the row that it is
+        chosen = ops.cast(chosen, self.variable_dtype)  # one-hot
         others = 1 - ops.sum(chosen, axis=-1, keepdims=True)
         return outputs * others + ops.matmul(chosen, self.rows)
 
     def with_columns(self, host, inputs):
-        """The outputs of a quantized head, some columns of them by the rows."""
+        """Returns a quantized head's outputs, with some columns from the rows."""
         outputs = host.frozen_linear(inputs)
         own = host.apply_kernel(
             inputs,
@@ -115,7 +115,7 @@ class TokenRows(TokenRowsFiles, LowRankAdapter):
         both = ops.concatenate([outputs, ops.cast(own, outputs.dtype)], axis=-1)
         return ops.where(self.switched > 0, ops.take(both, source, axis=-1), outputs)
 
-    # What is kept.
+    # Configuration and files.
 
     def options(self):
         return {KEYWORD: list(self.indices)}
@@ -127,7 +127,7 @@ class TokenRows(TokenRowsFiles, LowRankAdapter):
         keras.layers.Layer.load_own_variables(self, store)
 
     def for_bank(self):
-        raise ValueError("A bank keeps no rows of a table for each adapter.")
+        raise ValueError("A bank cannot hold rows of a table for each adapter.")
 
 
 def compiled_without_xla():
@@ -136,10 +136,9 @@ def compiled_without_xla():
 
 
 def with_rows(outputs, chosen, rows):
-    """Outputs of a lookup in which rows stand where they are chosen.
+    """Replaces the chosen outputs of a lookup by rows, in place.
 
-    Only what is chosen is touched, and the outputs are changed where they lie: an
-    update by `tensor_scatter_nd_update` copies them first.
+    An update by `tensor_scatter_nd_update` would copy all outputs first.
 
     Args:
         outputs: Of shape (..., dim).
@@ -151,9 +150,9 @@ def with_rows(outputs, chosen, rows):
     flat = tf.reshape(outputs, (-1, outputs.shape[-1]))
     chosen = tf.reshape(chosen, (-1, chosen.shape[-1]))
     places = tf.where(chosen)[:, 0]
-    # A product, whose gradient is no sparse one as that of a lookup.
+    # A product, because the gradient of a lookup would be sparse.
     own = tf.matmul(tf.cast(tf.gather(chosen, places), rows.dtype), rows)
-    for more in (-tf.gather(flat, places), own):  # of W's row nothing is left
+    for more in (-tf.gather(flat, places), own):  # W's row becomes exactly 0 first
         flat = tf.raw_ops.ScatterNdNonAliasingAdd(
             input=flat, indices=places[:, None], updates=more
         )
@@ -165,6 +164,6 @@ def refuse_outside(indices, size):
     outside = [i for i in indices if i >= size]
     if outside:
         raise ValueError(
-            f"`{KEYWORD}` has {outside[:5]}, and the table has {size} rows: ids from "
-            f"0 to {size - 1}. Make the table larger first."
+            f"`{KEYWORD}` has {outside[:5]}, but the table has {size} rows, with ids "
+            f"from 0 to {size - 1}. Make the table larger first."
         )

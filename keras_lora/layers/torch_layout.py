@@ -2,11 +2,11 @@
 
 import numpy as np
 
-# What A and B are called in a file of PEFT, after the module's name.
+# The names of A and B in PEFT's files, after the module's name.
 LINEAR = (".lora_A.weight", ".lora_B.weight")
 EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
 GROUPS_NOTE = (
-    " The convolution has groups: PEFT's form for it cannot be merged, and is not read."
+    " The convolution has groups: PEFT's form for it cannot be merged or loaded."
 )
 
 
@@ -20,9 +20,9 @@ class TorchLayout:
 
     @classmethod
     def weight_to_file(cls, layer, kernel, inputs_first=False):
-        """The kernel of a layer, plain or not, as its torch module has it.
+        """Returns a kernel in the layout of its torch module.
 
-        inputs_first: a linear module there keeps (in, out), as here.
+        inputs_first: whether a linear module keeps (in, out), as in Keras.
         """
         if kernel.ndim < 2 or (inputs_first and kernel.ndim == 2):
             return kernel
@@ -37,16 +37,16 @@ class TorchLayout:
 
     @classmethod
     def read_loralib(cls, layer, a, b, rank, mask, module):
-        """microsoft/LoRA's factors, as a file of PEFT has them for this layer.
+        """Converts microsoft/LoRA's factors of this layer to PEFT's.
 
-        mask: which slices of a MergedLinear are adapted, None where nothing says so.
+        mask: which slices of a MergedLinear are adapted, or None.
         """
         return a, b
 
 
 def to_numpy(value):
-    """A whole copy, of which half precision comes as float32."""
-    # Here: what reads files alone needs no Keras.
+    """Returns a whole copy as NumPy; half precision becomes float32."""
+    # Imported here, because reading files needs no Keras.
     from keras import ops
 
     from keras_lora.keras_internals import distribution
@@ -68,9 +68,9 @@ def convolutions_from_file(a, b):
 
 
 def convolutions_in_file(groups, ndim):
-    """Returns the arguments of a convolution's form that are about files.
+    """Returns the arguments about files for a convolution's form.
 
-    ndim: of the kernel.
+    ndim: the number of axes of the kernel.
     """
     files = {
         "to_file": convolutions_to_file,
@@ -81,13 +81,13 @@ def convolutions_in_file(groups, ndim):
 
 
 class MethodFiles:
-    """Base of what a method says about files; here, that of LoRA.
+    """How files store a method; the base class is LoRA itself.
 
     Attributes:
         keyword: The argument that chooses the method, and its setting in a file.
-        takes_value: Whether the keyword says more than that the method is chosen.
-        more_suffixes: Those of arrays in a file beside A's and B's.
-        beside_update: What the method trains that A @ B does not show, in words.
+        takes_value: Whether the keyword has a value, other than a Boolean.
+        more_suffixes: Suffixes of arrays in a file other than A and B.
+        beside_update: What the method trains besides A @ B, in words.
     """
 
     keyword: str | None = None
@@ -97,7 +97,7 @@ class MethodFiles:
 
     @classmethod
     def suffixes_for(cls, suffixes) -> tuple:
-        """All that a file has for an adapter; suffixes: its host's for A and B."""
+        """The suffixes of all arrays of an adapter; suffixes: those of A and B."""
         return (*suffixes, *cls.more_suffixes)
 
 
@@ -110,21 +110,21 @@ class DoRAFiles(MethodFiles):
 
 
 class TokenRowsFiles(MethodFiles):
-    """Rows of a table that train in the place of A and B."""
+    """Trainable rows of a table, instead of A and B."""
 
     keyword = "trainable_token_indices"
     takes_value = True
     beside_update = "rows of the table"
 
 
-# Keyword -> method; the adapter's class takes its place where Keras is loaded.
+# Keyword -> method, replaced by the adapter's class once Keras is loaded.
 METHODS: dict[str | None, type[MethodFiles]] = {
     method.keyword: method for method in (MethodFiles, DoRAFiles, TokenRowsFiles)
 }
 
 
 def method_in(options) -> type[MethodFiles]:
-    """The method whose keyword is in options; LoRA without one."""
+    """Returns the method whose keyword is in options, by default LoRA."""
     return METHODS[next(iter(options), None)]
 
 

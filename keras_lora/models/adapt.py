@@ -1,4 +1,4 @@
-"""A Keras layer becomes a LoRA layer, and back, in place on the same object."""
+"""Turns a Keras layer into a LoRA layer, and back, in place on the same object."""
 
 import functools
 
@@ -11,14 +11,14 @@ from keras_lora.layers.lora_layer import LoRALayer
 
 
 def reassignment_reason(owner):
-    """Why W would not stay where it is inside this owner, or None."""
+    """Says why W would not stay unchanged inside this owner, or None."""
     if isinstance(owner, keras.layers.SpectralNormalization):
         return "SpectralNormalization assigns to its kernel in every training call."
     return None
 
 
 def no_effect_in(owner, layer):
-    """Why an adapter of this layer would not act inside its owner, or None."""
+    """Says why an adapter of this layer would have no effect in its owner, or None."""
     others = [other for other in layers.sublayers(owner) if calls.was_called(other)]
     if not others or calls.was_called(layer):
         return None
@@ -31,7 +31,7 @@ def no_effect_in(owner, layer):
 
 
 def new_adapter(site, options) -> LowRankAdapter:
-    """The adapter that options mean at a site: its dtype, and dropout if it has one."""
+    """Creates the adapter of a site: in its dtype, without dropout if it takes none."""
     if not kinds.takes_dropout(site):
         options = {**options, "dropout": 0.0}
     name = getattr(site, "adapter_attribute", "lora")
@@ -49,10 +49,10 @@ def adapt(site, adapter):
 
 
 def make_plain(layer):
-    """A LoRA layer becomes the Keras layer that it extends, with W for kernel."""
+    """Turns a LoRA layer into the Keras layer that it extends, with W as kernel."""
     for site in reversed(layer.sites().values()):
         lora = site.lora
-        lora.switch(on=False)  # for functions that hold on to the adapter
+        lora.switch(on=False)  # for functions that still hold the adapter
         site.detach_adapter()
         site.release_kernel(lora.kernel_place)
     for name in own_attributes(type(layer)) & vars(layer).keys():
@@ -62,7 +62,7 @@ def make_plain(layer):
 
 @functools.cache
 def own_attributes(lora_class) -> set:
-    """Names of what a LoRA class has a default for, and its Keras class has not."""
+    """Names of attributes with a default in a LoRA class but not in its Keras class."""
     return {
         name
         for cls in lora_class.__mro__
@@ -73,7 +73,7 @@ def own_attributes(lora_class) -> set:
 
 
 def refuse_unbuilt(model):
-    """Raises ValueError for a model that has nothing yet to adapt."""
+    """Raises ValueError for a model without weights."""
     if not model.built and not model.weights:
         raise ValueError(
             f"The model {model.name!r} is not built yet: its layers have no kernels. "
@@ -82,7 +82,7 @@ def refuse_unbuilt(model):
 
 
 def refuse_adapters(paths):
-    """Raises if a layer of a model has an adapter already, or those of a bank."""
+    """Raises if a layer of a model has an adapter already, or is in a bank."""
     for path, layer in paths.items():
         if lora_layer.has_adapters(layer):
             lora = next(iter(layer.loras.values()))

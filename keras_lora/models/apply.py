@@ -1,4 +1,4 @@
-"""LoRA for a model that exists: its layers become LoRA layers, in place."""
+"""apply_lora: layers of an existing model become LoRA layers, in place."""
 
 import contextlib
 import dataclasses
@@ -49,42 +49,41 @@ def apply_lora(
         rank: Whole number > 0, the rank r of every update.
         alpha: Number > 0, default the layer's rank. The update is scaled by
             alpha / rank.
-        dropout: Number in [0, 1) on the adapters' inputs while training; an
-            embedding has none.
+        dropout: Number in [0, 1), the dropout on the adapters' inputs in training.
+            Layers whose adapter has no inputs, such as embeddings, get none.
         target: Which weights to adapt. "all-linear": the kernels of Dense, EinsumDense,
             convolutions (transposed and pointwise ones too) and recurrent layers,
             except layers that make the model's outputs. "all": every weight that can
-            have an adapter, also embeddings, depthwise kernels and experts. Another
+            have an adapter, also embeddings, depthwise kernels and experts. Any other
             string is a regular expression for a whole path (encoder/query). A list
-            holds paths, ends of paths, layer names or classes. Also a layer class, or
-            a function of (path, layer). A rule that means a layer means all its
-            weights; "lstm/recurrent_kernel" is one weight of a layer with several.
+            holds paths, ends of paths, layer names or classes. It can also be a layer
+            class, or a function of (path, layer). A rule that names a layer means all
+            its weights; "lstm/recurrent_kernel" is one weight of a layer.
         exclude: The same kinds of rule, for layers to leave out.
-        rank_pattern: Dict from an expression for the end of a path to a rank.
-        alpha_pattern: Dict from an expression for the end of a path to an alpha.
+        rank_pattern: Dict from regular expressions for ends of paths to ranks.
+        alpha_pattern: Dict from regular expressions for ends of paths to alphas.
         use_rslora: Boolean, scale by alpha / sqrt(rank).
-        use_dora: Boolean, DoRA: the lengths of the columns of W + delta are trained
-            separately (`layer.lora.magnitude`). A step costs more, and with dropout
-            or on an embedding much more.
-        bias: "none", "lora_only" (those of adapted layers) or "all".
-        also_train: Layers that train in full, such as a new head; a rule as
+        use_dora: Boolean, train the lengths of the columns of W + delta separately, as
+            `layer.lora.magnitude` (DoRA). A training step costs more, with dropout or
+            on an embedding much more.
+        bias: Which biases train: "none", "lora_only" (of adapted layers) or "all".
+        also_train: Layers that train in full, such as a new head; a rule like
             `target`.
-        dry_run: Boolean, only report; the model is left unchanged.
-        trainable_token_indices: Ids of tokens whose rows in the model's token
-            embedding train, float32, and no other row of it; or a dict from the paths
-            of tables, or of Dense heads, to ids. A tied head uses the rows too. With
-            target=None nothing else gets an adapter.
+        dry_run: Boolean, only report what would be done.
+        trainable_token_indices: Ids of tokens. Their rows of the model's token
+            embedding train, in float32, and its other rows stay frozen. Or a dict from
+            the paths of tables, or of Dense heads, to ids. A tied head uses the
+            trained rows too. With target=None, nothing else gets an adapter.
 
     Returns:
         A sequence of rows with .path .layer .weight .rank .alpha, which prints as a
-        table; `.skipped` maps the paths of weights that were passed over to the
-        reason and what to do, for "all-linear" and "all" of all that could train;
-        `.notes` says what could not be done, such as compiling again.
+        table. `.skipped` maps the paths of weights that were left out to the reason
+        and what to do; `.notes` has more remarks, such as layers without dropout.
 
     Raises:
-        ValueError: If an argument is out of range or another library's word, a rule
-            matches nothing, a layer that is named cannot be adapted, or the model
-            has adapters. The model is left unchanged.
+        ValueError: If an argument is out of range or has another library's name, a rule
+            matches nothing, a layer that is named cannot be adapted, or the model has
+            adapters already. The model is left unchanged.
 
     Examples:
         >>> report = keras_lora.apply_lora(base, rank=4, also_train=["dense_1"])
@@ -149,7 +148,7 @@ class Request:
 def applied(model, request: Request):
     """Yields the adapted model's report; the change is undone unless it is kept."""
     settings.checked_bias(request.bias)
-    LowRankAdapter(  # errors without a path
+    LowRankAdapter(  # checks the arguments
         request.rank, request.alpha, request.dropout, request.use_rslora
     )
     paths = layer_paths(model)
@@ -184,7 +183,7 @@ def applied(model, request: Request):
 
 
 def warn_of_high_ranks(layers):
-    """One warning for all adapters whose rank no update of their kernel can have."""
+    """Warns once about all adapters whose rank exceeds that of their kernel."""
     limits = {p: x.form.highest_rank(x.kernel_shape) for p, x in layers.items()}
     high = [f"{p!r} ({n})" for p, n in limits.items() if layers[p].lora.rank > n]
     if high:
@@ -195,12 +194,12 @@ def warn_of_high_ranks(layers):
         )
 
 
-# What the embedding of tokens is called where a model has others beside it.
+# Names of the token embedding in models with several embeddings.
 TOKEN_TABLES = ("token_embedding", "embed_tokens", "word_embeddings", "tokens")
 
 
 def token_sites(paths, given, trained) -> dict:
-    """Path -> (site, indices): the tables and heads of which rows train.
+    """Path -> (site, indices), for the tables and heads of which some rows train.
 
     Args:
         paths: Path -> layer, of the whole model.
@@ -219,7 +218,8 @@ def token_sites(paths, given, trained) -> dict:
             )
             if len(found) != 1:
                 raise ValueError(
-                    f"`{token_rows.KEYWORD}` {rule!r} means {listed(found)}."
+                    f"`{token_rows.KEYWORD}` {rule!r} must mean one table, and means "
+                    f"{listed(found)}."
                 )
             chosen[found[0]] = indices
     else:
@@ -229,8 +229,8 @@ def token_sites(paths, given, trained) -> dict:
         site = sites.get(path)
         if site is None or not (kinds.looks_up(site) or is_head(site)):
             raise ValueError(
-                f"`{token_rows.KEYWORD}` names {path!r}, which is no embedding and no "
-                "Dense head."
+                f"`{token_rows.KEYWORD}` names {path!r}, which is neither an embedding "
+                "nor a Dense head."
             )
         if path in trained or any(path.startswith(f"{other}/") for other in trained):
             raise ValueError(
@@ -245,31 +245,30 @@ def token_sites(paths, given, trained) -> dict:
 
 
 def is_head(site):
-    """Whether a kernel's columns are outputs: of a Dense layer, or an untied head."""
+    """Whether a site is the kernel of a Dense layer or of an untied head."""
     weight = getattr(site, "weight_name", "kernel")
     return len(kinds.shape_of(site)) == 2 and weight in ("kernel", "reverse_embeddings")
 
 
 def token_table(tables):
-    """The path of the one table of tokens."""
+    """Returns the path of the model's token embedding."""
     named = [p for p in tables if p.rpartition("/")[2] in TOKEN_TABLES]
     found = named if len(named) == 1 else list(tables)
     if len(found) != 1:
         raise ValueError(
             f"The model has {len(found)} embeddings"
             f"{f', {listed(found)}' if found else ''}: give `{token_rows.KEYWORD}` as "
-            "a dict "
-            "from the path of a table to ids."
+            "a dict from the path of a table to ids."
         )
     return found[0]
 
 
 def refuse_both(tokens, chosen):
-    """Raises for a table that is a target of LoRA too."""
+    """Raises for a table that is also a LoRA target."""
     both = sorted(tokens.keys() & chosen.keys())
     if both:
         raise ValueError(
             f"{listed(both)} is in `{token_rows.KEYWORD}` and in `target`: a table "
-            "cannot have "
-            "both an update and rows that train. Leave it out with exclude=."
+            "cannot have both an update and rows that train. Leave it out with "
+            "exclude=."
         )

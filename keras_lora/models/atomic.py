@@ -1,4 +1,4 @@
-"""Files and folders that are replaced as a whole, or not at all."""
+"""Replaces files and folders as a whole, or not at all."""
 
 import contextlib
 import ctypes

@@ -1,6 +1,6 @@
-"""Layers of a model become LoRA layers all together, or none of them.
+"""Turns layers of a model into LoRA layers, all of them or none.
 
-Of apply_lora, load_adapter, extract_adapter and mark_only_lora_as_trainable.
+Used by apply_lora, load_adapter, extract_adapter and mark_only_lora_as_trainable.
 """
 
 import contextlib
@@ -16,14 +16,14 @@ from keras_lora.models.adapt import adapt, make_plain, new_adapter
 
 @contextlib.contextmanager
 def adapting(model, paths, adapters):
-    """The layers of a model are LoRA layers inside, and stay so after `keep()`.
+    """Adapts a model inside the context, and for good if `keep()` is called.
 
-    Without it, or if anything fails, all is as it was: classes, order of weights,
-    flags, records, the optimizer and what is compiled.
+    Otherwise, or if anything fails, everything is restored: classes, order of weights,
+    flags, records, the optimizer and compiled functions.
 
     Args:
         model: A Keras model or layer.
-        paths: Path -> layer, all that the model holds; nothing is walked again.
+        paths: Path -> layer, for the whole model.
         adapters: Site -> the arguments of its adapter.
     """
     compiled.restore_jax_weights(model)
@@ -61,13 +61,13 @@ def make_plain_again(layer):
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """Changes that are made, and can be undone until `keep()`."""
+    """Changes that can be undone until `keep()` is called."""
 
     model: object
     undo: contextlib.ExitStack
 
     def keep(self) -> list:
-        """Makes it last; returns what has to be said about optimizers."""
+        """Makes the changes permanent; returns notes about optimizers."""
         for layer in list(keras_files.carriers(self.model)):
             self.undo.callback(classes.change_class, layer, type(layer))
             cls = keras_files.adapted_class(type(layer))  # type: ignore[arg-type]

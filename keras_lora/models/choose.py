@@ -16,7 +16,7 @@ WHOLE_MODEL = ("all-linear", "all")
 
 
 def choose(model, paths, target, exclude, trained):
-    """Path -> site to adapt, path -> reason for those passed over, and notes."""
+    """Returns path -> site to adapt, path -> reason to skip, and notes."""
     inside_trained = tuple(f"{path}/" for path in trained)
     every = site_paths(paths)
     sites = {
@@ -129,8 +129,8 @@ def why_not_linear(site):
 
 
 def named(paths, every, sites, target, trained):
-    """The paths of sites that a rule of the user's means, in the model's order."""
-    # A list that names a layer without weights gets that as its error.
+    """Returns the paths of the sites that a user's rule means, in the model's order."""
+    # A list may name a layer without weights: that is then the error.
     by_name = isinstance(target, (list, tuple, set, frozenset))
     by_name = by_name or (isinstance(target, str) and target in paths)
     things = {p: x for p, x in paths.items() if by_name or sites_at(p, paths, sites)}
@@ -145,9 +145,9 @@ def named(paths, every, sites, target, trained):
 
 
 def sites_at(path, paths, sites) -> list:
-    """The paths of the sites that a rule for a layer means: all of its own.
+    """Returns the paths of all sites of a layer.
 
-    Layers that wrap another one, as Bidirectional does, mean what they wrap.
+    A layer that wraps another one, such as Bidirectional, has those of what it wraps.
     """
     layer = paths.get(path)
     if layer is None:
@@ -160,7 +160,7 @@ def sites_at(path, paths, sites) -> list:
 
 
 def nothing(target, skipped):
-    """Why a target means nothing that can be adapted, each reason once."""
+    """Says why a target matches nothing that can be adapted, each reason once."""
     if not skipped:
         return (
             f"`target` {target!r} matches no layer: the only Dense, EinsumDense and "
@@ -182,7 +182,7 @@ def nothing(target, skipped):
 
 
 def owner_of(model, paths, path, layer):
-    """The layer that holds a layer, itself or one of whose weights is at a path."""
+    """Returns the layer that holds the layer at a path, or the layer of that weight."""
     owner = path.rpartition("/")[0]
     while owner and paths.get(owner, layer) is layer:
         owner = owner.rpartition("/")[0]
@@ -197,14 +197,13 @@ def unsupported(path, layer, trained, sites):
         pattern = f"{re.escape(path)}/.*"
         return (
             f"`target` names {path!r}, a {type(layer).__name__}, which holds "
-            f"{tables.listed(inside)}: name them, or give the expression {pattern!r}."
+            f"{tables.listed(inside)}: name them, or give the regular expression "
+            f"{pattern!r}."
         )
     if isinstance(layer, LowRankAdapter):
         return f"`target` names {path!r}, which is an adapter."
     return (
         f"`target` names the layer {path!r}, a {type(layer).__name__}, which has no "
-        "weight of two axes or more. Layers with adapters of their own are "
-        f"{', '.join(cls.__name__ for cls in kinds.LORA_CLASSES)}; in other layers, "
-        "every "
-        "such weight can be named."
+        "weight of two axes or more, so it cannot have an adapter. To train it in "
+        "full, name it in `also_train`."
     )

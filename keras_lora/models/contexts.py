@@ -1,4 +1,4 @@
-"""The model with its adapters merged, or without them, for a while."""
+"""Contexts in which a model's adapters are merged, or switched off."""
 
 import contextlib
 import threading
@@ -14,11 +14,11 @@ from keras_lora.models import merge, record
 from keras_lora.models.sites import built_sites, checked_sites
 
 UNTRAINED = (
-    "Adapters do not train inside `{}(model)`: they are frozen there, and what trains "
-    "with them has other values. Leave the context first."
+    "Adapters do not train inside `{}(model)`: they are frozen there, and heads and "
+    "biases may have other values. Leave the context first."
 )
 
-CHANGING = threading.Lock()  # contexts of several threads need not nest
+CHANGING = threading.Lock()  # contexts of several threads may overlap
 
 
 def merged(model: keras.layers.Layer):
@@ -38,15 +38,15 @@ def merged(model: keras.layers.Layer):
         model: Any Keras model or layer that holds LoRA layers.
 
     Raises:
-        ValueError: If there is no LoRA layer, a kernel is quantized, A, B or the sum
-            is not finite, or inside `merged` or `disabled`.
+        ValueError: If there is no LoRA layer, a kernel is quantized, values are not
+            finite, or the model is inside `merged` or `disabled` already.
     """
     layers = checked_sites(model)
     for layer in layers:
         if layer.is_quantized:
             raise ValueError(
                 f"The kernel of {layer.name!r} is quantized. W + delta would be a "
-                "float kernel: it gives other outputs than the model, and needs the "
+                "float kernel, which gives other outputs than the model and needs the "
                 "memory that was saved. Call the model as it is, or merge permanently: "
                 'merge_lora(model, quantized="dequantize").'
             )
@@ -103,7 +103,7 @@ def _disabled(model):
     sites = built_sites(model)
     layers = [layer for layer in flatten_layers(model) if record.base_values(layer)]
     values = [pair for layer in layers for pair in record.base_values(layer)]
-    # The stand-ins' kernels are no larger than what `merged` has made already.
+    # Inside `merged`, its kernels get the values of W too.
     kernels = [
         (site.lora.stand_in.kernel, site.frozen_kernel)
         for site in sites
@@ -134,7 +134,7 @@ def switched_off(adapters):
 
 
 def warn_of_lost_training(values):
-    """values: [(variable, the value that it was given at entry)]."""
+    """values: [(variable, its value at entry)]."""
     changed = [
         variable.path
         for variable, value in values

@@ -1,4 +1,4 @@
-"""Merged artefacts: what is served needs no keras_lora."""
+"""Merged artefacts, which are served without keras_lora."""
 
 import difflib
 import importlib.util
@@ -27,25 +27,25 @@ def export(
     The artefact has plain layers with the kernels W + delta, without A and B, and
     gives the predictions of the live model, which is not changed. It is written under
     another name and renamed, so a failure leaves an earlier artefact intact. A folder
-    that holds anything else than an earlier artefact is not touched. The artefact is
+    that holds anything other than an earlier artefact is not touched. The artefact is
     run once on zeros if its runtime is installed (TensorFlow, onnxruntime, OpenVINO or
     torch), but not if `target_spec` describes another runtime of LiteRT.
 
-    Where the model lies over several processes, all of them call, and the first
-    writes. On JAX its host holds the whole merged model meanwhile.
+    If the model is distributed over several processes, all of them must make this call,
+    and the first one writes. On JAX, its host then holds the whole merged model.
 
     Args:
         model: A Keras model that holds LoRA layers.
-        path: Where to write: an earlier artefact there is replaced, an empty folder
-            is filled, a link is followed.
+        path: Where to write. An earlier artefact is replaced, an empty folder is
+            filled, and links are followed.
         format: "tf_saved_model", or another format of `keras.Model.export`.
         kwargs: Further arguments of `keras.Model.export`.
 
     Raises:
-        ValueError: If the model is not built, holds no LoRA layer, or an adapter is
-            not finite, or if the artefact cannot be run.
-        OSError: If the artefact cannot be written: FileExistsError where `path` is a
-            folder with other things in it.
+        ValueError: If the model is not built or holds no LoRA layer, an adapter is not
+            finite, or the artefact cannot be run.
+        OSError: If the artefact cannot be written; FileExistsError if `path` is a
+            folder with other files in it.
 
     Examples:
         >>> keras_lora.export(model, "served")
@@ -100,7 +100,7 @@ def refuse_format_of_other_backends(format):
 
 
 def assert_replaceable(path, format):
-    """A folder at the path is empty or an earlier artefact: nothing else is lost."""
+    """Raises unless the path is free, an empty folder or an earlier artefact."""
     if format == "tf_saved_model":
         atomic.refuse_file_name(path, "a SavedModel")
     if not os.path.isdir(path):
@@ -143,7 +143,7 @@ def run_litert(path):
     except ImportError:
         import tensorflow as tf
 
-        Interpreter = tf.lite.Interpreter  # which warns that it is the old one
+        Interpreter = tf.lite.Interpreter  # deprecated, with a warning
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         served = Interpreter(path).get_signature_runner()
@@ -178,8 +178,8 @@ def run_openvino(path):
         is_product = operation.get_type_name() == "MatMul"
         if is_product and operation.get_input_element_type(0).is_integral():
             raise ValueError(
-                "OpenVINO computes a product of integers, as of int8 kernels with "
-                "quantized activations, wrongly."
+                "OpenVINO gives wrong results for products of integers, which int8 "
+                "kernels with quantized activations have."
             )
     served = openvino.compile_model(model, "CPU")
     served([np.zeros(*openvino_shape_and_type(x)) for x in served.inputs])
@@ -198,7 +198,7 @@ def run_torch(path):
     served.module()(*args, **kwargs)
 
 
-# Format -> (the package that runs it, a function of the path).
+# Format -> (the package that runs it, a function of the path that does).
 RUNTIMES = {
     "tf_saved_model": ("tensorflow", run_saved_model),
     "litert": ("tensorflow", run_litert),
@@ -211,14 +211,14 @@ RUNTIMES = {
 def assert_runs(path, format):
     """Raises ValueError if the artefact cannot be opened and run on zeros.
 
-    Where the package that would run it is not installed, nobody knows.
+    Nothing is checked if the package that runs it is not installed.
     """
     package, run = RUNTIMES.get(format, (None, None))
     if package is None or importlib.util.find_spec(package) is None:
         return
     try:
         run(str(path))
-    except Exception as error:  # whatever the runtime raises
+    except Exception as error:  # a runtime may raise anything
         raise ValueError(
             f"The artefact in {format!r} cannot be run: {error}\nIt was deleted. Check "
             "whether the plain model's artefact runs, or choose another format."

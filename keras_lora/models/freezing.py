@@ -32,7 +32,7 @@ def mark_only_lora_as_trainable(model: keras.layers.Layer, bias: str = "none"):
             not of batch normalization.
 
     Raises:
-        ValueError: If `bias` is another word, or there is no LoRA layer.
+        ValueError: If `bias` has another value, or there is no LoRA layer.
 
     Examples:
         >>> keras_lora.mark_only_lora_as_trainable(model, bias="lora_only")
@@ -65,8 +65,8 @@ def freeze_all_but_lora(model, bias="none", also_train=()):
         for part in flatten_layers(layer):
             record.remember_base(part, record.state_of(part))
             kept |= {id(v) for v in own_variables(part)}
-    # From the outside in: what is set on a layer reaches the layers inside it, which
-    # may have several owners, as the token embedding that an output head holds too.
+    # Outermost first: setting a layer's flag sets those of the layers inside it, which
+    # may have several owners, such as a token embedding that a head holds too.
     parts = [list(flatten_layers(layer)) for layer in flatten_layers(model)]
     for layer, *inside in sorted(parts, key=len, reverse=True):
         variables = [v for part in (layer, *inside) for v in own_variables(part)]
@@ -77,41 +77,41 @@ def freeze_all_but_lora(model, bias="none", also_train=()):
 
 
 def refuse_quantized(also_train):
-    """Raises if a layer that is to train in full has a quantized kernel."""
+    """Raises if a layer in `also_train` has a quantized kernel."""
     for part in itertools.chain(*map(flatten_layers, also_train)):
         if (
             any("int" in v.dtype for v in record.state_of(part))
             and part.quantization_mode
         ):
             raise ValueError(
-                f"`also_train` means {part.name!r}, whose kernel is quantized to "
+                f"`also_train` names {part.name!r}, whose kernel is quantized to "
                 f"{part.quantization_mode!r} and cannot train in full. Leave that "
-                "layer out with `filters` of `Model.quantize`, or adapt it: name it in "
-                "`target`."
+                "layer out with `filters` of `Model.quantize`, or name it in `target` "
+                "to adapt it."
             )
 
 
 def freeze_adapters(layers):
-    """Freezes A, B and what trained beside them."""
+    """Freezes A, B and the variables that trained with them."""
     for layer in layers.values():
         if lora_layer.has_adapters(layer) or record.record_of(layer).base:
             layer.trainable = False
 
 
 def train_adapters(layers):
-    """A, B and what trained beside them train again; other flags stay.
+    """Lets A, B and the variables that trained with them train; other flags stay.
 
-    layers: path -> layer, those that hold others first, the model as "".
+    layers: path -> layer, outermost first, the model as "".
     """
     record.restore_trainable_state(layers, trained_state(layers))
 
 
 def trained_state(layers):
-    """The flags of layers whose adapters train, and what trained beside them."""
+    """The flags with which adapters, and what trained with them, train."""
     state = record.trainable_state(layers)
     for path, layer in layers.items():
         if isinstance(layer, LowRankAdapter):
-            del state[path]  # it goes with its layer
+            del state[path]  # set together with its layer
             continue
         base = record.record_of(layer).base
         kept = {
@@ -133,9 +133,9 @@ def owners_of(path):
 
 
 def is_bias(layer, variable):
-    """Whether a variable is a bias, as torch and PEFT count them.
+    """Whether a variable is a bias in the sense of torch and PEFT.
 
-    But not beta of batch normalization: a layer that trains moves its statistics.
+    Except beta of batch normalization, whose statistics would move if it trained.
     """
     if variable.name == "beta":
         return not layer_state(layer)[1]

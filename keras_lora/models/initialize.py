@@ -18,8 +18,8 @@ from keras_lora.models import adapt, merge, sites, start_values
 from keras_lora.models.report import Report
 
 OTHER_STARTS = (
-    "The processes have found different values for A and B. Give all of them the same "
-    "`data`, and for random values the same seed: `keras.utils.set_random_seed`."
+    "The processes have computed different values for A and B. Give all of them the "
+    "same `data`, and the same seed: `keras.utils.set_random_seed`."
 )
 STARTS = [*start_values.KERNEL_STARTS, "eva", "loftq"]
 
@@ -34,38 +34,37 @@ def initialize_lora(
 
         delta = scaling * (A @ B - A0 @ B0)
 
-    A and B start at A0 and B0. These are kept as frozen weights, so W does not move
-    and the outputs do not change. An adapter file holds the adapter as a LoRA of
-    twice the rank for the original model. If A0 @ B0 = 0, as with "eva", nothing is
-    subtracted and the rank is kept. With DoRA, the lengths m start as those of W.
+    A and B start at A0 and B0, which are kept as frozen weights. So W does not move and
+    the outputs do not change. In adapter files, the adapter is a LoRA of twice the rank
+    over the original model. If A0 @ B0 = 0, as with "eva", nothing is subtracted and
+    the rank is kept. With DoRA, the lengths m start as those of W.
 
     Args:
         model: A Keras model whose adapters have not trained.
-        method: "pissa": the largest singular values and vectors of W, in A and B.
-            "olora": the first columns of W's QR decomposition. "orthogonal": random,
-            spanning spaces at right angles; the ranks must be even. "eva": A spans
-            the principal directions of each layer's inputs, B = 0. "loftq": for
-            quantized kernels; A and B make up for what quantizing lost, and the
+        method: "pissa": the largest singular values and vectors of W, split between A
+            and B. "olora": the first columns of W's QR decomposition. "orthogonal":
+            random factors in orthogonal subspaces; the ranks must be even. "eva": A
+            holds the principal directions of each layer's inputs, B = 0. "loftq": for
+            quantized kernels; A and B approximate the quantization error, and the
             kernels are quantized again to fit them. Or a function of a layer, whose
             `kernel` is W, that returns A and B in the shapes of `layer.lora.a` and
             `layer.lora.b`.
-        data: For "eva" batches of the model's inputs: an array, a dict of arrays, or
-            an iterable of batches, also of (inputs, targets). For "loftq" the float
+        data: For "eva", batches of the model's inputs: an array, a dict of arrays, or
+            an iterable of batches, also of (inputs, targets). For "loftq", the float
             model that was quantized.
-        budget: For "eva": whole number > 0, the sum of all ranks, which go where the
-            inputs have most of their variance, at most twice its rank to a layer.
-            A layer's scaling is kept. A layer with rank 0 loses its adapter and is
-            frozen.
+        budget: For "eva", whole number > 0: the sum of all ranks. They go to the layers
+            whose inputs have the most variance, at most twice a layer's rank to each.
+            Scalings are kept. A layer with rank 0 loses its adapter and is frozen.
 
     Returns:
-        The report of `keras_lora.summary`. For "loftq", `.errors` maps paths to the
+        A report like that of `apply_lora`. For "loftq", its `.errors` maps paths to the
         relative errors of the kernel before and after.
 
     Raises:
-        ValueError: If an adapter has trained or has a start; if a method does
-            not support a layer (convolutions, embeddings, several projections in one
-            kernel), a rank is above its kernel's, or values are not finite. The model
-            is left unchanged.
+        ValueError: If an adapter has trained or was initialized already; if the method
+            does not support a layer (convolutions, embeddings, several projections in
+            one kernel); if a rank is above that of the kernel, or values are not
+            finite. The model is left unchanged.
 
     Examples:
         >>> report = keras_lora.apply_lora(base, rank=4)
@@ -134,7 +133,7 @@ def checked_arguments(method, data, budget):
         what = "batches of inputs" if method == "eva" else "the float model"
         raise ValueError(f"{method!r} needs `data`: {what}.")
     if data is not None and method not in ("eva", "loftq"):
-        raise ValueError(f"{method!r} uses only the kernels, and takes no `data`.")
+        raise ValueError(f"{method!r} uses only the kernels: leave out `data`.")
 
 
 def checked_budget(method, budget):
@@ -155,18 +154,18 @@ def refuse_used(path, layer):
     lora = layer.lora
     if lora.has_start:
         raise ValueError(
-            f"The adapter of {path!r} has a start already. Remove it with "
+            f"The adapter of {path!r} was initialized already. Remove it with "
             "remove_lora(model) first."
         )
     if not vars(type(lora)).get("takes_start"):
         raise ValueError(
-            f"The adapter of {path!r} is a {type(lora).__name__}, which does not say "
-            "that it takes a start (`takes_start`)."
+            f"The adapter of {path!r} is a {type(lora).__name__}, which does not "
+            "support initial values (`takes_start`)."
         )
     if torch_layout.to_numpy(lora.a).any() and torch_layout.to_numpy(lora.b).any():
         raise ValueError(
-            f"The adapter of {path!r} has trained: another start would lose what it "
-            "has learned. Call remove_lora(model) and apply_lora(model) for a new one."
+            f"The adapter of {path!r} has trained: new initial values would discard "
+            "what it has learned. Call remove_lora(model) and apply_lora(model) first."
         )
 
 
@@ -186,7 +185,7 @@ def refuse_unusable(path, layer, start):
 
 
 def options_for(layer, start):
-    """The new adapter's arguments: its rank, at the same scaling, and a start."""
+    """The new adapter's arguments: its rank, with the same scaling, and a start."""
     settings = layer.lora.settings.at(start.rank)
     options = {"rank": start.rank, "alpha": settings.alpha}
     options["frozen_start"] = start.is_subtracted
@@ -194,7 +193,7 @@ def options_for(layer, start):
 
 
 def with_bar(layers, function):
-    """function(path, layer) for each layer; long work shows a progress bar."""
+    """Returns {path: function(path, layer)}; long work shows a progress bar."""
     sizes = {path: np.sort(layer.kernel_shape)[::-1] for path, layer in layers.items()}
     work = sum(float(np.prod(size)) * size[-1] for size in sizes.values())
     bar = keras.utils.Progbar(len(layers), verbose=int(work > 1e10), unit_name="layer")

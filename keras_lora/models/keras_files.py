@@ -2,9 +2,8 @@
 
 The configuration of a layer such as MultiHeadAttention, of a block or of a subclassed
 model cannot name the adapters of its sublayers. So every owner of adapted layers gets a
-subclass of its own class, whose configuration is the plain owner's beside the adapters'
-settings: the outermost, for the whole model, and each inside it, for a new model that
-takes only that part.
+subclass of its class, whose configuration has the plain class's and the settings of the
+adapters. Inner owners get one too, because a new model may take only a part.
 """
 
 import functools
@@ -27,16 +26,16 @@ from keras_lora.models.adapt import adapt, new_adapter
 from keras_lora.models.record import Record
 from keras_lora.models.sites import adapted_sites, layer_paths
 
-# All classes under one name, as `from_config` is the same for each of them.
+# All these classes have one name, because they share `from_config`.
 register = keras.saving.register_keras_serializable("keras_lora", "Adapted")
 
 
 @keras.saving.register_keras_serializable("keras_lora", "AdaptedModel")  # old files
 @register
 class Carrier(Rematerialized):
-    """Mixin before the class of what holds adapted layers."""
+    """Mixin for the class of a model or layer that holds adapted layers."""
 
-    plain_owner = None  # the class that this one extends
+    plain_owner = None  # the user's or Keras's class
 
     def get_config(self):
         if calls.legacy_format():
@@ -49,7 +48,7 @@ class Carrier(Rematerialized):
         records = {path: record.record_of(layer) for path, layer in own.items()}
         view = classes.seen_as(self, presets.plain_class_of(type(self)))
         plain = keras.saving.serialize_keras_object(view)
-        for key in ("compile_config", "shared_object_id"):  # of the view, not of self
+        for key in ("compile_config", "shared_object_id"):  # those of the view
             plain.pop(key, None)
         return {
             "requires": "import keras_lora",
@@ -75,7 +74,7 @@ class Carrier(Rematerialized):
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        if "adapters" not in config:  # a plain one, asked for by the class's name
+        if "adapters" not in config:  # of the plain class
             return cls.plain_owner.from_config(config)
         model = keras.saving.deserialize_keras_object(
             presets.plain_part(config), custom_objects=custom_objects
@@ -83,7 +82,7 @@ class Carrier(Rematerialized):
         paths = layer_paths(model, alone=False)
         layers = {"": model, **paths}
         own = [p for p, x in paths.items() if not isinstance(x, LowRankAdapter)]
-        # A model that has got a name may give its layers others than before.
+        # A model may give its layers other names once it has a name itself.
         places = {p: own[n] for p, n in config["places"].items() if 0 <= n < len(own)}
         places |= {path: path for path in layers}
         for path, how in config.get("quantized", {}).items():
@@ -102,9 +101,7 @@ class Carrier(Rematerialized):
             sites = kinds.sites_of(layer)
             for weight, options in own.items():
                 site = sites.get(weight, layer)
-                if not lora_layer.is_adapted(
-                    site
-                ):  # else its own configuration has said it
+                if not lora_layer.is_adapted(site):  # a LoRA layer restores its own
                     adapters.append((site, options))
         for site, options in adapters:
             adapt(site, new_adapter(site, options))
@@ -138,15 +135,15 @@ class Carrier(Rematerialized):
 
     def quantize(self, mode=None, config=None, **kwargs):
         for layer in adapted_sites(self):
-            quantized_host.refuse_quantizing(layer, mode)  # before any layer changes
+            quantized_host.refuse_quantizing(layer, mode)  # before any change
         super().quantize(mode, config=config, **kwargs)
         quantized.fix_quantized(flatten_layers(self))
 
     def build_from_config(self, config):
-        """Built in `from_config`, before the adapters could be attached."""
+        """Does nothing: `from_config` has built the layers, to attach the adapters."""
 
     def __reduce__(self):
-        # The inherited one names a method of this class, which no import finds.
+        # The inherited result names a method of this class, which cannot be imported.
         load, arguments = super().__reduce__()
         return getattr(keras.layers.Layer, load.__name__), arguments
 
@@ -155,9 +152,9 @@ class Carrier(Rematerialized):
 def adapted_class(cls):
     """The subclass of a layer's class that carries adapters.
 
-    It has the plain name, which decides where weights lie in files, and a module of
-    this package: where that is not imported, Keras says so instead of taking the plain
-    class.
+    It has the plain class's name, which decides where weights lie in files, and a
+    module of this package: if that is not imported, Keras says so instead of using the
+    plain class.
     """
     own = {"__module__": __name__, "plain_owner": cls}
     for method in (save, presets.save_to_preset, make_train_function):
@@ -166,8 +163,8 @@ def adapted_class(cls):
     own |= {name: protected(getattr(cls, name)) for name in LOOPS if hasattr(cls, name)}
     adapted = type(cls.__name__, (Carrier, cls), own)
     register(adapted)
-    # The mixin again: KerasHub would take a subclass that is registered for a task of
-    # its own when it looks for that of a preset.
+    # The mixin keeps the name: KerasHub would find a registered subclass when it looks
+    # for the task of a preset.
     register(Carrier)
     return adapted
 
@@ -181,7 +178,7 @@ LOOPS = (
 def protected(loop):
     """Wraps a method that runs a model, so that an error cannot lose its weights.
 
-    What a layer refuses in its call is raised when Keras on JAX has taken them.
+    On JAX, Keras takes the weights out of the model before a call can raise.
     """
 
     @functools.wraps(loop)
@@ -193,15 +190,15 @@ def protected(loop):
 
 
 def save(self, filepath, *args, **kwargs):
-    """Refuses what cannot be read before Keras opens the file, which it would empty."""
-    flatten_layers(self)  # which has none that another copy of this package adapted
+    """Refuses what cannot be saved before Keras opens the file, which empties it."""
+    flatten_layers(self)  # refuses layers that another copy of this package adapted
     if str(filepath).endswith((".h5", ".hdf5")):
         refuse_legacy_format(self)
     self.plain_owner.save(self, filepath, *args, **kwargs)
 
 
 def make_train_function(self, force=False):
-    """Keras asks for it when training begins, with the flags that hold then."""
+    """Remembers what trains: Keras calls this method when training begins."""
     begins = force or self.train_function is None
     self.plain_owner.make_train_function(self, force)
     if begins:
@@ -217,9 +214,10 @@ def refuse_legacy_format(model):
 
 
 def carriers(model):
-    """The layers whose own configuration does not say what they are.
+    """The layers whose own configuration cannot restore them.
 
-    Owners of adapted layers, classes made just now, what trains together with A and B.
+    They hold adapted layers, have a class that was made at run time, or train together
+    with A and B.
     """
     for layer in flatten_layers(model):
         if isinstance(layer, Carrier):
@@ -238,7 +236,7 @@ def carriers(model):
 
 
 def has_mixed_flags(layer):
-    """Whether `trainable` of a layer does not say it of all its variables."""
+    """Whether some variables have another flag than their layer."""
     return any(v.trainable != layer.trainable for v in own_variables(layer))
 
 
@@ -249,7 +247,7 @@ def parts(layer):
 
 
 def use_owner_classes(model):
-    """Gives the classes that carry adapters to what needs them."""
+    """Gives layers the class that carries adapters where they need it."""
     for layer in list(carriers(model)):
         classes.change_class(layer, adapted_class(type(layer)))
     refresh_torch_parameters(flatten_layers(model))

@@ -1,4 +1,4 @@
-"""LoRA+: an optimizer under which every B learns faster than the rest."""
+"""LoRA+: an optimizer with a higher learning rate for every B."""
 
 import functools
 import math
@@ -16,8 +16,8 @@ register = keras.saving.register_keras_serializable(package="keras_lora")
 class LoRAPlus(TwoRates):
     """Gives every B a learning rate that is `ratio` times as high.
 
-        A <- update(A, learning_rate)        and all else that trains: biases,
-        B <- update(B, learning_rate * ratio)    DoRA's magnitude, whole layers
+        A <- update(A, learning_rate)            also biases, DoRA's magnitude, heads
+        B <- update(B, learning_rate * ratio)
 
     Weight decay uses the same two rates, if the optimizer has it. Everything else,
     such as schedules and gradient clipping, is that of the optimizer: it becomes a
@@ -28,19 +28,19 @@ class LoRAPlus(TwoRates):
     When `merge_lora` or `remove_lora` leaves no B in a compiled model, its optimizer
     becomes the plain one again.
 
-    PEFT's `create_loraplus_optimizer` differs: there all one-dimensional parameters
-    get the ratio too, and the factors of embeddings get a rate of 1e-6.
+    PEFT's `create_loraplus_optimizer` differs: it applies the ratio to all
+    one-dimensional parameters too, and trains the factors of embeddings at 1e-6.
 
     Args:
         optimizer: A Keras optimizer, or its name, that has not been built. To scale
             the loss, wrap the result: LossScaleOptimizer(LoRAPlus(optimizer)).
             `compile` does so by itself under the policy "mixed_float16".
-        ratio: Number > 0, how much faster B learns. Use a lower learning rate
-            with it.
+        ratio: Number > 0, the learning rate of B over that of A. Use it with a lower
+            learning rate.
 
     Raises:
-        ValueError: If the optimizer is built or cannot be wrapped, if ratio is out
-            of range. When it is built: if no B is among the variables.
+        ValueError: If the optimizer is built or cannot be wrapped, or the ratio is out
+            of range. When it is built later: if no B is among the variables.
 
     Examples:
         >>> report = keras_lora.apply_lora(base, rank=4)
@@ -57,13 +57,12 @@ class LoRAPlus(TwoRates):
         checked_ratio(ratio)
         checked_optimizer(optimizer)
         optimizer.__class__ = lora_plus_class(type(optimizer))
-        return optimizer  # which Python now hands to __init__
+        return optimizer  # Python calls __init__ on it
 
     def __init__(
         self, optimizer: keras.optimizers.Optimizer | str, ratio: float = 16.0
     ):
-        # The optimizer's own was run when it was made. The long name is no
-        # attribute of anyone's optimizer.
+        # The optimizer's own __init__ has run already. The long name avoids clashes.
         self.lora_plus_ratio = float(ratio)
 
     def build(self, variables):
@@ -97,12 +96,12 @@ class LoRAPlus(TwoRates):
 
 @functools.cache
 def lora_plus_class(plain_class):
-    """LoRAPlus over an optimizer's class. One name in files stands for all."""
+    """Returns LoRAPlus over an optimizer's class; all have one name in files."""
     bases = (LoRAPlus, compiled.optimizer_class(plain_class))
     members = {"plain_class": plain_class, "__module__": __name__}
     new_class = type("LoRAPlus", bases, members)
     register(new_class)
-    register(LoRAPlus)  # the name stays its own
+    register(LoRAPlus)  # keep the name for LoRAPlus itself
     return new_class
 
 

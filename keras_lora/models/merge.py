@@ -1,4 +1,4 @@
-"""From LoRA layers back to plain Keras layers, in place, on the same objects."""
+"""merge_lora and remove_lora: LoRA layers become plain Keras layers again, in place."""
 
 import contextlib
 import math
@@ -46,7 +46,7 @@ from keras_lora.models.sites import (
 )
 
 WAYS = ("dequantize", "requantize")
-SMALL = 2**16  # values of a merged kernel that is kept after its check, not formed anew
+SMALL = 2**16  # size up to which a merged kernel is kept from its check on
 
 
 class MergedLayer(NamedTuple):
@@ -99,11 +99,10 @@ def merged_plain(layer, kernel, way):
     owner = layer.path.removesuffix(layer.name)
     with contextlib.ExitStack() as scopes:
         scopes.enter_context(distribution.own_strategy(layer))
-        scopes.enter_context(name_scopes(owner))  # by paths a layout map knows them
+        scopes.enter_context(name_scopes(owner))  # layout maps go by paths
         values = {layer.kernel_name: kernel, **layer.other_kernels()}
-        if requantize and distribution.is_cut(
-            layer.frozen_kernel
-        ):  # Keras does it on hosts
+        if requantize and distribution.is_cut(layer.frozen_kernel):
+            # Keras quantizes on the host.
             values = {name: distribution.fetch(value) for name, value in values.items()}
             scopes.enter_context(distribution.on_host())
         plain.build_from_config(layer.get_build_config())
@@ -116,10 +115,7 @@ def merged_plain(layer, kernel, way):
 
 
 def relative_error(layer, plain):
-    """Returns the relative error of a merged kernel.
-
-    In A's dtype: in half precision W + delta would be rounded as the kernel is.
-    """
+    """Returns the relative error of a merged kernel, computed in A's dtype."""
     dtype = layer.lora.variable_dtype
     kernel = classes.twin(plain, type(layer), {}).base_kernel(dtype)
     found, wanted = (
@@ -130,7 +126,7 @@ def relative_error(layer, plain):
 
 
 def copy_kernel(layer, plain):
-    """Gives a layer the kernel, scales and policy of a plain one like it."""
+    """Gives a layer the kernel, scales and policy of a plain layer of its kind."""
     if plain.quantization_mode is not None:
         own = kernel_variables(layer)
         for name, variable in kernel_variables(plain).items():
@@ -148,7 +144,7 @@ def copy_kernel(layer, plain):
 def float_policy(layer):
     """The policy that the layer had before it was quantized.
 
-    By its dtypes: a map of policies takes their names away when it is saved.
+    It is made from dtypes: a map of policies loses the names when it is saved.
     """
     compute, variable = layer.compute_dtype, layer.variable_dtype
     return keras.dtype_policies.get(
@@ -169,18 +165,18 @@ def merge_lora(
 
     Args:
         model: Any Keras model or layer that holds LoRA layers.
-        quantized: How to merge into quantized kernels. "dequantize" makes float
-            layers with W + delta. "requantize" quantizes W + delta again, as W was.
-            By default they are an error, because both have a cost.
+        quantized: How to merge into quantized kernels. "dequantize" makes float layers
+            with W + delta. "requantize" quantizes W + delta again, as W was. By
+            default, quantized kernels are an error, because both ways have a cost.
 
     Returns:
-        For the quantized layers, rows of .path .layer .error, the relative error of
-        the kernel to W + delta.
+        A list with .path .layer .error of each quantized layer, where `error` is the
+        relative error of the kernel compared with W + delta.
 
     Raises:
-        ValueError: If there is no LoRA layer, if A, B or a merged kernel is not
-            finite, a kernel is quantized and `quantized` does not say what to do, or
-            inside `merged()` or `disabled()`. The model is then as before.
+        ValueError: If there is no LoRA layer, A, B or a merged kernel is not finite, a
+            kernel is quantized and `quantized` is not given, or the model is inside
+            `merged()` or `disabled()`. The model is left unchanged.
 
     Examples:
         >>> merged_layers = keras_lora.merge_lora(model)
@@ -214,10 +210,10 @@ def merge_lora(
 
 
 def remove_lora(model: keras.layers.Layer):
-    """Removes every adapter; the model computes with W alone again.
+    """Removes every adapter, so that the model computes with W alone again.
 
     The layers become plain Keras layers with trainable kernels. Heads and biases that
-    trained together with A and B get back the values from before that training.
+    trained together with A and B get back their values from before that training.
 
     Args:
         model: Any Keras model or layer that holds LoRA layers.
@@ -240,7 +236,7 @@ def remove_lora(model: keras.layers.Layer):
 
 
 def _make_plain(model, layers):
-    """layers: all of the model's."""
+    """layers: all layers of the model."""
     adapted = [layer for layer in layers if isinstance(layer, LoRALayer)]
     for layer in adapted:
         adapt.make_plain(layer)
@@ -257,7 +253,7 @@ def _make_plain(model, layers):
 
 @contextlib.contextmanager
 def standing_in(sites):
-    """Fixed kernels stand in for the adapters: W itself is not written."""
+    """Replaces adapters by fixed, merged kernels; W itself is not written."""
     stand_ins = [
         FixedKernel(kernel_variable(site, checked_merged_kernel(site)))
         for site in sites
@@ -276,15 +272,16 @@ def standing_in(sites):
 
 @contextlib.contextmanager
 def listing_merged_kernels(model):
-    """The model whose weights are those of plain layers with merged kernels.
+    """Yields the model with W + delta listed among its weights instead of W, A and B.
 
-    Calls compute as before, in other threads too; what `export` looks for among the
-    weights is W + delta in the place of W, and no A and B.
+    Calls compute as before, in other threads too; only `export` sees other weights.
     """
     sites = checked_sites(model)
     for site in sites:
         refuse_factors_not_finite(site)
-    floats = [site for site in sites if not site.is_quantized]  # others keep A and B
+    floats = [
+        site for site in sites if not site.is_quantized
+    ]  # quantized ones keep A and B
     with contextlib.ExitStack() as undo:
         for site, stand_in in zip(
             floats, undo.enter_context(standing_in(floats)), strict=True
@@ -300,7 +297,7 @@ def listing_merged_kernels(model):
 
 
 def kernel_variable(site, values):
-    """A variable with the merged kernel, listed instead of a site's kernel."""
+    """Returns a variable with the merged kernel, to list instead of the site's own."""
     return distribution.variable_like(
         site.frozen_kernel,
         values,
@@ -312,10 +309,10 @@ def kernel_variable(site, values):
 
 
 def checked_merged_kernel(layer):
-    """W + delta in the kernel's dtype, which must be finite."""
+    """Returns W + delta in the kernel's dtype; raises if it is not finite."""
     kernel = layer.merged_kernel(layer.kernel_dtype)
     if not is_finite(kernel):
-        refuse_factors_not_finite(layer)  # which make a kernel that is not finite
+        refuse_factors_not_finite(layer)  # the usual cause
         refuse_not_finite(layer, {"the merged kernel": kernel})
     return kernel
 
@@ -344,11 +341,11 @@ def refuse_not_finite(layer, arrays):
 
 
 def held_by_adapted(found, layers) -> set:
-    """Ids of layers in other adapted models, where W stays frozen.
+    """Ids of layers that other adapted models hold too, where W stays frozen.
 
     Args:
-        found: What `models_sharing_layers` gives for a model.
-        layers: All of that model's own.
+        found: The result of `models_sharing_layers` for a model.
+        layers: All layers of that model.
     """
     own = set(map(id, layers))
     return {
@@ -374,7 +371,7 @@ def restore_models(layers, held):
     for layer in layers:
         record = record_of(layer)
         if record.before is not None:
-            set_flags(layer, *record.before)  # and of all inside
+            set_flags(layer, *record.before)  # of all layers inside too
         if id(layer) not in held:
             set_record(layer, NOTHING)
     for layer, own in zip(kept, flags, strict=True):

@@ -12,23 +12,23 @@ from keras_lora.layers import lora_layer
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.models import record, sites, tables
 
-# Ids of layers that are being written as KerasHub's own task writes them.
+# Ids of layers that are being saved as those of a plain KerasHub task.
 _plain: contextvars.ContextVar = contextvars.ContextVar("_plain", default=frozenset())
 
 
 def plain_class_of(cls):
-    """The class under which the configuration is asked for."""
+    """Returns the plain class, for its configuration."""
     return cls.plain_class if issubclass(cls, LoRALayer) else cls.plain_owner
 
 
 def is_registered(cls):
-    """Whether a file can name a class: not one that was made for a user's subclass."""
+    """Whether a file can name a class; one made at run time cannot be found again."""
     name = keras.saving.get_registered_name(cls)
     return keras.saving.get_registered_object(name) is cls
 
 
 def save_to_preset(self, preset_dir, *args, **kwargs):
-    """KerasHub finds a task by the class in its file, which must be the plain one."""
+    """Saves under the plain class, by which KerasHub finds the task again."""
     view, outside = self, {}
     if hasattr(self, "backbone"):
         carried = set(map(id, flatten_layers(self.backbone)))
@@ -41,16 +41,15 @@ def save_to_preset(self, preset_dir, *args, **kwargs):
     if view is self and not os.path.exists(os.path.join(preset_dir, "task.json")):
         name = plain_class_of(type(self)).__name__
         warn_caller(
-            "`from_preset` of a task of its family loads this preset, as that of "
-            f"{name} does not know its class. To load it alone, save a .keras file."
+            f"{name}.from_preset cannot load this preset; `from_preset` of a task of "
+            "its family can. To load the backbone alone, save a .keras file."
         )
     trained = [path for path, layer in outside.items() if record.record_of(layer).base]
     if trained:
         warn_caller(
-            f"The preset has {tables.listed(trained)} as trained, and not as before "
-            "training: "
-            "`remove_lora` on what `from_preset` gives leaves that as it is. A .keras "
-            "file keeps both."
+            f"The preset has the trained values of {tables.listed(trained)}, not those "
+            "from before training, so `remove_lora` on the loaded model cannot restore "
+            "them. A .keras file keeps both."
         )
 
 
@@ -66,7 +65,7 @@ def refuse_adapters_outside(layers):
 
 @contextlib.contextmanager
 def as_plain_layers(layers):
-    """Inside, these layers are saved as those of a plain KerasHub task."""
+    """Context in which these layers are saved as those of a plain KerasHub task."""
     token = _plain.set(frozenset(map(id, layers)))
     try:
         yield
@@ -79,7 +78,7 @@ def is_saved_as_plain(layer):
 
 
 FIELDS = {
-    "requires",  # stands in the error of a process that does not know this class
+    "requires",  # shown in the error of a process that did not import keras_lora
     "layer",
     "model",  # the name of "layer" in files of the first version
     "adapters",
@@ -94,16 +93,16 @@ FIELDS = {
 
 
 def plain_part(config):
-    """The plain owner's, with what a reader adds (KerasHub: a dtype) for it."""
+    """Returns the plain class's configuration, with additions of KerasHub (a dtype)."""
     plain = config.get("layer") or config["model"]
     more = {key: value for key, value in config.items() if key not in FIELDS}
     return {**plain, "config": {**plain["config"], **more}}
 
 
 def plain_float_config(config):
-    """A configuration in which all layers are plain, and float32.
+    """Returns a configuration in which all layers are plain and float32.
 
-    What is built of it has the weights that its authors meant, in their order.
+    A model built from it has the weights of the original class, in their order.
     """
     if isinstance(config, list):
         return [plain_float_config(part) for part in config]

@@ -1,4 +1,4 @@
-"""Quantized layers of a model: mended where Keras is wrong, and kept in files."""
+"""Quantized layers of a model: corrected where Keras is wrong, and kept in files."""
 
 import keras
 
@@ -9,10 +9,10 @@ from keras_lora.layers.lora_layer import LoRALayer
 
 
 def fix_quantized(layers) -> list:
-    """Gives quantized layers what Keras gets wrong; returns them.
+    """Corrects quantized layers that Keras gets wrong, and returns them.
 
-    Without an adapter too: those of the layers before it learn by its gradient, and
-    are in one file with its integers.
+    Layers without an adapter too: their gradients reach the adapters before them, and
+    their integers are in the same file.
     """
     every = list(layers)
     layers = [layer for layer in every if layer.quantization_mode is not None]
@@ -28,7 +28,7 @@ def fix_quantized(layers) -> list:
 def renew_policy_maps(layers):
     """Updates the maps of policies of loaded KerasHub models to the layers' policies.
 
-    The model writes its map into its configuration, and is built by it when loaded.
+    A model saves its map in its configuration, and is built with it when it is loaded.
     """
     policies = [layer.dtype_policy for layer in layers]
     is_map = [isinstance(x, keras.dtype_policies.DTypePolicyMap) for x in policies]
@@ -40,7 +40,7 @@ def renew_policy_maps(layers):
                 continue
             if path in policy_map:
                 del policy_map[path]
-            if policy_map[path].quantization_mode != mode:  # by an expression, or none
+            if policy_map[path].quantization_mode != mode:  # set by an expression
                 policy_map[path] = policy
 
 
@@ -58,13 +58,13 @@ def is_wrong_in_keras(layer):
 def quantizations(layers) -> dict:
     """Path -> how a layer is quantized, for a configuration.
 
-    That of an owner such as MultiHeadAttention does not say it of its sublayers.
+    The configuration of an owner such as MultiHeadAttention lacks it for sublayers.
 
     Args:
         layers: Path -> layer.
 
     Raises:
-        ValueError: If Keras's files would leave out the kernel of one.
+        ValueError: If Keras's files would leave out the kernel of a layer.
     """
     for layer in layers.values():
         refuse_float_beside_integers(layer)
@@ -95,10 +95,10 @@ def refuse_float_beside_integers(layer):
 
 
 def quantize_again(layer, mode, config, *of_inputs):
-    """Quantizes a layer that was loaded in float, before its values come.
+    """Quantizes a layer that was created in float, before its values are loaded.
 
-    One that its policy has quantized was not told whether inputs are quantized too:
-    `of_inputs` is their quantizer, which older files do not have.
+    `of_inputs` is the quantizer of its inputs, which older files do not have; a layer
+    that was quantized by its policy does not know it.
     """
     if layer is None or not layer.built:
         return
@@ -115,7 +115,7 @@ def quantize_again(layer, mode, config, *of_inputs):
 
 
 def quantization_config(layer):
-    """How the layer was quantized; if unknown, what its policy says."""
+    """Returns how the layer was quantized; if unknown, what its policy says."""
     config = getattr(layer, "quantization_config", None)
     block_size = getattr(quantized_host.policy_of(layer), "block_size", None)
     if config is None and block_size is not None:

@@ -1,7 +1,7 @@
-"""Keeps what a layer was before it was adapted, and what trains besides A and B.
+"""Records the state of layers before they were adapted, and what trains with A and B.
 
-A record stands on each layer, so that it is found from whatever model holds the layer:
-the one that was adapted, one around it, or one inside.
+Each layer has its own record, so that every model that holds the layer can find it: the
+one that was adapted, one around it, or one inside.
 """
 
 import dataclasses
@@ -26,8 +26,8 @@ class Record:
 
     Attributes:
     before: (trainable, one flag per variable of its own) before `apply_lora`.
-    base: {index: value} of the variables that train with A and B, by their place
-        in `state_of`: their values when that began, None where they are unknown.
+    base: {index: value} of the variables that train with A and B, by their index in
+        `state_of`: their values from before, None if they are unknown.
     """
 
     before: tuple | None = None
@@ -50,7 +50,7 @@ def set_record(layer, record):
 
 
 def state_of(layer) -> list:
-    """The variables of a layer itself but the frozen kernel of an adapted one."""
+    """The variables of a layer itself, without a frozen kernel."""
     return list(itertools.chain(*layer_state(layer)))
 
 
@@ -77,7 +77,7 @@ def remember_what_trains(layers):
     """Remembers the values of all variables that the user's flags let train."""
     for layer in layers:
         if trained := unremembered(layer):
-            # Where a layer trains, its moving statistics move too.
+            # If a layer trains, its moving statistics move too.
             remember_base(layer, [*trained, *layer_state(layer)[1]])
 
 
@@ -92,15 +92,14 @@ def warn_of_unremembered(layers):
     if found:
         warn_caller(
             f"{tables.listed(found)} can train now, but could not when the adapters "
-            "were "
-            "created. They keep their present values: `fit` and `train_on_batch` of "
-            "the adapted model, and `also_train` of apply_lora, remember the values "
-            "from before training."
+            "were created, and their values from before are not known. They keep their "
+            "present values. `fit` and `train_on_batch` of the adapted model, and "
+            "`also_train` of apply_lora, remember the values from before training."
         )
 
 
 def unremembered(layer) -> list:
-    """Variables of a layer that can train, and of which no value before is known."""
+    """Variables of a layer that can train, but have no remembered value."""
     if isinstance(layer, LowRankAdapter):
         return []
     base = record_of(layer).base
@@ -112,7 +111,7 @@ def unremembered(layer) -> list:
 
 
 def set_base(layer, index, value):
-    """The value that a file brings for one of the variables; None: it has none."""
+    """Remembers a variable's value from a file; None means that the file has none."""
     state, old = state_of(layer), record_of(layer)
     if value is not None and index < len(state) and value.shape == state[index].shape:
         base = {**old.base, index: np.array(value)}
@@ -140,9 +139,9 @@ def base_values(layer) -> list:
 
 
 def base_names(owner, owner_class) -> dict:
-    """{name in a file: (layer, index)} for values of the base that an owner carries.
+    """{name in a file: (layer, index)} for the remembered values that an owner saves.
 
-    An owner inside, which is of that class too, has its own.
+    Owners of that class inside it save their own.
     """
     found, seen = [], set()
 
@@ -160,7 +159,7 @@ def base_names(owner, owner_class) -> dict:
 def trainable_state(layers) -> dict:
     """{path: [layer.trainable, one flag per variable of its own]}.
 
-    layers: path -> layer, those that hold others first.
+    layers: path -> layer, outermost first.
     """
     return {
         path: [layer.trainable, [v.trainable for v in own_variables(layer)]]
@@ -169,10 +168,9 @@ def trainable_state(layers) -> dict:
 
 
 def restore_trainable_state(layers, state):
-    """Layers that came or went since, a tokenizer's for example, are passed over.
+    """Restores flags; layers that came or went since, such as a tokenizer, are ignored.
 
-    In a copy that calls its layers by other names, those with variables are counted
-    instead.
+    In a copy with other names, layers with variables are matched by their order.
     """
     with_variables = {path: flags for path, flags in state.items() if flags[1]}
     if with_variables.keys() <= layers.keys():
@@ -180,7 +178,7 @@ def restore_trainable_state(layers, state):
     else:
         own = [path for path, layer in layers.items() if own_variables(layer)]
         state = dict(zip(own, with_variables.values(), strict=True))
-    # From the outside in: what is set on a layer reaches the layers inside it.
+    # Outermost first: setting a layer's flag sets those of the layers inside it.
     for path, (trainable, flags) in state.items():
         set_flags(layers[path], trainable, flags)
 
@@ -189,7 +187,7 @@ def set_flags(layer, trainable, flags):
     freeze_spectral_norm(layer)
     layer.trainable = trainable
     variables = own_variables(layer)
-    # A kernel that was quantized since, or is float again, stands first.
+    # A kernel that was quantized since, or is float again, comes first.
     flags = ([trainable] * len(variables) + flags)[len(flags) :]
     for variable, flag in zip(variables, flags, strict=True):
         variable.trainable = flag

@@ -22,8 +22,9 @@ from keras_lora.layers.lora_layer import LoRALayer
 def site_paths(paths) -> dict:
     """Path -> site, for all weights that can have an adapter, in the model's order.
 
-    A layer with one kernel is a site under its own path. The weights of others have
-    their names beside it, and those of a cell stand under the layer that runs it.
+    A layer with one kernel is a site under its own path. Other layers have a path for
+    each weight, with its name at the end; a cell's weights have the path of the layer
+    that runs it.
 
     paths: path -> layer.
     """
@@ -57,15 +58,15 @@ def refuse_banked(site, path):
 
 
 def built_sites(model):
-    """The sites of a model that have adapters: one at least, and all built."""
+    """Returns a model's sites with adapters; raises if there are none, or not built."""
     compiled.restore_jax_weights(model)
     processes.meet(model)
     sites = adapted_sites(model)
     if not sites:
         raise ValueError(
             f"{getattr(model, 'name', model)!r} holds no LoRA layer with an adapter "
-            "(rank > 0). Call `apply_lora` or `load_adapter` first; `merge_lora` and "
-            "`remove_lora` take adapters away, so save them before."
+            "(rank > 0). Call `apply_lora` or `load_adapter` first. (`merge_lora` and "
+            "`remove_lora` remove adapters: save them before.)"
         )
     for site in sites:
         refuse_banked(site, site.name)
@@ -78,7 +79,7 @@ def built_sites(model):
 
 
 def checked_sites(model):
-    """The same, none of them inside `merged()` or `disabled()`."""
+    """As `built_sites`; raises if one is inside `merged()` or `disabled()`."""
     sites = built_sites(model)
     for site in sites:
         if site.lora.stand_in is not None or not site.lora.is_on:
@@ -92,13 +93,12 @@ def checked_sites(model):
 def layer_paths(model, alone=True) -> dict:
     """Path -> layer for every layer inside a model, each once, outermost first.
 
-    A part of a path is the name that somebody gave to the layer, else the
-    attribute that holds it, else its kind; Keras's automatic names (dense_7) count
-    instances in the process and say nothing. Where a model puts its own name before
-    those of its layers, as many in KerasHub do once they have one, that is left out.
-    Equal parts are numbered in order.
+    A part of a path is the layer's name if somebody chose it, else the attribute that
+    holds the layer, else its kind. Keras's automatic names (dense_7) are not used, as
+    they count instances in the process. If a model puts its own name before those of
+    its layers, as many in KerasHub do, it is left out. Equal parts are numbered.
 
-    alone: Whether a layer by itself that can be adapted is among its own paths.
+    alone: Whether a single layer that can be adapted is among its own paths.
     """
     checked_model(model)
     refuse_other_copy(model)
@@ -134,19 +134,19 @@ def layer_paths(model, alone=True) -> dict:
 
 
 def with_model(model, paths) -> dict:
-    """The paths, and the model itself under "" where they have it not."""
+    """Returns the paths, with the model itself as "" unless it is among them."""
     alone = any(layer is model for layer in paths.values())
     return dict(paths) if alone else {"": model, **paths}
 
 
 def given_name(layer, owners, parent):
-    """The layer's name without those of its owners; None where Keras made it up."""
+    """The layer's name without those of its owners; None if Keras made it up."""
     name = layer.name
     for owner in owners:
         name = name.removeprefix(owner) or name
     kind = re.sub(r"_\d+$", "", name)
     if isinstance(parent, keras.layers.Bidirectional):
-        kind = re.sub("^(forward|backward)_", "", kind)  # made of the name it was given
+        kind = re.sub("^(forward|backward)_", "", kind)  # Bidirectional adds a prefix
     return None if kind in automatic_names(type(layer)) else name
 
 
@@ -162,7 +162,7 @@ def automatic_names(cls):
 
 
 def kind_in_words(cls):
-    """The kind of a layer class as a word, the same with and without an adapter."""
+    """The kind of a layer class in snake case, the same with and without an adapter."""
     return arguments.snake_case(plain(cls).__name__)
 
 

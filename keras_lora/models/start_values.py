@@ -1,4 +1,4 @@
-"""Starting values from kernels, from inputs, or from the error of quantization."""
+"""Initial values from kernels, from inputs, or from the quantization error."""
 
 import collections
 import dataclasses
@@ -18,12 +18,12 @@ LOFTQ_STEPS = 5
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """Values for A and B of one layer, in the shapes of its form at a rank.
+    """Initial A and B of one layer, in the shapes of its form at a rank.
 
     Attributes:
-        keeps_outputs: Boolean, whether A @ B is subtracted where it is not zero.
-        plain: The layer with another quantized kernel, that the layer is to have.
-        errors: Of the kernel, before and after.
+        keeps_outputs: Boolean, whether A @ B is subtracted if it is not zero.
+        plain: A plain layer whose quantized kernel the layer shall get.
+        errors: Errors of the kernel, before and after.
     """
 
     rank: int
@@ -46,7 +46,7 @@ class Start:
 
 
 def fingerprint(starts) -> str:
-    """A text that is the same for equal starts."""
+    """Returns a text that is equal for equal starts."""
     found = hashlib.sha256()
     for path in sorted(starts):
         for value in (starts[path].a, starts[path].b):
@@ -61,7 +61,7 @@ def in_shape(layer, rank, a, b, **others):
 
 
 def checked_matrix(path, layer, kernel):
-    """A kernel as a matrix, or a stack of them, and back; its sides bound the rank."""
+    """Returns a kernel as a matrix or a stack of them, and the function back."""
     if not np.isfinite(kernel).all():
         raise ValueError(f"The kernel of {path!r} holds values that are not finite.")
     matrix, back = layer.form.as_matrix(kernel)
@@ -72,9 +72,8 @@ def checked_matrix(path, layer, kernel):
 def refuse_rank(path, rank, most):
     if rank > most:
         raise ValueError(
-            f"The rank of {path!r} is {rank}, and its kernel's at most {most}: there "
-            "are no more directions to start from. Adapt it with a lower rank "
-            "(`rank_pattern`)."
+            f"The rank of {path!r} is {rank}, but there are only {most} directions to "
+            "start from. Adapt it with a lower rank (`rank_pattern`)."
         )
 
 
@@ -126,12 +125,12 @@ def eva(model, layers, data, budget) -> dict:
 
 
 def allocate_ranks(shares, budget) -> dict:
-    """Path -> rank: how many of the largest shares of variance are its own."""
+    """Returns path -> rank: how many of the largest shares of variance it has."""
     total = sum(map(len, shares.values()))
     if budget > total:
         raise ValueError(
-            f"`budget` is {budget}; twice the ranks of all layers are {total}. Adapt "
-            "the model with a higher rank."
+            f"`budget` is {budget}, but the ranks can at most double, to {total} in "
+            "all. Adapt the model with a higher rank."
         )
     every = [(share, path) for path, own in shares.items() for share in own]
     every.sort(key=lambda pair: -pair[0])
@@ -140,10 +139,10 @@ def allocate_ranks(shares, budget) -> dict:
 
 
 def loftq(layers, float_model) -> dict:
-    """Path -> Start: the quantized kernel Q and A @ B that together are nearest to W.
+    """Path -> Start: a quantized kernel Q and A @ B whose sum is close to W.
 
-    In turn Q = quantize(W - D), and D the nearest matrix of rank r to W - Q; the best
-    pair of some steps is taken. The first Q is the one that the layer has.
+    Alternates Q = quantize(W - D) with D = the nearest matrix of rank r to W - Q, and
+    takes the best pair of several steps. The first Q is the layer's own.
     """
     merge.refuse_calibrating("loftq", layers.values())
     paths = sites.with_model(float_model, sites.layer_paths(float_model))
@@ -152,16 +151,16 @@ def loftq(layers, float_model) -> dict:
         other = paths.get(path)
         if not layer.is_quantized or other is None or other.quantization_mode:
             raise ValueError(
-                f"'loftq' is for quantized layers, beside `data`, the float model. "
-                f"The layer {path!r} is "
-                f"{'not there, or quantized' if layer.is_quantized else 'in float'}"
-                f"{' in `data`' if layer.is_quantized else ''}."
+                "'loftq' needs quantized layers, and as `data` the float model. The "
+                f"layer {path!r} is "
+                f"{'not in float in `data`' if layer.is_quantized else 'not quantized'}"
+                "."
             )
         kernel = torch_layout.to_numpy(getattr(other, kinds.kind_of(other).kernel_name))
         if kernel.shape != tuple(layer.kernel_shape):
             raise ValueError(
                 f"The kernel of {path!r} has shape {kernel.shape} in the float model, "
-                f"and {tuple(layer.kernel_shape)} here."
+                f"but {tuple(layer.kernel_shape)} in this one."
             )
         starts[path] = quantized_start(path, layer, kernel.astype("float64"))
     return starts
@@ -188,7 +187,7 @@ def quantized_start(path, layer, kernel) -> Start:
 
 
 def pissa(kernel, rank, scaling):
-    """The r largest singular values, half of each in A and half in B.
+    """The r largest singular values and vectors, split between A and B.
 
         W = U S V^T    A = U_r sqrt(S_r / scaling)    B = sqrt(S_r / scaling) V_r^T
 
@@ -213,7 +212,7 @@ def olora(kernel, rank, scaling):
 
 
 def orthogonal(kernel, rank, scaling):
-    """Factors that span spaces at right angles, so that A @ B is nearly zero.
+    """Random factors in orthogonal subspaces, so that A @ B is nearly zero.
 
         A = N(inputs, r/2) @ Q[1::2] / 10    B = Q[0::2]^T @ N(r/2, outputs) / 10
 
@@ -221,7 +220,7 @@ def orthogonal(kernel, rank, scaling):
     """
     if rank % 2:
         raise ValueError(f"An orthogonal start needs an even rank. Received: {rank}.")
-    random = np.random.default_rng(np.random.randint(2**31))  # as Keras is seeded
+    random = np.random.default_rng(np.random.randint(2**31))  # Keras seeds NumPy too
     *lead, inputs, outputs = kernel.shape
     q, _ = np.linalg.qr(random.standard_normal((*lead, rank, rank)))
     a = random.standard_normal((*lead, inputs, rank // 2)) @ q[..., 1::2, :]
@@ -233,10 +232,10 @@ KERNEL_STARTS = {"pissa": pissa, "olora": olora, "orthogonal": orthogonal}
 
 
 def largest(matrix, rank):
-    """Left vectors, values and right vectors of the r largest singular values.
+    """Returns the r largest singular values, with their left and right vectors.
 
-    By the eigenvectors of the smaller Gram matrix, in a fifth of a full decomposition's
-    time; where a value that is asked for is in the noise of that, by the latter.
+    Eigenvectors of the smaller Gram matrix take a fifth of the time of a full
+    decomposition, which is used only if a value is too small for them.
     """
     wide = matrix.shape[-2] < matrix.shape[-1]
     tall = np.swapaxes(matrix, -1, -2) if wide else matrix
@@ -259,7 +258,7 @@ OTHER_ROWS = (
 
 
 class Moments:
-    """Number, sum and products of rows that are seen one batch after the other."""
+    """Number, sum and products of rows, batch by batch."""
 
     def __init__(self):
         self.count, self.sum, self.products = 0, 0.0, 0.0
@@ -277,7 +276,7 @@ class Moments:
         return True
 
     def over_processes(self, model):
-        """Counts the rows of all processes of TensorFlow that hold a model."""
+        """Adds up the rows of all TensorFlow processes that hold a model."""
         found = (
             processes.summed(np.asarray(x), model)
             for x in (self.count, self.sum, self.products)
@@ -285,7 +284,7 @@ class Moments:
         self.count, self.sum, self.products = found
 
     def principal(self, most):
-        """Directions (inputs, most) of largest variance, and their shares of it all."""
+        """Directions (inputs, most) of largest variance, and their shares of it."""
         mean = self.sum / self.count
         covariance = self.products / self.count - np.outer(mean, mean)
         values, vectors = np.linalg.eigh(covariance)
@@ -294,10 +293,10 @@ class Moments:
 
 
 class Recorder:
-    """Stands in for an adapter while a model is called.
+    """Records a layer's inputs in the place of its adapter while a model is called.
 
-    groups: digest of a layer's first rows -> Moments. Layers with equal inputs, as
-    query, key and value have, share one.
+    groups: digest of a layer's first rows -> Moments. Layers with equal inputs, such as
+    query, key and value, share one.
     """
 
     def __init__(self, groups):
@@ -310,8 +309,9 @@ class Recorder:
             self.moments = self.groups[digest]
         if not self.moments.add(rows, digest, self.times):
             raise ValueError(
-                f"The inputs of {host.name!r} were those of another layer in the first "
-                "batch of `data`, but not in a later one. Start with a larger batch."
+                f"The inputs of {host.name!r} equal those of another layer in the "
+                "first batch of `data`, but not in a later one. Begin with a larger "
+                "batch."
             )
         self.times += 1
         return host.frozen_linear(inputs)
@@ -347,12 +347,12 @@ def layer_moments(model, layers, data) -> dict:
 
 
 def sharing(found) -> str:
-    """A text that is the same where the same layers have equal inputs."""
+    """Returns a text that is equal if the same layers have equal inputs."""
     return str([found.index(moments) for moments in found])
 
 
 def batches_for(model, data):
-    """Batches of the model's inputs; over processes of JAX those of all together."""
+    """Returns batches of inputs; with several JAX processes, those of all of them."""
     batches = batches_of(data)
     if processes.strategy_over(model) or not processes.is_shared(model):
         return batches
@@ -361,9 +361,9 @@ def batches_for(model, data):
 
 
 def batches_of(data):
-    """Inputs from an array, a dict of arrays, or anything that gives batches.
+    """Returns batches of inputs from an array, a dict of arrays or an iterable.
 
-    Batches of (inputs, targets), as `fit` takes them, give their inputs.
+    From batches of (inputs, targets), as `fit` takes them, it takes the inputs.
     """
     if hasattr(data, "shape") or isinstance(data, dict):
         data = [data]

@@ -9,10 +9,10 @@ from keras_lora.models import atomic
 
 
 class Table:
-    """Mixin for what shows itself as a table."""
+    """Mixin for objects that print as a table."""
 
     def parts(self):
-        """Title, head, rows of cells, and lines below: all of it text."""
+        """Returns title, head, rows of cells, and the lines below, all as text."""
         raise NotImplementedError
 
     def __str__(self):
@@ -148,14 +148,14 @@ def draw_sweep(sweep, path):
 
 def new_figure(rows):
     try:
-        from matplotlib.figure import Figure  # without pyplot: no window, no state
+        from matplotlib.figure import Figure  # not pyplot, which has state
     except ImportError as error:
         raise ImportError(
             "`plot` draws with matplotlib, which is not installed: "
             "pip install matplotlib."
         ) from error
     if not rows:
-        raise ValueError("There is no row to draw.")
+        raise ValueError("There are no rows to draw.")
     return Figure((10, min(2 + 0.25 * rows, 60)), layout="constrained")
 
 

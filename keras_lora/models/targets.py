@@ -1,4 +1,4 @@
-"""Which layers a rule means; a rule that means nothing is an error."""
+"""Finds the layers that a rule means; a rule that matches nothing is an error."""
 
 import difflib
 import functools
@@ -10,7 +10,7 @@ import keras
 from keras_lora.keras_internals import calls
 from keras_lora.layers import kinds
 
-# Layers between the last kernel and the model's outputs that hold no kernel.
+# Layers without a kernel that may stand between the last kernel and the outputs.
 PASS_THROUGH = (
     keras.layers.Activation,
     keras.layers.Dropout,
@@ -23,18 +23,18 @@ PASS_THROUGH = (
 
 
 def matching(rule, paths, argument, suggested=None):
-    """The paths that a rule means, in the model's order.
+    """Returns the paths that a rule means, in the model's order.
 
     Args:
         rule: A string is a regular expression for the whole path; a class means
             its instances; a function is called with (path, layer); a list or
             tuple holds paths, ends of paths, names of layers, or classes.
-        paths: Path -> layer, or a weight of one, all that there are.
+        paths: Path -> layer or weight, for the whole model.
         argument: The argument's name, for errors.
-        suggested: The paths that errors name, if not all of these.
+        suggested: The paths that errors suggest, by default all.
 
     Raises:
-        ValueError: If the rule, or an entry of a list, means no layer.
+        ValueError: If the rule, or an entry of a list, matches no layer.
     """
     suggested = paths if suggested is None else suggested
     if isinstance(rule, str):
@@ -70,7 +70,7 @@ def matching(rule, paths, argument, suggested=None):
 
 
 def named(entry, paths, argument):
-    """Paths that are the entry or end with it, or whose layers are called so."""
+    """Paths that equal an entry, end with it, or whose layers have that name."""
     end = entry.replace(".", "/")
     hits = {p for p in paths if p == end or p.endswith(f"/{end}")}
     refuse_two_meanings(entry, hits, paths, argument)
@@ -83,8 +83,8 @@ def refuse_two_meanings(word, found, paths, argument):
     Automatic names count instances in the process, paths those in the model.
 
     Args:
-        word: What the user has written.
-        found: The paths that it means as a path, or as an expression for paths.
+        word: The user's word.
+        found: The paths that it matches as a path or as a regular expression.
         paths: Path -> layer.
         argument: The argument's name.
     """
@@ -94,7 +94,7 @@ def refuse_two_meanings(word, found, paths, argument):
         raise ValueError(
             f"`{argument}` {word!r} means two layers: it is the path of the one at "
             f"{by_path!r}, called {paths[by_path].name!r}, and the name of the one at "
-            f"{by_name!r}. For the latter say {by_name!r}. For the former give a "
+            f"{by_name!r}. For the latter give {by_name!r}. For the former give a "
             f"function, lambda path, layer: path == {by_path!r}, or name the layers "
             "when you make them. `keras_lora.summary` shows paths."
         )
@@ -103,7 +103,7 @@ def refuse_two_meanings(word, found, paths, argument):
 def refuse_other_arguments(rule, argument):
     try:
         signature = inspect.signature(rule)
-    except ValueError:  # of what is not written in Python
+    except ValueError:  # a function that is not written in Python
         return
     try:
         signature.bind("path", None)
@@ -123,20 +123,20 @@ def ordered(found, paths, rule, argument, suggested):
 
 
 def hint(rule, paths, more=()):
-    """Returns a sentence with paths close to a rule.
+    """Returns a sentence that suggests paths close to a rule.
 
-    more: other words that a rule may be.
+    more: other words that a rule can be.
     """
     if rule == "all-linear":
-        return 'It is a target by itself: target="all-linear".'
+        return 'It stands alone, not in a list: target="all-linear".'
     called = [path for path, layer in paths.items() if layer.name == rule]
     if called:
         return (
-            f"The layer that is called so has the path {called[0]!r}. A string is an "
+            f"The layer of that name has the path {called[0]!r}. A string is a regular "
             f"expression for a whole path; give a list for a name: [{rule!r}]."
         )
     ends = [path.rsplit("/", 1)[-1] for path in paths]
-    names = dict.fromkeys([*more, *ends, *paths])  # each once, as an end may be a path
+    names = dict.fromkeys([*more, *ends, *paths])  # an end may be a path too
     close = difflib.get_close_matches(str(rule), names, n=5, cutoff=0.5)
     if close:
         return f"Did you mean {', '.join(map(repr, close))}?"
@@ -145,16 +145,17 @@ def hint(rule, paths, more=()):
 
 
 def pattern_values(pattern, paths, argument) -> dict:
-    """Path -> value by the first key that matches, as PEFT reads its patterns.
+    """Path -> value of the first key that matches, as in PEFT's patterns.
 
-    A key is a regular expression for the end of a path, from a part's beginning.
+    A key is a regular expression for one or more last parts of a path.
     """
     pattern = {} if pattern is None else pattern
     if not isinstance(pattern, dict):
         raise ValueError(f"`{argument}` must be a dict. Received: {pattern!r}.")
     if not all(isinstance(key, str) for key in pattern):
         raise ValueError(
-            f"`{argument}` has expressions for keys. Received: {pattern!r}."
+            f"The keys of `{argument}` must be strings, regular expressions for ends "
+            f"of paths. Received: {pattern!r}."
         )
     rules = {
         key: compiled(rf"(.*/)?({key.replace(chr(92) + '.', '/')})", argument)
@@ -188,7 +189,7 @@ def compiled(rule, argument):
 
 
 def output_layers(model):
-    """Ids of the layers that make the model's outputs, where the graph tells."""
+    """Ids of the layers that make the model's outputs, if its graph shows them."""
     found = set()
     for output in keras.tree.flatten(getattr(model, "outputs", None) or []):
         found |= _makers(output, model)

@@ -1,4 +1,4 @@
-"""AdapterBank: many adapters resident over one model, one for each row of a batch."""
+"""AdapterBank: many adapters in one model, one for each row of a batch."""
 
 import contextlib
 import functools
@@ -37,11 +37,11 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
 
         y[i] = what the model gives for x[i] with the adapter that ids[i] means
 
-    The layers change their class in place, as in `apply_lora`. Their kernels are
-    shared, and each layer has a stack with the factors of all adapters. The adapters
-    may have different ranks, alphas and layers: at a layer for which an adapter has no
-    factors, its rows use the base model. Biases, Dense layers that trained in full and
-    DoRA's lengths are kept for each adapter. `fit` trains several adapters at once.
+    The layers change their class in place, as in `apply_lora`. All adapters share the
+    kernels, and each layer has a stack with the factors of all adapters. Adapters may
+    have different ranks, alphas and layers; in layers that an adapter leaves out, its
+    rows use the base model. Biases, Dense layers that trained in full and DoRA's
+    lengths are kept for each adapter. `fit` trains several adapters at once.
 
     Args:
         model: A Keras model that is built and holds no adapter.
@@ -100,7 +100,9 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
         self.directory = Directory(capacity)
         self.choice = SlotChoice(self.directory.slot_count)
         self.hosts = Hosts(paths, self.choice, self.directory.slot_count)
-        self.__dict__["sources"] = {}  # past Keras's tracking: trainees are among them
+        self.__dict__[
+            "sources"
+        ] = {}  # past Keras's tracking, because some are trainees
         self.slots = []
         self._changes, self._active = threading.RLock(), None
         self._row_names = None
@@ -133,7 +135,7 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
         """The names of the adapters in the bank."""
         return self.directory.names
 
-    # What is in it.
+    # Adapters.
 
     def add(self, name: str, adapter: Adapter | str | os.PathLike):
         """Adds an adapter under a name, or replaces the adapter of that name.
@@ -162,7 +164,7 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
             self._put(name, parts, source)
 
     def _read(self, name, given):
-        """The parts of an adapter, for which there is room, and its source."""
+        """Returns the parts of an adapter, checked for room, and its source."""
         with self.running.call(lambda: (None, ())), self._changes:
             adapter, source = slots.named(name, training.source_of, self.model, given)
             arguments = self.model, self.hosts.paths, adapter, self.names_given
@@ -193,12 +195,12 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
             raise
 
     def _next_slot(self):
-        """The slot that has been free longest, of those that no call reads."""
+        """Returns the slot that has been free longest and that no call reads."""
         free, reads = self.directory.free_slots, self.running.reads
         return next((slot for slot in free if not reads[slot]), None)
 
     def remove(self, name: str):
-        """Removes an adapter. Rows with its id are NaN from then on."""
+        """Removes an adapter. From then on, rows with its id are NaN."""
         with self.running.writing("bank.remove"), self.running.changed:
             if self.directory.checked(name) is None:
                 raise ValueError("None is the base model, which cannot be removed.")
@@ -210,7 +212,7 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
             del self.sources[name], self.depends_on_base[name]
             self.running.point_soon()
 
-    # The weights of the model below.
+    # Weights of the model.
 
     def _guard_weights(self):
         """Refuses assigning to the model while an adapter depends on its values."""
@@ -227,9 +229,9 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
         names = [name for name, needed in self.depends_on_base.items() if needed]
         if names:
             raise ValueError(
-                f"{what} is part of a model in an AdapterBank, and what the bank keeps "
-                f"of {names[:9]} (DoRA's lengths, or biases and layers that trained) "
-                "holds for its present weights alone. Nothing was changed. Call "
+                f"{what} is part of a model in an AdapterBank. The adapters "
+                f"{names[:9]} have DoRA's lengths, or trained biases and layers, which "
+                "fit only the present weights. Nothing was changed. Call "
                 "bank.release(), load the weights, and create the bank again."
             )
 
@@ -255,19 +257,19 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
         """Writes one artefact that serves all adapters and needs no keras_lora.
 
         A SavedModel's `serve(inputs, adapter)` takes names as strings, one for each
-        row: b"" is the base model, an unknown name an InvalidArgumentError. The
-        signature "serving_default" takes the same by keyword: "adapter", and the
-        model's inputs under their keys, or as "inputs". The signature
-        "swap" replaces one adapter in the loaded artefact; `swap_inputs` says what to
-        feed it. Other formats take ids, those of `bank.ids` now, as "adapter".
+        row. b"" is the base model, and an unknown name raises an InvalidArgumentError.
+        The signature "serving_default" takes the same by keyword: "adapter", and the
+        model's inputs under their keys, or as "inputs". The signature "swap" replaces
+        one adapter in the loaded artefact, with the inputs from `swap_inputs`. Other
+        formats take as "adapter" the ids that `bank.ids` gives at the time of export.
 
         Args:
             path: Where to write, as in `keras_lora.export`.
             format: "tf_saved_model", or another format of `keras.Model.export`.
-            kwargs: Of `keras.Model.export`, for other formats.
+            kwargs: As in `keras.Model.export`, for other formats.
 
         Raises:
-            ValueError: If a SavedModel is asked for on another backend than
+            ValueError: If the format is "tf_saved_model" on a backend other than
                 TensorFlow, or a subclassed model's inputs are not known.
             OSError: If the artefact cannot be written.
         """
@@ -297,7 +299,7 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
 
     def get_config(self):
         raise ValueError(
-            "A bank cannot be saved as a Keras model; its adapters are saved in "
-            "folders of their own. `bank.export(path)` writes an artefact; "
-            "`bank.model.save(path)` writes the model without adapters."
+            "A bank cannot be saved as a Keras model. Save an adapter with "
+            "`bank.adapter(name).save(folder)`, the model without adapters with "
+            "`bank.model.save(path)`, and all in one artefact with `bank.export(path)`."
         )

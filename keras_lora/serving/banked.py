@@ -1,4 +1,4 @@
-"""The layers of a bank, and what an adapter writes into them."""
+"""The layers of a bank, and how adapters are written into them."""
 
 import contextlib
 import functools
@@ -15,13 +15,13 @@ from keras_lora.serving.slots import Slots, WithTrainees
 
 
 class BankAdapters:
-    """The adapters of a bank, in the place of a layer's one adapter.
+    """The adapters of a bank in one layer, instead of the layer's own adapter.
 
         y = gain[s] * (linear(x, W) + linear(x, A[s]) @ B[s]) + bias[s]
 
-    where s is the slot that the bank says a row uses.
+    where s is the slot of a row's adapter.
 
-    It is no Keras layer and not tracked: the plain model's files know nothing of it.
+    It is not a Keras layer and not tracked, so the plain model's files leave it out.
     """
 
     removal_hint = "release() on the bank"
@@ -30,8 +30,8 @@ class BankAdapters:
 
     def __init__(self, choice, form, slots, name):
         self.choice, self.form, self.slots, self.name = choice, form, slots, name
-        self.leading = None  # what the leading axis of the inputs is; not known yet
-        self.around_call = lambda *_: contextlib.nullcontext()  # counts the call
+        self.leading = None  # the kind of the inputs' leading axis; None: not known yet
+        self.around_call = lambda *_: contextlib.nullcontext()  # counts calls
 
     @property
     def variables(self):
@@ -71,20 +71,20 @@ class BankAdapters:
 
 
 def times(values, gain):
-    """Multiplies in the gain's dtype: half precision would move whole columns."""
+    """Multiplies in the gain's dtype, because half precision would shift columns."""
     return ops.cast(ops.multiply(ops.cast(values, gain.dtype), gain), values.dtype)
 
 
 class Banked:
-    """Mixin before a LoRA layer's class: in files the layer is what it was before."""
+    """Mixin for a layer in a bank; in files the layer has its class from before."""
 
     class_before = None
 
     def adapted_call(self, inputs, training, **options):
         if hasattr(inputs, "with_flat_values"):
             raise ValueError(
-                f"{self.name!r} gets a ragged tensor, whose values are not rows of the "
-                "batch: a bank cannot tell which adapter they use."
+                f"{self.name!r} got a ragged tensor, whose values are not rows of the "
+                "batch, so a bank cannot tell which adapter they use."
             )
         with self.lora.around_call(self, inputs):
             return super().adapted_call(inputs, training, **options)
@@ -94,7 +94,7 @@ class Banked:
         found = super().variables
         if keras.backend.backend() != "jax":
             return found
-        # The variable, if JAX has to pass it; otherwise it would become a constant.
+        # JAX has to pass the variables; otherwise they would become constants.
         known = set(map(id, found))
         return found + [v for v in self.lora.variables if id(v) not in known]
 
@@ -116,13 +116,13 @@ class Banked:
 
 @functools.cache
 def banked_class(cls):
-    """The class of a layer while it is in a bank: under its own class's name."""
+    """The class of a layer in a bank, under the name of its own class."""
     own = cls if issubclass(cls, LoRALayer) else kinds.lora_class_of(cls)
     attributes = {"__module__": cls.__module__, "class_before": cls}
     banked = type(cls.__name__, (Banked, own), attributes)
     package, _, name = keras.saving.get_registered_name(cls).rpartition(">")
     if package:
-        for each in (banked, cls):  # a file's name for it means the class before
+        for each in (banked, cls):  # the last one keeps the name
             keras.saving.register_keras_serializable(package, name)(each)
     return banked
 
@@ -138,12 +138,12 @@ def unbank_layer(layer):
 
 
 class Hosts:
-    """The layers of a model, and those among them that hold the bank's adapters.
+    """The layers of a model, and those that hold the bank's adapters.
 
     Attributes:
-        paths: Path -> layer, all.
-        layers: Path -> layer, those.
-        input_specs: Shapes and dtypes of the model's inputs; None: not known yet.
+        paths: Path -> layer, for the whole model.
+        layers: Path -> layer, for the layers that hold adapters.
+        input_specs: Shapes and dtypes of the model's inputs; None if not known yet.
     """
 
     def __init__(self, paths, choice, count):
@@ -151,7 +151,7 @@ class Hosts:
         self.layers, self.input_specs = {}, None
 
     def take(self, path, layer, rank, with_gain):
-        """The layer holds the bank's adapters from now on."""
+        """Makes a layer hold the bank's adapters."""
         host = reading.as_host(layer)
         form = host.low_rank_form(rank)
         bias = getattr(layer, "bias", None)
@@ -171,7 +171,7 @@ class Hosts:
             slots = Slots(self.count, rank, form, bias_shape, gain_shape, dtype)
         bank_layer(layer, BankAdapters(self.choice, form, slots, path))
         self.layers[path] = layer
-        # Its functions know the layer that it is now.
+        # Made again, because its functions refer to the changed layer.
         layer.lora.form = layer.low_rank_form(rank)
         return slots
 
@@ -181,7 +181,7 @@ class Hosts:
         self.layers = {}
 
     def prepared(self, parts) -> dict:
-        """{path: what `Slots.write` takes} of an adapter; a ValueError without room."""
+        """Returns {path: arguments of `Slots.write`}; raises if there is no room."""
         no_room, prepared = {}, {}
         for path, part in parts.items():
             layer = self.layers.get(path)
@@ -190,7 +190,7 @@ class Hosts:
                 continue
             slots = layer.lora.slots
             if part.rank > slots.rank:
-                no_room[path] = f"rank {part.rank}, there is room for {slots.rank}"
+                no_room[path] = f"rank {part.rank}, with room for {slots.rank}"
             elif part.has_gain and slots.gain is None:
                 no_room[path] = "DoRA's lengths"
             else:
@@ -201,13 +201,13 @@ class Hosts:
         if no_room:
             reasons = "; ".join(f"{path!r}: {why}" for path, why in no_room.items())
             raise ValueError(
-                f"The bank has no room for this adapter at {reasons}. Make the bank "
-                "with this adapter, or with `target` and `max_rank` that include it."
+                f"The bank has no room for this adapter at {reasons}. Create the bank "
+                "with this adapter, or with a `target` and `max_rank` that include it."
             )
         return prepared
 
     def write(self, slot, prepared):
-        """Writes one adapter; layers that it leaves out get the base model's."""
+        """Writes an adapter; layers that it leaves out get the base model's values."""
         for path, layer in self.layers.items():
             layer.lora.slots.write(slot, **prepared.get(path, {}))
 
@@ -220,5 +220,5 @@ def outputs_of(host, form):
 
 
 def laid_out(function, value):
-    """A bias or gain as it is combined with outputs."""
+    """Returns a bias or gain in the shape for combining it with outputs."""
     return torch_layout.to_numpy(function(ops.convert_to_tensor(value)))

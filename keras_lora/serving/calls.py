@@ -1,4 +1,4 @@
-"""The calls of a bank: what they take, and which of them are running."""
+"""The calls of a bank: their inputs, and which of them are running."""
 
 import collections
 import contextlib
@@ -23,7 +23,7 @@ from keras_lora.serving.slots import (
     refuse_other_ids,
 )
 
-PATIENCE = 60.0  # seconds that a change of the bank waits for calls to end
+PATIENCE = 60.0  # seconds that a change waits for running calls
 
 # Keras's loops on JAX take the values out of the variables, and put them back.
 LOOPS = (
@@ -37,7 +37,7 @@ LOOPS = (
 
 
 def needs_all(method):
-    """Whether a model's variables have no values for others while a method runs."""
+    """Whether a method empties the model's variables while it runs."""
     return keras.backend.backend() == "jax" and method in LOOPS
 
 
@@ -46,9 +46,9 @@ class Call:
     """A call, or a change of the bank.
 
     Attributes:
-        outside: Whether it reads what is active, and `rows`.
-        alone: Whether no other call can run, and no change be made, meanwhile.
-        slots: Those that it may read.
+        outside: Whether it uses the active adapter, or `rows`.
+        alone: Whether no other call or change can run at the same time.
+        slots: The slots that it may read.
     """
 
     outside: bool = False
@@ -57,14 +57,14 @@ class Call:
 
 
 class Running:
-    """Counts calls, and lets changes wait for those that they would disturb.
+    """Counts calls, and makes changes wait for calls that they would disturb.
 
-    A slot is written only when no call reads it. What is active for calls from
-    outside, a variable, changes only when none of these calls runs; those that begin
-    later wait for that. A call inside another one of its thread never waits.
+    A slot is written only when no call reads it. The active adapter of outside calls,
+    a variable, changes only when no such call runs; calls that begin later wait for
+    the change. A call inside another one of its thread never waits.
 
     Args:
-        point: A function that writes what is active into the variables.
+        point: A function that writes the active adapter into the variables.
         meet: A function that raises unless all processes call, before each change.
     """
 
@@ -73,11 +73,11 @@ class Running:
         self.changed = threading.Condition(threading.RLock())
         self.calls = {}  # thread -> its calls, the outermost first
         self.reads = collections.Counter()  # slot -> how many calls read it
-        self.queue, self.changes = [], 0  # what waits to begin; changes that run
+        self.queue, self.changes = [], 0  # waiting calls; number of running changes
 
     @property
     def own(self) -> list:
-        """The calls that the current thread is inside of."""
+        """The calls that the current thread is in."""
         return self.calls.get(threading.get_ident(), [])
 
     def others(self) -> list:
@@ -88,7 +88,7 @@ class Running:
 
     @contextlib.contextmanager
     def call(self, choose, outside=False, alone=False):
-        """A call; choose() gives what is yielded and the slots that it may read."""
+        """Context of a call; choose() returns what it yields and the slots it reads."""
         call = Call(outside, alone)
         with self.changed:
             if not self.own:
@@ -139,7 +139,7 @@ class Running:
 
     @contextlib.contextmanager
     def writing(self, what):
-        """A change of variables, which no call on JAX has emptied meanwhile."""
+        """Context of a change of variables, which no call on JAX has emptied."""
         self.refuse_inside(what, lambda call: call.alone)
         with self.changed:
             if not self._wait_for_turn(Call(), PATIENCE):
@@ -156,18 +156,18 @@ class Running:
         """Raises if the change comes from inside such a call, such as a callback."""
         if any(map(test, self.own)):
             raise ValueError(
-                f"{what} is not possible from inside a call of the same model, a "
-                "callback of its `predict` for example: the call keeps the adapters "
-                "that it began with. Nothing was changed. Do it before or after."
+                f"{what} is not possible inside a call of the same model, for example "
+                "in a callback of its `predict`: the call keeps the adapters that it "
+                "began with. Nothing was changed. Do it before or after."
             )
         self.meet()
 
     def wait(self, what, test):
-        """Waits for calls of other threads, and not for ever."""
+        """Waits for calls of other threads, with a time limit."""
         if any(call.slots for call in self.own) and not test():
             raise ValueError(
-                f"{what} has to wait for running calls, but was called from inside one "
-                "of them. Nothing was changed. Do it after that call."
+                f"{what} has to wait for running calls, but was called inside one of "
+                "them. Nothing was changed. Do it after that call."
             )
         if not self.changed.wait_for(test, PATIENCE):
             raise ValueError(timeout_message(what))
@@ -184,10 +184,10 @@ INPUTS = {"inputs", "adapter"}, {"inputs", SLOTS}
 
 
 class Calls:
-    """Mixin of the bank: its calls, and what is checked of their inputs.
+    """Mixin of the bank: its calls, and checks of their inputs.
 
-    A call, and all batches of a `predict` or `evaluate`, keep the adapters that the
-    ids mean when it begins.
+    A call, and all batches of a `predict` or `evaluate`, keep the adapters that the ids
+    meant when it began.
     """
 
     model: keras.Model
@@ -197,7 +197,7 @@ class Calls:
     running: Running
 
     def ids(self, names: Sequence) -> np.ndarray:
-        """Returns the ids of a batch from a name, or None (base model), per row.
+        """Returns the ids for a batch: one for the name of each row, None is the base.
 
         Raises:
             ValueError: If a name is not known.
@@ -221,7 +221,7 @@ class Calls:
         else:
             ids = ops.convert_to_tensor(inputs["adapter"])
             if distribution.is_between_replicas():
-                # Keras asks for shapes alone, by means of what the replicas get.
+                # Keras infers shapes here, from what the replicas get.
                 ids = ops.cast(ids, "int32")
             refuse_other_ids(ids)
             slots = self.directory.slots(ids)
@@ -237,7 +237,7 @@ class Calls:
         if not self.choice.all_known:
             try:
                 inputs = keras.tree.map_structure(rows.as_rows, inputs)
-            except Exception:  # a value of a function that is being traced
+            except Exception:  # a symbolic value, inside a traced function
                 return
             rows.find_leading_axes(self, [inputs], raising=True)
             if self.hosts.input_specs is None:

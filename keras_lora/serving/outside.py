@@ -1,4 +1,4 @@
-"""Which adapters are used by calls of a banked model that do not go by the bank."""
+"""Which adapters calls of a bank's model use when they do not go through the bank."""
 
 import contextlib
 import functools
@@ -22,7 +22,7 @@ COUNTED = ("call", "generate", *LOOPS)
 
 
 class OutsideCalls:
-    """Mixin of the bank: one adapter for all rows, or names for rows, from outside."""
+    """Mixin of the bank: adapters for calls of the model itself."""
 
     model: keras.Model
     directory: Directory
@@ -32,10 +32,10 @@ class OutsideCalls:
     _row_names: Sequence | None
 
     def activate(self, name: str | None):
-        """Uses one adapter for all rows in calls of the model itself, until None.
+        """Makes calls of the model itself use one adapter for all rows, until None.
 
-        It applies to all threads: running calls keep what they began with, and calls
-        that begin later wait until those have ended. Calls of the bank use their ids.
+        It applies to all threads. Running calls keep the adapter that they began with,
+        and later calls wait until those have ended. Calls of the bank use their ids.
 
         Raises:
             ValueError: If the name is not known, or inside a call of the model.
@@ -49,14 +49,14 @@ class OutsideCalls:
     def rows(self, names: Sequence):
         """Makes row i of each batch in calls of the model itself use names[i].
 
-        It is for calls whose inputs cannot be changed, such as `generate`. Functions
-        that Keras compiled for as many rows work with other names too; your own
-        tf.function has to be traced inside the block.
+        This context is for calls whose inputs cannot be changed, such as `generate`.
+        Functions that Keras has compiled for the same number of rows are used again
+        for other names; your own tf.function has to be traced inside the context.
 
         Raises:
             ValueError: If a name is not known, a batch has another size
-                (InvalidArgumentError inside a compiled call), or from inside a call of
-                the model.
+                (InvalidArgumentError inside a compiled call), or inside a call of the
+                model.
         """
         self.running.refuse_inside("bank.rows", disturbed)
         with self.running.changed:
@@ -73,7 +73,7 @@ class OutsideCalls:
                 self.running.point_soon()
 
     def _point(self):
-        """Updates the slots of the active adapter and of the rows by their names."""
+        """Updates the slots of the active adapter and of the rows."""
         slot_of, names = self.directory.slot_of, self._row_names
         count = None if names is None else len(names)
         if count != self._compiled.count:
@@ -87,7 +87,7 @@ class OutsideCalls:
         self._slots_outside = slots
 
     def _count_outside_calls(self):
-        """Calls of the model, of models around it and of their parts are counted."""
+        """Counts calls of the model, of models around it, and of their parts."""
         for layer in compiled.models_sharing_layers(self.model):
             inside = any(
                 isinstance(part, Banked) for part in layers.flatten_layers(layer)
@@ -105,11 +105,11 @@ class OutsideCalls:
                     vars(layer)[name] = self._counted(layer, name)
 
     def _around_call(self, layer, inputs):
-        """A context for the call of a banked layer, which may be the outermost one."""
+        """Returns a context for a call of a layer in the bank."""
         if self.choice.is_inside or self.running.own:
             return contextlib.nullcontext()
         if (outermost := outermost_layer()) not in (layer, None):
-            self._count_calls_of(outermost)  # a model that was made since: from now on
+            self._count_calls_of(outermost)  # a model that was made later
         if in_a_trace(inputs):
             return contextlib.nullcontext()
         return self._outside_call()
@@ -151,13 +151,13 @@ def disturbed(call):
 
 
 class CompiledFunctions:
-    """Compiled functions of all models that share layers, by the number of rows."""
+    """Compiled functions of all models that share layers, by number of rows."""
 
     def __init__(self, model):
         self.model, self.kept, self.count = model, {}, None
 
     def change_to(self, count):
-        """Puts the functions for a number of rows in the place of the present ones."""
+        """Replaces the present functions by those for a number of rows."""
         self.kept[self.count] = compiled.take_compiled_functions(
             compiled.models_sharing_layers(self.model)
         )

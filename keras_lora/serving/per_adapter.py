@@ -17,8 +17,8 @@ class PerAdapterLoss(keras.losses.Loss):
 
         L = sum over the adapters k in the batch of loss(y[ids == k], f(x)[ids == k])
 
-    so that the gradient for an adapter is that of training it alone, with means over
-    its own rows. Rows of the base model do not count.
+    so that the gradient of an adapter is that of training it alone, with means over its
+    own rows. Rows of the base model do not count.
 
     Args:
         loss: A Keras loss, its name, or a function of targets and outputs that gives a
@@ -40,7 +40,7 @@ class PerAdapterLoss(keras.losses.Loss):
 
     def __call__(self, y_true, y_pred, sample_weight=None):
         ids = self.ids()
-        if ids is None:  # Keras asks for shapes alone
+        if ids is None:  # Keras infers shapes
             return self.loss(y_true, y_pred, sample_weight)
         mask = calls.mask_of(y_pred)
         y_true, y_pred = (
@@ -50,8 +50,8 @@ class PerAdapterLoss(keras.losses.Loss):
         values = self.loss.call(y_true, y_pred)
         if len(values.shape) == 0:
             raise ValueError(
-                f"The loss {self.name!r} gives one number for the whole batch, in "
-                "which the adapters' rows are mixed. Write it so that it gives a value "
+                f"The loss {self.name!r} returns one number for the whole batch, which "
+                "mixes the rows of the adapters. Write it so that it returns a value "
                 "for each row."
             )
         if mask is None:
@@ -74,7 +74,7 @@ class PerAdapterLoss(keras.losses.Loss):
 
 
 class FunctionLoss(keras.losses.Loss):
-    """A function of targets and outputs, as Keras makes a loss of one."""
+    """A function of targets and outputs as a loss, like Keras's own wrapper."""
 
     def __init__(self, function):
         super().__init__(name=getattr(function, "__name__", None))
@@ -85,7 +85,7 @@ class FunctionLoss(keras.losses.Loss):
 
 
 def in_one_rank(*pair):
-    """Targets of shape (rows,) stand beside outputs of shape (rows, 1), for example."""
+    """Gives both the same number of axes, such as (rows,) and (rows, 1)."""
     low, high = sorted((0, 1), key=lambda place: len(pair[place].shape))
     found, ranks = list(pair), [len(pair[place].shape) for place in (low, high)]
     if ranks[0] + 1 == ranks[1] and pair[high].shape[-1] == 1:
@@ -97,7 +97,7 @@ def in_one_rank(*pair):
 
 
 def over(weights, values):
-    """Weights of rows, or of their parts, with the axes of values."""
+    """Gives weights of rows, or of their parts, the axes of values."""
     while len(weights.shape) > len(values.shape) and weights.shape[-1] == 1:
         weights = ops.squeeze(weights, -1)
     while len(weights.shape) < len(values.shape):
@@ -112,10 +112,10 @@ def by_row(values):
 
 
 class PerAdapterOptimizer(keras.optimizers.Optimizer):
-    """An optimizer of its own for each trainee, all like the one that was given.
+    """One optimizer for each trainee, all copies of the given one.
 
-    A trainee without rows in a batch takes no step: its variables, momenta and count
-    of steps stay as they are, to the bit, as if the batch had not been.
+    A trainee without rows in a batch takes no step: its variables, momenta and step
+    count do not change by a bit.
 
     Args:
         given: A Keras optimizer, its name, or a dict from the adapters' names to them.
@@ -152,7 +152,7 @@ class PerAdapterOptimizer(keras.optimizers.Optimizer):
         given = self.given.get(name, self.given.get(None))
         if given is None:
             raise ValueError(
-                f"The bank was compiled with optimizers for {sorted(self.given)}, and "
+                f"The bank was compiled with optimizers for {sorted(self.given)}, but "
                 f"with none for {name!r}."
             )
         return compiled.like_without_state(given, trainee.trainable_variables)
@@ -175,13 +175,13 @@ class PerAdapterOptimizer(keras.optimizers.Optimizer):
 
     @property
     def variables(self):
-        # Asked by Keras's constructor before there is any.
+        # Keras's constructor reads it before it is set.
         each = vars(self).get("each", [])
         return [*super().variables, *(v for *_, own in each for v in own.variables)]
 
     @property
     def learning_rate(self):
-        """The first one's; all get a rate that is set."""
+        """The first optimizer's rate; setting it sets all."""
         return self.each[0][2].learning_rate if self.each else 0.0
 
     @learning_rate.setter
@@ -231,7 +231,7 @@ def checked(optimizer):
         optimizer, "loss_scale_factor", None
     ):
         raise ValueError(
-            "A bank trains several adapters by one loss, which is not scaled: give an "
-            "optimizer without a loss scale, and train in float32 or mixed_bfloat16."
+            "A bank trains several adapters with one loss, which is not scaled. Give "
+            "an optimizer without a loss scale, and train in float32 or mixed_bfloat16."
         )
     return optimizer

@@ -1,4 +1,4 @@
-"""Reads an adapter for a bank: what its files say about each layer."""
+"""Reads an adapter for a bank, layer by layer."""
 
 import copy
 import dataclasses
@@ -16,17 +16,16 @@ from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.models import adapt
 from keras_lora.models.choose import WHOLE_MODEL, choose
 
-UNREAD = object()  # in the place of the adapter that a host may get
+UNREAD = object()  # placeholder for the adapter that a host may get
 
 
 class Part:
-    """Changes of an adapter in one layer.
+    """The changes of an adapter in one layer.
 
     Attributes:
-        layer: The model's own.
-        view: It as a LoRA layer, with an adapter in `lora`, or none.
-        bias, kernel: What the adapter has in their place, variables of its own; None:
-            nothing.
+        layer: The model's layer.
+        view: A view of it as a LoRA layer, with or without an adapter in `lora`.
+        bias, kernel: The adapter's own variables instead of the layer's, or None.
     """
 
     bias = kernel = None
@@ -40,7 +39,7 @@ class Part:
 
     @property
     def rank(self) -> int:
-        """The rank of `factors`; the full rank where the layer trained in full."""
+        """The rank of `factors`; the full rank if the layer trained in full."""
         if self.lora is not None:
             return self.lora.product_rank
         return 0 if self.kernel is None else full_rank(self.view)
@@ -55,19 +54,19 @@ class Part:
 
     @property
     def in_full(self) -> bool:
-        """Whether A and B are a kernel that trained in full."""
+        """Whether A and B represent a kernel that trained in full."""
         return self.lora is None and self.kernel is not None
 
     @property
     def depends_on_base(self) -> bool:
-        """Whether what a bank keeps of it holds for these weights of the model alone.
+        """Whether the bank's values are valid only for the model's present weights.
 
-        DoRA's gain does, and the difference of a bias or kernel that trained.
+        So are DoRA's gain, and the difference of a trained bias or kernel.
         """
         return self.has_gain or self.bias is not None or self.kernel is not None
 
     def factors(self):
-        """A, scaling * B and gain, as in `LowRankAdapter.for_bank`; None: nothing."""
+        """A, scaling * B and gain, as from `LowRankAdapter.for_bank`, or three None."""
         if self.lora is not None:
             return self.lora.for_bank()
         if self.kernel is None:
@@ -75,11 +74,11 @@ class Part:
         return (*full_update(self.view, self.kernel), None)
 
     def rows(self, form, bias_over) -> dict:
-        """Name -> what one slot holds, as tensors through which gradients go.
+        """Name -> value for one slot, as tensors that gradients go through.
 
         Args:
-            form: That of the slots, of a rank as high or higher.
-            bias_over: A function that lays out a bias over the outputs.
+            form: The form of the slots, of the same rank or a higher one.
+            bias_over: A function that reshapes a bias for the outputs.
         """
         found, (a, b, gain) = {}, self.factors()
         if a is not None:
@@ -100,7 +99,7 @@ def full_rank(view):
 def full_update(view, kernel, checked=False):
     """A and B with A @ B = kernel - W, one of them the identity.
 
-    checked: None where the layer's update is another product than that.
+    checked: Whether to return None if the layer's update is not that product.
     """
     dtype = methods.wide_dtype(view.variable_dtype)
     update = ops.convert_to_tensor(kernel, dtype) - view.base_kernel(dtype)
@@ -127,11 +126,11 @@ class Reading:
     """Contents of an adapter for the layers of a model, from `read`.
 
     Attributes:
-        parts: Path -> Part, of the layers that the adapter changes.
-        adapted: Module -> view, of those that have factors.
-        modules: Module -> layer, of all, with what is known of them.
-        trained: [(module, layer, variable, own)] of what trained with the factors:
-            the layer's, and the part's in its place, None where rows share it.
+        parts: Path -> Part, for the layers that the adapter changes.
+        adapted: Module -> view, for the layers that have factors.
+        modules: The model's `Modules`, with views of its layers.
+        trained: [(module, layer, variable, own)] for variables that trained with the
+            factors: the layer's, and the part's own, or None if rows share it.
     """
 
     parts: dict
@@ -141,7 +140,7 @@ class Reading:
 
 
 def as_host(layer):
-    """The layer seen as the LoRA layer that it would be; None where it can be none."""
+    """Returns a view of a layer as the LoRA layer that it would be, or None."""
     if isinstance(layer, LoRALayer):
         own = getattr(type(layer), "class_before", type(layer))
         own = own if issubclass(own, LoRALayer) else kinds.lora_class_of(own)
@@ -163,12 +162,12 @@ def read(model, paths, adapter, names, most) -> Reading:
         most: The highest rank that there is room for.
 
     Raises:
-        ValueError: Where load_adapter has one, a rank is higher, or the adapter trains
-            what cannot be one row's own.
+        ValueError: As in load_adapter; or if a rank is higher, or the adapter trains
+            weights that all rows share.
     """
     modules = module_names(paths, names, model, adapter)
     path_of = {id(layer): path for path, layer in paths.items()}
-    hosts = copy.copy(modules)  # with all that is known of the modules
+    hosts = copy.copy(modules)  # with all its attributes
     hosts.update((module, as_host(x) or x) for module, x in modules.items())
     for module, layer in modules.items():
         path_of[id(hosts[module])] = path_of[id(layer)]
@@ -176,8 +175,8 @@ def read(model, paths, adapter, names, most) -> Reading:
     file = matching.contents(adapter, hosts)
     if file.rows:
         raise ValueError(
-            f"The adapter has rows of {sorted(file.rows)} (trainable_token_indices): a "
-            "bank keeps no table for each adapter. Load it into a model of its own."
+            f"The adapter has rows of {sorted(file.rows)} (trainable_token_indices), "
+            "which a bank cannot hold. Load it into a model of its own."
         )
     for module, site in file.adapted.items():
         refuse_substituted(site, module)
@@ -187,14 +186,14 @@ def read(model, paths, adapter, names, most) -> Reading:
         rank = own_rank(host, file.factors[module].rank, module)
         if rank > most:
             raise ValueError(
-                f"The adapter has rank {rank} at {module!r}, and the bank has room for "
-                f"{most}. Make the bank with max_rank={rank}."
+                f"The adapter has rank {rank} at {module!r}, but the bank has room for "
+                f"{most}. Create the bank with max_rank={rank}."
             )
-        if module in file.starts:  # the other half of the file's factors
+        if module in file.starts:  # they are the other half of the factors
             rank //= 2
         options = {**load.adapter_options(file, module), "rank": rank, "alpha": None}
         lora = adapt.new_adapter(host, options)
-        vars(host)["lora"] = lora  # not its tracker, which is the layer's
+        vars(host)["lora"] = lora  # past the tracker, which is the layer's
         host.build_factors()
     pairs, parts = matching.checked_values(file), {}
     factors = {
@@ -215,7 +214,7 @@ def read(model, paths, adapter, names, most) -> Reading:
 
 
 def with_rows(model, paths, target) -> dict:
-    """Path -> layer, for what a target means and a bank can hold adapters of."""
+    """Path -> layer, for a target's layers whose adapters a bank can hold."""
     chosen, _, _ = choose(model, paths, target, None, [])
     able = {p: x for p, x in chosen.items() if kinds.form_of(x, 1).down is not None}
     if target not in WHOLE_MODEL or not able:
@@ -225,18 +224,18 @@ def with_rows(model, paths, target) -> dict:
 
 
 def refuse_substituted(site, name):
-    """Raises for a weight whose layer forms W + delta, one for all rows of a batch."""
+    """Raises for a weight whose layer forms one W + delta for all rows of a batch."""
     if kinds.form_of(site, 1).down is None:
         raise ValueError(
             f"A bank cannot hold adapters of {name!r}, a "
-            f"{type(kinds.layer_of(site)).__name__}: its call computes with one W + "
-            "delta "
-            "for all rows of a batch. Load such an adapter into a model of its own."
+            f"{type(kinds.layer_of(site)).__name__}: its call computes with one "
+            "W + delta for all rows of a batch. Load such an adapter into a model of "
+            "its own."
         )
 
 
 def own_rank(host, rank, module):
-    """The layer's rank for the rank that a file says of a module."""
+    """Returns the layer's rank for the rank of a module in a file."""
     parts = host.low_rank_form(1).file_rank or 1  # updates side by side
     if rank % parts:
         raise ValueError(
@@ -277,7 +276,7 @@ def add_others(reading, pairs, layers, path_of):
 
 
 def in_full(part, variable, value):
-    """The kernel that an adapter has trained in full, or None where it is not one."""
+    """Returns the kernel that an adapter has trained in full, or None."""
     if part.lora is not None or variable.name != part.view.kernel_name:
         return None
     own = own_variable(variable, value)
@@ -299,7 +298,7 @@ def own_variable(like, value):
 def unable(path, layer, variable):
     return (
         f"The adapter has trained {variable.name!r} of {path!r}, a "
-        f"{type(layer).__name__}, which rows of one batch share: a bank keeps factors, "
-        "biases and dense heads for each adapter. Train without it, or serve this "
-        "adapter as a model of its own."
+        f"{type(layer).__name__}, which all rows of a batch share: a bank keeps only "
+        "factors, biases and dense heads for each adapter. Train without it, or serve "
+        "this adapter in a model of its own."
     )

@@ -11,8 +11,7 @@ from keras import ops
 from keras_lora.keras_internals import layers
 from keras_lora.layers import torch_layout
 
-# What a layer's leading axis is: that of the batch, or a longer one in which each row
-# comes several times in a row, or all rows several times.
+# Kinds of leading axes: the batch; each row repeated; or all rows repeated.
 ROWS, REPEAT, TILE = "rows", "repeat", "tile"
 
 
@@ -33,7 +32,7 @@ class OneForAll:
         return form.bypass(inputs, a, b)
 
     def over(self, stack, ndim):
-        """A value for each slot, laid out to be combined with outputs."""
+        """Returns the slot's value, in the shape for combining it with outputs."""
         return ops.take(stack, self.slot, axis=0)
 
 
@@ -44,16 +43,16 @@ class RowByRow:
         self.slots = slots
 
     def for_layer(self, adapters, size):
-        """These rows as a layer meets them, whose leading axis may be a longer one.
+        """Returns the rows of a layer, whose leading axis may be longer.
 
         Args:
-            adapters: The layer's.
-            size: Of the leading axis of its inputs, a number or a tensor.
+            adapters: The layer's adapters.
+            size: The size of its inputs' leading axis, a number or a tensor.
         """
         if adapters.leading is None:
             raise ValueError(
-                f"It is not known yet what the leading axis of {adapters.name!r} is. "
-                "Call the bank once, with real inputs and outside of other functions: "
+                f"The leading axis of {adapters.name!r} is not known yet. "
+                "Call the bank once, with real inputs and outside other functions: "
                 'bank({"inputs": ..., "adapter": ...}).'
             )
         rows = ops.shape(self.slots)[0]
@@ -72,7 +71,7 @@ class RowByRow:
         return form.bypass_by_row(inputs, a, b, self.slots, training)
 
     def dropped(self, inputs, rates, seed):
-        """Dropout, of which each row has the rate of its slot."""
+        """Applies dropout with the rate of each row's slot."""
         rates = ops.take(ops.cast(rates, inputs.dtype), self.slots)
         rates = ops.reshape(rates, (-1, *[1] * (len(inputs.shape) - 1)))
         drawn = keras.random.uniform(ops.shape(inputs), dtype="float32", seed=seed)
@@ -91,10 +90,10 @@ class RowByRow:
 
 
 def assert_equal(size, rows, name):
-    """The leading axis of a layer's inputs is that of the ids, and not guessed."""
+    """Raises unless the leading axis of a layer's inputs is as long as the ids."""
     message = (
-        f"{name!r} gets a different number of rows than there are adapters. Give one "
-        "name or id for each row of the batch."
+        f"{name!r} got another number of rows than there are adapters. Give one name "
+        "or id for each row of the batch."
     )
     if isinstance(size, int) and isinstance(rows, int):
         if size != rows:

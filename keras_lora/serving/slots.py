@@ -1,4 +1,4 @@
-"""The slots of a bank, the names and ids that mean them, and what a bank is given."""
+"""The slots of a bank, their names and ids, and checks of a bank's arguments."""
 
 import collections
 import difflib
@@ -29,18 +29,18 @@ class Slots(Stacks, keras.layers.Layer):
 
         A   (slots, *A's shape)   padded with zeros to the highest rank
         B   (slots, *B's shape)   scaling * B
-        bias, gain                as they are combined with outputs; where needed
+        bias, gain                in the shape for combining them with outputs
 
-    The first slot is the base model's: zeros, and 1 for the gain. The last holds NaN
-    in B, for ids that name nothing.
+    The first slot is the base model's: zeros, and 1 for the gain. The last holds NaN in
+    B, for unknown ids.
 
     Args:
-        count: How many slots.
-        rank: The highest rank that there is room for.
-        form: The layer's, at that rank.
-        bias_shape: Laid out over the outputs; None: no bias is kept.
-        gain_shape: Laid out over the outputs; None: no gain is kept.
-        dtype: That of the layer's variables, float32 at least.
+        count: The number of slots.
+        rank: The highest rank.
+        form: The layer's form at that rank.
+        bias_shape: The shape of a bias for the outputs; None if no bias is kept.
+        gain_shape: The shape of a gain for the outputs; None if no gain is kept.
+        dtype: The dtype of the layer's variables; at least float32 is used.
     """
 
     def __init__(self, count, rank, form, bias_shape, gain_shape, dtype):
@@ -65,7 +65,7 @@ class Slots(Stacks, keras.layers.Layer):
         )
 
     def rows(self, **values) -> dict:
-        """Name -> what one slot holds; what is not named gets the base model's."""
+        """Name -> value for one slot; those not given are the base model's."""
         return {
             name: np.ascontiguousarray(
                 np.broadcast_to(values.get(name, base_row(name)), stack.shape[1:]),
@@ -80,7 +80,7 @@ class Slots(Stacks, keras.layers.Layer):
 
 
 class WithTrainees(Stacks):
-    """The stacks of a layer, and behind them what each trainee has there."""
+    """The stacks of a layer, followed by the values of each trainee."""
 
     def __init__(self, host, adapters, trainees):
         slots, path = adapters.slots, adapters.name
@@ -104,37 +104,36 @@ class WithTrainees(Stacks):
 
 
 def base_row(name) -> float:
-    """Returns the value that leaves the base model as it is."""
+    """Returns the value that does not change the base model."""
     return 1.0 if name == "gain" else 0.0
 
 
 def write_slot(stack, slot, value):
     """stack[slot] = value; threads that read see the old values or the new ones.
 
-    The whole is written anew: once a TensorFlow variable was written to in place, every
-    read copies all of it.
+    The whole stack is assigned: after an update in place, TensorFlow copies the
+    variable on every read.
     """
     value = ops.convert_to_tensor(value[None])
     stack.assign(ops.scatter_update(stack, [[slot]], value))
 
 
-MOST_SPARE = 8  # slots for adapters that were replaced, and that calls still read
+MOST_SPARE = 8  # slots for replaced adapters that calls still read
 
 
 class Directory(keras.layers.Layer):
-    """Which ids there are, and which slot each means.
+    """The ids of a bank, and the slot of each.
 
-        table   (capacity + 1, 2)   for each entry the id that means it, and its slot
+        table   (capacity + 1, 2)   for each entry, its present id and its slot
 
-    An id is its entry plus a multiple of their number that grows: no id is handed out
-    twice. So an id that nobody handed out, or of a name that was removed, finds
-    another in its entry, and gets the last slot, which gives NaN. A name that is given
-    another adapter gets it in a slot that is free and that no call reads, and keeps its
-    id: one assignment replaces it. So there are more slots than names, for what calls
-    still read that began before.
+    An id is its entry plus a growing multiple of the number of entries, so no id is
+    used twice. An unknown id, or that of a removed name, differs from the id in its
+    entry and gets the last slot, which gives NaN. If a name gets another adapter, that
+    is written to a free slot that no call reads, and one assignment replaces the old
+    one under the same id. So there are more slots than names, for running calls.
 
     Args:
-        capacity: How many names there can be.
+        capacity: The largest number of names.
     """
 
     def __init__(self, capacity):
@@ -157,7 +156,7 @@ class Directory(keras.layers.Layer):
 
     @property
     def no_slot(self):
-        """The slot of ids that name nothing."""
+        """The slot of unknown ids."""
         return self.slot_count - 1
 
     @property
@@ -167,8 +166,9 @@ class Directory(keras.layers.Layer):
     def refuse_if_full(self, name):
         if name not in self.id_of and len(self.names) == self.capacity:
             raise ValueError(
-                f"The bank holds {self.capacity} adapters, its `capacity`: there is no "
-                f"room for {name!r}. Remove one of {self.names[:9]} first."
+                f"The bank holds {self.capacity} adapters, its `capacity`, and has no "
+                f"room for {name!r}. Remove one of {self.names[:9]} first, or create "
+                "the bank with a higher `capacity`."
             )
 
     def publish(self, name, slot):
@@ -193,14 +193,14 @@ class Directory(keras.layers.Layer):
         return values
 
     def slots(self, ids):
-        """The slots that ids of a batch mean."""
+        """Returns the slots of a batch's ids."""
         entries = ops.mod(ids, self.capacity + 1)
         found = ops.cast(ops.take(self.table, entries, axis=0), ids.dtype)
         slots = ops.where(found[:, 0] == ids, found[:, 1], self.no_slot)
         return ops.cast(slots, "int32")
 
     def known(self, names):
-        """A list of names, checked."""
+        """Returns a list of names, checked."""
         if isinstance(names, str) or not hasattr(names, "__iter__"):
             raise ValueError(
                 "`names` must be a list with the name of an adapter, or None for the "
@@ -214,8 +214,8 @@ class Directory(keras.layers.Layer):
         if name is None or (isinstance(name, str) and name in self.id_of):
             return name
         close = difflib.get_close_matches(str(name), self.names, n=3, cutoff=0.3)
-        hint = f" Close are: {close}." if close else f" There are: {self.names[:9]}."
-        raise ValueError(f"The bank has no adapter {name!r}.{hint}")
+        hint = f"The closest are {close}." if close else f"It has {self.names[:9]}."
+        raise ValueError(f"The bank has no adapter {name!r}. {hint}")
 
 
 def checked_adapters(adapters, target) -> dict:
@@ -228,12 +228,12 @@ def checked_adapters(adapters, target) -> dict:
     for name in adapters:
         if not isinstance(name, str) or not name:
             raise ValueError(
-                f"The name of an adapter is a string, and not empty. Received: {name!r}"
+                f"The name of an adapter must be a non-empty string. Received: {name!r}"
             )
     if not adapters and target is None:
         raise ValueError(
-            "A bank needs `adapters`, or a `target` that says at which layers there is "
-            'room, such as "all-linear".'
+            "A bank needs `adapters`, or a `target` that says which layers get room "
+            'for adapters, such as "all-linear".'
         )
     return dict(adapters)
 
@@ -260,41 +260,41 @@ def refuse_names(x):
     values = given if isinstance(given, (list, tuple, np.ndarray)) else ()
     if any(value is None or isinstance(value, (str, bytes)) for value in values):
         raise ValueError(
-            '"adapter" must hold ids, and not names: `bank.ids(names)` gives them. '
+            '"adapter" must hold ids, not names: `bank.ids(names)` returns them. '
             f"Received: {given!r}"[:300]
         )
 
 
 def named(name, function, *arguments):
-    """function(*arguments), whose errors say which adapter they are about."""
+    """Calls function(*arguments); its errors name the adapter."""
     try:
         return function(*arguments)
     except ValueError as error:
         raise ValueError(f"The adapter {name!r}: {error}") from error
 
 
-SLOTS = "slots"  # in the place of "adapter" among a bank's inputs
+SLOTS = "slots"  # replaces "adapter" among a bank's inputs
 
 
 class FixedIds:
-    """Slots of all ids at one moment, for a call that keeps them.
+    """The slots of all ids at one moment, for a call that keeps them.
 
     Args:
-        values: What is in the bank's table at that moment.
-        no_slot: The slot of ids that name nothing.
+        values: The values of the bank's table at that moment.
+        no_slot: The slot of unknown ids.
     """
 
     def __init__(self, values, no_slot):
         self.values, self.no_slot = values, no_slot
 
     def slots(self, ids):
-        """The slots of ids, a NumPy array."""
+        """Returns the slots of ids, a NumPy array."""
         found = self.values[ids % len(self.values)]
         slots = np.where(found[:, 0] == ids, found[:, 1], self.no_slot)
         return slots.astype("int32")
 
     def inputs(self, inputs):
-        """A bank's inputs with slots; what is no dict with ids stays as it is."""
+        """Replaces ids by slots in a bank's inputs; other inputs are unchanged."""
         if not isinstance(inputs, Mapping) or "adapter" not in inputs:
             return inputs
         ids = inputs["adapter"]
@@ -305,12 +305,12 @@ class FixedIds:
         return {**others, SLOTS: slots}
 
     def batch(self, batch):
-        """A batch: inputs, or these with targets and weights; a tuple of them."""
+        """Replaces ids in a batch: inputs, or inputs with targets and weights."""
         inputs, *rest = batch if isinstance(batch, (tuple, list)) else (batch,)
         return (self.inputs(inputs), *rest)
 
     def batches(self, batches):
-        """A dataset of another library, or anything else that gives batches."""
+        """Replaces ids in a dataset or any other iterable of batches."""
         if isinstance(batches, keras.utils.PyDataset):
             return Batches(batches, self)
         if hasattr(batches, "element_spec"):
@@ -331,7 +331,7 @@ class FixedIds:
 
 
 class Batches(keras.utils.PyDataset):
-    """A PyDataset with slots in the place of ids."""
+    """A PyDataset with slots instead of ids."""
 
     def __init__(self, given, fixed):
         super().__init__(
@@ -356,7 +356,7 @@ class Batches(keras.utils.PyDataset):
 
 
 def checked_ids(ids):
-    """Ids as a NumPy array."""
+    """Returns ids as a NumPy array, checked."""
     ids = keras.ops.convert_to_numpy(ids) if keras.ops.is_tensor(ids) else ids
     ids = np.asarray(ids)
     refuse_other_ids(ids)
@@ -364,9 +364,9 @@ def checked_ids(ids):
 
 
 def refuse_other_ids(ids):
-    """Raises ValueError for what cannot be ids, an array or a tensor."""
+    """Raises ValueError for an array or tensor that cannot hold ids."""
     if "int" not in str(ids.dtype) or len(ids.shape) != 1:
         raise ValueError(
             '"adapter" must be a vector of whole numbers, as `bank.ids(names)` '
-            f"gives them. Received: shape {ids.shape}, dtype {ids.dtype}."
+            f"returns it. Received: shape {ids.shape}, dtype {ids.dtype}."
         )

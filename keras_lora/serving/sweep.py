@@ -1,4 +1,4 @@
-"""Many settings of an adapter, trained at once over one frozen model."""
+"""sweep: adapters with many settings, trained at once over one model."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ from keras_lora.serving.bank import AdapterBank
 
 
 def split(data, validation_data):
-    """(x, y, weights or None) for training and for validation."""
+    """Returns (x, y, weights or None) for training and for validation."""
     checked = []
     for argument, given in (("data", data), ("validation_data", validation_data)):
         if given is None:
@@ -46,7 +46,7 @@ def split(data, validation_data):
         first = count - count // 5
         if first == count:
             raise ValueError(
-                f"{count} rows are too few for a fifth of them: give `validation_data`."
+                f"{count} rows are too few to split: give `validation_data`."
             )
         whole = checked[0]
         checked = [taken(whole, slice(first)), taken(whole, slice(first, None))]
@@ -110,13 +110,13 @@ class Validator(keras.callbacks.Callback):
             losses.append(float(found["loss"]))
 
 
-# What a setting may hold beside the words of `apply_lora`, and what it may not.
+# Keywords of other libraries, which a setting may not have.
 SETTING_KEYWORDS = {**MODEL_KEYWORDS, "lr": "learning_rate"}
 del SETTING_KEYWORDS["learning_rate"]
 
 
 class Setting(NamedTuple):
-    """One setting, and the validation loss after each epoch; a loss of NaN is worst."""
+    """A setting and its validation losses after each epoch; NaN is the worst."""
 
     name: str
     settings: dict
@@ -124,7 +124,7 @@ class Setting(NamedTuple):
 
     @property
     def loss(self) -> float:
-        """After the last epoch."""
+        """The loss after the last epoch."""
         return self.losses[-1]
 
     @property
@@ -159,7 +159,7 @@ class Sweep(Table, Sequence):
 
     @property
     def adapter(self) -> Adapter:
-        """The best setting's, for `load_adapter` or `save`."""
+        """The adapter of the best setting, for `load_adapter` or `save`."""
         return self.adapters[self.best.name]
 
     def parts(self):
@@ -181,7 +181,7 @@ class Sweep(Table, Sequence):
 
         Raises:
             ImportError: Without matplotlib.
-            ValueError: If the ending of the path is no format's.
+            ValueError: If the ending of the path is of no known format.
         """
         tables.draw_sweep(self, path)
 
@@ -200,25 +200,26 @@ def sweep(
 ) -> Sweep:
     """Trains one adapter for each setting in one fit, and compares them.
 
-    All are adapters of one `AdapterBank` and see the same batches in the same order.
-    Each adapter trains as it would alone. The model is left unchanged.
+    The adapters are in one `AdapterBank` and get the same batches in the same order.
+    Each trains as it would alone. The model is left unchanged.
 
     Args:
         model: A Keras model that is built and holds no adapter.
-        data: (x, y) or (x, y, sample_weight), NumPy arrays, or nested ones.
-        settings: A list of dicts, or a dict from names to them: `learning_rate` and
+        data: (x, y) or (x, y, sample_weight), each a NumPy array or nested arrays.
+        settings: A list of dicts, or a dict from names to dicts, of `learning_rate` and
             arguments of `apply_lora`.
-        validation_data: Like `data`; default the last fifth of it.
-        loss: Of `keras.Model.compile`; default the model's own, if it is compiled.
-        optimizer: A Keras optimizer or its name; each setting gets one like it.
+        validation_data: Like `data`. The default is the last fifth of `data`.
+        loss: As in `keras.Model.compile`. The default is the loss of the model, if it
+            is compiled.
+        optimizer: A Keras optimizer or its name; each setting gets a copy.
         epochs: Number of passes over the data.
-        batch_size: Rows in a step for each setting. The model computes them once for
-            every setting.
-        verbose: Of `keras.Model.fit`.
+        batch_size: Rows of a step for each setting. A step computes n times as many
+            rows for n settings.
+        verbose: As in `keras.Model.fit`.
 
     Returns:
-        A sequence of rows, the best first, which prints as a table; `.adapter` is the
-        winner, `.plot(path)` a picture.
+        A sequence of rows, the best first, which prints as a table. `.adapter` is the
+        best adapter, and `.plot(path)` draws the losses.
 
     Raises:
         ValueError: If a setting, the data or the loss does not fit. The model is left
@@ -282,9 +283,9 @@ def named_settings(settings) -> dict:
 
 
 def refuse_no_rate(rate):
-    """Raises ValueError if an optimizer of Keras would fail with this rate, or later.
+    """Raises ValueError for a rate with which a Keras optimizer would fail.
 
-    A schedule is one, and any function.
+    Schedules and other functions are allowed.
     """
     if callable(rate) or (is_number(rate) and math.isfinite(rate) and rate >= 0):
         return
@@ -295,7 +296,7 @@ def refuse_no_rate(rate):
 
 
 def fresh_adapter(model, settings) -> Adapter:
-    """Returns the adapter that apply_lora would make; the model stays as it is."""
+    """Returns the adapter that apply_lora would create; the model is not changed."""
     arguments = with_defaults(apply.apply_lora, model, **settings)
     del arguments["dry_run"]
     with apply.applied(arguments.pop("model"), Request(**arguments)):

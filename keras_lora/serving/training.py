@@ -24,11 +24,11 @@ from keras_lora.serving.slots import Directory
 
 
 class Trainee(keras.layers.Layer):
-    """One adapter as variables, read from its source to the bit.
+    """One adapter as variables, with exactly the values of its source.
 
     Attributes:
-        adapter_name: What the bank calls it.
-        parts: Path -> Part, whose variables these are.
+        adapter_name: Its name in the bank.
+        parts: Path -> Part, which hold the variables.
     """
 
     def __init__(self, bank, adapter_name, adapter):
@@ -36,7 +36,7 @@ class Trainee(keras.layers.Layer):
         arguments = bank.model, bank.hosts.paths, adapter, bank.names_given
         reading = read(*arguments, bank.max_rank)
         self.adapter_name = adapter_name
-        # Past Keras's tracking: views of the model's layers are none of it.
+        # Past Keras's tracking, because views of the model's layers are not its own.
         vars(self).update(parts=reading.parts, reading=reading)
         vars(self)["said"] = {key: adapter.config.get(key) for key in config.FACTS}
         self.loras = [p.lora for p in reading.parts.values() if p.lora is not None]
@@ -50,23 +50,23 @@ class Trainee(keras.layers.Layer):
         if any(part.has_gain and part.dropout for part in reading.parts.values()):
             raise ValueError(
                 f"The adapter {adapter_name!r} has DoRA with dropout, which a bank "
-                "does not train: its dropout reaches the base model's product as well. "
-                "Set lora_dropout to 0 in its config."
+                "cannot train, because it drops inputs of the frozen kernel too. Set "
+                "lora_dropout to 0 in its config."
             )
         self.built = True
 
     def refuse_shared(self, reading):
-        """Raises ValueError for what the adapter trains and rows of one batch share."""
+        """Raises ValueError if the adapter trains weights that all rows share."""
         for module, layer, variable, own in reading.trained:
             if own is None:
                 raise ValueError(
                     f"The adapter {self.adapter_name!r} trains {variable.name!r} of "
-                    f"{module!r}, a {type(layer).__name__}, which rows of one batch "
-                    "share. Train it on a model of its own."
+                    f"{module!r}, a {type(layer).__name__}, which all rows of a batch "
+                    "share. Train it in a model of its own."
                 )
 
     def read(self) -> Adapter:
-        """The adapter as it is now."""
+        """Returns the adapter with its present values."""
         reading = self.reading
         trained = [(module, own) for module, *_, own in reading.trained]
         adapter = save.adapter_from(reading.modules, reading.adapted, trained)
@@ -76,11 +76,11 @@ class Trainee(keras.layers.Layer):
 
 @dataclasses.dataclass
 class Folder:
-    """An adapter that is not kept in memory beside its slot.
+    """An adapter in a folder, which is not kept in memory.
 
     Attributes:
-        path: Of the folder.
-        digest: Of what stood in it.
+        path: The folder's path.
+        digest: The digest of the adapter when it was read.
     """
 
     path: str
@@ -106,7 +106,7 @@ def source_of(model, adapter):
 
 @dataclasses.dataclass
 class Kept:
-    """An adapter that was given as one."""
+    """An adapter that was given as an `Adapter`."""
 
     adapter: Adapter
 
@@ -115,7 +115,7 @@ class Kept:
 
 
 def digest(adapter) -> str:
-    """SHA-256 of all that tells two adapters apart."""
+    """Returns a SHA-256 that differs for different adapters."""
     said = [adapter.config, adapter.slices, sorted(adapter.starts)]
     found = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     for name, value in sorted(adapter.tensors.items()):
@@ -146,13 +146,13 @@ class Training:
         """Compiles as `keras.Model.compile`, with an optimizer for each adapter.
 
         Args:
-            optimizer: A Keras optimizer, or its name: every adapter gets one like it.
+            optimizer: A Keras optimizer or its name; every adapter gets a copy.
                 Or a dict from the adapters' names to optimizers.
             loss: Losses that are means or sums over rows.
-            kwargs: Of `keras.Model.compile`.
+            kwargs: As in `keras.Model.compile`.
 
         Raises:
-            ValueError: For a loss scale, a loss of another kind, or "mixed_float16".
+            ValueError: For a loss scale, another kind of loss, or "mixed_float16".
         """
         if self.dtype_policy.name == "mixed_float16":
             raise ValueError(
@@ -172,9 +172,9 @@ class Training:
 
             L = sum over the adapters k of loss(y[ids == k], f(x)[ids == k])
 
-        Everything else, also the model's own weights, stays the same to the bit. Each
-        adapter trains as it would alone on its own rows of each batch. An adapter
-        without rows in a batch takes no step, and its optimizer state stays the same.
+        Everything else, including the model's own weights, does not change by a bit.
+        Each adapter trains as it would alone on its own rows of each batch. An adapter
+        without rows in a batch takes no step, and its optimizer state does not change.
         The loss in the logs is L. The model's kernels are frozen during training, as
         after `apply_lora`.
 
