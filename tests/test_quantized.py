@@ -805,7 +805,7 @@ def test_a_quantized_head_that_is_to_train_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"quantized.*float values.*filters"):
         keras_lora.load_adapter(model, tmp_path / "adapter")
     model = build(dtype="int8_from_float32")
-    with pytest.raises(ValueError, match="means 'head'"):
+    with pytest.raises(ValueError, match="names 'head'"):
         keras_lora.apply_lora(model, target=["up"], also_train=["head"])
     # A layer under such a policy that has no integers trains as ever.
     model = keras.Sequential(
