@@ -445,7 +445,7 @@ def test_frozen_kernels_stay_frozen_and_biases_follow_their_flag(tmp_path):
     model.layers[-2].trainable = False
     model.layers[-2].trainable = True
     frozen = [to_numpy(site.frozen_kernel) for site in adapted_sites(model)]
-    model.compile("adam", "mse", jit_compile=False)
+    model.compile("adam", "mse", run_eagerly=True)
     x = np.random.default_rng(1).standard_normal((4, 4, 6)).astype("float32")
     model.fit(x, np.ones((4, 2)), epochs=2, verbose=0)
     for site, kernel in zip(adapted_sites(model), frozen, strict=True):
