@@ -1,4 +1,4 @@
-"""The call that runs now, and the calls that made symbolic tensors."""
+"""The current call, and the calls that made symbolic tensors."""
 
 import contextlib
 
@@ -8,25 +8,25 @@ from keras_lora.keras_internals import private_names, probes
 
 
 def was_called(layer):
-    """Whether a layer was ever called, symbolically too; `built` does not tell."""
+    """Whether a layer was ever called, also symbolically; `built` does not tell."""
     return layer._called
 
 
 def in_a_call():
-    """Whether this runs inside the call of some layer."""
+    """Whether the code runs inside a layer's call."""
     return outermost_layer() is not None
 
 
 def outermost_layer():
-    """The layer that was called first, of those that this runs inside of, or None."""
+    """Returns the outermost layer whose call the code runs in, or None."""
     context = probes.global_state.get_global_attribute("current_call_ctx")
     return None if context is None else context.entry_layer
 
 
 def in_a_trace(values):
-    """Whether a function is being traced, compiled or built of symbolic tensors.
+    """Whether a function is being traced, compiled or built from symbolic tensors.
 
-    values: What it is called with, for JAX, which shows it in the values alone.
+    values: Its arguments, which are the only sign of tracing on JAX.
     """
     if in_stateless_scope() or in_tensorflow_graph():
         return True
@@ -40,7 +40,7 @@ def in_a_trace(values):
 
 
 def in_tensorflow_graph():
-    """Whether this call is being traced, so that what nothing needs is left out."""
+    """Whether TensorFlow is tracing, so that unused operations are left out."""
     if keras.backend.backend() != "tensorflow":
         return False
     import tensorflow as tf
@@ -58,7 +58,7 @@ def is_traced(flag):
 
 
 def inside_checkpoint() -> bool:
-    """Whether torch saves tensors by hooks, as a function under `keras.remat` does."""
+    """Whether torch saves tensors with hooks, as under `keras.remat`."""
     if keras.backend.backend() != "torch":
         return False
     import torch
@@ -73,9 +73,9 @@ def inside_checkpoint() -> bool:
 
 
 def drawn_in_checkpoint() -> int:
-    """A number that is drawn again where a function is computed once more.
+    """Draws a number that is the same when torch repeats a function.
 
-    torch sets its generator back for that.
+    torch resets its generator for that.
     """
     import torch
 
@@ -83,10 +83,9 @@ def drawn_in_checkpoint() -> int:
 
 
 def recording_is_stopped(variable) -> bool:
-    """Whether TensorFlow's tapes record nothing now.
+    """Whether no TensorFlow tape is recording.
 
-    So a function under `keras.remat` runs at first, and not when it is computed once
-    more.
+    So it is in the first run of a function under `keras.remat`, not in the second.
     """
     import tensorflow as tf
 
@@ -96,17 +95,17 @@ def recording_is_stopped(variable) -> bool:
 
 
 def tensorflow_graph():
-    """The graph that is traced now; one for all that runs eagerly."""
+    """Returns the graph being traced, or a default graph in eager mode."""
     import tensorflow as tf
 
     return tf.compat.v1.get_default_graph()
 
 
 def next_seed(generator):
-    """The next seed of a generator.
+    """Returns the next seed of a generator.
 
-    JAX traces a function under `keras.remat` by itself: the generator's state may not
-    become a value of that trace.
+    JAX traces a function under `keras.remat` separately, and the generator's state must
+    not become a value of that trace.
     """
     if keras.backend.backend() != "jax" or not in_stateless_scope():
         return generator.next()
@@ -121,7 +120,7 @@ def next_seed(generator):
 
 
 def innermost_layer():
-    """The layer that is being built or called now; None: there is none."""
+    """Returns the layer that is being built or called, or None."""
     scopes = probes.global_state.get_global_attribute("name_scope_stack")
     return scopes[-1].caller if scopes else None
 
@@ -131,10 +130,10 @@ def in_stateless_scope():
 
 
 def traced_for_xla():
-    """Whether the running code is being compiled with XLA by TensorFlow.
+    """Whether TensorFlow is compiling the running code with XLA.
 
-    A variable that is made there cannot start from another's value. (In a stateless
-    scope, where Keras builds a model symbolically, it is made later.)
+    A variable that is created there cannot start from another's value. (In a stateless
+    scope, where Keras builds a model symbolically, it is created later.)
     """
     if in_stateless_scope() or not in_tensorflow_graph():
         return False
@@ -149,7 +148,7 @@ def traced_for_xla():
 
 
 def mask_of(tensor):
-    """The mask that a layer has put on its outputs; None: it has none."""
+    """Returns the mask that a layer has put on its outputs, or None."""
     return probes.masking.get_keras_mask(tensor)
 
 
@@ -169,9 +168,9 @@ def lies_outside(variable) -> bool:
     """Whether a loop of Keras's on JAX has taken the value out of a variable."""
     try:
         value = variable.value
-    except TypeError:  # there is no initializer any more to make another one
+    except TypeError:  # no initializer is left to create a value
         return True
-    if is_traced(value):  # and has nothing that could be deleted
+    if is_traced(value):  # a tracer cannot be deleted
         return False
     return value is None or getattr(value, "is_deleted", bool)()
 
@@ -180,13 +179,13 @@ def lies_outside(variable) -> bool:
 def keeping_weights(model):
     """Keeps the model's weights if one of Keras's loops raises on JAX.
 
-    On JAX they are taken out of the variables meanwhile, and Keras does not bring them
-    back after an error: they are the loop's last ones, or the first ones still.
+    On JAX, loops take them out of the variables, and Keras does not restore them after
+    an error. They get the loop's last values, or else those from its beginning.
     """
     if keras.backend.backend() != "jax":
         yield
         return
-    vars(model).pop("_jax_state", None)  # of a loop that has failed
+    vars(model).pop("_jax_state", None)  # left by a loop that failed
     values = [(v, v.value) for v in model.variables if not lies_outside(v)]
     try:
         yield
@@ -199,14 +198,14 @@ def keeping_weights(model):
 
 
 def legacy_format():
-    """Whether a configuration is asked for by the writer of the old .h5 format."""
+    """Whether a configuration is requested for the old .h5 format."""
     return probes.global_state.get_global_attribute("use_legacy_config", False)
 
 
 def made_by(tensor):
-    """The operation that made a symbolic tensor, and the tensors that it made it of.
+    """Returns the operation that made a symbolic tensor, and its input tensors.
 
-    Keras's public `Model.operations` do not say which of them makes the outputs.
+    Keras's public `Model.operations` do not show which of them makes the outputs.
     """
     node = node_of(tensor)
     return node.operation, node.input_tensors
@@ -222,7 +221,7 @@ def computed(outputs, values, run):
 
     Args:
         outputs: A structure of symbolic tensors.
-        values: id of a symbolic tensor -> its value, for those that nothing makes.
+        values: id of a symbolic tensor -> its value, for the inputs.
         run: (operation, args, kwargs) -> the operation's outputs.
     """
 
@@ -241,7 +240,7 @@ def computed(outputs, values, run):
 
 
 def run_operation(operation, args, kwargs):
-    """The outputs of an operation, or of a layer, for values."""
+    """Returns the outputs of an operation or layer for values."""
     if isinstance(operation, keras.layers.Layer):
         return operation(*args, **kwargs)
     return operation.call(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""A built layer under another class: for good, or as a second view of its state."""
+"""Gives a built layer another class, in place or as a second view of its state."""
 
 import contextlib
 import functools
@@ -9,9 +9,9 @@ import keras
 
 
 def change_class(layer, new_class):
-    """Gives a layer another class, and renews what Keras derived from the old one."""
+    """Changes a layer's class, and updates what Keras derived from the old one."""
     rebind_wrapped_methods(layer, new_class)
-    # Keras leaves here what it replaces while it calibrates.
+    # Keras's calibration leaves the method that it replaced here.
     if getattr(vars(layer).get("call"), "__func__", None) is type(layer).call:
         del layer.call
     old = derived_from_class(type(layer))
@@ -19,13 +19,13 @@ def change_class(layer, new_class):
     for name, value in derived_from_class(new_class).items():
         if value != old[name]:
             held = vars(layer).get(name)
-            # A dict may have got more entries since.
+            # Keep entries that were added to a dict since.
             value = {**held, **value} if isinstance(held, dict) else value
             vars(layer)[name] = value
 
 
 def rebind_wrapped_methods(layer, new_class):
-    """Lets the methods that Keras wraps for each instance call those of a class.
+    """Makes methods that Keras wraps for each instance call those of a class.
 
     `Layer.__new__` puts a function in front of `build` (and of `quantize`, before
     Keras 3.16) that holds the method in its closure.
@@ -33,7 +33,7 @@ def rebind_wrapped_methods(layer, new_class):
     for name, wrapper in vars(layer).items():
         method = getattr(wrapper, "__wrapped__", None)
         own = getattr(method, "__self__", None) is layer
-        if not own or method.__name__ != name:  # KerasHub's generate_function is none
+        if not own or method.__name__ != name:  # such as KerasHub's generate_function
             continue
         new = getattr(new_class, name).__get__(layer)
         for cell in wrapper.__closure__:
@@ -44,9 +44,9 @@ def rebind_wrapped_methods(layer, new_class):
 
 @functools.cache
 def derived_from_class(cls) -> dict:
-    """Attributes that `Layer.__init__` gives an instance: those of comparable types.
+    """Returns the attributes that `Layer.__init__` sets, if they can be compared.
 
-    Among them is what it derives from the signature of `call`.
+    Some of them are derived from the signature of `call`.
     """
     sample = object.__new__(cls)
     keras.layers.Layer.__init__(sample, name="sample")
@@ -55,10 +55,10 @@ def derived_from_class(cls) -> dict:
 
 
 def seen_as(layer, cls):
-    """The same layer under another class: a second object over the same attributes.
+    """Returns a view of a layer under another class, with the same attributes.
 
-    Its methods can be asked, for a configuration say, while other threads use the
-    layer itself, of which nothing changes.
+    Its methods, such as `get_config`, can be called while other threads use the layer,
+    which does not change.
     """
     view = object.__new__(cls)
     object.__setattr__(view, "__dict__", vars(layer))
@@ -66,22 +66,22 @@ def seen_as(layer, cls):
 
 
 def twin(layer, cls, changed):
-    """A view of a layer under a class, of which some attributes are others."""
+    """Returns a view of a layer under a class, with some attributes changed."""
     view = object.__new__(cls)
     object.__setattr__(view, "__dict__", {**vars(layer), **changed})
     return view
 
 
 def bound_functions(layer) -> list:
-    """Names of what a layer holds that runs a method of it, `keras.remat(self.f)` say.
+    """Names of attributes that run a method of the layer: `keras.remat(self.f)`.
 
-    Not those that Keras puts in front of methods, under their own names.
+    Keras's own wrappers, which have the methods' names, are left out.
     """
     found = []
     for name, value in vars(layer).items():
         cells = getattr(value, "__closure__", None) or ()
         inside = [value, getattr(value, "__wrapped__", None)]
-        with contextlib.suppress(ValueError):  # a cell that is empty still
+        with contextlib.suppress(ValueError):  # an empty cell
             inside += [cell.cell_contents for cell in cells]
         methods = [x for x in inside if isinstance(x, types.MethodType)]
         if any(x.__self__ is layer and x.__name__ != name for x in methods):
@@ -101,13 +101,14 @@ def calls_remat(layer) -> bool:
 
 
 def call_with(layer, cls, values, args, kwargs):
-    """A layer's call under a class, in which other values stand at some places.
+    """Runs a layer's call under a class, with other values at some places.
 
-    The call runs on a view of the layer, and on views of what leads to a place. What
-    it sets on them, as Keras's LSTM sets `supports_jit`, is set on the layers.
+    The call runs on a view of the layer, and on views of the objects that lead to a
+    place. Attributes that it sets on them, such as `supports_jit` of Keras's LSTM, are
+    set on the layers too.
 
-    values: keys -> value, with the keys of `weight_places`. What stands at `call` of a
-        layer inside is a function of that layer's view and the call's arguments.
+    values: keys -> value, with the keys of `weight_places`. A value for `call` of an
+        inner layer is a function of that layer's view and the call's arguments.
     """
     seen = []
     outputs = cls.call(changed_view(layer, values, seen, cls), *args, **kwargs)
@@ -119,9 +120,9 @@ def call_with(layer, cls, values, args, kwargs):
 
 
 def changed_view(held, values, seen, cls=None):
-    """A view of a layer, or a copy of a list or dict, with other values at places.
+    """Returns a view of a layer, or a copy of a list or dict, with other values.
 
-    seen: gets the layers, with their views and what these held at first.
+    seen: a list that gets each layer, its view and the view's first attributes.
     """
     if () in values:
         return values[()]
@@ -133,8 +134,8 @@ def changed_view(held, values, seen, cls=None):
             key: changed_view(getattr(held, key), own, seen)
             for key, own in inside.items()
         }
-        # A cell that TensorFlow computes once more by itself, inside of a layer that it
-        # does so with, would have no gradient for what is no variable.
+        # Rematerialized again inside a rematerialized layer, a cell would have no
+        # gradient for values that are not variables (on TensorFlow).
         view = twin(held, cls or type(held), {**changed, "_remat_mode": None})
         if "call" in changed:
             vars(view)["call"] = changed["call"].__get__(view)
@@ -158,7 +159,7 @@ def value_at(layer, keys):
 
 
 def like_method(method, plain):
-    """A method that Keras sees with the signature of another one."""
+    """Returns a method with the signature of another one, which Keras reads."""
 
     @functools.wraps(plain)
     def call(self, *args, **kwargs):

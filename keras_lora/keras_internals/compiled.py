@@ -16,17 +16,17 @@ from keras_lora.keras_internals.layers import (
     refresh_torch_parameters,
 )
 
-WARNED_AT = types.SimpleNamespace(count=0)  # frozen objects, at the last warning
+WARNED_AT = types.SimpleNamespace(count=0)  # frozen objects at the last warning
 
 
 def models_sharing_layers(model) -> list:
-    """The layers of a model, and every live model that shares one which has variables.
+    """Returns the layers of a model, and all live models that share layers with it.
 
-    A layer does not know its owners, and their traced functions know it as it was. So
-    they are looked for among the garbage collector's objects.
+    A layer does not know its owners, whose traced functions know it as it was. They are
+    found among the garbage collector's objects. Layers without variables do not count.
     """
     layers = flatten_layers(model)
-    own = {id(vars(layer)) for layer in layers}  # a second view has the same
+    own = {id(vars(layer)) for layer in layers}  # views share it
     shared = {id(layer) for layer in layers if any(layer_state(layer))}
     around = [
         found
@@ -40,14 +40,14 @@ def models_sharing_layers(model) -> list:
 
 def live_models() -> list:
     """Returns all models of the process, and warns if `gc.freeze` has hidden some."""
-    if gc.get_freeze_count() > WARNED_AT.count:  # what is deleted lowers it
+    if gc.get_freeze_count() > WARNED_AT.count:
         WARNED_AT.count = gc.get_freeze_count()
         warn_caller(
             "gc.freeze() was called, which hides the models made before it: if they "
             "share layers with this one, they may still use functions that were "
             "traced before this change. Compile them again."
         )
-    # By type and without a loop in Python, as there are millions of objects.
+    # Compares types, without a Python loop, because there are millions of objects.
     wanted = subclasses(keras.Model)
     objects = gc.get_objects()
     return list(
@@ -56,7 +56,7 @@ def live_models() -> list:
 
 
 def subclasses(cls) -> set:
-    """A class and all that extend it."""
+    """Returns a class and all its subclasses."""
     found, more = set(), [cls]
     while more:
         own = more.pop()
@@ -69,9 +69,9 @@ def subclasses(cls) -> set:
 def renewed_optimizer(optimizer, variables):
     """Returns the optimizer itself if it has no state yet, else a copy without state.
 
-    Not by way of `from_config`: the configuration of an optimizer leaves out what was
-    called on it (`exclude_from_weight_decay`), and schedules, callables and
-    constructors of a user's own need not have any.
+    Not through `from_config`, which loses calls on the optimizer such as
+    `exclude_from_weight_decay`, and which users' own schedules, callables and
+    constructors may not support.
     """
     if optimizer is None or not optimizer.built:
         return optimizer
@@ -81,7 +81,7 @@ def renewed_optimizer(optimizer, variables):
 
 
 def like_without_state(optimizer, variables):
-    """An optimizer like this one, built for variables; a ValueError where it cannot."""
+    """Returns a copy of an optimizer, built for variables; raises if it cannot be."""
     names, old = set(), {id(variable) for variable in optimizer.variables}
     for _ in range(2):
         renewed = without_state(optimizer, names)
@@ -92,17 +92,17 @@ def like_without_state(optimizer, variables):
         found = attributes_with(renewed, old)
         if not found:
             return renewed
-        # What `build` has not replaced was made in the constructor.
+        # Variables that `build` has not replaced come from the constructor.
         names |= found
     raise ValueError(f"it keeps variables of its own in {sorted(found)}")
 
 
 def unbuilt_copy(optimizer):
-    """One like an optimizer that is not built; a ValueError for one that is."""
+    """Returns a copy of an optimizer that is not built; raises if it is built."""
     if optimizer.built:
         raise ValueError(
-            f"The optimizer, a {type(optimizer).__name__}, is built: it belongs to "
-            "other variables. Give a new one."
+            f"The optimizer, a {type(optimizer).__name__}, is built already, for other "
+            "variables. Give a new one."
         )
     return without_state(optimizer)
 
@@ -122,15 +122,15 @@ def attributes_with(optimizer, ids) -> set:
 
 
 def without_state(optimizer, names=frozenset()):
-    """A copy before `build`.
+    """Returns a copy as it was before `build`.
 
-    names: attributes of which the variables are new. So are those of Keras's own
-    constructor, and the registers that it makes; all else is shared.
+    names: attributes whose variables are new. So are the variables and registers of
+    Keras's own constructor; everything else is shared.
     """
     copy = object.__new__(type(optimizer))
     plain = keras.optimizers.Optimizer
     plain.__init__(copy, learning_rate=0.0, name=optimizer.name)
-    plain.exclude_from_weight_decay(copy)  # makes one more register, of what it found
+    plain.exclude_from_weight_decay(copy)  # creates another register
     made = dict(vars(copy))
     registers = {name for name, value in made.items() if is_register(value)}
     names = {*names, *(n for n, v in made.items() if isinstance(v, keras.Variable))}
@@ -142,7 +142,7 @@ def without_state(optimizer, names=frozenset()):
             vars(copy)[name] = value
     copy.built = False
     for name, value in vars(optimizer).items():
-        if isinstance(value, keras.optimizers.Optimizer):  # that of a loss scale
+        if isinstance(value, keras.optimizers.Optimizer):  # inside a loss scale
             setattr(copy, name, without_state(value, names))
         elif name in names and isinstance(value, keras.Variable):
             start = distribution.fetch(value)
@@ -160,7 +160,7 @@ def without_state(optimizer, names=frozenset()):
 
 
 def is_register(value) -> bool:
-    """Whether a value of a new optimizer is for variables that are yet to come."""
+    """Whether a value of a new optimizer will hold variables."""
     if isinstance(value, (list, dict)):
         return True
     of_keras = type(value).__module__.startswith("keras.")
@@ -176,7 +176,7 @@ def replace_optimizer(model, optimizer):
         if optimizer is None:
             model.compiled = False
         elif config is not None:
-            inside = getattr(old, "inner_optimizer", None)  # compile wrapped a user's
+            inside = getattr(old, "inner_optimizer", None)  # if compile wrapped it
             wrapped = inside is not None and config.config["optimizer"] is inside
             config.config["optimizer"] = (
                 optimizer.inner_optimizer if wrapped else optimizer
@@ -188,56 +188,55 @@ def replace_optimizer(model, optimizer):
 
 
 class TwoRates(keras.optimizers.Optimizer):
-    """A mixin before an optimizer's own class: some variables learn faster.
+    """Mixin for an optimizer with a higher learning rate for some variables.
 
-    Subclasses have `plain_class`, and say `is_faster(variable)` and `faster(rate)`.
-    The learning rate is no variable's own in Keras: `update_step` gets it for one
-    variable at a time, weight decay reads the optimizer's for a list of them.
+    Subclasses have `plain_class`, `is_faster(variable)` and `faster(rate)`. Keras has
+    no learning rate per variable: `update_step` gets it for one variable at a time, and
+    weight decay reads the optimizer's for a list of variables.
     """
 
     def update_step(self, gradient, variable, learning_rate):
-        # By the index: on TensorFlow this is not Keras's variable but one replica's.
+        # By index, because on TensorFlow this is a replica's variable, not Keras's.
         index = self._get_variable_index(variable)
         if self.is_faster(self._trainable_variables[index]):
             learning_rate = self.faster(learning_rate)
-        # By position: Adadelta calls the gradient `grad`.
+        # By position, because Adadelta calls the gradient `grad`.
         super().update_step(gradient, variable, learning_rate)
 
     def _apply_weight_decay(self, variables):
         if keras.backend.backend() == "torch":
-            # Leaves out those without decay only later, and refuses an empty list.
+            # torch's version does not accept an empty list.
             variables = [v for v in variables if self._use_weight_decay(v)]
         slow = [v for v in variables if not self.is_faster(v)]
         fast = [v for v in variables if self.is_faster(v)]
         if slow:
             super()._apply_weight_decay(slow)
         if fast:
-            # Not a rate that changes meanwhile: the replicas of a distribution
-            # strategy are threads that share this object.
+            # The rate is not changed for a moment, because the replicas of a strategy
+            # are threads that share this object.
             rated = as_plain_optimizer(
                 self, _learning_rate=lambda: self.faster(self.learning_rate)
             )
             rated._apply_weight_decay(fast)
 
     def __reduce__(self):
-        # Keras names a method of the object's class, which pickle cannot find.
+        # Keras's result names a method of this class, which pickle cannot find.
         load, arguments = super().__reduce__()
         return getattr(TwoRates, load.__name__), arguments
 
 
 def as_plain_optimizer(optimizer, **changed):
-    """The optimizer as its plain class has it: a second view of the same state."""
+    """Returns a view of the optimizer under its plain class."""
     view = object.__new__(optimizer_class(optimizer.plain_class))
     vars(view).update(vars(optimizer), **changed)
     return view
 
 
 def optimizer_class(cls):
-    """The class whose `update_step` makes the update.
+    """Returns the class whose `update_step` makes the update.
 
-    On torch Keras puts subclasses of its own in the place of most optimizers, under
-    the same names. They update all variables in one call, at one rate, and skip
-    `update_step`.
+    On torch, Keras replaces most optimizers by its own subclasses of the same names,
+    which update all variables at once, at one rate, without `update_step`.
     """
     if not cls.__module__.startswith("keras."):
         return cls
@@ -245,11 +244,11 @@ def optimizer_class(cls):
 
 
 LOOP_FUNCTIONS = ("train_function", "test_function", "predict_function")
-COMPILED_FUNCTIONS = (*LOOP_FUNCTIONS, "generate_function")  # of KerasHub's tasks
+COMPILED_FUNCTIONS = (*LOOP_FUNCTIONS, "generate_function")  # the last: KerasHub
 
 
 def take_compiled_functions(layers):
-    """Removes the traced functions of those that are models; returns them."""
+    """Removes the traced functions of the models among layers, and returns them."""
     taken = []
     for layer in layers:
         for name in COMPILED_FUNCTIONS:
@@ -260,10 +259,10 @@ def take_compiled_functions(layers):
 
 
 def renew_compiled_functions(layers):
-    """Lets the functions of those that are models be traced anew.
+    """Makes the models among layers trace their functions again.
 
-    `fit`, `evaluate` and `predict` read theirs for every batch: where one of them runs
-    now, and a callback changes the model, it goes on with the new one.
+    `fit`, `evaluate` and `predict` read their function for every batch. If a callback
+    changes the model, they continue with the new function.
     """
     for layer, name, _ in take_compiled_functions(layers):
         if name in LOOP_FUNCTIONS:
@@ -271,10 +270,10 @@ def renew_compiled_functions(layers):
 
 
 def restore_jax_weights(model):
-    """Puts the weights back that Keras's loops on JAX have taken out of models.
+    """Puts back the weights that Keras's loops on JAX have taken out of models.
 
-    Whichever model of those that hold the layers runs, they get them back; a loop
-    reads them again after each of its callbacks.
+    This covers all models that hold the layers. A loop reads the weights again after
+    each callback.
     """
     if keras.backend.backend() == "jax":
         for layer in models_sharing_layers(model):
@@ -282,12 +281,11 @@ def restore_jax_weights(model):
 
 
 def compile_again(model) -> list:
-    """The optimizers of a compiled model, for the variables that train now.
+    """Gives compiled models optimizers for the variables that train now.
 
-    Likewise those of compiled models around it and beside it that share its layers.
-
-    Loss, metrics and all else that `compile` was told stay as they are. An optimizer
-    that cannot be had anew leaves its model uncompiled; what is returned says so.
+    The models are the given one and all that share layers with it. Loss, metrics and
+    all other arguments of `compile` are kept. If an optimizer cannot be created again,
+    its model is no longer compiled, and the returned notes say so.
     """
     return compile_all_again(models_sharing_layers(model))
 
@@ -302,14 +300,14 @@ def compile_all_again(layers) -> list:
             if id(old) not in renewed:
                 with distribution.own_strategy(layer):
                     renewed[id(old)] = renewed_optimizer(old, layer.trainable_variables)
-        except Exception as error:  # whatever a user's optimizer raises
+        except Exception as error:  # a user's optimizer may raise anything
             renewed[id(old)] = None
             notes.append(
                 f"{layer.name!r} is no longer compiled: its {type(old).__name__} "
                 f"cannot be created again for other variables ({type(error).__name__}: "
                 f"{error}). Call `compile` again."
             )
-    # Up to here nothing has changed; from here on nothing can fail.
+    # Nothing has changed so far, and nothing can fail from here on.
     for layer in compiled:
         replace_optimizer(layer, renewed[id(layer.optimizer)])
     renew_compiled_functions(layers)
@@ -322,7 +320,7 @@ HOOK = "make_train_function"
 
 
 class TrainingRefused:
-    """Stands in a model for `make_train_function`, which comes before training."""
+    """Replaces `make_train_function` of a model, which training calls first."""
 
     def __init__(self):
         self.reasons = []
@@ -345,7 +343,7 @@ def refusing_to_train(model, why):
     try:
         yield
     finally:
-        with CHANGING_REFUSALS:  # contexts of several threads need not nest
+        with CHANGING_REFUSALS:  # contexts of several threads may overlap
             for each in models:
                 refused = vars(each)[HOOK]
                 refused.reasons.remove(why)

@@ -1,9 +1,9 @@
-"""KerasHub's converters: which tensor of transformers a variable is.
+"""KerasHub's converters: the tensor of transformers for each variable.
 
-There is no public way to ask them. Each is a module with `backbone_cls` and
+There is no public way to use them for this. Each is a module with `backbone_cls` and
 `convert_weights(backbone, loader, transformers_config)`, which calls
 `loader.port_weight(variable, key, hook)` for most variables and assigns the others
-itself. They are asked with a loader that has no file, on a stand-in for the model.
+itself. They are called with a loader that has no file, on a copy of the model.
 """
 
 import contextlib
@@ -18,19 +18,19 @@ import numpy as np
 from keras_lora.keras_internals import private_names, probes
 
 UNINITIALIZED = "uninitialized_variables"
-# Attributes of backbones that transformers' configurations call otherwise.
+# Keys of transformers' configurations -> attributes of backbones.
 WORDS = {"n_embd": "hidden_dim", "emb_layer_norm_before": "use_pre_layer_norm"}
 
 
 def is_backbone(layer):
-    """Whether it is one of KerasHub's, which is not imported for the question."""
+    """Whether a layer is a backbone of KerasHub, which is not imported for this."""
     hub = sys.modules.get("keras_hub")
     return hub is not None and isinstance(layer, hub.models.Backbone)
 
 
 @functools.cache
 def converters() -> dict:
-    """Family, as the converter is called -> its module."""
+    """Returns {name of a family: its converter's module}."""
     probes.require(private_names.HUB)
     if probes.module("keras_hub") is None:
         return {}
@@ -41,27 +41,27 @@ def converters() -> dict:
 
 
 def family_of(backbone_class):
-    """The family whose converter is made for a class, or for the nearest one."""
+    """Returns the family whose converter is for a class, or for its nearest base."""
     made_for = {}
     for family, converter in converters().items():
         made_for.setdefault(converter.backbone_cls, family)
     for cls in backbone_class.__mro__:
         if cls in made_for:
             return made_for[cls]
-    # Llama's backbone is that of Llama 3, whose converter reads both.
+    # Llama uses the converter of Llama 3, whose backbone extends its own.
     extended = [f for cls, f in made_for.items() if issubclass(cls, backbone_class)]
     return extended[0] if len(extended) == 1 else None
 
 
 def uninitialized_copy(backbone_class, config):
-    """A backbone of a configuration, whose variables hold nothing."""
+    """Creates a backbone from a configuration, whose variables have no values."""
     before = list(probes.global_state.get_global_attribute(UNINITIALIZED) or [])
     try:
         with keras.StatelessScope(initialize_variables=False):
             copy = backbone_class.from_config(config)
-    finally:  # else the next scope would initialize them
+    finally:  # otherwise the next scope would initialize them
         probes.global_state.set_global_attribute(UNINITIALIZED, before)
-    copy.trainable = True  # else frozen weights come after others
+    copy.trainable = True  # otherwise frozen weights would come last
     for variable in copy.variables:
         variable.assign = lambda value: None
     return copy
@@ -81,7 +81,7 @@ def add_absent_parts(copy):
 
 
 def ask(family, backbone, port):
-    """Calls `port(variable, key, hook)` for what the family's converter ports."""
+    """Calls `port(variable, key, hook)` for each variable of the family's converter."""
     loader, config = Loader(port), Config(family, backbone)
     with (
         keras.StatelessScope(initialize_variables=False),
@@ -112,7 +112,7 @@ class Absent:
     def __len__(self):
         return 0
 
-    __index__ = __len__  # of what is counted up to
+    __index__ = __len__  # for range()
 
 
 class Loader:
@@ -129,7 +129,7 @@ class Loader:
 
     def get_tensor(self, key):
         """Returns one zero, with as many axes as the converter expects."""
-        if key.endswith((".gamma", ".beta")):  # of TensorFlow's checkpoints
+        if key.endswith((".gamma", ".beta")):  # only in TensorFlow's checkpoints
             raise KeyError(key)
         if key.endswith("_blocks"):
             return np.zeros((1, 1, 1, 1), "uint8")

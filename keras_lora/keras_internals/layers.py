@@ -22,7 +22,7 @@ class Place(NamedTuple):
 
 @contextlib.contextmanager
 def unlocked(layer):
-    """A built layer refuses new state; inside this context it does not."""
+    """Context in which a built layer accepts new state."""
     locked = layer._tracker.locked
     layer._tracker.unlock()
     try:
@@ -33,11 +33,11 @@ def unlocked(layer):
 
 
 def freeze(layer, variable):
-    """Moves a variable among the layer's non-trainable ones.
+    """Moves a variable to the layer's non-trainable ones.
 
-    `layer.trainable = True` does not reach it there. It is not created with
-    trainable=False, because a TensorFlow variable born so never trains later.
-    Autocast ends too: merging adds to the stored value, not to a rounded copy.
+    There `layer.trainable = True` does not reach it. It is not created with
+    trainable=False, because such a TensorFlow variable could never train later.
+    Autocast is turned off: merging adds to the stored value, not to a rounded copy.
     """
     position = [id(v) for v in layer._trainable_variables].index(id(variable))
     place = Place(position, variable._autocast)
@@ -64,16 +64,16 @@ def assign_outside_calls(variable, value):
     """Replaces a frozen kernel's `assign`: wrappers must not change W in a call."""
     if calls.in_a_call():
         raise ValueError(
-            f"A layer assigns to {variable.path!r} in its call, which is the frozen "
-            "kernel of a LoRA layer. Leave that layer out with exclude=."
+            f"A layer assigns in its call to {variable.path!r}, the frozen kernel of a "
+            "LoRA layer. Leave that layer out with exclude=."
         )
     return type(variable).assign(variable, value)
 
 
 def freeze_spectral_norm(layer):
-    """A frozen SpectralNormalization leaves its kernel alone, as one that predicts.
+    """Makes a frozen SpectralNormalization leave its kernel unchanged in training.
 
-    Keras's assigns to it in every training call, whether it is frozen or not.
+    Keras's own assigns to it in every training call, even if it is frozen.
     """
     if isinstance(layer, keras.layers.SpectralNormalization) and layer.built:
         for variable in (layer.kernel, layer.vector_u):
@@ -89,7 +89,7 @@ def assign_if_trainable(kernel, variable, value):
 
 
 def guard_assign(variable, refuse):
-    """Calls refuse(path) before the variable is assigned to outside of calls."""
+    """Calls refuse(path) before the variable is assigned outside calls."""
     own = vars(variable).get("assign")
     guarded = functools.partial(assign_guarded, variable, own, refuse)
     variable.assign = guarded
@@ -117,8 +117,8 @@ def unfreeze(layer, variable, place):
     mark_frozen(variable, False)
     variable.trainable = True
     if getattr(variable.value, "_trainable", None) is False:
-        # The TensorFlow variable was made after Keras's was frozen, as happens when
-        # a subclassed model is built by its first call.
+        # The TensorFlow variable was created after Keras's was frozen, as in the first
+        # call of a subclassed model.
         variable.value._trainable = True
     variable._autocast = place.autocast
     with unlocked(layer):
@@ -128,7 +128,7 @@ def unfreeze(layer, variable, place):
 
 
 def checked_model(model):
-    """Raises if this is no model, or Keras is one that adapts none."""
+    """Raises if this is not a model, or Keras lacks what adapters need."""
     probes.require(private_names.MODELS)
     if not isinstance(model, keras.layers.Layer):
         raise ValueError(
@@ -140,8 +140,8 @@ def checked_model(model):
 def refuse_other_copy(layer):
     """Raises ValueError for a layer that another copy of this package has adapted.
 
-    It was imported again, or Jupyter's autoreload has run: the classes of the layers,
-    and what files are read with, are then others than those that functions know.
+    After a second import, or Jupyter's autoreload, the classes of the layers differ
+    from those that the functions know.
     """
     present = getattr(sys.modules.get(LORA_LAYER[0]), LORA_LAYER[1], None)
     for base in type(layer).__mro__:
@@ -157,8 +157,8 @@ def refuse_other_copy(layer):
 def flatten_layers(model):
     """Returns the model itself and every layer inside it, each once.
 
-    Keras's public `layers` is a model's alone, and goes one level deep. The order is
-    that of Keras's own walk, by which KerasHub's files number layers.
+    Keras's public `layers` exists only for models and has one level. The order is that
+    of Keras's own walk, by which KerasHub's files number layers.
     """
     checked_model(model)
     refuse_other_copy(model)
@@ -176,12 +176,12 @@ def attach(layer, name, sublayer):
     """Gives a layer that may be built a sublayer."""
     with unlocked(layer):
         setattr(layer, name, sublayer)
-        # torch keeps modules where the default of a class hides them.
+        # Because torch keeps modules where a class default hides them.
         vars(layer)[name] = sublayer
 
 
 def detach(layer, name):
-    """Takes a sublayer away again: Keras goes on tracking one that was deleted."""
+    """Removes a sublayer; Keras would keep tracking one that is only deleted."""
     with unlocked(layer):
         layer._tracker.untrack(getattr(layer, name))
         delattr(layer, name)
@@ -189,21 +189,21 @@ def detach(layer, name):
 
 
 def take_own_policy(layer):
-    """Gives a quantized layer its own policy in the place of all its model's.
+    """Replaces a map of policies on a quantized layer by the layer's own policy.
 
-    So it is in a model that was loaded; Keras then saves it as if it were in float.
+    Layers of loaded models have the map, and Keras would save them as float layers.
     """
     if isinstance(layer.dtype_policy, keras.dtype_policies.DTypePolicyMap):
         layer._dtype_policy = layer.dtype_policy[layer.path]
 
 
 class Leaf:
-    """Mixin of a layer whose adapter no walk of Keras's enters.
+    """Mixin of a layer that Keras's walks see as one without sublayers.
 
-    Before Keras 3.16, `Model.quantize` passes by every layer that holds another.
+    Before Keras 3.16, `Model.quantize` skips every layer that holds another.
     """
 
-    is_leaf = True  # but for layers that hold others than their adapter
+    is_leaf = True  # False if a layer holds others than its adapter
 
     if not hasattr(keras.Model, "quantization_summary"):
 
@@ -214,7 +214,7 @@ class Leaf:
 
 
 def refresh_torch_parameters(layers):
-    """Brings up to date the parameters that torch sees of every layer."""
+    """Updates the parameters of layers that torch sees."""
     if keras.backend.backend() == "torch":
         for layer in layers:
             layer.torch_params.clear()
@@ -222,31 +222,31 @@ def refresh_torch_parameters(layers):
 
 
 def sublayers(layer):
-    """The layers that a layer holds itself, in the order in which it got them.
+    """Returns the layers that a layer holds itself, in order.
 
-    A layer that is no model has no public list of them.
+    Only models have a public list of them.
     """
     return list(layer._layers)
 
 
 def own_variables(layer):
-    """The variables of a layer itself that `layer.trainable = True` would train.
+    """Returns the layer's own variables that `layer.trainable = True` would train.
 
-    Keras's public lists hold those of sublayers too, and none while it is frozen.
+    Keras's public lists include those of sublayers, and are empty for a frozen layer.
     """
     return layer._trainable_variables
 
 
 @contextlib.contextmanager
 def name_scope_of(layer):
-    """Variables made inside are called as if the layer had made them in `build`."""
+    """Context in which variables are named as if created in the layer's `build`."""
     with name_scopes(layer.path or layer.name):
         yield
 
 
 @contextlib.contextmanager
 def name_scopes(path):
-    """Variables made inside have paths that begin so."""
+    """Context in which the paths of variables begin with a path."""
     with contextlib.ExitStack() as scopes:
         for part in filter(None, path.split("/")):
             scopes.enter_context(keras.name_scope(part))
@@ -259,13 +259,13 @@ def layer_state(layer):
     return list(layer._trainable_variables), others
 
 
-# Where Keras lists what a layer holds, under no names of its own.
+# Attributes in which Keras lists variables and layers without names.
 VARIABLE_LISTS = ("_trainable_variables", "_non_trainable_variables", "_layers")
 
 
 @functools.cache
 def bookkeeping() -> set:
-    """Attributes of Keras's own models: where they keep layers says nothing of them."""
+    """Attributes of Keras's own models, whose names do not describe layers."""
     identity = keras.layers.Identity(name="identity")
     inputs = keras.Input((1,), name="inputs")
     models = (
@@ -281,7 +281,7 @@ def attributes_of(parent):
     Keras keeps the layers that it tracks without the names of the attributes.
     """
     attributes = dict(vars(parent))
-    attributes |= attributes.pop("_modules", {})  # where torch keeps submodules
+    attributes |= attributes.pop("_modules", {})  # submodules on torch
     for name, value in attributes.items():
         if name in bookkeeping():
             continue
@@ -300,8 +300,8 @@ def attributes_of(parent):
 def weight_places(layer) -> dict:
     """Name -> the keys that lead to it, for a layer's own weights of two axes or more.
 
-    A key is an attribute's name, or the place in a list or dict that an attribute
-    holds. Weights that never train are none of these, nor those of sublayers.
+    A key is the name of an attribute, or a position or key in a list or dict. Weights
+    that never train and weights of sublayers are left out.
     """
     train, seen = set(map(id, layer._trainable_variables)), set()
     found: dict = {}
