@@ -612,7 +612,7 @@ plain RoPE (0.44 with YaRN), Qwen 3 an epsilon of 1e-5 (3e-5 with 1e-6), ViT and
 one of 1e-6 (2e-5 with 1e-12).
 Names of BLIP-2, Gemma 3 with images, Gemma 3n (its text model), MetaCLIP 2, PaliGemma,
 SAM 3 and T5Gemma 2 are derived too, and their layouts tested, without a live
-comparison. The converter of BLIP-2 cannot be asked about a model without images.
+comparison. The converter of BLIP-2 does not work for a model without images.
 
 | family | transformers | KerasHub | layers | conversion | PEFT -> here | here -> PEFT |
 |---|---|---|---:|---:|---:|---:|

@@ -1,8 +1,8 @@
-"""Private names of Keras that this package uses: one table, with a probe for each.
+"""The private names of Keras that this package uses, with a probe for each.
 
-The probes run once, when the package is imported (those of KerasHub when it is first
-asked), and make no array. Where one fails, what needs the name refuses before it
-changes anything; the import itself refuses where every LoRA layer does.
+The probes run once, when the package is imported (those of KerasHub on its first use),
+and create no arrays. If one fails, features that need the name raise before they change
+anything. The import itself raises only if every LoRA layer needs the name.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import keras
 
 from keras_lora.keras_internals import probes
 
-# What needs a name, in words that an error can use.
+# Features that need private names, in the words of errors.
 LAYERS = "LoRA layers"
 MODELS = "adapters of a model that exists"
 QUANTIZED = "adapters over quantized kernels"

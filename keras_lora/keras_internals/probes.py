@@ -9,7 +9,7 @@ import keras
 
 from keras_lora.keras_internals import classes
 
-# The versions with which the laws have passed; see docs/compatibility.md.
+# Versions with which the laws have passed; see docs/compatibility.md.
 OLDEST, NIGHTLY = "3.12", "3.16.0.dev2026102704"
 HUB_NIGHTLY = "0.33.0.dev202610250352"
 TESTED = {
@@ -27,14 +27,14 @@ MODULES = {
     "KerasHub": "keras_hub",
 }
 
-MISSING: dict = {}  # feature -> rows that it needs and are not there
+MISSING: dict = {}  # feature -> rows of names that it needs and that are missing
 CONVERTERS = "keras_hub.src.utils.transformers"
 ON_JAX = keras.backend.backend() == "jax"
 OPTIMIZER = keras.optimizers.Optimizer
 
 
 def module(name):
-    """A module by its name; None: there is none."""
+    """Returns a module by its name, or None."""
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -42,7 +42,7 @@ def module(name):
 
 
 def require(feature):
-    """Raises ValueError if a package has not what a feature needs."""
+    """Raises ValueError if a package lacks what a feature needs."""
     if feature in MISSING:
         raise ValueError(sentence(feature))
 

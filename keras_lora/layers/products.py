@@ -1,4 +1,4 @@
-"""A layer's own Keras call, with another product in the place of those with W."""
+"""Runs a layer's own Keras call with other products in the place of those with W."""
 
 import keras
 from keras import ops
@@ -8,11 +8,11 @@ from keras_lora.layers.adapter import LowRankAdapter
 
 
 class AdaptedWeight:
-    """W and its adapter in a call, with what an operation on them computes.
+    """W with its adapter in a call, and the results of operations on it.
 
     Args:
         site: A `SubstitutedSite`.
-        dtype: That of the symbolic tensor in the place of W.
+        dtype: The dtype of the symbolic tensor that replaces W.
     """
 
     def __init__(self, site, dtype):
@@ -20,7 +20,7 @@ class AdaptedWeight:
 
     @property
     def is_low_rank(self):
-        """Whether W + scaling * A @ B stands for W, and no other method."""
+        """Whether the adapter is plain LoRA: W + scaling * A @ B."""
         lora = self.site.lora
         return lora.stand_in is None and all(
             getattr(type(lora), name) is getattr(LowRankAdapter, name)
@@ -28,19 +28,19 @@ class AdaptedWeight:
         )
 
     def whole(self):
-        """W + delta, for all other operations."""
+        """Returns W + delta, for all other operations."""
         return ops.cast(self.site.kernel_in_call(), self.dtype)
 
     def outputs(self, operation, args):
-        """Those of an operation on W that is computed otherwise; None for another."""
+        """Returns the outputs of a product with W, or None for other operations."""
         raise NotImplementedError
 
 
 def call_with_products(layer, cls, weights, args, kwargs):
-    """A layer's call under a class, in which adapted weights compute their products.
+    """Runs a layer's call under a class, with products computed by adapted weights.
 
-    The call runs on symbolic weights: the operations that it asks for are computed one
-    by one after it. Values that depend on no weight are computed by the call itself.
+    The call runs on symbolic weights, and its operations are computed one by one after
+    it. Values that depend on no weight are computed by the call itself.
 
     weights: keys -> `AdaptedWeight`, with the keys of `weight_places`.
     """
@@ -54,7 +54,7 @@ def call_with_products(layer, cls, weights, args, kwargs):
 
 
 def run(operation, args, kwargs):
-    """The outputs of one operation, some of whose arguments may be `AdaptedWeight`s."""
+    """Returns the outputs of an operation, whose arguments may be `AdaptedWeight`s."""
     for weight in args:
         if isinstance(weight, AdaptedWeight):
             outputs = weight.outputs(operation, args)

@@ -71,7 +71,7 @@ def trained_value(variable):
 
 
 class TrainedValues:
-    """A store of Keras that takes these values in the place of variables."""
+    """Wraps a store of Keras so that it saves trained values instead of variables."""
 
     def __init__(self, store):
         self.store = store
@@ -84,7 +84,7 @@ class TrainedValues:
 
 
 class AdapterFiles(MethodFiles):
-    """Mixin of the adapter: what is kept of it, and how."""
+    """Mixin of the adapter: its configuration and its files."""
 
     settings: Settings
     dropout: float
@@ -99,8 +99,8 @@ class AdapterFiles(MethodFiles):
 
     def save_own_variables(self, store):
         super().save_own_variables(store)
-        # Without alpha the tensors mean nothing: the file brings its own. And with
-        # the seed's state the next dropout masks are those of a run never stopped.
+        # Without alpha the tensors cannot be interpreted. With the seed's state, the
+        # next dropout masks are those of a run without a stop.
         store["alpha"] = self.alpha
         store["use_rslora"] = self.use_rslora
         if self.seed_generator is not None:
@@ -124,7 +124,7 @@ class AdapterFiles(MethodFiles):
         super().load_own_variables(values)
 
     def options(self) -> dict:
-        """The constructor's arguments, as they go into the host's config."""
+        """Returns the constructor's arguments, for the host's config."""
         options = {
             "rank": self.settings.rank,
             "alpha": self.settings.alpha,
@@ -139,7 +139,7 @@ class AdapterFiles(MethodFiles):
 
     @classmethod
     def of_plain_layer(cls, weight) -> dict:
-        """Suffix -> array for a slice of a module that is adapted in other slices.
+        """Suffix -> array for a slice without an adapter in a module with adapters.
 
         weight: (outputs, inputs), as NumPy. For methods that have `more_suffixes`.
         """

@@ -1,4 +1,4 @@
-"""A site, one weight of one layer; and whether it can be adapted."""
+"""Site: one weight of one layer, and checks whether it can be adapted."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from keras_lora.layers.torch_layout import TorchLayout
 
 
 class HostChecks:
-    """Mixin of a LoRA layer's class: what it asks of the layer that it extends."""
+    """Mixin of a LoRA layer's class: checks of the layer that it extends."""
 
     @classmethod
     def check_host(cls, layer):
@@ -32,7 +32,7 @@ class HostChecks:
 
 
 def refuse_constraint(layer, name, constraint):
-    """Raises if W has a constraint: A and B train, and not W."""
+    """Raises if W has a constraint, which A and B could not keep."""
     if constraint is not None:
         raise ValueError(
             f"`{name}` of layer {layer.name!r} cannot be kept by a low-rank update. "
@@ -52,7 +52,7 @@ def refuse_keras_adapter(layer):
 def refuse_bound_functions(layer):
     """Raises if a layer holds functions that would compute with W alone.
 
-    Its call runs on a view, in which W + delta is W; they know the layer itself.
+    The layer's call runs on a view with W + delta; such functions use the layer itself.
     """
     names = classes.bound_functions(layer)
     if names:
@@ -66,9 +66,9 @@ def refuse_bound_functions(layer):
 
 
 def refuse_remat_of_weights(layer):
-    """Raises if TensorFlow may have no gradient for what stands in for W.
+    """Raises if TensorFlow may have no gradient for W + delta.
 
-    What a function under `keras.remat` reads there has one if it is a variable.
+    Under `keras.remat`, it has gradients only for variables.
     """
     if keras.backend.backend() == "tensorflow" and classes.calls_remat(layer):
         raise ValueError(
@@ -81,9 +81,10 @@ def refuse_remat_of_weights(layer):
 def watched(kernel):
     """Wraps the kernel's property, to warn if another layer computes with the kernel.
 
-    This library reads W by `frozen_kernel`. What reads the property inside of a call
-    is another layer, and it gets W without the adapter. SpectralNormalization reads it
-    when it is built, and is refused there: in `fit` on JAX an error costs the weights.
+    This package reads W by `frozen_kernel`. A layer that reads the property inside a
+    call is another one, and gets W without the adapter. SpectralNormalization reads it
+    when it is built, and is refused there, because an error in `fit` on JAX would cost
+    the weights.
     """
 
     def read(layer):
@@ -109,20 +110,20 @@ def watched(kernel):
 class Site(TorchLayout):
     """One weight W of one layer, with its form and its adapter.
 
-    It is what all functions over models go through. A layer with one kernel is its
-    own site, under its own path; a layer with several has a `WeightSite` for each.
+    All functions over models use sites. A layer with one kernel is its own site, under
+    its own path; a layer with several weights has a `WeightSite` for each.
 
     Attributes:
         lora: The adapter, or None.
-        lora_layer: The layer in whose call the adapter acts.
+        lora_layer: The layer whose call uses the adapter.
         lora_class: The LoRA class that adapts it.
         kernel_owner: The layer that holds W: a cell, inside a recurrent layer.
         weight_name: The name of W, the key of `layer.loras`.
         frozen_kernel: The variable W.
         kernel_is_matrix: Whether W is a matrix, or a stack of them, that multiplies
-            the inputs' rows (`input_rows`): what `initialize_lora` can decompose.
-        in_all_linear: Whether the target "all-linear" means it.
-        takes_dropout: Whether the adapter has inputs of its own that can be dropped.
+            rows of inputs (`input_rows`), so that `initialize_lora` can decompose it.
+        in_all_linear: Whether the target "all-linear" includes it.
+        takes_dropout: Whether the adapter has its own inputs, to which dropout applies.
     """
 
     lora: Any = None
@@ -147,7 +148,7 @@ class Site(TorchLayout):
 
     @property
     def factor_regularizer(self):
-        """The regularizer of W, which acts on A and B, as they train in its place."""
+        """The regularizer of W, which acts on A and B instead."""
         return self.frozen_kernel.regularizer
 
     @property
@@ -155,7 +156,7 @@ class Site(TorchLayout):
         return self.lora.form
 
     def low_rank_form(self, rank):
-        """How a kernel of this shape is made of A and B."""
+        """Returns the `LowRankForm` for the kernel at a rank."""
         raise NotImplementedError
 
     def base_kernel(self, dtype):
@@ -174,7 +175,7 @@ class Site(TorchLayout):
         layers.detach(self.lora_layer(), self.adapter_attribute)
 
     def build_factors(self):
-        """Makes A and B to fit W."""
+        """Creates A and B for W."""
         form = self.low_rank_form(self.lora.rank)
         layout = distribution.layout_of(self.frozen_kernel)
         axes = {} if layout is None else self.lora.factor_axes(form, layout.axes)
@@ -182,9 +183,9 @@ class Site(TorchLayout):
             self.lora.build(form, self.factor_regularizer, self.base_kernel)
 
     def build_adapter(self):
-        """Makes A and B to fit W, and freezes W."""
+        """Creates A and B for W, and freezes W."""
         self.build_factors()
-        if self.is_quantized:  # and born frozen
+        if self.is_quantized:  # then it is frozen already
             layers.mark_frozen(self.frozen_kernel)
             self.warn_of_quantization()
         else:
