@@ -151,10 +151,10 @@ def detects_xla() -> bool:
     return graph._get_control_flow_context() is None and hasattr(traced, "outer_graph")
 
 
-def converter_names(room) -> list:
+def converter_names(package) -> list:
     """The modules of KerasHub's converters."""
-    names = sorted(info.name for info in pkgutil.iter_modules(room.__path__))
-    return [f"{room.__name__}.{x}" for x in names if x.startswith("convert_")]
+    names = sorted(info.name for info in pkgutil.iter_modules(package.__path__))
+    return [f"{package.__name__}.{x}" for x in names if x.startswith("convert_")]
 
 
 def converters_are_there() -> bool:
