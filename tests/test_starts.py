@@ -10,7 +10,7 @@ from layer_cases import CASES, to_numpy
 from peft.tuners.lora import eva
 from peft.utils.incremental_pca import IncrementalPCA
 from seeds import set_seed
-from shared import assert_close
+from shared import EAGERLY, assert_close
 
 import keras_lora
 from keras_lora.models.sites import adapted_sites
@@ -85,9 +85,9 @@ def signed(factor, other, axis):
     return factor * signs
 
 
-def train(model, steps=5):
+def train(model, steps=5, **how):
     """Losses of plain gradient descent, each before its step."""
-    model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=False)
+    model.compile(keras.optimizers.SGD(0.1), "mse", **(how or EAGERLY))
     fitted = model.fit(X, Y, epochs=steps, batch_size=len(X), verbose=0, shuffle=False)
     return fitted.history["loss"]
 
@@ -302,7 +302,7 @@ def test_peft_reads_it_as_a_plain_adapter_of_twice_the_rank(tmp_path, use_dora):
 @over_lora_and_dora
 def test_merging_removing_and_exporting(tmp_path, use_dora):
     model = adapted("pissa", use_dora=use_dora)
-    train(model, 3)
+    train(model, 3, jit_compile=False)
     outputs = model.predict(X, verbose=0)
     with keras_lora.disabled(model):
         base, off = mlp().predict(X, verbose=0), model.predict(X, verbose=0)
