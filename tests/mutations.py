@@ -1334,6 +1334,11 @@ FAULTS = {
         ),
         ("inside.get_variable_layout = get_variable_layout", "pass", LAYOUTS),
         (
+            'layout if any(getattr(layout, "axes", None) or ()) else None',
+            "layout if any((layout.axes or ())[:1]) else None",
+            "KERAS_BACKEND=jax test_distribution.py -k factors_of_every_weight",
+        ),
+        (
             'options["layout"] = distribution.get_variable_layout(variable)',
             "pass",
             LAYOUTS,

@@ -38,6 +38,8 @@ def run(program, argument, **environment):
 
 
 def start(program, argument, **environment):
+    flags = [os.environ.get("XLA_FLAGS"), environment.get("XLA_FLAGS")]
+    environment["XLA_FLAGS"] = " ".join(filter(None, flags))
     return subprocess.Popen(
         [sys.executable, "-c", MODEL + program, argument],
         env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **environment},

@@ -5,7 +5,7 @@ import json
 import keras
 import numpy as np
 import pytest
-from processes import finish, finish_all, free_ports, run, script_of_the_guide, start
+from processes import finish_all, free_ports, run, script_of_the_guide, start
 
 import keras_lora
 
@@ -43,14 +43,18 @@ print(json.dumps([one, several]))
 # folder, and which strategy. Keras's `fit` does not take that of several workers; its
 # `train_step` does, in a loop.
 OUTSIDE = """
-import contextlib, json, os, sys
+import contextlib, io, json, os, sys
 import tensorflow as tf
 from keras_lora.keras_internals import processes
 top, kind = sys.argv[1].split()
 workers = kind == "workers"
 index = json.loads(os.environ["TF_CONFIG"])["task"]["index"] if workers else 0
-if workers:
-    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+if kind != "mirrored":  # the guide's script makes the strategy of several workers
+    names, printed = {}, io.StringIO()
+    os.chdir(top)
+    with contextlib.redirect_stdout(printed):
+        exec(script, names)
+    strategy = names["strategy"]
 if kind == "mirrored":
     tf.config.set_logical_device_configuration(
         tf.config.list_physical_devices("CPU")[0],
@@ -77,11 +81,11 @@ def adapted(model, **options):
 def losses(model, callbacks=()):
     if not workers:
         return model.fit(
-            x, y, batch_size=16, epochs=2, verbose=0, shuffle=False,
+            x, y, batch_size=32, epochs=2, verbose=0, shuffle=False,
             callbacks=list(callbacks),
         ).history["loss"]
     found, callbacks = [], keras.callbacks.CallbackList(callbacks, model=model)
-    data = tf.data.Dataset.from_tensor_slices((x, y)).batch(16)
+    data = tf.data.Dataset.from_tensor_slices((x, y)).batch(32)
     options = tf.data.Options()
     policy = tf.data.experimental.AutoShardPolicy.DATA
     options.experimental_distribute.auto_shard_policy = policy
@@ -156,7 +160,7 @@ def calls():
             optimizer = keras.optimizers.Adam(0.01)
         bank.compile(optimizer, "mse")
         fitted = bank.fit(
-            inputs, y, batch_size=16, epochs=2, verbose=0, shuffle=False
+            inputs, y, batch_size=32, epochs=2, verbose=0, shuffle=False
         )
         found["losses of a bank"] = fitted.history["loss"]
         found["bank on a batch"] = bank.train_on_batch(inputs, y)
@@ -194,6 +198,8 @@ def errors():
     said("other seeds", lambda: keras_lora.initialize_lora(model, "orthogonal"))
     return found
 results = {"calls": calls()}
+if kind != "mirrored":
+    results["script"] = float(printed.getvalue().split()[-1])
 if workers:
     results["errors"] = errors()
 if kind == "mirrored":
@@ -209,12 +215,16 @@ if kind == "mirrored":
 print(json.dumps(results))
 """
 # A loop with DistributedDataParallel: each process has its half of the rows, and the
-# first one alone saves, as users of torch do.
+# first one alone saves, as users of torch do. The guide's script runs before.
 TORCH = """
-import json, sys, warnings
+import contextlib, io, json, os, sys, warnings
 import torch
 *numbers, folder = sys.argv[1].split()
 size, index, port = map(int, numbers)
+printed = io.StringIO()
+os.chdir(os.path.dirname(folder))
+with contextlib.redirect_stdout(printed):
+    exec(script, {})
 rows = slice(None)
 if size > 1:
     torch.distributed.init_process_group(
@@ -241,7 +251,8 @@ for _ in range(3):
     sgd.step()
 if index == 0:
     keras_lora.save_adapter(model, folder)
-print(json.dumps([said, [f.detach().cpu().numpy().tolist() for f in factors]]))
+found = [f.detach().cpu().numpy().tolist() for f in factors]
+print(json.dumps([said, found, float(printed.getvalue().split()[-1])]))
 """
 JAX = """
 import json, sys
@@ -509,9 +520,18 @@ def assert_equal_calls(several, one):
         np.testing.assert_allclose(found, one[key], rtol=1e-4, atol=1e-5, err_msg=key)
 
 
+def outside() -> str:
+    return f"script = {script_of_the_guide('MultiWorker')!r}\n{OUTSIDE}"
+
+
 @pytest.fixture(scope="module")
-def one_device(tmp_path_factory):
-    return run(OUTSIDE, f"{tmp_path_factory.mktemp('one')} one")["calls"]
+def alone(tmp_path_factory):
+    return run(outside(), f"{tmp_path_factory.mktemp('one')} one")
+
+
+@pytest.fixture(scope="module")
+def one_device(alone):
+    return alone["calls"]
 
 
 @pytest.mark.slow
@@ -519,7 +539,7 @@ def one_device(tmp_path_factory):
     keras.backend.backend() != "tensorflow", reason="tf.distribute is TensorFlow's"
 )
 def test_calls_from_outside_of_the_scope(tmp_path, one_device):
-    found = run(OUTSIDE, f"{tmp_path} mirrored")
+    found = run(outside(), f"{tmp_path} mirrored")
     assert found["calls"].keys() == one_device.keys()
     assert_equal_calls(found["calls"], one_device)
     assert len(found["refused"]) == 2
@@ -531,14 +551,15 @@ def test_calls_from_outside_of_the_scope(tmp_path, one_device):
 @pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="tf.distribute is TensorFlow's"
 )
-def test_two_workers(tmp_path, one_device):
+def test_two_workers(tmp_path, alone):
     started = [
-        start(OUTSIDE, f"{tmp_path} workers", TF_CONFIG=config)
+        start(outside(), f"{tmp_path} workers", TF_CONFIG=config)
         for config in worker_settings()
     ]
     results = finish_all(started)
     for found in results:
-        assert_equal_calls(found["calls"], one_device)
+        assert_equal_calls(found["calls"], alone["calls"])
+        np.testing.assert_allclose(found["script"], alone["script"], rtol=1e-5)
         assert "different files" in found["errors"]["other files"][1]
         assert "different values for A and B" in found["errors"]["other seeds"][1]
     first, second = (found["errors"] for found in results)
@@ -547,51 +568,28 @@ def test_two_workers(tmp_path, one_device):
     assert "Process 1" in first["seen by one"][1]
 
 
-def assert_script_gives_one_loss(word, folder, environments):
-    """A script of the guide prints the same loss last in two processes as in one."""
-    script = script_of_the_guide(word)
-    program = f"import os, sys\nos.chdir(sys.argv[1])\n{script}"
-    expected = run(program, str(folder))
-    started = [start(program, str(folder), **own) for own in environments]
-    for found in finish_all(started):
-        np.testing.assert_allclose(found, expected, rtol=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    keras.backend.backend() != "tensorflow", reason="tf.distribute is TensorFlow's"
-)
-def test_the_script_of_the_guide_for_two_workers(tmp_path):
-    settings = [{"TF_CONFIG": config} for config in worker_settings()]
-    assert_script_gives_one_loss("MultiWorker", tmp_path, settings)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    keras.backend.backend() != "torch", reason="process groups are torch's"
-)
-def test_the_script_of_the_guide_for_a_process_group(tmp_path):
-    address = f"127.0.0.1:{free_ports(1)[0]}"
-    settings = [
-        {"ADDRESS": address, "PROCESSES": "2", "PROCESS": index} for index in "01"
-    ]
-    assert_script_gives_one_loss("DistributedDataParallel", tmp_path, settings)
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(
     keras.backend.backend() != "torch", reason="process groups are torch's"
 )
 def test_a_process_group_is_warned_of_and_trains_in_a_loop(tmp_path):
-    (port,) = free_ports(1)
-    folders = tmp_path / "several", tmp_path / "one"
-    processes = [start(TORCH, f"2 {i} {port} {folders[0]}") for i in range(2)]
-    nothing, one = run(TORCH, f"1 0 0 {folders[1]}")
+    port, other = free_ports(2)
+    folders = tmp_path / "several/adapter", tmp_path / "one/adapter"
+    for folder in folders:
+        folder.parent.mkdir()
+    program = f"script = {script_of_the_guide('DistributedDataParallel')!r}\n{TORCH}"
+    settings = {"ADDRESS": f"127.0.0.1:{other}", "PROCESSES": "2"}
+    processes = [
+        start(program, f"2 {i} {port} {folders[0]}", **settings, PROCESS=f"{i}")
+        for i in range(2)
+    ]
+    several = finish_all(processes)
+    nothing, one, loss = run(program, f"1 0 0 {folders[1]}")
     assert nothing == []
-    for process in processes:
-        said, several = finish(process)
+    for said, found, own_loss in several:
         assert len(said) == 1 and "trains each of them alone" in said[0]
-        for own, expected in zip(several, one, strict=True):
+        np.testing.assert_allclose(own_loss, loss, rtol=1e-5)
+        for own, expected in zip(found, one, strict=True):
             np.testing.assert_allclose(own, expected, atol=1e-6)
     saved, alone = (keras_lora.Adapter.read(folder).tensors for folder in folders)
     assert saved.keys() == alone.keys()

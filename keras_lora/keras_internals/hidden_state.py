@@ -35,10 +35,12 @@ class HiddenVariable:
         variable = self.variable.value if on_tensorflow else self.variable
         variable.assign(value)
 
-    def jax_variables(self):
-        """The variable, if JAX has to pass it; otherwise it would become a constant."""
-        on_jax = keras.backend.backend() == "jax"
-        return [self.variable] if on_jax and self.variable is not None else []
+
+def passed_by_jax(variables) -> list:
+    """The variables, if JAX has to pass them; otherwise they would become constants."""
+    if keras.backend.backend() != "jax":
+        return []
+    return [variable for variable in variables if variable is not None]
 
 
 class DrawnSeeds(keras.random.SeedGenerator):

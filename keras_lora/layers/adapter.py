@@ -141,7 +141,8 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
 
     @property
     def variables(self):
-        return [*super().variables, *self._scaling.jax_variables()]
+        hidden = [self._scaling.variable, getattr(self.stand_in, "kernel", None)]
+        return [*super().variables, *hidden_state.passed_by_jax(hidden)]
 
     def named_factors(self) -> dict:
         """Name -> variable, for files, reports and checks."""
