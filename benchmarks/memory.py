@@ -56,13 +56,18 @@ def in_process(network, arguments, variant, env=None):
     return int(run.stdout.split()[-1])
 
 
-def step(network, arguments, rounds):
+def exact_step(network, arguments, rounds):
+    """`step` with an exact allocator."""
+    return step(network, arguments, rounds, EXACT)
+
+
+def step(network, arguments, rounds, env=None):
     """Every variant over the baseline; the median of `rounds` processes for each."""
     work = getattr(networks, network)(*arguments)
     sizes = {name: [] for name in work.models}
     for _ in range(rounds):
         for name, found in sizes.items():
-            found.append(in_process(network, arguments, name))
+            found.append(in_process(network, arguments, name, env))
     base = sorted(sizes[work.baseline])[rounds // 2]
     result = {}
     for name, found in sizes.items():

@@ -215,7 +215,9 @@ def kept_or_not(x, build):
     return Work(x, x, models, "kept")
 
 
-def convolution(channels, size, rank, batch=8, kind="Conv2D", window=3):
+def convolution(
+    channels, size, rank, batch=8, kind="Conv2D", window=3, activation=None
+):
     """Three convolutions."""
     shape = (*[size] * int(kind[4]), channels)
 
@@ -225,6 +227,8 @@ def convolution(channels, size, rank, batch=8, kind="Conv2D", window=3):
         for _ in range(3):
             layer = getattr(keras.layers, kind)
             x = layer(channels, window, padding="same", use_bias=False)(x)
+            if activation is not None:
+                x = keras.layers.Activation(activation)(x)
         return keras.Model(inputs, x)
 
     x = normal(batch, *shape)

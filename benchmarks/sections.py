@@ -415,19 +415,28 @@ SECTIONS = [
                 3,
             ),
             ("transformer block, d=1024", memory.step, "attention", (1024, 128, 8), 3),
-            ("Conv2D, 256 channels", memory.step, "convolution", (256, 16, 8), 3),
+            ("Conv2D, 256 channels", memory.exact_step, "convolution", (256, 16, 8), 3),
+            (
+                "Conv2D, 256 channels, 48 x 48, relu between",
+                memory.exact_step,
+                "convolution",
+                (256, 48, 8, 8, "Conv2D", 3, "relu"),
+                1,
+            ),
         ],
         bars=(
-            Bar("keras_lora", 1.05),
+            *(Bar("keras_lora", 1.05, rows) for rows in ("Dense", "the same", "block")),
+            Bar("keras_lora", 1.2, "Conv2D"),
             Bar("keras_lora", 1.0, over="Keras enable_lora"),
         ),
         why=(
             "A stack of linear layers is the worst case: the floor's backward pass "
             "needs none of the layers' inputs, and dA needs all of them. With an "
-            "activation between the layers, the floor keeps them too. The network of "
-            "convolutions is small: with an exact allocator, adapters add 23 MB, of "
-            "which 17 MB are there with images of 2 x 2 too, so that at most 6 MB are "
-            "inputs kept for dA."
+            "activation between the layers, the floor keeps them too. So three linear "
+            "convolutions of 48 x 48 need at least 54 MiB, three inputs of 18, beside "
+            "a floor of 200 MiB: 1.27. 71 were measured, with enable_lora 76, of which "
+            "16 (22) are there with images of 2 x 2 too: operations, their kernels and "
+            "what tracing needs. The rows of convolutions have an exact allocator."
         ),
     ),
     Section(
@@ -575,9 +584,25 @@ TRIED = [
         "none to leave out",
     ),
     (
+        "Conv2D, 64 channels, jit_compile: the gradient of W + delta; low-rank path",
+        "1.60 and 1.55; 1.83 and 1.70; for 1.65 and 1.52 (1.71 and 1.64 the same "
+        "graph once more; enable_lora 1.61 and 1.53), two runs",
+        "a tie; with 128 channels 1.57 for 1.46",
+    ),
+    (
         "merge_lora: each small kernel formed for the check and again to be assigned",
         "1.9 s for 1.1 s (1,000 Dense layers)",
         "slower; large kernels are still formed twice, to hold one at a time",
+    ),
+    (
+        "LSTM: the low-rank path beside each product in the loop",
+        "1.14 and 1.20 for 1.08 and 1.11 (a loop of TensorFlow's own)",
+        "slower than W + delta with gradients of rank r",
+    ),
+    (
+        "Token rows: tensor_scatter_nd_update; a product over all outputs and tf.where",
+        "1.19 and 1.48 for 1.11",
+        "they copy or read all outputs once more",
     ),
 ]
 
