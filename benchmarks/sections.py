@@ -398,7 +398,7 @@ SECTIONS = [
     Section(
         "Peak memory of a training process",
         "How much the peak grows after the imports, compared with the floor; the "
-        "median of three processes.",
+        "median of three processes (one with 48 x 48).",
         [
             (
                 "Dense d=2048, 1024 rows, r=16",
