@@ -143,7 +143,7 @@ def rows_in_a_bank(model):
     """What the leading axes of the layers are, or why a bank refuses them."""
     try:
         bank = keras_lora.AdapterBank(model, target="all-linear")
-        if not bank.choice.all_known:  # the inputs it had made up did not do
+        if not bank.choice.leading_axes_known:  # the inputs it had made up did not do
             inputs = inputs_of(model)
             count = len(keras.tree.flatten(inputs)[0])
             bank({"inputs": inputs, "adapter": np.zeros(count, "int32")})

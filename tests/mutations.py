@@ -107,8 +107,8 @@ FAULTS = {
         ("[a - a_start, a_start]", "[a, a_start]", "test_starts.py -k nothing_changes"),
         ("[b, b - b_start]", "[b, b]", "test_starts.py -k delta_is_the_difference"),
         (
-            "self.switched_off += -1 if on else 1",
-            "self.switched_off = 0 if on else 1",
+            "self.off_count += -1 if on else 1",
+            "self.off_count = 0 if on else 1",
             "test_merging.py test_models_around.py test_trained_beside.py -k nest",
         ),
         (
@@ -1076,7 +1076,7 @@ FAULTS = {
         ),
         (
             "        for variable, value in base_values(layer):\n"
-            "            distribution.put(variable, value)\n",
+            "            distribution.assign(variable, value)\n",
             "        pass\n",
             "test_trained_beside.py -k the_base_model_is",
         ),
@@ -1418,7 +1418,7 @@ FAULTS = {
             "test_every_weight.py -k cudnn",
         ),
         (
-            "if not places or kept_for != [adapters, weights_at(self, places)]:",
+            "if not places or kept_for != [adapters, variable_ids(self, places)]:",
             "if not places:",
             "test_every_weight.py -k stand_elsewhere",
         ),

@@ -74,7 +74,7 @@ def fill(variables, seed):
     values = np.random.default_rng(seed)
     for variable in variables:
         value = 0.5 * values.standard_normal(variable.shape)
-        distribution.put(variable, value.astype("float32"))
+        distribution.assign(variable, value.astype("float32"))
 def network(dtype=None):
     layers = [
         keras.layers.Embedding(16, 8, name="embed"),
@@ -89,9 +89,9 @@ def network(dtype=None):
     for variable in model.variables:
         if "int8" in variable.dtype:
             value = values.integers(-90, 90, variable.shape)
-            distribution.put(variable, value.astype("int8"))
+            distribution.assign(variable, value.astype("int8"))
         elif "scale" in variable.path:
-            distribution.put(variable, np.full(variable.shape, 80, "float32"))
+            distribution.assign(variable, np.full(variable.shape, 80, "float32"))
     model.compile(keras.optimizers.SGD(0.1), "mse")
     return model
 def factors(model):
@@ -269,7 +269,7 @@ for now in ("none", "data", "model", "across"):
     for calls in (files, starts, methods, banks):
         if index == 0 if now == "none" else calls in (files, starts) or now == "across":
             results[now] |= calls()
-    distribution.WHOLE = 0  # from the second time on values come part by part
+    distribution.REPLICATED_BYTES = 0  # then values come part by part
 """
 
 HUB = """

@@ -94,8 +94,8 @@ def extract_adapter(
     with change.adapting(base_model, paths, adapters):
         for module, (a, b) in updates.items():
             lora = base.sites[module].lora
-            distribution.put(lora.a, a)
-            distribution.put(lora.b, b)
+            distribution.assign(lora.a, a)
+            distribution.assign(lora.b, b)
         adapter = save.adapter_of(base_model, names, trained)
     return dataclasses.replace(adapter, errors=errors)
 

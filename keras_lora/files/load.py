@@ -89,10 +89,13 @@ def read_for(model, directory) -> Adapter:
 
 def fingerprint(adapter) -> str:
     """Returns a text that is equal for equal adapters."""
-    said = {"settings": adapter.config, "slices": adapter.slices}
-    said["starts"] = sorted(adapter.starts)
-    words = {key: json.dumps(value, sort_keys=True) for key, value in said.items()}
-    return disk.digest(adapter.tensors, words)
+    settings = {
+        "settings": adapter.config,
+        "slices": adapter.slices,
+        "starts": sorted(adapter.starts),
+    }
+    texts = {key: json.dumps(value, sort_keys=True) for key, value in settings.items()}
+    return disk.digest(adapter.tensors, texts)
 
 
 def load_into(model, paths, adapter, names=None, trainable=True) -> Report:
@@ -120,12 +123,13 @@ def load_into(model, paths, adapter, names=None, trainable=True) -> Report:
     config.remember_file(model, adapter.config)
     values += unread_base_values(layers, values)
     for variable, value in values:
-        distribution.put(variable, value)
+        distribution.assign(variable, value)
     for module, layer in file.adapted.items():
         alpha = tensors.own_alpha(layer, file.factors[module].alpha, file.use_rslora)
         layer.lora.set_alpha(alpha, file.use_rslora)
     before = record.trainable_state(layers)
-    (freezing.train_adapters if trainable else freezing.freeze_adapters)(layers)
+    set_trainable = freezing.train_adapters if trainable else freezing.freeze_adapters
+    set_trainable(layers)
     if record.trainable_state(layers) != before:
         notes += compiled.compile_again(model)
     return Report(model, paths, notes=notes)

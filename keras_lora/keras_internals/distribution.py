@@ -11,7 +11,7 @@ import numpy as np
 from keras_lora.keras_internals import probes, processes, warn_caller
 
 warned = weakref.WeakSet()  # the distributions of which a warning was given
-WHOLE = 2**20  # bytes of a value that may lie whole on a device for a moment
+REPLICATED_BYTES = 2**20  # of a value that may be whole on a device for a moment
 
 
 def layout_of(variable):
@@ -26,11 +26,11 @@ def layout_of(variable):
 
 
 @contextlib.contextmanager
-def lying_by(axes_of, like):
+def laid_out_by(axes_of, like):
     """Lays out variables that are made inside, unless the layout map names them.
 
-    `add_weight` takes no layout, but asks the distribution for one, before the variable
-    has values: none lies whole anywhere.
+    `add_weight` asks the distribution for a layout before the variable has values, so
+    no device ever holds it whole.
 
     axes_of: the name of a variable -> the axes of the mesh that its own are cut over.
     like: a layout over this mesh, or None: nothing is cut.
@@ -60,7 +60,7 @@ def lying_by(axes_of, like):
 
 
 def dividing(variable, axes, mesh, distribution):
-    """The axes of a mesh, with None for those of which a size is no multiple."""
+    """Returns the axes of a mesh, with None where a size is not divisible."""
     parts = dict(zip(mesh.axis_names, mesh.shape, strict=True))
     sizes = zip(axes, variable.shape, strict=True)
     found = [None if axis and size % parts[axis] else axis for axis, size in sizes]
@@ -85,7 +85,7 @@ def fetch(value):
         return keras.ops.convert_to_numpy(value)
     processes.exchange(None, processes.MEETING_SECONDS)
     multihost = probes.module("jax.experimental.multihost_utils")
-    if value.nbytes <= WHOLE:
+    if value.nbytes <= REPLICATED_BYTES:
         return multihost.process_allgather(value, tiled=True)
     here = probes.module("jax").process_index()
     own = {str(x.index): x.data for x in value.addressable_shards}
@@ -101,20 +101,20 @@ def fetch(value):
     return whole
 
 
-def is_cut(variable) -> bool:
-    """Whether several devices have parts of a variable."""
+def is_sharded(variable) -> bool:
+    """Whether a variable is sharded over several devices."""
     sharding = getattr(variable.value, "sharding", None)
     return sharding is not None and not sharding.is_fully_replicated
 
 
-def put(variable, value):
+def assign(variable, value):
     """Assigns what every process has whole; each device gets the part that it holds."""
     if isinstance(value, np.ndarray) and value.shape == tuple(variable.shape):
-        value = cut_as(variable, value)
+        value = sharded_like(variable, value)
     variable.assign(value)
 
 
-def cut_as(variable, value):
+def sharded_like(variable, value):
     """NumPy values of a variable's shape, on devices as the variable lies."""
     sharding = getattr(variable.value, "sharding", None)
     if sharding is None or len(sharding.device_set) == 1:
@@ -131,16 +131,16 @@ def variable_like(variable, values, **options):
     if keras.backend.backend() == "jax" and distribution:
         options["layout"] = distribution.get_variable_layout(variable)
         if isinstance(values, np.ndarray):
-            values = cut_as(variable, values)
+            values = sharded_like(variable, values)
     with strategy_of([variable], variable.path):
         return keras.Variable(values, **options)
 
 
 @contextlib.contextmanager
 def whole_on_host(model):
-    """Variables have whole values inside, in the memory of the host that writes files.
+    """Yields whether this process is the one that writes files.
 
-    Yields whether this process is the one. The others have no part in what it does.
+    Inside, all variables have whole values, in the memory of its host.
     """
     is_writer, pairs = processes.is_writer(model), []
     if processes.strategy_over(model) or not processes.is_shared(model):

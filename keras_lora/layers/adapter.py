@@ -65,7 +65,7 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
     is_bank = False  # whether it holds many adapters, which only a bank may change
     stand_in = None  # replaces it inside `merged()`
     kernel_place: Place | None = None  # position of W before it was frozen
-    switched_off = 0  # number of contexts that have switched it off
+    off_count = 0  # number of contexts that have switched it off
 
     def __init__(
         self,
@@ -261,11 +261,11 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
 
     @property
     def is_on(self) -> bool:
-        return not self.switched_off
+        return not self.off_count
 
     def switch(self, on):
         """Switches the adapter off or on: when off, the scaling reads as 0."""
-        self.switched_off += -1 if on else 1
+        self.off_count += -1 if on else 1
         self._write_scaling()
 
     def _write_scaling(self):

@@ -223,8 +223,7 @@ def wraps(layer) -> tuple:
 
 def takes_dropout(site):
     """Whether an adapter at a site has its own inputs, to which dropout can apply."""
-    lora_class = kind_of(site) if isinstance(site, Site) else adapting_class(site)
-    return lora_class.takes_dropout
+    return as_site(site).takes_dropout
 
 
 def looks_up(site):
@@ -235,12 +234,7 @@ def looks_up(site):
 
 def in_all_linear(site):
     """Whether the target "all-linear" means a site."""
-    if isinstance(site, Site):
-        return site.in_all_linear
-    lora_class = adapting_class(site)
-    if issubclass(lora_class, SubstitutedLayer):
-        return lora_class.kernel_name in lora_class.linear_weights
-    return lora_class.in_all_linear
+    return as_site(site).in_all_linear
 
 
 def out_of_reach(layer) -> dict:

@@ -49,7 +49,7 @@ def hold(variable, value):
         vars(variable)[HELD].contexts += 1
     else:
         vars(variable)[HELD] = Held(ops.copy(variable))
-        distribution.put(variable, value)
+        distribution.assign(variable, value)
 
 
 def release(variable):

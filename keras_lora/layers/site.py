@@ -179,7 +179,7 @@ class Site(TorchLayout):
         form = self.low_rank_form(self.lora.rank)
         layout = distribution.layout_of(self.frozen_kernel)
         axes = {} if layout is None else self.lora.factor_axes(form, layout.axes)
-        with distribution.lying_by(axes, layout):
+        with distribution.laid_out_by(axes, layout):
             self.lora.build(form, self.factor_regularizer, self.base_kernel)
 
     def build_adapter(self):

@@ -100,7 +100,8 @@ class SubstitutedSite(Site):
     kernel_is_matrix = True
 
     def low_rank_form(self, rank):
-        axes, ndim = usual_axes(len(self.kernel_shape)), len(self.kernel_shape)
+        ndim = len(self.kernel_shape)
+        axes = usual_axes(ndim)
         if issubclass(self.lora_class, SubstitutedLayer):
             axes = self.lora_class.axes_of(self.weight_name, ndim)
         return weight_form(self.kernel_shape, axes, rank)
@@ -129,7 +130,7 @@ class WeightSite(SubstitutedSite):
         kernel_keys: The keys from the layer to W, as in `weight_places`.
     """
 
-    # Attributes here; properties of a layer.
+    # Plain attributes, in the place of Site's properties.
     lora_class = weight_name = kernel_keys = None
 
     def __init__(self, layer, weight, keys, lora_class):
@@ -194,7 +195,7 @@ class WeightSite(SubstitutedSite):
         return hash((id(self.lora_layer()), self.weight_name))
 
 
-def weights_at(layer, places):
+def variable_ids(layer, places):
     """Returns the ids of a layer's variables at some places; None if one is gone."""
     try:
         return [id(classes.value_at(layer, keys)[1]) for keys in places.values()]
@@ -260,10 +261,6 @@ class SubstitutedLayer(SubstitutedSite, LoRALayer):
             refuse_constraint(layer, f"{kernel.name}_constraint", kernel.constraint)
 
     @property
-    def lora_class(self):
-        return type(self)
-
-    @property
     def in_all_linear(self):
         return self.weight_name in self.linear_weights
 
@@ -271,10 +268,10 @@ class SubstitutedLayer(SubstitutedSite, LoRALayer):
         """Returns `places_of`, cached while adapters and weights are the same."""
         adapters = [n for n, x in vars(self).items() if isinstance(x, LowRankAdapter)]
         places, *kept_for = vars(self).get(KEPT, ({}, [], []))
-        if not places or kept_for != [adapters, weights_at(self, places)]:
+        if not places or kept_for != [adapters, variable_ids(self, places)]:
             places = self.places_of(self)
             # Past Keras's and torch's tracking of attributes.
-            vars(self)[KEPT] = places, adapters, weights_at(self, places)
+            vars(self)[KEPT] = places, adapters, variable_ids(self, places)
         return places
 
     @property

@@ -29,13 +29,8 @@ def adapting(model, paths, adapters):
     compiled.restore_jax_weights(model)
     processes.meet(model)
     layers = sites.with_model(model, paths)
-    with distribution.own_strategy(model):
-        yield from all_or_none(model, layers, adapters)
-
-
-def all_or_none(model, layers, adapters):
-    made = {site: new_adapter(site, options) for site, options in adapters.items()}
-    with contextlib.ExitStack() as undo:
+    with distribution.own_strategy(model), contextlib.ExitStack() as undo:
+        made = {site: new_adapter(site, options) for site, options in adapters.items()}
         undo.callback(refresh_torch_parameters, flatten_layers(model))
         undo.callback(
             record.restore_trainable_state, layers, record.trainable_state(layers)

@@ -32,7 +32,7 @@ def choose(model, paths, target, exclude, trained):
                 for weight, why in kinds.out_of_reach(layer).items():
                     skipped[f"{path}/{weight}".lstrip("/")] = why
     else:
-        found, skipped = named(paths, every, sites, target, trained), {}
+        found, skipped = sites_named(paths, every, sites, target, trained), {}
     if exclude is not None:
         things = {**every, **paths}
         left_out = targets.matching(exclude, things, "exclude")
@@ -62,7 +62,7 @@ def choose(model, paths, target, exclude, trained):
             if no_effect:
                 warn_caller(f"{path!r}: {no_effect}")
     if not chosen:
-        raise ValueError(nothing(target, skipped))
+        raise ValueError(no_match_message(target, skipped))
     return chosen, skipped, notes_of(model, sites, chosen) if everything else []
 
 
@@ -128,7 +128,7 @@ def why_not_linear(site):
     )
 
 
-def named(paths, every, sites, target, trained):
+def sites_named(paths, every, sites, target, trained):
     """Returns the paths of the sites that a user's rule means, in the model's order."""
     # A list may name a layer without weights: that is then the error.
     by_name = isinstance(target, (list, tuple, set, frozenset))
@@ -139,7 +139,7 @@ def named(paths, every, sites, target, trained):
     for path in targets.matching(target, things, "target", sites):
         own = [path] if path in sites else sites_at(path, paths, sites)
         if not own:
-            raise ValueError(unsupported(path, paths[path], trained, sites))
+            raise ValueError(unsupported_message(path, paths[path], trained, sites))
         found |= {x for x in own if x == path or not is_bias(every[x])}
     return [path for path in sites if path in found]
 
@@ -159,7 +159,7 @@ def sites_at(path, paths, sites) -> list:
     return [p for p, site in sites.items() if kinds.layer_of(site) is layer]
 
 
-def nothing(target, skipped):
+def no_match_message(target, skipped):
     """Says why a target matches nothing that can be adapted, each reason once."""
     if not skipped:
         return (
@@ -189,7 +189,7 @@ def owner_of(model, paths, path, layer):
     return paths.get(owner, model)
 
 
-def unsupported(path, layer, trained, sites):
+def unsupported_message(path, layer, trained, sites):
     if path in trained:
         return f"The layer {path!r} is in `target` and in `also_train`."
     inside = [other for other in sites if other.startswith(f"{path}/")]

@@ -213,27 +213,22 @@ def renewed(model, options):
         options: Site -> the arguments of its new adapter.
     """
     compiled.restore_jax_weights(model)
-    with distribution.own_strategy(model):
-        yield from all_or_none(model, options)
-
-
-def all_or_none(model, options):
-    made = {
-        site: methods.make_adapter(own, site.variable_dtype, site.adapter_attribute)
-        for site, own in options.items()
-    }
-    with contextlib.ExitStack() as undo:
+    with distribution.own_strategy(model), contextlib.ExitStack() as undo:
+        made = {
+            site: methods.make_adapter(own, site.variable_dtype, site.adapter_attribute)
+            for site, own in options.items()
+        }
         undo.callback(refresh_torch_parameters, flatten_layers(model))
         for site, adapter in made.items():
-            undo.callback(put, site, site.lora)
-            put(site, adapter)
+            undo.callback(replace_adapter, site, site.lora)
+            replace_adapter(site, adapter)
             with name_scope_of(site.lora_layer()):
                 site.build_factors()
         yield
         undo.pop_all()
 
 
-def put(site, adapter):
+def replace_adapter(site, adapter):
     adapter.kernel_place = site.lora.kernel_place
     site.detach_adapter()
     site.attach_adapter(adapter)

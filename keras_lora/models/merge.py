@@ -31,7 +31,7 @@ from keras_lora.models import adapt
 from keras_lora.models.keras_files import Carrier
 from keras_lora.models.quantized import quantization_config, renew_policy_maps
 from keras_lora.models.record import (
-    NOTHING,
+    EMPTY,
     base_values,
     record_of,
     set_flags,
@@ -57,8 +57,8 @@ class MergedLayer(NamedTuple):
     error: float
 
 
-def checked_way(layers, way):
-    """Returns how to merge quantized layers; raises ValueError if it is not given."""
+def check_way(layers, way):
+    """Raises ValueError unless this is a way to merge quantized layers, if any are."""
     if way is not None and way not in WAYS:
         raise ValueError(
             f"`quantized` must be None, 'dequantize' or 'requantize'. Received: {way!r}"
@@ -101,13 +101,13 @@ def merged_plain(layer, kernel, way):
         scopes.enter_context(distribution.own_strategy(layer))
         scopes.enter_context(name_scopes(owner))  # layout maps go by paths
         values = {layer.kernel_name: kernel, **layer.other_kernels()}
-        if requantize and distribution.is_cut(layer.frozen_kernel):
+        if requantize and distribution.is_sharded(layer.frozen_kernel):
             # Keras quantizes on the host.
             values = {name: distribution.fetch(value) for name, value in values.items()}
             scopes.enter_context(distribution.on_host())
         plain.build_from_config(layer.get_build_config())
         for variable in kernel_variables(plain).values():
-            distribution.put(variable, values[variable.name])
+            distribution.assign(variable, values[variable.name])
         if requantize:
             config, mode = quantization_config(layer), layer.quantization_mode
             plain.quantize(mode, config=config, type_check=False)
@@ -130,10 +130,10 @@ def copy_kernel(layer, plain):
     if plain.quantization_mode is not None:
         own = kernel_variables(layer)
         for name, variable in kernel_variables(plain).items():
-            distribution.put(
+            distribution.assign(
                 own[name],
                 distribution.fetch(variable)
-                if distribution.is_cut(own[name])
+                if distribution.is_sharded(own[name])
                 else variable,
             )
         return
@@ -185,7 +185,7 @@ def merge_lora(
     """
     sites = checked_sites(model)
     hosts = [site for site in sites if site.is_quantized]
-    checked_way(hosts, quantized)
+    check_way(hosts, quantized)
     paths = layer_paths(model) if hosts else {}
     path_of = {id(layer): path for path, layer in paths.items()}
     report, made, small = [], {}, {}
@@ -231,7 +231,7 @@ def remove_lora(model: keras.layers.Layer):
     warn_of_unremembered(layers)
     for layer in layers:
         for variable, value in base_values(layer):
-            distribution.put(variable, value)
+            distribution.assign(variable, value)
     _make_plain(model, layers)
 
 
@@ -373,6 +373,6 @@ def restore_models(layers, held):
         if record.before is not None:
             set_flags(layer, *record.before)  # of all layers inside too
         if id(layer) not in held:
-            set_record(layer, NOTHING)
+            set_record(layer, EMPTY)
     for layer, own in zip(kept, flags, strict=True):
         set_flags(layer, *own)

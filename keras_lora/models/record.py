@@ -35,15 +35,15 @@ class Record:
 
 
 BASE = "base_"
-NOTHING = Record()
+EMPTY = Record()
 
 
 def record_of(layer) -> Record:
-    return vars(layer).get("_lora_record", NOTHING)
+    return vars(layer).get("_lora_record", EMPTY)
 
 
 def set_record(layer, record):
-    if record == NOTHING:
+    if record == EMPTY:
         vars(layer).pop("_lora_record", None)
     else:
         vars(layer)["_lora_record"] = record

@@ -9,7 +9,6 @@ import keras
 import numpy as np
 
 from keras_lora.keras_internals import classes, distribution, processes
-from keras_lora.keras_internals.distribution import put
 from keras_lora.layers import kinds, torch_layout
 from keras_lora.models import merge, sites
 
@@ -42,7 +41,7 @@ class Start:
         if values and self.is_subtracted:
             values |= {"a_start": self.a, "b_start": self.b}
         for name, value in values.items():
-            put(getattr(layer.lora, name), value)
+            distribution.assign(getattr(layer.lora, name), value)
 
 
 def fingerprint(starts) -> str:

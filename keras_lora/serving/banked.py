@@ -167,7 +167,7 @@ class Hosts:
         axes = {} if layout is None else form.factor_axes(layout.axes)
         axes["gain"] = axes.get("magnitude", ())
         axes = {name: [None, *own] for name, own in axes.items()}
-        with distribution.lying_by(axes, layout):
+        with distribution.laid_out_by(axes, layout):
             slots = Slots(self.count, rank, form, bias_shape, gain_shape, dtype)
         bank_layer(layer, BankAdapters(self.choice, form, slots, path))
         self.layers[path] = layer

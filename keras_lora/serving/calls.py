@@ -234,7 +234,7 @@ class Calls:
         return self.model.compute_output_spec(inputs["inputs"], training=training)
 
     def _look_at(self, inputs):
-        if not self.choice.all_known:
+        if not self.choice.leading_axes_known:
             try:
                 inputs = keras.tree.map_structure(rows.as_rows, inputs)
             except Exception:  # a symbolic value, inside a traced function

@@ -203,7 +203,7 @@ def read(model, paths, adapter, names, most) -> Reading:
     }
     for variable, value in pairs:
         if id(variable) in factors:
-            distribution.put(variable, value)
+            distribution.assign(variable, value)
     for module, host in file.adapted.items():
         alpha = tensors.own_alpha(host, file.factors[module].alpha, file.use_rslora)
         host.lora.set_alpha(alpha, file.use_rslora)

@@ -105,11 +105,10 @@ def assert_equal(size, rows, name):
 
 
 class SlotChoice(keras.layers.Layer):
-    """Answers the layers of a bank which slots the rows of this call use.
+    """Chooses which slots the layers of a bank use in this call.
 
-    While the bank is called, those of its ids: a value of the thread that calls or
-    traces it. Else those of `rows`, a variable that is there inside of `bank.rows`;
-    else the one of `active`, for all rows.
+    They are the slots of the ids inside a call of the bank, which are a value of the
+    calling thread; else those of `bank.rows`; else `active`, one slot for all rows.
     """
 
     def __init__(self, count):
@@ -121,7 +120,7 @@ class SlotChoice(keras.layers.Layer):
         self.seed = keras.random.SeedGenerator(random.randrange(2**31))
         self._of = {}  # number of rows -> variable
         self.rows = None
-        self.all_known = False  # what every layer's leading axis is
+        self.leading_axes_known = False  # what every layer's leading axis is
         self._local = threading.local()
         self.built = True
 
@@ -159,7 +158,7 @@ class SlotChoice(keras.layers.Layer):
 
     @property
     def is_inside(self):
-        """Whether this thread is inside a call of the bank, or a run that looks."""
+        """Whether this thread is inside a call of the bank or a probe run."""
         return getattr(self._local, "slots", None) is not None or self.probe is not None
 
     @property
@@ -181,8 +180,8 @@ class SlotChoice(keras.layers.Layer):
 
 
 KNOWN = (ROWS, REPEAT, TILE)
-COUNT = 3
-OPEN_SIZES = (11, 64, 5)  # of axes that are left open, the first that the model takes
+PROBE_ROWS = 3
+OPEN_SIZES = (11, 64, 5)  # to try for axes that the model leaves open
 
 
 class Probe:
@@ -219,7 +218,7 @@ def find_leading_axes(bank, samples, raising=False):
     for inputs in samples:
         try:
             found = leading_axes(run, inputs)
-        except Exception:  # whatever a model has to say of numbers that were made up
+        except Exception:  # a model may reject made-up inputs with any error
             if raising:
                 raise
             continue
@@ -232,7 +231,7 @@ def find_leading_axes(bank, samples, raising=False):
             )
         for adapters, kind in found.items():
             adapters.leading = kind
-        choice.all_known = True
+        choice.leading_axes_known = True
         return
 
 
@@ -246,7 +245,7 @@ def leading_axes(run, inputs) -> dict:
     first = run(inputs)
     changed = [
         run(keras.tree.map_structure(lambda x, row=row: with_other_row(x, row), inputs))
-        for row in range(COUNT)
+        for row in range(PROBE_ROWS)
     ]
     found = {}
     for adapters, calls in first.items():
@@ -272,18 +271,18 @@ def order_of(values, others):
         {at for at in range(size) if not np.array_equal(values[at], other[at])}
         for other in others
     ]
-    if size == COUNT:
+    if size == PROBE_ROWS:
         if all(at <= {row} for row, at in enumerate(touched)):
             return ROWS
-    elif size % COUNT == 0 and any(touched):
-        times = size // COUNT
+    elif size % PROBE_ROWS == 0 and any(touched):
+        times = size // PROBE_ROWS
         if all({x // times for x in at} <= {row} for row, at in enumerate(touched)):
             return REPEAT
-        if all({x % COUNT for x in at} <= {row} for row, at in enumerate(touched)):
+        if all({x % PROBE_ROWS for x in at} <= {row} for row, at in enumerate(touched)):
             return TILE
     if not any(touched):
         return f"{size} in size whatever the batch is"
-    return f"{size} in size for {COUNT} rows, which mix in it"
+    return f"{size} in size for {PROBE_ROWS} rows, which mix in it"
 
 
 def with_other_row(array, row):
@@ -305,7 +304,7 @@ def as_rows(array):
         if keras.ops.is_tensor(array)
         else np.asarray(array)
     )
-    return array[np.arange(COUNT) % len(array)]
+    return array[np.arange(PROBE_ROWS) % len(array)]
 
 
 def specs_in(model):
@@ -327,7 +326,7 @@ def made_inputs(model):
 
 
 def made(spec, size, random):
-    shape = [COUNT, *(axis or size for axis in spec.shape[1:])]
+    shape = [PROBE_ROWS, *(axis or size for axis in spec.shape[1:])]
     if "mask" in spec.name:
         return np.ones(shape, spec.dtype)
     if "float" in str(spec.dtype):
