@@ -2,6 +2,7 @@
 
 import inspect
 
+import keras
 from keras import ops
 
 from keras_lora.keras_internals import calls, layers
@@ -18,10 +19,15 @@ from keras_lora.layers.form import LowRankForm
 from keras_lora.layers.quantized_host import QuantizedHost
 from keras_lora.layers.rematerialized import Rematerialized
 from keras_lora.layers.saved_values import TrainedValues
-from keras_lora.layers.site import HostChecks, Site, watched
+from keras_lora.layers.site import (
+    Site,
+    refuse_constraint,
+    refuse_keras_adapter,
+    watched,
+)
 
 
-class LoRALayer(Rematerialized, HostChecks, QuantizedHost, Site):
+class LoRALayer(Rematerialized, QuantizedHost, Site):
     """Mixin that gives a Keras layer a frozen kernel W and an adapter A, B.
 
         training=True    y = finish( linear(x, W) + linear(drop(x), A) @ (scaling * B) )
@@ -108,6 +114,23 @@ class LoRALayer(Rematerialized, HostChecks, QuantizedHost, Site):
                     self.build_adapters()
 
     # Methods that a kind implements.
+
+    @classmethod
+    def check_host(cls, layer):
+        """Raises ValueError if an adapter would not work in the Keras layer."""
+        name = f"{cls.kernel_name}_constraint"
+        refuse_constraint(layer, name, getattr(layer, name, None))
+        quantized_host.refuse_mode(layer, layer.quantization_mode)
+        quantized_host.refuse_uncalibrated(layer, cls.kernel_name)
+        refuse_keras_adapter(layer)
+        if layer.built and not isinstance(
+            quantized_host.own_kernel(layer, cls.kernel_name), keras.Variable
+        ):
+            raise ValueError(
+                f"`{cls.kernel_name}` of layer {layer.name!r}, a "
+                f"{type(layer).__name__}, is computed and is not a variable, so there "
+                "is nothing to freeze."
+            )
 
     def linear(self, inputs, kernel):
         """Applies the layer's own operation: matmul, einsum, gather or convolution."""

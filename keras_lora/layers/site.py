@@ -6,29 +6,7 @@ import keras
 from keras import ops
 
 from keras_lora.keras_internals import calls, classes, distribution, layers, warn_caller
-from keras_lora.layers import quantized_host
 from keras_lora.layers.torch_layout import TorchLayout
-
-
-class HostChecks:
-    """Mixin of a LoRA layer's class: checks of the layer that it extends."""
-
-    @classmethod
-    def check_host(cls, layer):
-        """Raises ValueError if an adapter would not work in the Keras layer."""
-        name = f"{cls.kernel_name}_constraint"
-        refuse_constraint(layer, name, getattr(layer, name, None))
-        quantized_host.refuse_mode(layer, layer.quantization_mode)
-        quantized_host.refuse_uncalibrated(layer, cls.kernel_name)
-        refuse_keras_adapter(layer)
-        if layer.built and not isinstance(
-            quantized_host.own_kernel(layer, cls.kernel_name), keras.Variable
-        ):
-            raise ValueError(
-                f"`{cls.kernel_name}` of layer {layer.name!r}, a "
-                f"{type(layer).__name__}, is computed and is not a variable, so there "
-                "is nothing to freeze."
-            )
 
 
 def refuse_constraint(layer, name, constraint):

@@ -2,32 +2,10 @@
 
 import functools
 
-import keras
-
-from keras_lora.keras_internals import calls, classes, layers
+from keras_lora.keras_internals import classes, layers
 from keras_lora.layers import kinds, lora_layer, methods
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.lora_layer import LoRALayer
-
-
-def reassignment_reason(owner):
-    """Says why W would not stay unchanged inside this owner, or None."""
-    if isinstance(owner, keras.layers.SpectralNormalization):
-        return "SpectralNormalization assigns to its kernel in every training call."
-    return None
-
-
-def no_effect_in(owner, layer):
-    """Says why an adapter of this layer would have no effect in its owner, or None."""
-    others = [other for other in layers.sublayers(owner) if calls.was_called(other)]
-    if not others or calls.was_called(layer):
-        return None
-    # Gemma 4's feed-forward blocks multiply with `self.gating_ffw.kernel`.
-    return (
-        f"{type(owner).__name__} reads the kernel of this layer itself, or does not "
-        "use it: it has called other layers, but never this one. An adapter has no "
-        "effect there until it is merged."
-    )
 
 
 def new_adapter(site, options) -> LowRankAdapter:

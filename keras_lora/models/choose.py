@@ -5,11 +5,10 @@ import re
 
 import keras
 
-from keras_lora.keras_internals import warn_caller
-from keras_lora.keras_internals.layers import flatten_layers
+from keras_lora.keras_internals import calls, layers, warn_caller
 from keras_lora.layers import kinds
 from keras_lora.layers.adapter import LowRankAdapter
-from keras_lora.models import adapt, tables, targets
+from keras_lora.models import tables, targets
 from keras_lora.models.sites import site_paths, with_model
 
 WHOLE_MODEL = ("all-linear", "all")
@@ -48,13 +47,13 @@ def choose(model, paths, target, exclude, trained):
     for path in found:
         site, layer = sites[path], kinds.layer_of(sites[path])
         owner = owner_of(model, paths, path, layer)
-        reason = kinds.obstacle(site) or adapt.reassignment_reason(owner)
+        reason = kinds.obstacle(site) or reassignment_reason(owner)
         if reason and by_name and layer.built:
             raise ValueError(
                 f"The layer {path!r} cannot be adapted: {reason} Leave it out with "
                 "exclude=."
             )
-        no_effect = adapt.no_effect_in(owner, layer)
+        no_effect = no_effect_in(owner, layer)
         if reason or (everything and no_effect):
             skipped[path] = reason or no_effect
         else:
@@ -85,7 +84,7 @@ def notes_of(model, sites, chosen) -> list:
     """Returns the report's notes on the layers that make the model's outputs."""
     heads = targets.output_layers(model)
     if not hasattr(model, "outputs") and isinstance(model, keras.Model):
-        heads = targets.output_layers_of_call(model, flatten_layers(model))
+        heads = targets.output_layers_of_call(model, layers.flatten_layers(model))
         if not heads:
             return [
                 f"{type(model).__name__} does not say which layers make its outputs: "
@@ -109,6 +108,26 @@ def notes_of(model, sites, chosen) -> list:
             f"Output layers, frozen: {tables.listed(list(frozen))} (use also_train)"
         )
     return notes
+
+
+def reassignment_reason(owner):
+    """Says why W would not stay unchanged inside this owner, or None."""
+    if isinstance(owner, keras.layers.SpectralNormalization):
+        return "SpectralNormalization assigns to its kernel in every training call."
+    return None
+
+
+def no_effect_in(owner, layer):
+    """Says why an adapter of this layer would have no effect in its owner, or None."""
+    others = [other for other in layers.sublayers(owner) if calls.was_called(other)]
+    if not others or calls.was_called(layer):
+        return None
+    # Gemma 4's feed-forward blocks multiply with `self.gating_ffw.kernel`.
+    return (
+        f"{type(owner).__name__} reads the kernel of this layer itself, or does not "
+        "use it: it has called other layers, but never this one. An adapter has no "
+        "effect there until it is merged."
+    )
 
 
 def is_bias(site):

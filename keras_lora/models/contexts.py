@@ -7,9 +7,20 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lora.keras_internals import compiled, distribution, warn_caller
-from keras_lora.keras_internals.layers import flatten_layers
-from keras_lora.layers import saved_values
+from keras_lora.keras_internals import (
+    compiled,
+    distribution,
+    hidden_state,
+    warn_caller,
+)
+from keras_lora.keras_internals.layers import (
+    flatten_layers,
+    listed_instead,
+    refresh_torch_parameters,
+    unlisted,
+)
+from keras_lora.layers import quantized_host, saved_values
+from keras_lora.layers.adapter import FixedKernel
 from keras_lora.models import merge, record
 from keras_lora.models.sites import built_sites, checked_sites
 
@@ -60,7 +71,7 @@ def _merged(model):
     functions = compiled.take_compiled_functions(flatten_layers(model))
     refusing = compiled.refusing_to_train(model, UNTRAINED.format("merged"))
     try:
-        with merge.standing_in(sites), refusing:
+        with standing_in(sites), refusing:
             yield model
     finally:
         compiled.take_compiled_functions(flatten_layers(model))
@@ -150,3 +161,59 @@ def warn_of_lost_training(values):
             "before are restored now, so the change is lost. Train outside the "
             "context."
         )
+
+
+@contextlib.contextmanager
+def standing_in(sites):
+    """Replaces adapters by fixed, merged kernels; W itself is not written."""
+    stand_ins = [
+        FixedKernel(kernel_variable(site, merge.checked_merged_kernel(site)))
+        for site in sites
+    ]
+    try:
+        for site, stand_in in zip(sites, stand_ins, strict=True):
+            site.lora.stand_in = stand_in
+            hidden_state.hold_resource(site.lora, "stand_in", stand_in.kernel)
+        yield stand_ins
+    finally:
+        for site in sites:
+            if site.lora.stand_in is not None:
+                site.lora.stand_in = None
+                hidden_state.release_resource(site.lora, "stand_in")
+
+
+@contextlib.contextmanager
+def listing_merged_kernels(model):
+    """Yields the model with W + delta listed among its weights instead of W, A and B.
+
+    Calls compute as before, in other threads too; only `export` sees other weights.
+    """
+    sites = checked_sites(model)
+    for site in sites:
+        merge.refuse_factors_not_finite(site)
+    # Quantized ones keep A and B.
+    floats = [site for site in sites if not site.is_quantized]
+    with contextlib.ExitStack() as undo:
+        for site, stand_in in zip(
+            floats, undo.enter_context(standing_in(floats)), strict=True
+        ):
+            undo.enter_context(
+                listed_instead(site.kernel_owner(), site.frozen_kernel, stand_in.kernel)
+            )
+            undo.enter_context(unlisted(site.lora_layer(), site.lora))
+        refresh_torch_parameters(flatten_layers(model))
+        undo.enter_context(quantized_host.without_gradients())
+        yield model
+    refresh_torch_parameters(flatten_layers(model))
+
+
+def kernel_variable(site, values):
+    """Returns a variable with the merged kernel, to list instead of the site's own."""
+    return distribution.variable_like(
+        site.frozen_kernel,
+        values,
+        dtype=site.frozen_kernel.dtype,
+        trainable=False,
+        autocast=False,
+        name=site.frozen_kernel.name,
+    )

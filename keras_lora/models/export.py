@@ -10,7 +10,7 @@ import keras
 import numpy as np
 
 from keras_lora.keras_internals import distribution, layers, processes
-from keras_lora.models import atomic, merge, sites
+from keras_lora.models import atomic, contexts, sites
 
 SAVED_MODEL = {"saved_model.pb", "fingerprint.pb", "variables", "assets"}
 FORMATS = ("tf_saved_model", "onnx", "openvino", "litert", "torch")
@@ -75,7 +75,7 @@ def export(
                     if "target_spec" not in kwargs:
                         assert_runs(new, format)
 
-    with merge.listing_merged_kernels(model):
+    with contexts.listing_merged_kernels(model):
         processes.on_all(model, write)
 
 

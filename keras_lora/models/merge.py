@@ -12,20 +12,15 @@ from keras_lora.keras_internals import (
     classes,
     compiled,
     distribution,
-    hidden_state,
     warn_caller,
 )
 from keras_lora.keras_internals.layers import (
     exchange_variables,
     flatten_layers,
     kernel_variables,
-    listed_instead,
     name_scopes,
-    refresh_torch_parameters,
-    unlisted,
 )
 from keras_lora.layers import lora_layer, quantized_host, torch_layout
-from keras_lora.layers.adapter import FixedKernel
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.models import adapt
 from keras_lora.models.keras_files import Carrier
@@ -249,63 +244,6 @@ def _make_plain(model, layers):
     renew_policy_maps(layers)
     for note in compiled.compile_all_again(found):
         warn_caller(note)
-
-
-@contextlib.contextmanager
-def standing_in(sites):
-    """Replaces adapters by fixed, merged kernels; W itself is not written."""
-    stand_ins = [
-        FixedKernel(kernel_variable(site, checked_merged_kernel(site)))
-        for site in sites
-    ]
-    try:
-        for site, stand_in in zip(sites, stand_ins, strict=True):
-            site.lora.stand_in = stand_in
-            hidden_state.hold_resource(site.lora, "stand_in", stand_in.kernel)
-        yield stand_ins
-    finally:
-        for site in sites:
-            if site.lora.stand_in is not None:
-                site.lora.stand_in = None
-                hidden_state.release_resource(site.lora, "stand_in")
-
-
-@contextlib.contextmanager
-def listing_merged_kernels(model):
-    """Yields the model with W + delta listed among its weights instead of W, A and B.
-
-    Calls compute as before, in other threads too; only `export` sees other weights.
-    """
-    sites = checked_sites(model)
-    for site in sites:
-        refuse_factors_not_finite(site)
-    floats = [
-        site for site in sites if not site.is_quantized
-    ]  # quantized ones keep A and B
-    with contextlib.ExitStack() as undo:
-        for site, stand_in in zip(
-            floats, undo.enter_context(standing_in(floats)), strict=True
-        ):
-            undo.enter_context(
-                listed_instead(site.kernel_owner(), site.frozen_kernel, stand_in.kernel)
-            )
-            undo.enter_context(unlisted(site.lora_layer(), site.lora))
-        refresh_torch_parameters(flatten_layers(model))
-        undo.enter_context(quantized_host.without_gradients())
-        yield model
-    refresh_torch_parameters(flatten_layers(model))
-
-
-def kernel_variable(site, values):
-    """Returns a variable with the merged kernel, to list instead of the site's own."""
-    return distribution.variable_like(
-        site.frozen_kernel,
-        values,
-        dtype=site.frozen_kernel.dtype,
-        trainable=False,
-        autocast=False,
-        name=site.frozen_kernel.name,
-    )
 
 
 def checked_merged_kernel(layer):
