@@ -86,9 +86,10 @@ def exchange(message, seconds, strategy=None) -> list:
             found = bytes(codes.tolist()).decode().splitlines()
     except alone_error(strategy) as error:
         raise RuntimeError(
-            f"Process {process} has waited {seconds} seconds for the others. The model "
-            "is distributed over several processes: all of them have to make each "
-            "call of keras_lora, in the same order. Nothing was changed."
+            f"Process {process} has waited up to {seconds} seconds for the others, or "
+            "one of them has ended. The model is distributed over several processes: "
+            "all of them have to make each call of keras_lora, in the same order. "
+            "Nothing was changed."
         ) from error
     return [json.loads(each) for each in found]
 
