@@ -10,7 +10,7 @@ import numpy as np
 
 from keras_lora.keras_internals import probes, processes, warn_caller
 
-warned = weakref.WeakSet()  # the distributions of which a warning was given
+warned = weakref.WeakSet()  # distributions that a warning was given for
 REPLICATED_BYTES = 2**20  # of a value that may be whole on a device for a moment
 
 
@@ -75,10 +75,10 @@ def dividing(variable, axes, mesh, distribution):
 
 
 def fetch(value):
-    """The whole of a variable or tensor as NumPy.
+    """Returns the whole of a variable or tensor as NumPy.
 
-    Where it is cut over several processes, this is a collective: all of them call. The
-    hosts get it part by part, so that no device holds a large value whole.
+    If it is sharded over several processes, all of them must call. The hosts get it
+    part by part, so that no device holds a large value whole.
     """
     value = keras.ops.convert_to_tensor(value)
     if getattr(value, "is_fully_addressable", True) or value.is_fully_replicated:
@@ -108,14 +108,14 @@ def is_sharded(variable) -> bool:
 
 
 def assign(variable, value):
-    """Assigns what every process has whole; each device gets the part that it holds."""
+    """Assigns a value that every process has whole; each device gets its own part."""
     if isinstance(value, np.ndarray) and value.shape == tuple(variable.shape):
         value = sharded_like(variable, value)
     variable.assign(value)
 
 
 def sharded_like(variable, value):
-    """NumPy values of a variable's shape, on devices as the variable lies."""
+    """Puts NumPy values on devices with the sharding of a variable of their shape."""
     sharding = getattr(variable.value, "sharding", None)
     if sharding is None or len(sharding.device_set) == 1:
         return value
@@ -126,7 +126,7 @@ def sharded_like(variable, value):
 
 
 def variable_like(variable, values, **options):
-    """A new variable that lies as another one of its shape does."""
+    """Returns a new variable with the layout of another one of its shape."""
     distribution = keras.distribution.distribution()
     if keras.backend.backend() == "jax" and distribution:
         options["layout"] = distribution.get_variable_layout(variable)
@@ -158,7 +158,7 @@ def whole_on_host(model):
 
 @contextlib.contextmanager
 def on_host():
-    """Context in which JAX makes arrays whole, in the host's memory."""
+    """Inside, JAX creates arrays whole, in the host's memory."""
     jax, distribution = probes.module("jax"), keras.distribution.distribution()
     keras.distribution.set_distribution(None)
     try:
@@ -169,9 +169,9 @@ def on_host():
 
 
 def as_input(batch):
-    """A batch as `fit` lays it out: each process gives its own rows.
+    """Lays out a batch as `fit` does: each process passes its own rows.
 
-    Processes that hold the same rows have to give the same; `rows_given` tells.
+    Processes that hold the same rows must pass equal ones, which `rows_given` shows.
     """
     jax, distribution = probes.module("jax"), keras.distribution.distribution()
 
@@ -208,7 +208,7 @@ def own_strategy(model):
 
 @contextlib.contextmanager
 def strategy_of(variables, name):
-    """The scope of the strategy of `tf.distribute` that variables were made in."""
+    """Enters the strategy of `tf.distribute` that variables were made in."""
     if keras.backend.backend() != "tensorflow":
         yield
         return

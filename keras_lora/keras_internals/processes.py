@@ -1,6 +1,7 @@
-"""Agreement between the processes that hold one model.
+"""Messages between the processes that hold one model.
 
-On JAX by `keras.distribution`, on TensorFlow by `MultiWorkerMirroredStrategy`.
+On JAX these are processes of `keras.distribution`, on TensorFlow the workers of
+`MultiWorkerMirroredStrategy`.
 """
 
 import json
@@ -16,12 +17,12 @@ from keras_lora.keras_internals import (
     warn_caller,
 )
 
-MEETING_SECONDS = 30  # until a process that waits for the others gives up
-WORKING_SECONDS = 600  # the same, while one of them writes or reads a file
+MEETING_SECONDS = 30  # how long a process waits for the others
+WORKING_SECONDS = 600  # the same, while one of them reads or writes a file
 
 
 class Meetings:
-    """The number of those that all processes came to."""
+    """Counts the exchanges in which all processes have taken part."""
 
     count = 0
 
@@ -58,7 +59,7 @@ def is_shared(model) -> bool:
 
 
 def process_index(strategy) -> int:
-    """The number of this process; strategy: that of TensorFlow, None on JAX."""
+    """The number of this process. strategy: On TensorFlow; None on JAX."""
     if strategy is None:
         return probes.module("jax").process_index()
     resolver = strategy.cluster_resolver
@@ -66,15 +67,17 @@ def process_index(strategy) -> int:
 
 
 def is_writer(model) -> bool:
-    """Whether this process is the one of those that hold a model that writes files."""
+    """Whether this process writes the files of a model."""
     return not is_shared(model) or process_index(strategy_over(model)) == 0
 
 
 def exchange(message, seconds, strategy=None) -> list:
     """Returns the messages of all processes, in their order; all must call.
 
-    message: what can be written as JSON.
-    strategy: that of TensorFlow, None on JAX.
+    Args:
+        message: A value that JSON can represent.
+        seconds: How long to wait for the other processes.
+        strategy: The strategy on TensorFlow; None on JAX.
     """
     text, process = json.dumps(message), process_index(strategy)
     try:
@@ -84,7 +87,7 @@ def exchange(message, seconds, strategy=None) -> list:
             codes = [*text.encode(), ord("\n")]
             codes = gathered(np.array(codes, "int32"), strategy, seconds)
             found = bytes(codes.tolist()).decode().splitlines()
-    except alone_error(strategy) as error:
+    except timeout_error(strategy) as error:
         raise RuntimeError(
             f"Process {process} has waited up to {seconds} seconds for the others, or "
             "one of them has ended. The model is distributed over several processes: "
@@ -94,8 +97,8 @@ def exchange(message, seconds, strategy=None) -> list:
     return [json.loads(each) for each in found]
 
 
-def alone_error(strategy):
-    """What a backend raises where the other processes do not come."""
+def timeout_error(strategy):
+    """The class that a backend raises if the other processes do not call in time."""
     if strategy is None:
         return probes.module("jax").errors.JaxRuntimeError
     return probes.module("tensorflow").errors.OpError
@@ -104,7 +107,7 @@ def alone_error(strategy):
 def published(text, process, seconds) -> list:
     """The texts of all processes of JAX.
 
-    A collective of devices would wait for a process that does not call, some for ever.
+    Not by a collective of devices, which may wait for ever for a missing process.
     """
     probes.require(private_names.PROCESSES)
     client = probes.module("jax._src.distributed").global_state.client
@@ -113,18 +116,18 @@ def published(text, process, seconds) -> list:
     client.key_value_set(key, text)
     try:
         client.wait_at_barrier(meeting, round(1000 * seconds))
-    except alone_error(None):
-        client.key_value_delete(key)  # of a meeting that may be held again
+    except timeout_error(None):
+        client.key_value_delete(key)  # so that the exchange can be repeated
         raise
     Meetings.count += 1
-    said = dict(client.key_value_dir_get(f"{meeting}/"))
-    return [said[key] for key in sorted(said)]
+    texts = dict(client.key_value_dir_get(f"{meeting}/"))
+    return [texts[key] for key in sorted(texts)]
 
 
 def gathered(values, strategy, seconds):
     """Arrays of all processes of TensorFlow, one after the other along the first axis.
 
-    A process that waits for the others in vain cannot train with them any more.
+    After a timeout the process cannot train with the others any more.
     """
     tf = probes.module("tensorflow")
     options = tf.distribute.experimental.CommunicationOptions(timeout_seconds=seconds)
@@ -132,7 +135,7 @@ def gathered(values, strategy, seconds):
     def gather():
         context, own = tf.distribute.get_replica_context(), tf.constant(values)
         if context.replica_id_in_sync_group % replicas:
-            own = own[:0]  # the first device of a process speaks for it
+            own = own[:0]  # only the first device of a process contributes
         return context.all_gather(own, axis=0, options=options)
 
     replicas = strategy.num_replicas_in_sync // len(tasks(strategy))
@@ -141,32 +144,34 @@ def gathered(values, strategy, seconds):
 
 
 def summed(values, model):
-    """The sum of what all processes of TensorFlow that hold a model give."""
+    """Sums an array over all processes of TensorFlow that hold a model."""
     strategy = strategy_over(model)
     return gathered(values[None], strategy, MEETING_SECONDS).sum(axis=0)
 
 
 def meet(model):
-    """Raises RuntimeError unless all processes that hold a model call."""
+    """Raises RuntimeError unless all processes that hold a model make this call."""
     layers.checked_model(model)
     if is_shared(model):
         exchange(None, MEETING_SECONDS, strategy_over(model))
 
 
 def on_all(model, function, identity=None, differ=""):
-    """Returns function(), unless it raises on one of the processes: then all raise.
+    """Returns function(); if it raises on one process, it raises on all.
 
-    model: What the processes hold; where one alone does, nothing is exchanged.
-    identity: a function of what it returns, to a text that all have to agree in, or
-        to {key: text} for those that have the key.
-    differ: what an error says where they do not.
+    Args:
+        model: The model; if one process alone holds it, nothing is exchanged.
+        function: What each process computes.
+        identity: A function from its result to a text that must be equal on all
+            processes, or to {key: text}, equal where processes have the same key.
+        differ: What the error says if these texts differ.
     """
     if not is_shared(model):
         return function()
     result = error = None
     try:
         result = function()
-    except Exception as raised:  # told to the others, and raised below
+    except Exception as raised:  # sent to the others, and raised below
         error = raised
     message = {
         "kind": None if error is None else type(error).__name__,
@@ -174,10 +179,10 @@ def on_all(model, function, identity=None, differ=""):
         "text": str(error),
         "identity": identity(result) if identity and error is None else None,
     }
-    said = exchange(message, WORKING_SECONDS, strategy_over(model))
+    messages = exchange(message, WORKING_SECONDS, strategy_over(model))
     if error is not None:
         raise error
-    for process, other in enumerate(said):
+    for process, other in enumerate(messages):
         if other["kind"] is not None:
             kind = OSError if other["is_os_error"] else ValueError
             raise kind(
@@ -185,7 +190,7 @@ def on_all(model, function, identity=None, differ=""):
                 "Nothing was changed on any process."
             )
     known: dict = {}
-    for other in said:
+    for other in messages:
         found = other["identity"]
         for key, text in (found if isinstance(found, dict) else {"": found}).items():
             if known.setdefault(key, text) != text:
@@ -194,24 +199,26 @@ def on_all(model, function, identity=None, differ=""):
 
 
 def in_step(model, items, identity, differ):
-    """Yields what each process has; all have to have as many, or all raise.
+    """Yields this process's items.
 
-    model, identity, differ: as in `on_all`, of each item.
+    All processes raise if the numbers of items, or the identities of two, differ.
+
+    model, identity, differ: As in `on_all`, for each item.
     """
     items, end = iter(items), object()
 
-    def said(item):
+    def item_identity(item):
         return {"more": "no"} if item is end else {"more": "yes", **identity(item)}
 
     while True:
-        item = on_all(model, lambda: next(items, end), said, differ)
+        item = on_all(model, lambda: next(items, end), item_identity, differ)
         if item is end:
             return
         yield item
 
 
 def warn_of_process_group():
-    """Keras's `fit` knows nothing of torch's process groups."""
+    """Warns that Keras's `fit` does not synchronize a torch process group."""
     if keras.backend.backend() != "torch":
         return
     group = probes.module("torch.distributed")
