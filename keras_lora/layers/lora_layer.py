@@ -185,7 +185,7 @@ class LoRALayer(Rematerialized, QuantizedHost, Site):
         """W as a value."""
         if self.is_quantized:
             return self.dequantized(dtype)
-        return ops.cast(ops.convert_to_tensor(self.frozen_kernel), dtype)
+        return super().base_kernel(dtype)
 
     def frozen_linear(self, inputs):
         """linear(inputs, W), without a gradient of W."""
