@@ -49,6 +49,17 @@ class Scale(keras.layers.Layer):
         return inputs * self.vector
 
 
+class Shift(Scale):
+    """The trainable vector after a lookup.
+
+    It is added: the gradient of a product would cost whatever trains before it more
+    than a frozen table does, and there is nothing to train before a lookup.
+    """
+
+    def call(self, inputs):
+        return inputs + self.vector
+
+
 def normal(*shape):
     return np.random.default_rng(0).standard_normal(shape, "float32")
 
@@ -427,7 +438,7 @@ def token_rows(vocabulary, width, rows, layers=0, batch=64, length=32):
     def build():
         inputs = keras.Input((length,), dtype="int32")
         table = keras.layers.Embedding(vocabulary, width, name="table")
-        outputs = Scale()(table(inputs))
+        outputs = Shift()(table(inputs))
         for _ in range(layers):
             outputs = keras.layers.Dense(width, trainable=False)(outputs)
         return keras.Model(inputs, outputs)
