@@ -10,6 +10,12 @@ from concurrent import futures
 from pathlib import Path
 
 PAGE = Path(__file__).parents[1] / "docs/guides/devices.md"
+# A name that only the page's script for several processes has, by backend.
+SCRIPTS = {
+    "tensorflow": "MultiWorker",
+    "jax": "distribution.initialize",
+    "torch": "DistributedDataParallel",
+}
 
 MODEL = """
 import keras, keras_lora
@@ -66,12 +72,12 @@ def finish_all(processes, seconds=300):
     return [future.result() for future in failed or found]
 
 
-def script_of_the_guide(word):
-    """The one block of code on the page that has a word."""
+def script_of_the_guide(backend):
+    """The page's block of code for several processes."""
     blocks = re.findall(
         r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL
     )
-    (script,) = (text for text in blocks if word in text)
+    (script,) = (text for text in blocks if SCRIPTS[backend] in text)
     return script
 
 

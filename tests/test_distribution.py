@@ -521,7 +521,7 @@ def assert_equal_calls(several, one):
 
 
 def outside() -> str:
-    return f"script = {script_of_the_guide('MultiWorker')!r}\n{OUTSIDE}"
+    return f"script = {script_of_the_guide('tensorflow')!r}\n{OUTSIDE}"
 
 
 @pytest.fixture(scope="module")
@@ -577,7 +577,7 @@ def test_a_process_group_is_warned_of_and_trains_in_a_loop(tmp_path):
     folders = tmp_path / "several/adapter", tmp_path / "one/adapter"
     for folder in folders:
         folder.parent.mkdir()
-    program = f"script = {script_of_the_guide('DistributedDataParallel')!r}\n{TORCH}"
+    program = f"script = {script_of_the_guide('torch')!r}\n{TORCH}"
     settings = {"ADDRESS": f"127.0.0.1:{other}", "PROCESSES": "2"}
     processes = [
         start(program, f"2 {i} {port} {folders[0]}", **settings, PROCESS=f"{i}")

@@ -405,7 +405,7 @@ print(json.dumps(written))
 def results(tmp_path_factory):
     """What two processes find, and what one of them finds alone."""
     folder = tmp_path_factory.mktemp("processes")
-    script = script_of_the_guide("distribution.initialize")
+    script = script_of_the_guide("jax")
     _, calls = script.split("model = keras.Sequential", 1)
     alone = f"""
 spread("none")
