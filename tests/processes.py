@@ -28,7 +28,8 @@ def build():
         keras_lora.LoRADense(16, activation="tanh", name="wide", **options),
         keras_lora.LoRADense(3, **options),
     ])
-    model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=False)
+    sgd = keras.optimizers.SGD(0.1, momentum=0.5)
+    model.compile(sgd, "mse", jit_compile=False)
     return model
 random = np.random.default_rng(0)
 x = random.standard_normal((32, 6), "float32")
