@@ -1375,7 +1375,7 @@ FAULTS = {
             "test_every_weight.py -k exported",
         ),
     ],
-    "keras_internals/compiled.py": [
+    "keras_internals/optimizers.py": [
         (
             "            learning_rate = self.faster(learning_rate)",
             "            pass",

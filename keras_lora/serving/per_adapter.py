@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import keras
 from keras import ops
 
-from keras_lora.keras_internals import calls, compiled, distribution
+from keras_lora.keras_internals import calls, distribution, optimizers
 
 REDUCTIONS = ("sum_over_batch_size", "mean", "mean_with_sample_weight", "sum")
 
@@ -155,7 +155,7 @@ class PerAdapterOptimizer(keras.optimizers.Optimizer):
                 f"The bank was compiled with optimizers for {sorted(self.given)}, but "
                 f"with none for {name!r}."
             )
-        return compiled.like_without_state(given, trainee.trainable_variables)
+        return optimizers.copy_for_variables(given, trainee.trainable_variables)
 
     @contextlib.contextmanager
     def for_rows(self, ids):

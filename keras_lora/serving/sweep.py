@@ -9,7 +9,7 @@ import numpy as np
 
 from keras_lora.files import save
 from keras_lora.files.folder import Adapter
-from keras_lora.keras_internals import compiled
+from keras_lora.keras_internals import optimizers
 from keras_lora.layers.arguments import (
     MODEL_KEYWORDS,
     refuse_foreign_keywords,
@@ -240,16 +240,16 @@ def sweep(
         raise ValueError("Give a `loss`: the model is not compiled with one.")
     data, validation_data = split(data, validation_data)
     given = keras.optimizers.get(optimizer)
-    optimizers, adapters = {}, {}
+    copies, adapters = {}, {}
     for name, own in settings.items():
         own = dict(own)
-        optimizers[name] = compiled.unbuilt_copy(given)
+        copies[name] = optimizers.copy_unbuilt(given)
         if "learning_rate" in own:
-            optimizers[name].learning_rate = own.pop("learning_rate")
+            copies[name].learning_rate = own.pop("learning_rate")
         adapters[name] = fresh_adapter(model, own)
     bank = AdapterBank(model, adapters)
     try:
-        bank.compile(optimizers, loss)
+        bank.compile(copies, loss)
         batches = Batches(bank, [*settings], data, batch_size)
         validator = Validator(bank, [*settings], validation_data, batch_size)
         bank.fit(batches, epochs=epochs, callbacks=[validator], verbose=verbose)
