@@ -39,10 +39,9 @@ if not is_command():
         LoRASeparableConv1D,
         LoRASeparableConv2D,
     )
-    from keras_lora.models.apply import apply_lora
+    from keras_lora.models.apply import apply_lora, mark_only_lora_as_trainable
     from keras_lora.models.contexts import disabled, merged
     from keras_lora.models.export import export
-    from keras_lora.models.freezing import mark_only_lora_as_trainable
     from keras_lora.models.initialize import initialize_lora
     from keras_lora.models.lora_plus import LoRAPlus
     from keras_lora.models.merge import merge_lora, remove_lora

@@ -34,10 +34,10 @@ from keras_lora.layers.substituted_conv import LoRADepthwiseConv2D as _LoRADepth
 from keras_lora.layers.substituted_conv import LoRASeparableConv1D as _LoRASeparableConv1D
 from keras_lora.layers.substituted_conv import LoRASeparableConv2D as _LoRASeparableConv2D
 from keras_lora.models.apply import apply_lora
+from keras_lora.models.apply import mark_only_lora_as_trainable
 from keras_lora.models.contexts import disabled
 from keras_lora.models.contexts import merged
 from keras_lora.models.export import export
-from keras_lora.models.freezing import mark_only_lora_as_trainable
 from keras_lora.models.initialize import initialize_lora
 from keras_lora.models.lora_plus import LoRAPlus
 from keras_lora.models.merge import merge_lora

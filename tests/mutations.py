@@ -1030,17 +1030,17 @@ FAULTS = {
             "test_apply.py -k dry_run",
         ),
         (
-            '"rank": ranks.get(path, self.rank)',
-            '"rank": self.rank',
+            '"rank": ranks.get(path, rank)',
+            '"rank": rank',
             "test_apply.py -k test_patterns",
         ),
         (
-            "    adapt.refuse_adapters(paths)\n",
+            "    sites.refuse_adapters(paths)\n",
             "",
             "test_apply.py -k applying_twice",
         ),
     ],
-    "models/freezing.py": [
+    "models/training_state.py": [
         (
             "layer.trainable = any(id(v) in kept for v in variables)",
             "layer.trainable = True",
@@ -1048,7 +1048,7 @@ FAULTS = {
         ),
         (
             '    if variable.name == "beta":\n'
-            "        return not layer_state(layer)[1]\n",
+            "        return not layers.non_trainable_variables(layer)\n",
             "",
             "test_trained_beside.py -k calls_so",
         ),
@@ -1056,6 +1056,18 @@ FAULTS = {
             "            variable.trainable = id(variable) in kept",
             "            pass",
             "test_freezing.py -k only_the_factors",
+        ),
+        (
+            "{**values, **old.base_values}",
+            "{**old.base_values, **values}",
+            "test_trained_beside.py test_freezing.py test_carriers.py"
+            " -k 'base or marked'",
+        ),
+        (
+            "    for variable, flag in zip(variables, flags, strict=True):\n"
+            "        variable.trainable = flag",
+            "    for variable in variables:\n        variable.trainable = trainable",
+            "test_trained_beside.py test_apply.py -k 'undoing or frozen'",
         ),
     ],
     "models/merge.py": [
@@ -1080,7 +1092,7 @@ FAULTS = {
             "test_merging.py -k large_kernels",
         ),
         (
-            "        for variable, value in base_values(layer):\n"
+            "        for variable, value in training_state.base_values(layer):\n"
             "            distribution.assign(variable, value)\n",
             "        pass\n",
             "test_trained_beside.py -k the_base_model_is",
@@ -1138,19 +1150,6 @@ FAULTS = {
             "if not any(map(self.is_faster, variables)):",
             "if False:",
             "test_lora_plus.py -k no_b_among",
-        ),
-    ],
-    "models/record.py": [
-        (
-            "{**base, **old.base}",
-            "{**old.base, **base}",
-            "test_trained_beside.py test_freezing.py test_carriers.py"
-            " -k 'base or marked'",
-        ),
-        (
-            "        variable.trainable = flag",
-            "        variable.trainable = trainable",
-            "test_trained_beside.py test_apply.py -k 'undoing or frozen'",
         ),
     ],
     "models/sites.py": [
@@ -1243,7 +1242,7 @@ FAULTS = {
             "test_carriers.py -k how_a_layer_merges",
         ),
         (
-            '        record.restore_trainable_state(layers_now, config["trainable"])\n',
+            '        training_state.restore_flags(layers_now, config["trainable"])\n',
             "",
             "test_carriers.py -k 'frozen_biases or only_marked'",
         ),

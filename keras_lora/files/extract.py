@@ -1,7 +1,6 @@
 """The difference of two models as an adapter, as far as its rank allows."""
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Mapping
 
 import keras
@@ -13,7 +12,7 @@ from keras_lora.files.names import module_names
 from keras_lora.keras_internals import distribution, layers
 from keras_lora.layers import kinds, settings, torch_layout
 from keras_lora.layers.substituted import WeightSite
-from keras_lora.models import change, sites
+from keras_lora.models import apply, sites
 
 
 def extract_adapter(
@@ -91,7 +90,7 @@ def extract_adapter(
         raise ValueError(
             "No kernel that can be adapted differs between the two models."
         )
-    with change.adapting(base_model, paths, adapters):
+    with apply.adapt_layers(base_model, paths, adapters):
         for module, (a, b) in updates.items():
             lora = base.sites[module].lora
             distribution.assign(lora.a, a)
@@ -109,10 +108,7 @@ def paired_layers(base, tuned):
         )
     pairs = {}
     for module, layer in base.items():
-        own, other = (
-            list(itertools.chain(*layers.layer_state(x)))
-            for x in (layer, tuned[module])
-        )
+        own, other = (layers.layer_variables(x) for x in (layer, tuned[module]))
         if [(v.name, v.shape) for v in own] != [(v.name, v.shape) for v in other]:
             raise ValueError(f"The variables of {module!r} differ in name or shape.")
         pairs[module] = layer, list(zip(own, other, strict=True))

@@ -11,11 +11,11 @@ from keras_lora.files import config, disk, matching, tensors
 from keras_lora.files.folder import Adapter
 from keras_lora.files.names import module_names, refuse_tied_head
 from keras_lora.keras_internals import compiled, distribution, processes
+from keras_lora.keras_internals.layers import layer_variables
 from keras_lora.layers import lora_layer, token_rows
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.settings import Settings
-from keras_lora.models import adapt, freezing, record, sites
-from keras_lora.models.change import adapting
+from keras_lora.models import apply, sites, training_state
 from keras_lora.models.report import Report
 
 OTHER_FILES = (
@@ -71,7 +71,7 @@ def load_adapter(
         [8]
     """
     paths = sites.layer_paths(model)
-    adapt.refuse_unbuilt(model)
+    sites.refuse_unbuilt(model)
     return load_into(model, paths, read_for(model, directory), names, trainable)
 
 
@@ -116,10 +116,11 @@ def load_into(model, paths, adapter, names=None, trainable=True) -> Report:
         }
         for module, site in file.tables.items():
             adapters[site] = {token_rows.KEYWORD: file.rows[module][0]}
-        with adapting(model, paths, adapters) as change:
+        with apply.adapt_layers(model, paths, adapters) as change:
             values = matching.checked_values(file)
-            freezing.freeze_all_but_lora(model, file.bias, list(file.heads.values()))
-            notes += change.keep()
+            heads = list(file.heads.values())
+            training_state.freeze_all_but_lora(model, file.bias, heads)
+            notes += change.commit()
     config.remember_file(model, adapter.config)
     values += unread_base_values(layers, values)
     for variable, value in values:
@@ -127,10 +128,12 @@ def load_into(model, paths, adapter, names=None, trainable=True) -> Report:
     for module, layer in file.adapted.items():
         alpha = tensors.own_alpha(layer, file.factors[module].alpha, file.use_rslora)
         layer.lora.set_alpha(alpha, file.use_rslora)
-    before = record.trainable_state(layers)
-    set_trainable = freezing.train_adapters if trainable else freezing.freeze_adapters
-    set_trainable(layers)
-    if record.trainable_state(layers) != before:
+    flags = training_state.trainable_flags(layers)
+    if trainable:
+        training_state.train_adapters(layers)
+    else:
+        training_state.freeze_adapters(layers)
+    if training_state.trainable_flags(layers) != flags:
         notes += compiled.compile_again(model)
     return Report(model, paths, notes=notes)
 
@@ -141,12 +144,12 @@ def unread_base_values(layers, values):
     unread = []
     for layer in layers.values():
         if not isinstance(layer, LowRankAdapter):
-            record.remember_base(
-                layer, [v for v in record.state_of(layer) if id(v) in read]
+            variables = layer_variables(layer)
+            training_state.remember_base_values(
+                layer, [v for v in variables if id(v) in read]
             )
-            unread += [
-                (v, x) for v, x in record.base_values(layer) if id(v) not in read
-            ]
+            base_values = training_state.base_values(layer)
+            unread += [(v, x) for v, x in base_values if id(v) not in read]
     return unread
 
 

@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import difflib
-import itertools
 import math
 
 import ml_dtypes
@@ -252,7 +251,7 @@ def checked_values(file):
     index = {}
     for module, layer in file.modules.items():
         infix = ".base_layer" if module in file.factors else ""
-        for variable in itertools.chain(*layers.layer_state(layer)):
+        for variable in layers.layer_variables(layer):
             key = f"{module}{infix}.{tensors.torch_name(layer, variable)}"
             index[key] = layer, variable
             if module in file.heads and key not in file.others:

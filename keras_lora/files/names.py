@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from keras_lora.files import experts, families, family_names
-from keras_lora.keras_internals.layers import layer_state
+from keras_lora.keras_internals.layers import layer_variables
 from keras_lora.layers import kinds, lora_layer
 from keras_lora.models import targets
 from keras_lora.models.sites import site_paths
@@ -112,7 +112,7 @@ def named_sites(modules, sites, get=lambda path: None) -> dict:
 
 def holds_weights(layer):
     """Whether a layer has weights itself: an InputLayer or a container has none."""
-    return lora_layer.has_adapters(layer) or any(layer_state(layer))
+    return lora_layer.has_adapters(layer) or bool(layer_variables(layer))
 
 
 def derived_names(paths, names, model, adapter) -> Modules:

@@ -1,7 +1,6 @@
 """Writes a model's adapter as PEFT's files."""
 
 import collections
-import itertools
 import os
 from collections.abc import Callable, Mapping
 
@@ -21,7 +20,7 @@ from keras_lora.files.tensors import (
 from keras_lora.keras_internals import layers, processes, warn_caller
 from keras_lora.layers import lora_layer, token_rows
 from keras_lora.layers.adapter import LowRankAdapter
-from keras_lora.models import record, sites
+from keras_lora.models import sites, training_state
 
 
 def save_adapter(
@@ -242,10 +241,12 @@ def trained_beside(modules, adapters):
     for module, layer in modules.items():
         if isinstance(layer, LowRankAdapter):
             continue
-        found = record.trained_variables(layer)
+        found = training_state.trained_variables(layer)
         if module not in adapters and {torch_name(layer, v) for v in found} - {"bias"}:
             known = set(map(id, found))
-            found += [v for v in layers.layer_state(layer)[1] if id(v) not in known]
+            found += [
+                v for v in layers.non_trainable_variables(layer) if id(v) not in known
+            ]
         trained += [(module, variable) for variable in found]
     return trained
 
@@ -266,7 +267,7 @@ def fuse_others(others, modules):
                     modules[name], variable, name in modules.inputs_first
                 )
                 for name in names
-                for variable in itertools.chain(*layers.layer_state(modules[name]))
+                for variable in layers.layer_variables(modules[name])
                 if torch_name(modules[name], variable) == weight
             }
             parts = {

@@ -11,7 +11,7 @@ import keras
 from keras_lora.keras_internals import calls, distribution, optimizers, warn_caller
 from keras_lora.keras_internals.layers import (
     flatten_layers,
-    layer_state,
+    layer_variables,
     refresh_torch_parameters,
 )
 
@@ -26,7 +26,7 @@ def models_sharing_layers(model) -> list:
     """
     layers = flatten_layers(model)
     own = {id(vars(layer)) for layer in layers}  # views share it
-    shared = {id(layer) for layer in layers if any(layer_state(layer))}
+    shared = {id(layer) for layer in layers if layer_variables(layer)}
     around = [
         found
         for found in live_models()

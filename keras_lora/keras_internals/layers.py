@@ -253,10 +253,14 @@ def name_scopes(path):
         yield
 
 
-def layer_state(layer):
-    """Returns a layer's own variables: those that can train, those that never do."""
-    others = [v for v in layer._non_trainable_variables if not is_frozen_kernel(v)]
-    return list(layer._trainable_variables), others
+def layer_variables(layer) -> list:
+    """Returns a layer's own variables, without the frozen kernels of adapters."""
+    return [*layer._trainable_variables, *non_trainable_variables(layer)]
+
+
+def non_trainable_variables(layer) -> list:
+    """Returns a layer's own variables that never train, such as moving statistics."""
+    return [v for v in layer._non_trainable_variables if not is_frozen_kernel(v)]
 
 
 # Attributes in which Keras lists variables and layers without names.

@@ -177,7 +177,7 @@ def substituted_class(cls, weight):
     return type(f"LoRA{cls.__name__}", (mixin, cls), attributes)
 
 
-def adapting_class(layer):
+def class_with_adapter(layer):
     """The LoRA class that a layer gets with an adapter; None without such a weight."""
     if isinstance(layer, LoRALayer):
         return type(layer)
@@ -195,7 +195,7 @@ def sites_of(layer) -> dict:
 
     A layer with one kernel is its own site, also while it is plain.
     """
-    kind = adapting_class(layer)
+    kind = class_with_adapter(layer)
     if kind is None:
         return {}
     if kind.kernel_name is None:
@@ -245,7 +245,7 @@ def out_of_reach(layer) -> dict:
             "it belongs to the model itself, and only weights of layers can have "
             "adapters.",
         )
-    lora_class = adapting_class(layer)
+    lora_class = class_with_adapter(layer)
     if lora_class is None or issubclass(lora_class, SubstitutedLayer):
         return {}
     kernel = lora_class.kernel_name
@@ -274,7 +274,7 @@ def obstacle(site):
                 site.lora_layer(), f"{site.weight_name}_constraint", constraint
             )
         else:
-            adapting_class(site).check_host(site)
+            class_with_adapter(site).check_host(site)
     except ValueError as error:
         return str(error)
     return None
@@ -284,7 +284,7 @@ def as_site(site):
     """Returns a plain layer seen as a site; a site is returned unchanged."""
     if isinstance(site, Site):
         return site
-    return classes.seen_as(site, adapting_class(site) or kind_of(site))
+    return classes.seen_as(site, class_with_adapter(site) or kind_of(site))
 
 
 def form_of(site, rank):

@@ -21,7 +21,7 @@ from keras_lora.keras_internals.layers import (
 )
 from keras_lora.layers import quantized_host, saved_values
 from keras_lora.layers.adapter import FixedKernel
-from keras_lora.models import merge, record
+from keras_lora.models import merge, training_state
 from keras_lora.models.sites import built_sites, checked_sites
 
 UNTRAINED = (
@@ -105,15 +105,18 @@ def disabled(model: keras.layers.Layer):
         ...     without = model.predict(x, verbose=0)
     """
     built_sites(model)
-    record.warn_of_unremembered(flatten_layers(model))
+    training_state.warn_of_variables_without_base(flatten_layers(model))
     return _disabled(model)
 
 
 @contextlib.contextmanager
 def _disabled(model):
     sites = built_sites(model)
-    layers = [layer for layer in flatten_layers(model) if record.base_values(layer)]
-    values = [pair for layer in layers for pair in record.base_values(layer)]
+    values = [
+        pair
+        for layer in flatten_layers(model)
+        for pair in training_state.base_values(layer)
+    ]
     # Inside `merged`, its kernels get the values of W too.
     kernels = [
         (site.lora.stand_in.kernel, site.frozen_kernel)

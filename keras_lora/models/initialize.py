@@ -14,7 +14,7 @@ from keras_lora.keras_internals.layers import (
 )
 from keras_lora.layers import kinds, lora_layer, methods, torch_layout
 from keras_lora.layers.settings import checked_rank
-from keras_lora.models import adapt, merge, sites, start_values
+from keras_lora.models import merge, sites, start_values
 from keras_lora.models.report import Report
 
 OTHER_STARTS = (
@@ -115,7 +115,7 @@ def initialize_lora(
         if starts[path].rank:
             layer.lora.start_from_kernel()
         else:
-            adapt.make_plain(layer)
+            sites.make_plain(layer)
             layer.trainable = False
     errors = {path: start.errors for path, start in starts.items() if start.errors}
     return Report(model, notes=compiled.compile_again(model), errors=errors)

@@ -21,10 +21,8 @@ from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.rematerialized import Rematerialized
 from keras_lora.layers.saved_values import TrainedValues
-from keras_lora.models import presets, quantized, record
-from keras_lora.models.adapt import adapt, new_adapter
-from keras_lora.models.record import Record
-from keras_lora.models.sites import adapted_sites, layer_paths
+from keras_lora.models import presets, quantized, sites, training_state
+from keras_lora.models.sites import layer_paths
 
 # All these classes have one name, because they share `from_config`.
 register = keras.saving.register_keras_serializable("keras_lora", "Adapted")
@@ -45,7 +43,7 @@ class Carrier(Rematerialized):
         with_adapter = {
             path: x for path, x in own.items() if lora_layer.has_adapters(x)
         }
-        records = {path: record.record_of(layer) for path, layer in own.items()}
+        records = {path: training_state.record_of(layer) for path, layer in own.items()}
         view = classes.seen_as(self, presets.plain_class_of(type(self)))
         plain = keras.saving.serialize_keras_object(view)
         for key in ("compile_config", "shared_object_id"):  # those of the view
@@ -65,11 +63,13 @@ class Carrier(Rematerialized):
             "places": {path: place - 1 for place, path in enumerate(own)},
             "quantized": quantized.quantizations(own),
             "merge_weights": {p: x.merge_weights for p, x in with_adapter.items()},
-            "trainable": record.trainable_state(layers),
+            "trainable": training_state.trainable_flags(layers),
             "trainable_before": {
-                p: list(r.before) for p, r in records.items() if r.before is not None
+                p: list(r.flags) for p, r in records.items() if r.flags is not None
             },
-            "trained_beside": {p: list(r.base) for p, r in records.items() if r.base},
+            "trained_beside": {
+                p: list(r.base_values) for p, r in records.items() if r.base_values
+            },
         }
 
     @classmethod
@@ -98,43 +98,50 @@ class Carrier(Rematerialized):
                     f"{path!r}, so its adapter cannot be restored. Build the model as "
                     "you did originally, then `apply_lora` and `load_weights`."
                 )
-            sites = kinds.sites_of(layer)
+            by_weight = kinds.sites_of(layer)
             for weight, options in own.items():
-                site = sites.get(weight, layer)
+                site = by_weight.get(weight, layer)
                 if not lora_layer.is_adapted(site):  # a LoRA layer restores its own
                     adapters.append((site, options))
         for site, options in adapters:
-            adapt(site, new_adapter(site, options))
+            sites.add_adapter(site, sites.new_adapter(site, options))
         quantized.fix_quantized(layers.values())
         for path, merge_weights in config["merge_weights"].items():
             layers[places[path]].merge_weights = merge_weights
         layers_now = {"": model, **layer_paths(model, alone=False)}
-        record.restore_trainable_state(layers_now, config["trainable"])
-        beside = config.get("trained_beside", {})
+        training_state.restore_flags(layers_now, config["trainable"])
+        trained_beside = config.get("trained_beside", {})
         for path, place in places.items():
-            base = dict.fromkeys(beside.get(path, ()))
-            before = config["trainable_before"].get(path)
-            record.set_record(layers[place], Record(before, base))
-        use_owner_classes(model)
+            record = training_state.Record(
+                config["trainable_before"].get(path),
+                dict.fromkeys(trained_beside.get(path, ())),
+            )
+            training_state.set_record(layers[place], record)
+        use_carrier_classes(model)
         return model
 
     def save_own_variables(self, store):
         super().save_own_variables(TrainedValues(store))
         if presets.is_saved_as_plain(self):
             return
-        for name, (layer, index) in record.base_names(self, Carrier).items():
-            if record.record_of(layer).base[index] is not None:
-                store[name] = record.record_of(layer).base[index]
+        names = training_state.base_value_names(self, Carrier)
+        for name, (layer, index) in names.items():
+            value = training_state.record_of(layer).base_values[index]
+            if value is not None:
+                store[name] = value
 
     def load_own_variables(self, store):
         values = {name: store[name] for name in store.keys()}  # noqa: SIM118
-        for name, (layer, index) in record.base_names(self, Carrier).items():
-            record.set_base(layer, index, values.get(name))
-        others = [name for name in values if not name.startswith(record.BASE)]
-        super().load_own_variables({name: values[name] for name in others})
+        names = training_state.base_value_names(self, Carrier)
+        for name, (layer, index) in names.items():
+            training_state.set_base_value(layer, index, values.get(name))
+        prefix = training_state.BASE_PREFIX
+        super().load_own_variables(
+            {name: x for name, x in values.items() if not name.startswith(prefix)}
+        )
 
     def quantize(self, mode=None, config=None, **kwargs):
-        for layer in adapted_sites(self):
+        for layer in sites.adapted_sites(self):
             quantized_host.refuse_quantizing(layer, mode)  # before any change
         super().quantize(mode, config=config, **kwargs)
         quantized.fix_quantized(flatten_layers(self))
@@ -149,7 +156,7 @@ class Carrier(Rematerialized):
 
 
 @functools.cache
-def adapted_class(cls):
+def carrier_class(cls):
     """The subclass of a layer's class that carries adapters.
 
     It has the plain class's name, which decides where weights lie in files, and a
@@ -161,12 +168,12 @@ def adapted_class(cls):
         if hasattr(cls, method.__name__):
             own[method.__name__] = method
     own |= {name: protected(getattr(cls, name)) for name in LOOPS if hasattr(cls, name)}
-    adapted = type(cls.__name__, (Carrier, cls), own)
-    register(adapted)
+    carrier = type(cls.__name__, (Carrier, cls), own)
+    register(carrier)
     # The mixin keeps the name: KerasHub would find a registered subclass when it looks
     # for the task of a preset.
     register(Carrier)
-    return adapted
+    return carrier
 
 
 LOOPS = (
@@ -202,8 +209,8 @@ def make_train_function(self, force=False):
     begins = force or self.train_function is None
     self.plain_owner.make_train_function(self, force)
     if begins:
-        record.remember_what_trains(flatten_layers(self))
-        use_owner_classes(self)
+        training_state.remember_what_trains(flatten_layers(self))
+        use_carrier_classes(self)
 
 
 def refuse_legacy_format(model):
@@ -213,7 +220,7 @@ def refuse_legacy_format(model):
     )
 
 
-def carriers(model):
+def layers_to_carry(model):
     """The layers whose own configuration cannot restore them.
 
     They hold adapted layers, have a class that was made at run time, or train together
@@ -228,7 +235,7 @@ def carriers(model):
             if flags or not presets.is_registered(type(layer)):
                 yield layer
         elif (
-            record.record_of(layer).base
+            training_state.record_of(layer).base_values
             or any(map(lora_layer.has_adapters, flatten_layers(layer)))
             or has_mixed_flags(layer)
         ):
@@ -246,8 +253,8 @@ def parts(layer):
     return [x for x in inside if not isinstance(x, LowRankAdapter)]
 
 
-def use_owner_classes(model):
+def use_carrier_classes(model):
     """Gives layers the class that carries adapters where they need it."""
-    for layer in list(carriers(model)):
-        classes.change_class(layer, adapted_class(type(layer)))
+    for layer in list(layers_to_carry(model)):
+        classes.change_class(layer, carrier_class(type(layer)))
     refresh_torch_parameters(flatten_layers(model))

@@ -22,23 +22,9 @@ from keras_lora.keras_internals.layers import (
 )
 from keras_lora.layers import lora_layer, quantized_host, torch_layout
 from keras_lora.layers.lora_layer import LoRALayer
-from keras_lora.models import adapt
+from keras_lora.models import sites, training_state
 from keras_lora.models.keras_files import Carrier
 from keras_lora.models.quantized import quantization_config, renew_policy_maps
-from keras_lora.models.record import (
-    EMPTY,
-    base_values,
-    record_of,
-    set_flags,
-    set_record,
-    trainable_state,
-    warn_of_unremembered,
-)
-from keras_lora.models.sites import (
-    adapted_sites,
-    checked_sites,
-    layer_paths,
-)
 
 WAYS = ("dequantize", "requantize")
 SMALL = 2**16  # size up to which a merged kernel is kept from its check on
@@ -178,13 +164,13 @@ def merge_lora(
         >>> type(model.layers[0]).__name__
         'Dense'
     """
-    sites = checked_sites(model)
-    hosts = [site for site in sites if site.is_quantized]
+    adapted = sites.checked_sites(model)
+    hosts = [site for site in adapted if site.is_quantized]
     check_way(hosts, quantized)
-    paths = layer_paths(model) if hosts else {}
+    paths = sites.layer_paths(model) if hosts else {}
     path_of = {id(layer): path for path, layer in paths.items()}
     report, made, small = [], {}, {}
-    for site in sites:
+    for site in adapted:
         kernel = checked_merged_kernel(site)
         if site.is_quantized:
             made[site] = plain = merged_plain(site, kernel, quantized)
@@ -192,7 +178,7 @@ def merge_lora(
             report.append(MergedLayer(path_of[id(site)], site, error))
         elif math.prod(kernel.shape) <= SMALL:
             small[site] = kernel
-    for site in sites:
+    for site in adapted:
         if site.is_quantized:
             copy_kernel(site, made[site])
         else:
@@ -221,11 +207,11 @@ def remove_lora(model: keras.layers.Layer):
         >>> type(model.layers[0]).__name__
         'Dense'
     """
-    checked_sites(model)
+    sites.checked_sites(model)
     layers = flatten_layers(model)
-    warn_of_unremembered(layers)
+    training_state.warn_of_variables_without_base(layers)
     for layer in layers:
-        for variable, value in base_values(layer):
+        for variable, value in training_state.base_values(layer):
             distribution.assign(variable, value)
     _make_plain(model, layers)
 
@@ -234,7 +220,7 @@ def _make_plain(model, layers):
     """layers: all layers of the model."""
     adapted = [layer for layer in layers if isinstance(layer, LoRALayer)]
     for layer in adapted:
-        adapt.make_plain(layer)
+        sites.make_plain(layer)
     found = compiled.models_sharing_layers(model)
     held = held_by_adapted(found, layers)
     for layer in adapted:
@@ -289,7 +275,9 @@ def held_by_adapted(found, layers) -> set:
     return {
         id(layer)
         for other in found
-        if id(other) not in own and record_of(other).before and adapted_sites(other)
+        if id(other) not in own
+        and training_state.record_of(other).flags
+        and sites.adapted_sites(other)
         for layer in flatten_layers(other)
     }
 
@@ -305,12 +293,11 @@ def restore_models(layers, held):
         ):
             classes.change_class(layer, layer.plain_owner)
     kept = [layer for layer in layers if id(layer) in held]
-    flags = list(trainable_state(dict(enumerate(kept))).values())
+    flags = training_state.trainable_flags(dict(enumerate(kept)))
     for layer in layers:
-        record = record_of(layer)
-        if record.before is not None:
-            set_flags(layer, *record.before)  # of all layers inside too
+        record = training_state.record_of(layer)
+        if record.flags is not None:
+            training_state.set_flags(layer, *record.flags)  # of all layers inside too
         if id(layer) not in held:
-            set_record(layer, EMPTY)
-    for layer, own in zip(kept, flags, strict=True):
-        set_flags(layer, *own)
+            training_state.set_record(layer, training_state.EMPTY)
+    training_state.restore_flags(dict(enumerate(kept)), flags)

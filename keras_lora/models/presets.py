@@ -10,7 +10,7 @@ from keras_lora.keras_internals import classes, warn_caller
 from keras_lora.keras_internals.layers import flatten_layers
 from keras_lora.layers import lora_layer
 from keras_lora.layers.lora_layer import LoRALayer
-from keras_lora.models import record, sites, tables
+from keras_lora.models import sites, tables, training_state
 
 # Ids of layers that are being saved as those of a plain KerasHub task.
 _plain: contextvars.ContextVar = contextvars.ContextVar("_plain", default=frozenset())
@@ -44,7 +44,11 @@ def save_to_preset(self, preset_dir, *args, **kwargs):
             f"{name}.from_preset cannot load this preset; `from_preset` of a task of "
             "its family can. To load the backbone alone, save a .keras file."
         )
-    trained = [path for path, layer in outside.items() if record.record_of(layer).base]
+    trained = [
+        path
+        for path, layer in outside.items()
+        if training_state.record_of(layer).base_values
+    ]
     if trained:
         warn_caller(
             f"The preset has the trained values of {tables.listed(trained)}, not those "

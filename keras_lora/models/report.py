@@ -10,7 +10,7 @@ import keras
 from keras_lora.keras_internals import layers
 from keras_lora.layers import lora_layer
 from keras_lora.layers.adapter import LowRankAdapter
-from keras_lora.models import record, tables
+from keras_lora.models import tables, training_state
 from keras_lora.models.sites import layer_paths, site_paths, with_model
 from keras_lora.models.tables import Table
 
@@ -180,7 +180,7 @@ def parameters_beside(layer):
     parameters = set(map(id, layers.own_variables(layer)))
     return [
         variable
-        for variable in record.trained_variables(layer)
+        for variable in training_state.trained_variables(layer)
         if id(variable) in parameters
     ]
 

@@ -1,4 +1,4 @@
-"""The layers of a model and the sites among them, by their paths."""
+"""The layers and sites of a model, by their paths, and adapters at sites."""
 
 import collections
 import functools
@@ -6,16 +6,17 @@ import re
 
 import keras
 
-from keras_lora.keras_internals import compiled, processes
+from keras_lora.keras_internals import classes, compiled, processes
 from keras_lora.keras_internals.layers import (
     attributes_of,
     checked_model,
     flatten_layers,
+    name_scope_of,
     refuse_other_copy,
     sublayers,
 )
-from keras_lora.layers import arguments
-from keras_lora.layers.kinds import lora_class_of, sites_of
+from keras_lora.layers import arguments, kinds, lora_layer, methods
+from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.lora_layer import LoRALayer
 
 
@@ -32,7 +33,7 @@ def site_paths(paths) -> dict:
     for path, layer in paths.items():
         if id(layer) in of_cells:
             continue
-        for weight, site in sites_of(layer).items():
+        for weight, site in kinds.sites_of(layer).items():
             if site is layer:
                 found[path] = layer
             else:
@@ -125,7 +126,7 @@ def layer_paths(model, alone=True) -> dict:
             paths[prefix + part] = layer
             walk(layer, f"{prefix}{part}/", owners)
 
-    prefix, kind = "", lora_class_of(type(model))  # type: ignore[arg-type]
+    prefix, kind = "", kinds.lora_class_of(type(model))  # type: ignore[arg-type]
     if alone and (kind is not None or isinstance(model, LoRALayer)):
         name = given_name(model, (), None) or kind_in_words(type(model))
         paths[name], prefix = model, f"{name}/"
@@ -171,3 +172,64 @@ def plain(cls):
     while issubclass(cls, LoRALayer):
         cls = cls.plain_class
     return cls
+
+
+def new_adapter(site, options) -> LowRankAdapter:
+    """Creates the adapter of a site: in its dtype, without dropout if it takes none."""
+    if not kinds.takes_dropout(site):
+        options = {**options, "dropout": 0.0}
+    name = getattr(site, "adapter_attribute", "lora")
+    return methods.make_adapter(options, site.variable_dtype, name)
+
+
+def add_adapter(site, adapter):
+    """Gives a site an adapter; the site's layer becomes a LoRA layer."""
+    layer = kinds.layer_of(site)
+    if not isinstance(layer, LoRALayer):
+        classes.change_class(layer, kinds.class_with_adapter(layer))
+    site.attach_adapter(adapter)
+    with name_scope_of(layer):
+        site.build_adapter()
+
+
+def make_plain(layer):
+    """Turns a LoRA layer into the Keras layer that it extends, with W as kernel."""
+    for site in reversed(layer.sites().values()):
+        lora = site.lora
+        lora.switch(on=False)  # for functions that still hold the adapter
+        site.detach_adapter()
+        site.release_kernel(lora.kernel_place)
+    for name in class_attributes(type(layer)) & vars(layer).keys():
+        delattr(layer, name)
+    classes.change_class(layer, layer.plain_class)
+
+
+@functools.cache
+def class_attributes(lora_class) -> set:
+    """Returns attributes with a default in a LoRA class but not in its Keras class."""
+    return {
+        name
+        for cls in lora_class.__mro__
+        if issubclass(cls, LoRALayer)
+        for name, default in vars(cls).items()
+        if not (name.startswith("__") or callable(default) or hasattr(default, "fget"))
+    }
+
+
+def refuse_unbuilt(model):
+    """Raises ValueError for a model without weights."""
+    if not model.built and not model.weights:
+        raise ValueError(
+            f"The model {model.name!r} is not built yet: its layers have no kernels. "
+            "Call it once, or `model.build(input_shape)`, first."
+        )
+
+
+def refuse_adapters(paths):
+    """Raises if a layer of a model has an adapter already, or is in a bank."""
+    for path, layer in paths.items():
+        if lora_layer.has_adapters(layer):
+            lora = next(iter(layer.loras.values()))
+            raise ValueError(
+                f"The layer {path!r} has an adapter. Call {lora.removal_hint} first."
+            )

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import itertools
 import os
 import threading
 import weakref
@@ -15,7 +14,7 @@ from keras import ops
 from keras_lora.files.folder import Adapter
 from keras_lora.keras_internals import compiled, distribution, layers, processes
 from keras_lora.layers import settings
-from keras_lora.models import adapt, sites
+from keras_lora.models import sites
 from keras_lora.serving import rows, slots, training
 from keras_lora.serving.banked import Hosts
 from keras_lora.serving.calls import Calls, Running
@@ -79,7 +78,7 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
         names: str | Mapping | Callable | None = None,
     ):
         paths = sites.layer_paths(model)
-        adapt.refuse_adapters(paths)
+        sites.refuse_adapters(paths)
         compiled.restore_jax_weights(model)
         meet = functools.partial(processes.meet, model)
         meet()
@@ -217,12 +216,12 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
     def _guard_weights(self):
         """Refuses assigning to the model while an adapter depends on its values."""
         for layer in self.hosts.paths.values():
-            for variable in itertools.chain(*layers.layer_state(layer)):
+            for variable in layers.layer_variables(layer):
                 layers.guard_assign(variable, self._refuse_other_weights)
 
     def _release_weights(self):
         for layer in self.hosts.paths.values():
-            for variable in itertools.chain(*layers.layer_state(layer)):
+            for variable in layers.layer_variables(layer):
                 layers.release_assign(variable)
 
     def _refuse_other_weights(self, what):

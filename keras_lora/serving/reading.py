@@ -10,10 +10,10 @@ from keras import ops
 from keras_lora.files import load, matching, tensors
 from keras_lora.files.names import module_names, refuse_tied_head
 from keras_lora.keras_internals import classes, distribution
-from keras_lora.keras_internals.layers import layer_state
+from keras_lora.keras_internals.layers import layer_variables
 from keras_lora.layers import kinds, methods, torch_layout
 from keras_lora.layers.lora_layer import LoRALayer
-from keras_lora.models import adapt
+from keras_lora.models import sites
 from keras_lora.models.choose import WHOLE_MODEL, choose
 
 UNREAD = object()  # placeholder for the adapter that a host may get
@@ -192,7 +192,7 @@ def read(model, paths, adapter, names, most) -> Reading:
         if module in file.starts:  # they are the other half of the factors
             rank //= 2
         options = {**load.adapter_options(file, module), "rank": rank, "alpha": None}
-        lora = adapt.new_adapter(host, options)
+        lora = sites.new_adapter(host, options)
         vars(host)["lora"] = lora  # past the tracker, which is the layer's
         host.build_factors()
     pairs, parts = matching.checked_values(file), {}
@@ -253,8 +253,7 @@ def add_others(reading, pairs, layers, path_of):
     owners = {
         id(variable): module
         for module, layer in reading.modules.items()
-        for variables in layer_state(layer)
-        for variable in variables
+        for variable in layer_variables(layer)
     }
     for variable, value in pairs:
         module = owners.get(id(variable))

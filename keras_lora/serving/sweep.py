@@ -17,8 +17,7 @@ from keras_lora.layers.arguments import (
     with_defaults,
 )
 from keras_lora.layers.settings import is_number
-from keras_lora.models import adapt, apply, sites, tables
-from keras_lora.models.apply import Request
+from keras_lora.models import apply, sites, tables
 from keras_lora.models.tables import Table
 from keras_lora.serving.bank import AdapterBank
 
@@ -232,7 +231,7 @@ def sweep(
         ... )
         >>> report = keras_lora.load_adapter(base, result.adapter)
     """
-    adapt.refuse_adapters(sites.layer_paths(model))
+    sites.refuse_adapters(sites.layer_paths(model))
     settings = named_settings(settings)
     if loss is None:
         loss = getattr(model, "loss", None)
@@ -299,5 +298,5 @@ def fresh_adapter(model, settings) -> Adapter:
     """Returns the adapter that apply_lora would create; the model is not changed."""
     arguments = with_defaults(apply.apply_lora, model, **settings)
     del arguments["dry_run"]
-    with apply.applied(arguments.pop("model"), Request(**arguments)):
+    with apply.apply_tentatively(**arguments):
         return save.adapter_of(model)

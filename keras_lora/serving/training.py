@@ -15,7 +15,7 @@ from keras_lora.files.folder import Adapter
 from keras_lora.keras_internals import distribution, private_names, probes, processes
 from keras_lora.keras_internals.calls import keeping_weights, synchronize
 from keras_lora.keras_internals.layers import attach, detach
-from keras_lora.models import record
+from keras_lora.models import training_state
 from keras_lora.serving import slots
 from keras_lora.serving.calls import Running, needs_all
 from keras_lora.serving.per_adapter import PerAdapterLoss, PerAdapterOptimizer
@@ -322,12 +322,12 @@ class Training:
     def _model_frozen(self):
         """Sets the model as in training of one adapter, with normalization frozen."""
         layers = {"": self.model, **self.hosts.paths}
-        before = record.trainable_state(layers)
+        flags = training_state.trainable_flags(layers)
         self.model.trainable = False
         try:
             yield
         finally:
-            record.restore_trainable_state(layers, before)
+            training_state.restore_flags(layers, flags)
 
     def train_step(self, *args):
         if not self.in_training:
