@@ -1247,7 +1247,7 @@ FAULTS = {
             "test_carriers.py -k 'frozen_biases or only_marked'",
         ),
     ],
-    "serving/slots.py": [
+    "serving/banked.py": [
         (
             "        self.write(count - 1, b=np.nan)\n",
             "",
@@ -1258,6 +1258,13 @@ FAULTS = {
             "return 0.0",
             "test_bank.py -k 'dora or lengths'",
         ),
+        (
+            "if gain is not None and not backwards:",
+            "if False:",
+            "test_bank.py -k lengths_of_its_dora",
+        ),
+    ],
+    "serving/directory.py": [
         (
             "self.id_of.pop(name) + self.capacity + 1",
             "self.id_of.pop(name)",
@@ -1306,13 +1313,6 @@ FAULTS = {
             "ops.subtract(self.bias, self.layer.bias)",
             "ops.convert_to_tensor(self.bias)",
             "test_bank.py -k biases_and_heads",
-        ),
-    ],
-    "serving/banked.py": [
-        (
-            "if gain is not None and not backwards:",
-            "if False:",
-            "test_bank.py -k lengths_of_its_dora",
         ),
     ],
     "keras_internals/processes.py": [

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import numbers
 import os
 import threading
 import weakref
@@ -15,9 +16,10 @@ from keras_lora.files.folder import Adapter
 from keras_lora.keras_internals import compiled, distribution, layers, processes
 from keras_lora.layers import settings
 from keras_lora.models import sites
-from keras_lora.serving import rows, slots, training
+from keras_lora.serving import directory, rows, training
 from keras_lora.serving.banked import Hosts
 from keras_lora.serving.calls import Calls, Running
+from keras_lora.serving.directory import Directory
 from keras_lora.serving.export import (
     export_by_id,
     export_by_name,
@@ -27,7 +29,6 @@ from keras_lora.serving.export import (
 from keras_lora.serving.outside import CompiledFunctions, OutsideCalls
 from keras_lora.serving.reading import read, with_rows
 from keras_lora.serving.rows import SlotChoice
-from keras_lora.serving.slots import Directory
 from keras_lora.serving.training import Training
 
 
@@ -82,14 +83,15 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
         compiled.restore_jax_weights(model)
         meet = functools.partial(processes.meet, model)
         meet()
-        adapters = slots.checked_adapters(adapters, target)
-        capacity = slots.checked_capacity(capacity, adapters)
+        adapters = checked_adapters(adapters, target)
+        capacity = checked_capacity(capacity, adapters)
         most = np.inf if max_rank is None else settings.checked_rank(max_rank)
-        found, sources = {}, {}
-        for name, given in adapters.items():
-            adapter, sources[name] = slots.named(name, training.source_of, model, given)
-            found[name] = slots.named(name, read, model, paths, adapter, names, most)
-        every = [item for each in found.values() for item in each.parts.items()]
+        readings, sources = {}, {}
+        for name, adapter in adapters.items():
+            with naming(name):
+                adapter, sources[name] = training.source_of(model, adapter)
+                readings[name] = read(model, paths, adapter, names, most)
+        every = [item for x in readings.values() for item in x.parts.items()]
         lora_ranks = [part.rank for _, part in every if not part.in_full]
         with distribution.own_strategy(model):
             super().__init__(name=f"{model.name}_bank", dtype=model.dtype_policy)
@@ -99,14 +101,13 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
         self.directory = Directory(capacity)
         self.choice = SlotChoice(self.directory.slot_count)
         self.hosts = Hosts(paths, self.choice, self.directory.slot_count)
-        self.__dict__[
-            "sources"
-        ] = {}  # past Keras's tracking, because some are trainees
-        self.slots = []
+        # Past Keras's tracking, because some are trainees.
+        self.__dict__["sources"] = {}
+        self.stacks = []
         self._changes, self._active = threading.RLock(), None
         self._row_names = None
         self._compiled = CompiledFunctions(model)
-        self.running, self._slots_outside = Running(self._point, meet), [slots.BASE]
+        self.running, self._slots_outside = Running(self._point, meet), [directory.BASE]
         self.__dict__["depends_on_base"] = {}  # name -> whether the adapter does
         self.__dict__["counted_layers"] = weakref.WeakSet()
         with_gain = any(part.has_gain for _, part in every)
@@ -117,11 +118,12 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
                 ranks = [part.rank for other, part in every if other == path]
                 if ranks or path in chosen:
                     rank = max([self.max_rank, *ranks])
-                    self.slots.append(self.hosts.take(path, layer, rank, with_gain))
+                    self.stacks.append(self.hosts.add(path, layer, rank, with_gain))
             rows.find_leading_axes(self, rows.made_inputs(model))
             self.hosts.input_specs = specs_of(rows.specs_in(model))
-            for name, reading in found.items():
-                slots.named(name, self.hosts.prepared, reading.parts)
+            for name, reading in readings.items():
+                with naming(name):
+                    self.hosts.prepare(reading.parts)
                 self._put(name, reading.parts, sources[name])
             self._count_outside_calls()
             self._guard_weights()
@@ -154,7 +156,7 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
                 end within a minute. The bank is left unchanged.
             OSError: If a file cannot be read.
         """
-        slots.checked_adapters({name: adapter}, None)
+        checked_adapters({name: adapter}, None)
         self._refuse_released()
         self.running.refuse_inside("bank.add", lambda call: call.alone)
         self.directory.refuse_if_full(name)
@@ -162,14 +164,15 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
         with self.running.writing("bank.add"):
             self._put(name, parts, source)
 
-    def _read(self, name, given):
+    def _read(self, name, adapter):
         """Returns the parts of an adapter, checked for room, and its source."""
         with self.running.call(lambda: (None, ())), self._changes:
-            adapter, source = slots.named(name, training.source_of, self.model, given)
-            arguments = self.model, self.hosts.paths, adapter, self.names_given
-            reading = slots.named(name, read, *arguments, self.max_rank)
-            slots.named(name, self.hosts.prepared, reading.parts)
-            return reading.parts, source
+            with naming(name):
+                adapter, source = training.source_of(self.model, adapter)
+                arguments = self.model, self.hosts.paths, adapter, self.names_given
+                parts = read(*arguments, self.max_rank).parts
+                self.hosts.prepare(parts)
+            return parts, source
 
     def _put(self, name, parts, source):
         free = self.directory.free_slots
@@ -179,7 +182,7 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
             free.remove(slot)
         try:
             with self._changes:
-                self.hosts.write(slot, self.hosts.prepared(parts))
+                self.hosts.write(slot, self.hosts.prepare(parts))
                 with self.running.changed:
                     self.directory.refuse_if_full(name)
                     self.directory.publish(name, slot)
@@ -289,9 +292,9 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
         >>> swap = tf.saved_model.load(path).signatures["swap"]  # doctest: +SKIP
         >>> swap(**bank.swap_inputs("french", "adapters/fr-2"))  # doctest: +SKIP
         """
-        slots.checked_adapters({name: adapter}, None)
+        checked_adapters({name: adapter}, None)
         parts, _ = self._read(name, adapter)
-        arrays = swap_arrays(self, self.hosts.prepared(parts))
+        arrays = swap_arrays(self, self.hosts.prepare(parts))
         return {name: ops.convert_to_tensor(x) for name, x in arrays.items()} | {
             "adapter": ops.convert_to_tensor(name)
         }
@@ -302,3 +305,46 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
             "`bank.adapter(name).save(folder)`, the model without adapters with "
             "`bank.model.save(path)`, and all in one artefact with `bank.export(path)`."
         )
+
+
+@contextlib.contextmanager
+def naming(adapter_name):
+    """Names the adapter in a ValueError that is raised inside the context."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"The adapter {adapter_name!r}: {error}") from error
+
+
+def checked_adapters(adapters, target) -> dict:
+    adapters = {} if adapters is None or adapters == () else adapters
+    if not isinstance(adapters, Mapping):
+        raise ValueError(
+            "`adapters` must be a dict from names to folders or `Adapter`s. Received: "
+            f"{adapters!r}."
+        )
+    for name in adapters:
+        if not isinstance(name, str) or not name:
+            raise ValueError(
+                f"The name of an adapter must be a non-empty string. Received: {name!r}"
+            )
+    if not adapters and target is None:
+        raise ValueError(
+            "A bank needs `adapters`, or a `target` that says which layers get room "
+            'for adapters, such as "all-linear".'
+        )
+    return dict(adapters)
+
+
+def checked_capacity(capacity, adapters):
+    capacity = max(len(adapters), 1) if capacity is None else capacity
+    if (
+        isinstance(capacity, bool)
+        or not isinstance(capacity, numbers.Integral)
+        or capacity < max(len(adapters), 1)
+    ):
+        raise ValueError(
+            f"`capacity` must be a whole number >= {max(len(adapters), 1)}, as many as "
+            f"there are adapters. Received: capacity={capacity!r}."
+        )
+    return int(capacity)

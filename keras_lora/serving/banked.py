@@ -1,4 +1,4 @@
-"""The layers of a bank, and how adapters are written into them."""
+"""The layers of a bank, and the stacks of adapters in them."""
 
 import contextlib
 import functools
@@ -8,10 +8,113 @@ import numpy as np
 from keras import ops
 
 from keras_lora.keras_internals import classes, distribution
-from keras_lora.layers import kinds, torch_layout
+from keras_lora.layers import kinds, methods, torch_layout
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.serving import reading
-from keras_lora.serving.slots import Slots, WithTrainees
+
+
+class Stacks:
+    """The stacked adapters of one layer of a bank."""
+
+    a = b = bias = gain = None
+
+    def by_name(self) -> dict:
+        stacks = {"a": self.a, "b": self.b, "bias": self.bias, "gain": self.gain}
+        return {name: stack for name, stack in stacks.items() if stack is not None}
+
+
+class StackVariables(Stacks, keras.layers.Layer):
+    """Stacked variables, of which each adapter has a slot.
+
+        A   (slots, *A's shape)   padded with zeros to the highest rank
+        B   (slots, *B's shape)   scaling * B
+        bias, gain                in the shape for combining them with outputs
+
+    The first slot is the base model's: zeros, and 1 for the gain. The last holds NaN in
+    B, for unknown ids.
+
+    Args:
+        count: The number of slots.
+        rank: The highest rank.
+        form: The layer's form at that rank.
+        bias_shape: The shape of a bias for the outputs; None if no bias is kept.
+        gain_shape: The shape of a gain for the outputs; None if no gain is kept.
+        dtype: The dtype of the layer's variables; at least float32 is used.
+    """
+
+    def __init__(self, count, rank, form, bias_shape, gain_shape, dtype):
+        super().__init__(dtype=methods.wide_dtype(dtype), trainable=False)
+        self.count, self.rank = count, rank
+        self.a = self._stack("a", form.a_shape)
+        self.b = self._stack("b", form.b_shape)
+        self.write(count - 1, b=np.nan)
+        if bias_shape is not None:
+            self.bias = self._stack("bias", bias_shape)
+        if gain_shape is not None:
+            self.gain = self._stack("gain", gain_shape, "ones")
+        self.built = True
+
+    def _stack(self, name, shape, initializer="zeros"):
+        return self.add_weight(
+            name=name,
+            shape=(self.count, *shape),
+            initializer=initializer,
+            trainable=False,
+            autocast=False,
+        )
+
+    def rows(self, **values) -> dict:
+        """Name -> value for one slot; those not given are the base model's."""
+        return {
+            name: np.ascontiguousarray(
+                np.broadcast_to(values.get(name, base_row(name)), stack.shape[1:]),
+                self.variable_dtype,
+            )
+            for name, stack in self.by_name().items()
+        }
+
+    def write(self, slot, **values):
+        for name, row in self.rows(**values).items():
+            write_slot(self.by_name()[name], slot, row)
+
+
+class StacksWithTrainees(Stacks):
+    """The stacks of a layer, followed by the values of each trainee."""
+
+    def __init__(self, host, adapters, trainees):
+        stacks, path = adapters.stacks, adapters.name
+        self.variable_dtype = stacks.variable_dtype
+        parts = [trainee.parts.get(path) for trainee in trainees]
+        rows = [
+            {} if part is None else part.rows(host.form, host.over_outputs)
+            for part in parts
+        ]
+        for name, stack in stacks.by_name().items():
+            shape = stack.shape[1:]
+            more = [
+                ops.broadcast_to(row[name], shape)
+                if name in row
+                else ops.full(shape, base_row(name), stack.dtype)
+                for row in rows
+            ]
+            setattr(self, name, ops.concatenate([stack, ops.stack(more)], axis=0))
+        own = [0.0 if part is None else part.dropout for part in parts]
+        self.dropout = np.array([0.0] * stacks.count + own, "float32")
+
+
+def base_row(name) -> float:
+    """Returns the value that does not change the base model."""
+    return 1.0 if name == "gain" else 0.0
+
+
+def write_slot(stack, slot, value):
+    """stack[slot] = value; threads that read see the old values or the new ones.
+
+    The whole stack is assigned: after an update in place, TensorFlow copies the
+    variable on every read.
+    """
+    value = ops.convert_to_tensor(value[None])
+    stack.assign(ops.scatter_update(stack, [[slot]], value))
 
 
 class BankAdapters:
@@ -28,14 +131,14 @@ class BankAdapters:
     is_bank = True
     stand_in = None
 
-    def __init__(self, choice, form, slots, name):
-        self.choice, self.form, self.slots, self.name = choice, form, slots, name
+    def __init__(self, choice, form, stacks, name):
+        self.choice, self.form, self.stacks, self.name = choice, form, stacks, name
         self.leading = None  # the kind of the inputs' leading axis; None: not known yet
         self.around_call = lambda *_: contextlib.nullcontext()  # counts calls
 
     @property
     def variables(self):
-        return [*self.slots.variables, *self.choice.variables]
+        return [*self.stacks.variables, *self.choice.variables]
 
     def outputs(self, host, inputs, training):
         trainees = self.choice.trainees
@@ -49,23 +152,23 @@ class BankAdapters:
             self.choice.probe.record(self, inputs)
             return host.frozen_linear(inputs)
         chosen = self.choice.current().for_layer(self, ops.shape(inputs)[0])
-        slots = self.slots
+        stacks = self.stacks
         if training:
-            slots = WithTrainees(host, self, trainees)
-        dtype = slots.variable_dtype if host.form.looks_up else host.compute_dtype
-        gain, backwards = slots.gain, host.form.input_axes != self.form.input_axes
+            stacks = StacksWithTrainees(host, self, trainees)
+        dtype = stacks.variable_dtype if host.form.looks_up else host.compute_dtype
+        gain, backwards = stacks.gain, host.form.input_axes != self.form.input_axes
         if gain is not None and backwards:
             inputs = times(inputs, chosen.over(gain, len(inputs.shape)))
         outputs = ops.cast(host.frozen_linear(inputs), dtype)
         dropped = inputs
-        if training and slots.dropout.any():
-            dropped = chosen.dropped(inputs, slots.dropout, self.choice.seed)
-        more = chosen.bypass(host.form, dropped, slots.a, slots.b, training)
+        if training and stacks.dropout.any():
+            dropped = chosen.dropped(inputs, stacks.dropout, self.choice.seed)
+        more = chosen.bypass(host.form, dropped, stacks.a, stacks.b, training)
         outputs = outputs + ops.cast(more, dtype)
         if gain is not None and not backwards:
             outputs = times(outputs, chosen.over(gain, len(outputs.shape)))
-        if slots.bias is not None:
-            bias = chosen.over(slots.bias, len(outputs.shape))
+        if stacks.bias is not None:
+            bias = chosen.over(stacks.bias, len(outputs.shape))
             outputs = outputs + ops.cast(bias, dtype)
         return outputs
 
@@ -150,7 +253,7 @@ class Hosts:
         self.paths, self.choice, self.count = paths, choice, count
         self.layers, self.input_specs = {}, None
 
-    def take(self, path, layer, rank, with_gain):
+    def add(self, path, layer, rank, with_gain):
         """Makes a layer hold the bank's adapters."""
         host = reading.as_host(layer)
         form = host.low_rank_form(rank)
@@ -168,30 +271,36 @@ class Hosts:
         axes["gain"] = axes.get("magnitude", ())
         axes = {name: [None, *own] for name, own in axes.items()}
         with distribution.laid_out_by(axes, layout):
-            slots = Slots(self.count, rank, form, bias_shape, gain_shape, dtype)
-        bank_layer(layer, BankAdapters(self.choice, form, slots, path))
+            stacks = StackVariables(
+                self.count, rank, form, bias_shape, gain_shape, dtype
+            )
+        bank_layer(layer, BankAdapters(self.choice, form, stacks, path))
         self.layers[path] = layer
         # Made again, because its functions refer to the changed layer.
         layer.lora.form = layer.low_rank_form(rank)
-        return slots
+        return stacks
 
     def release(self):
         for layer in self.layers.values():
             unbank_layer(layer)
         self.layers = {}
 
-    def prepared(self, parts) -> dict:
-        """Returns {path: arguments of `Slots.write`}; raises if there is no room."""
+    def prepare(self, parts) -> dict:
+        """Returns {path: arguments of `StackVariables.write`}.
+
+        Raises:
+            ValueError: If a layer has no room for the adapter.
+        """
         no_room, prepared = {}, {}
         for path, part in parts.items():
             layer = self.layers.get(path)
             if layer is None:
                 no_room[path] = "the layer is not in the bank"
                 continue
-            slots = layer.lora.slots
-            if part.rank > slots.rank:
-                no_room[path] = f"rank {part.rank}, with room for {slots.rank}"
-            elif part.has_gain and slots.gain is None:
+            stacks = layer.lora.stacks
+            if part.rank > stacks.rank:
+                no_room[path] = f"rank {part.rank}, with room for {stacks.rank}"
+            elif part.has_gain and stacks.gain is None:
                 no_room[path] = "DoRA's lengths"
             else:
                 rows = part.rows(layer.form, layer.over_outputs)
@@ -209,7 +318,7 @@ class Hosts:
     def write(self, slot, prepared):
         """Writes an adapter; layers that it leaves out get the base model's values."""
         for path, layer in self.layers.items():
-            layer.lora.slots.write(slot, **prepared.get(path, {}))
+            layer.lora.stacks.write(slot, **prepared.get(path, {}))
 
 
 def outputs_of(host, form):

@@ -11,17 +11,10 @@ import numpy as np
 from keras import ops
 
 from keras_lora.keras_internals import calls, distribution
-from keras_lora.serving import export, rows
+from keras_lora.serving import directory, export, rows
 from keras_lora.serving.banked import Hosts
+from keras_lora.serving.directory import SLOTS, Directory, FixedIds
 from keras_lora.serving.rows import SlotChoice
-from keras_lora.serving.slots import (
-    SLOTS,
-    Directory,
-    FixedIds,
-    checked_ids,
-    refuse_names,
-    refuse_other_ids,
-)
 
 PATIENCE = 60.0  # seconds that a change waits for running calls
 
@@ -206,7 +199,7 @@ class Calls:
         return np.array([self.directory.id_of[name] for name in known], "int32")
 
     def __call__(self, inputs, *args, **kwargs):
-        refuse_names(inputs)
+        directory.refuse_names(inputs)
         self._refuse_released()
         if calls.in_a_trace(inputs):
             return super().__call__(inputs, *args, **kwargs)
@@ -223,7 +216,7 @@ class Calls:
             if distribution.is_between_replicas():
                 # Keras infers shapes here, from what the replicas get.
                 ids = ops.cast(ids, "int32")
-            refuse_other_ids(ids)
+            directory.refuse_other_ids(ids)
             slots = self.directory.slots(ids)
         self._look_at(inputs["inputs"])
         trainees = self.trainees.each if training and self.trainees else None
@@ -250,12 +243,12 @@ class Calls:
     @contextlib.contextmanager
     def _reading(self, x, method="call"):
         """Yields x with slots in the place of ids: they keep their adapters inside."""
-        refuse_names(x)
+        directory.refuse_names(x)
         self._refuse_released()
         one = isinstance(x, Mapping) or method not in ("predict", "evaluate")
         if one and not (isinstance(x, Mapping) and set(x) in INPUTS):
             raise ValueError(unlike_inputs(x))
-        ids = checked_ids(x["adapter"]) if one and "adapter" in x else None
+        ids = directory.checked_ids(x["adapter"]) if one and "adapter" in x else None
         if ids is not None and method != "call":
             # Before: on JAX the model has no values during Keras's loops.
             self._look_at(x["inputs"])

@@ -8,8 +8,7 @@ import keras
 from keras_lora.layers import quantized_host
 from keras_lora.models import atomic
 from keras_lora.models.export import assert_replaceable, assert_runs
-from keras_lora.serving import slots
-from keras_lora.serving.slots import Stacks
+from keras_lora.serving import banked
 
 
 def export_by_name(bank, path):
@@ -49,7 +48,7 @@ def export_by_name(bank, path):
             slot = slots_in(table, adapter[None], adapters, lowest=1)[0]
             for key, name in swap_names(bank).items():
                 path, factor = key
-                slots.write_slot(stacks[path][factor], slot, arrays[name])
+                banked.write_slot(stacks[path][factor], slot, arrays[name])
             return {"adapter": adapter}
 
         def spec(like, name=None, shape=None):
@@ -95,7 +94,7 @@ def swap_names(bank) -> dict:
     """{(path, factor): input of "swap"}, which TensorFlow wants to be a word."""
     names = {}
     for path, layer in bank.hosts.layers.items():
-        for factor in layer.lora.slots.stacks():
+        for factor in layer.lora.stacks.by_name():
             name = f"{re.sub('[^A-Za-z0-9]', '_', path)}_{factor}"
             while name in names.values():
                 name += "_"
@@ -106,7 +105,7 @@ def swap_names(bank) -> dict:
 def swap_arrays(bank, prepared) -> dict:
     """{input of "swap": array}: the layers that an adapter leaves out are the base."""
     rows = {
-        path: layer.lora.slots.rows(**prepared.get(path, {}))
+        path: layer.lora.stacks.rows(**prepared.get(path, {}))
         for path, layer in bank.hosts.layers.items()
     }
     return {
@@ -121,21 +120,21 @@ def traced_alone(bank):
 
     directory, hosts = bank.directory, bank.hosts.layers
     order = [directory.slot_of[name] for name in (None, *bank.names)]
-    before = {path: layer.lora.slots for path, layer in hosts.items()}
+    before = {path: layer.lora.stacks for path, layer in hosts.items()}
     found = {}
     try:
         for path, layer in hosts.items():
             own = {
                 factor: tf.Variable(tf.gather(stack.value, order), trainable=False)
-                for factor, stack in before[path].stacks().items()
+                for factor, stack in before[path].by_name().items()
             }
             found[path] = own
-            layer.lora.slots = stand_in = Stacks()
+            layer.lora.stacks = stand_in = banked.Stacks()
             vars(stand_in).update(own, variable_dtype=before[path].variable_dtype)
         yield found
     finally:
         for path, layer in hosts.items():
-            layer.lora.slots = before[path]
+            layer.lora.stacks = before[path]
 
 
 def table_of(names):

@@ -14,8 +14,8 @@ from keras_lora.keras_internals.calls import (
 )
 from keras_lora.serving.banked import Banked, Hosts
 from keras_lora.serving.calls import LOOPS, Running, needs_all
+from keras_lora.serving.directory import Directory
 from keras_lora.serving.rows import SlotChoice
-from keras_lora.serving.slots import Directory
 
 TRAINING = ("fit", "train_on_batch")
 COUNTED = ("call", "generate", *LOOPS)

@@ -16,11 +16,11 @@ from keras_lora.keras_internals import distribution, private_names, probes, proc
 from keras_lora.keras_internals.calls import keeping_weights, synchronize
 from keras_lora.keras_internals.layers import attach, detach
 from keras_lora.models import training_state
-from keras_lora.serving import slots
+from keras_lora.serving import directory
 from keras_lora.serving.calls import Running, needs_all
+from keras_lora.serving.directory import Directory
 from keras_lora.serving.per_adapter import PerAdapterLoss, PerAdapterOptimizer
 from keras_lora.serving.reading import read
-from keras_lora.serving.slots import Directory
 
 
 class Trainee(keras.layers.Layer):
@@ -240,7 +240,7 @@ class Training:
     def _named_in(self, x):
         if not isinstance(x, Mapping) or "adapter" not in x:
             return self.names
-        slots.refuse_names(x)
+        directory.refuse_names(x)
         found = set(np.unique(keras.ops.convert_to_numpy(x["adapter"])).tolist())
         names = [name for name in self.names if self.directory.id_of[name] in found]
         unknown = found - {self.directory.id_of[name] for name in [None, *names]}
@@ -349,7 +349,7 @@ class Training:
 
     def _ids_of(self, data):
         x, *_ = keras.utils.unpack_x_y_sample_weight(data)
-        ids = x[slots.SLOTS] if slots.SLOTS in x else x["adapter"]
+        ids = x[directory.SLOTS] if directory.SLOTS in x else x["adapter"]
         return self.optimizer.for_rows(keras.ops.convert_to_tensor(ids))
 
 

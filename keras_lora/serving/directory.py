@@ -1,123 +1,15 @@
-"""The slots of a bank, their names and ids, and checks of a bank's arguments."""
+"""The ids of a bank's adapters, and the slots that they mean."""
 
 import collections
 import difflib
-import numbers
 from collections.abc import Mapping
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_lora.layers import methods
-
 BASE = 0  # the slot of the base model: zeros
-
-
-class Stacks:
-    """The stacked adapters of one layer of a bank."""
-
-    a = b = bias = gain = None
-
-    def stacks(self) -> dict:
-        found = {"a": self.a, "b": self.b, "bias": self.bias, "gain": self.gain}
-        return {name: stack for name, stack in found.items() if stack is not None}
-
-
-class Slots(Stacks, keras.layers.Layer):
-    """Stacked variables, of which each adapter has a slot.
-
-        A   (slots, *A's shape)   padded with zeros to the highest rank
-        B   (slots, *B's shape)   scaling * B
-        bias, gain                in the shape for combining them with outputs
-
-    The first slot is the base model's: zeros, and 1 for the gain. The last holds NaN in
-    B, for unknown ids.
-
-    Args:
-        count: The number of slots.
-        rank: The highest rank.
-        form: The layer's form at that rank.
-        bias_shape: The shape of a bias for the outputs; None if no bias is kept.
-        gain_shape: The shape of a gain for the outputs; None if no gain is kept.
-        dtype: The dtype of the layer's variables; at least float32 is used.
-    """
-
-    def __init__(self, count, rank, form, bias_shape, gain_shape, dtype):
-        super().__init__(dtype=methods.wide_dtype(dtype), trainable=False)
-        self.count, self.rank = count, rank
-        self.a = self._stack("a", form.a_shape)
-        self.b = self._stack("b", form.b_shape)
-        self.write(count - 1, b=np.nan)
-        if bias_shape is not None:
-            self.bias = self._stack("bias", bias_shape)
-        if gain_shape is not None:
-            self.gain = self._stack("gain", gain_shape, "ones")
-        self.built = True
-
-    def _stack(self, name, shape, initializer="zeros"):
-        return self.add_weight(
-            name=name,
-            shape=(self.count, *shape),
-            initializer=initializer,
-            trainable=False,
-            autocast=False,
-        )
-
-    def rows(self, **values) -> dict:
-        """Name -> value for one slot; those not given are the base model's."""
-        return {
-            name: np.ascontiguousarray(
-                np.broadcast_to(values.get(name, base_row(name)), stack.shape[1:]),
-                self.variable_dtype,
-            )
-            for name, stack in self.stacks().items()
-        }
-
-    def write(self, slot, **values):
-        for name, row in self.rows(**values).items():
-            write_slot(self.stacks()[name], slot, row)
-
-
-class WithTrainees(Stacks):
-    """The stacks of a layer, followed by the values of each trainee."""
-
-    def __init__(self, host, adapters, trainees):
-        slots, path = adapters.slots, adapters.name
-        self.variable_dtype = slots.variable_dtype
-        parts = [trainee.parts.get(path) for trainee in trainees]
-        rows = [
-            {} if part is None else part.rows(host.form, host.over_outputs)
-            for part in parts
-        ]
-        for name, stack in slots.stacks().items():
-            shape = stack.shape[1:]
-            more = [
-                ops.broadcast_to(row[name], shape)
-                if name in row
-                else ops.full(shape, base_row(name), stack.dtype)
-                for row in rows
-            ]
-            setattr(self, name, ops.concatenate([stack, ops.stack(more)], axis=0))
-        own = [0.0 if part is None else part.dropout for part in parts]
-        self.dropout = np.array([0.0] * slots.count + own, "float32")
-
-
-def base_row(name) -> float:
-    """Returns the value that does not change the base model."""
-    return 1.0 if name == "gain" else 0.0
-
-
-def write_slot(stack, slot, value):
-    """stack[slot] = value; threads that read see the old values or the new ones.
-
-    The whole stack is assigned: after an update in place, TensorFlow copies the
-    variable on every read.
-    """
-    value = ops.convert_to_tensor(value[None])
-    stack.assign(ops.scatter_update(stack, [[slot]], value))
-
-
+SLOTS = "slots"  # replaces "adapter" among a bank's inputs
 MOST_SPARE = 8  # slots for replaced adapters that calls still read
 
 
@@ -218,40 +110,6 @@ class Directory(keras.layers.Layer):
         raise ValueError(f"The bank has no adapter {name!r}. {hint}")
 
 
-def checked_adapters(adapters, target) -> dict:
-    adapters = {} if adapters is None or adapters == () else adapters
-    if not isinstance(adapters, Mapping):
-        raise ValueError(
-            "`adapters` must be a dict from names to folders or `Adapter`s. Received: "
-            f"{adapters!r}."
-        )
-    for name in adapters:
-        if not isinstance(name, str) or not name:
-            raise ValueError(
-                f"The name of an adapter must be a non-empty string. Received: {name!r}"
-            )
-    if not adapters and target is None:
-        raise ValueError(
-            "A bank needs `adapters`, or a `target` that says which layers get room "
-            'for adapters, such as "all-linear".'
-        )
-    return dict(adapters)
-
-
-def checked_capacity(capacity, adapters):
-    capacity = max(len(adapters), 1) if capacity is None else capacity
-    if (
-        isinstance(capacity, bool)
-        or not isinstance(capacity, numbers.Integral)
-        or capacity < max(len(adapters), 1)
-    ):
-        raise ValueError(
-            f"`capacity` must be a whole number >= {max(len(adapters), 1)}, as many as "
-            f"there are adapters. Received: capacity={capacity!r}."
-        )
-    return int(capacity)
-
-
 def refuse_names(x):
     """Raises if names were given instead of ids; Keras's own error is obscure."""
     given = x.get("adapter") if isinstance(x, Mapping) else None
@@ -263,17 +121,6 @@ def refuse_names(x):
             '"adapter" must hold ids, not names: `bank.ids(names)` returns them. '
             f"Received: {given!r}"[:300]
         )
-
-
-def named(name, function, *arguments):
-    """Calls function(*arguments); its errors name the adapter."""
-    try:
-        return function(*arguments)
-    except ValueError as error:
-        raise ValueError(f"The adapter {name!r}: {error}") from error
-
-
-SLOTS = "slots"  # replaces "adapter" among a bank's inputs
 
 
 class FixedIds:
