@@ -13,14 +13,13 @@ def is_command():
 
 if not is_command():
     from keras_lora.files.analyze import analyze, check_adapter
-    from keras_lora.files.checkpoint import AdapterCheckpoint
     from keras_lora.files.combine import combine_adapters
     from keras_lora.files.extract import extract_adapter
     from keras_lora.files.folder import Adapter
     from keras_lora.files.from_keras import load_keras_lora
     from keras_lora.files.from_loralib import load_loralib
     from keras_lora.files.load import load_adapter
-    from keras_lora.files.save import save_adapter
+    from keras_lora.files.save import AdapterCheckpoint, save_adapter
     from keras_lora.layers.conv import LoRAConv1D, LoRAConv2D, LoRAConv3D
     from keras_lora.layers.dense import LoRADense
     from keras_lora.layers.einsum_dense import LoRAEinsumDense

@@ -5,13 +5,13 @@ Written by tests/typed_face.py.
 
 from keras_lora.files.analyze import analyze
 from keras_lora.files.analyze import check_adapter
-from keras_lora.files.checkpoint import AdapterCheckpoint
 from keras_lora.files.combine import combine_adapters
 from keras_lora.files.extract import extract_adapter
 from keras_lora.files.folder import Adapter
 from keras_lora.files.from_keras import load_keras_lora
 from keras_lora.files.from_loralib import load_loralib
 from keras_lora.files.load import load_adapter
+from keras_lora.files.save import AdapterCheckpoint
 from keras_lora.files.save import save_adapter
 from keras_lora.layers.conv import LoRAConv1D as _LoRAConv1D
 from keras_lora.layers.conv import LoRAConv2D as _LoRAConv2D

@@ -517,7 +517,7 @@ FAULTS = {
     ],
     "files/command.py": [
         (
-            "if os.path.realpath(folder) == os.path.realpath(options.output):",
+            "if os.path.realpath(path) == os.path.realpath(options.output):",
             "if False:",
             "test_command.py -k write_over",
         ),
@@ -600,7 +600,7 @@ FAULTS = {
             "test_adapter_files.py -k 'bad_tensors and nan'",
         ),
         (
-            "        if set(pair) not in expected:",
+            "        if set(values) not in complete:",
             "        if False:",
             "test_adapter_files.py test_dora_files.py -k 'bad_tensors or damaged'",
         ),
@@ -612,7 +612,7 @@ FAULTS = {
     ],
     "files/matching.py": [
         (
-            "        if rank != own:",
+            "        if rank != rank_here:",
             "        if False:",
             "test_adapter_files.py -k rank",
         ),
@@ -881,6 +881,16 @@ FAULTS = {
             "if False:",
             "test_expert_files.py -k has_not",
         ),
+        (
+            "format(epoch=epoch + 1",
+            "format(epoch=epoch",
+            "test_adapter_checkpoint.py -k epoch",
+        ),
+        (
+            "math.isnan(logs[self.monitor]) or",
+            "",
+            "test_adapter_checkpoint.py -k no_number",
+        ),
     ],
     "files/tensors.py": [
         (
@@ -960,18 +970,6 @@ FAULTS = {
     ],
     "files/from_loralib.py": [
         ("alpha * ranks[module] / rank", "alpha", "test_loralib_files.py"),
-    ],
-    "files/checkpoint.py": [
-        (
-            "format(epoch=epoch + 1",
-            "format(epoch=epoch",
-            "test_adapter_checkpoint.py -k epoch",
-        ),
-        (
-            "math.isnan(logs[self.monitor]) or",
-            "",
-            "test_adapter_checkpoint.py -k no_number",
-        ),
     ],
     "models/targets.py": [
         (

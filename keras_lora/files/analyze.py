@@ -193,7 +193,7 @@ def notes_of_tables(paths) -> list:
 
 def update(path, rank, left, right, scaling=1.0, kernel=None):
     for values in (left, right):
-        factors.assert_finite(path, values)
+        factors.refuse_not_finite(path, values)
     values = scaling * singular_values(left, right)
     norm = float(np.linalg.norm(values))
     relative = None if kernel is None else norm / kernel if kernel else math.inf

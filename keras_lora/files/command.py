@@ -11,7 +11,7 @@ import rich.console
 import rich.table
 from rich.text import Text
 
-from keras_lora.files import factors
+from keras_lora.files import factors, folder
 from keras_lora.files.analyze import (
     analyze,
     check_adapter,
@@ -38,11 +38,11 @@ def main(arguments=None) -> int:
 
 
 def show(options):
-    for folder in options.folders:
-        adapter = Adapter.read(folder)
+    for path in options.folders:
+        adapter = Adapter.read(path)
         said = [[k, str(v)] for k, v in sorted(adapter.config.items()) if v is not None]
-        write(folder, ["setting", "value"], said)
-        write(*factors.parts_of(adapter))
+        write(path, ["setting", "value"], said)
+        write(*folder.parts_of(adapter))
         try:
             write(*analyze(adapter).parts())
         except ValueError as error:
@@ -64,10 +64,10 @@ def diff(options):
 
 
 def combine(options):
-    for folder in options.folders:
-        if os.path.realpath(folder) == os.path.realpath(options.output):
+    for path in options.folders:
+        if os.path.realpath(path) == os.path.realpath(options.output):
             raise ValueError(
-                f"OUT is {folder}, one of the adapters to combine, which would be "
+                f"OUT is {path}, one of the adapters to combine, which would be "
                 "overwritten. Give another folder."
             )
 
@@ -79,7 +79,7 @@ def combine(options):
         heads=options.heads,
     )
     combined.save(options.output)
-    write(*factors.parts_of(combined))
+    write(*folder.parts_of(combined))
     return 0
 
 
@@ -126,15 +126,15 @@ def without_first_logs():
 
 def check(options):
     wrong = 0
-    for folder in options.folders:
+    for path in options.folders:
         refused = []
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                adapter = Adapter.read(folder)
+                adapter = Adapter.read(path)
                 file = factors.factors_of(adapter)
                 factors.checked_starts(adapter.starts, file.factors)
-                said = f"good: {factors.in_words(adapter)}"
+                said = f"good: {folder.in_words(adapter)}"
                 if options.engine:
                     rank = options.max_lora_rank
                     refused = check_adapter(adapter, options.engine, rank)
@@ -143,7 +143,7 @@ def check(options):
                 wrong, said = 1, f"wrong: {error}"
         notes = [f"note: {warning.message}" for warning in caught]
         notes += [f"{options.engine}: {sentence}" for sentence in refused]
-        write_lines([f"{folder}: {in_one_line(line)}" for line in [said, *notes]])
+        write_lines([f"{path}: {in_one_line(line)}" for line in [said, *notes]])
     return wrong
 
 

@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import safetensors.numpy
 from keras_lora.files import disk, experts, factors, other_formats
 from keras_lora.files.checked_config import checked_config, warn_of_unknown
 from keras_lora.files.config import CONFIG, reading_settings
-from keras_lora.models import atomic
+from keras_lora.models import atomic, tables
 from keras_lora.models.tables import Table
 
 CONVERT = (
@@ -72,10 +74,10 @@ class Adapter(Table):
         )
 
     def __repr__(self):
-        return f"<Adapter: {factors.in_words(self)}>"
+        return f"<Adapter: {in_words(self)}>"
 
     def parts(self):
-        return factors.parts_of(self, most=20)
+        return parts_of(self, most=20)
 
     @classmethod
     def read(cls, directory: str | os.PathLike) -> "Adapter":
@@ -125,7 +127,7 @@ class Adapter(Table):
         """
         atomic.refuse_file_name(directory, "an adapter")
         for key, value in self.tensors.items():
-            factors.assert_finite(key, value)
+            factors.refuse_not_finite(key, value)
         wrapped = experts.to_wrapped(
             self.tensors, self.config.get("target_parameters") or ()
         )
@@ -192,3 +194,87 @@ def adapter_folder(directory):
             "one; nothing is downloaded here."
         )
     return inside[0]
+
+
+def quiet_factors(adapter):
+    """`factors_of` without its warnings, which were given when the file was read."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return factors.factors_of(adapter)
+
+
+def parts_of(adapter, most=math.inf):
+    """Title, head, rows and lines below, as a `Table` has them.
+
+    most: the largest number of rows.
+    """
+    try:
+        file = quiet_factors(adapter)
+    except ValueError as error:  # printing must not raise
+        return "Adapter", ["module"], [], [f"It cannot be loaded: {error}"]
+    head = ["module", "A, B", "rank", "alpha", "parameters", "size"]
+    head += ["error"] if adapter.errors else []
+    rows = []
+    for module in tables.in_order(file.factors)[: min(most, len(file.factors))]:
+        found = file.factors[module]
+        shapes = [found.tensors[x].shape for x in (*found.low_rank, *found.more)]
+        row = [
+            module,
+            " ".join(map(str, shapes)),
+            f"{found.rank}",
+            f"{found.alpha:g}",
+            f"{found.size:,}",
+            size(found.tensors.values()),
+        ]
+        if adapter.errors:
+            row.append(f"{adapter.errors.get(module, 0):.2g}")
+        rows.append(row)
+    more = len(file.factors) - len(rows)
+    lines = [f"and {tables.counted(more, 'module')} more"] if more else []
+    return "Adapter", head, rows, [*lines, *totals(adapter, file)]
+
+
+def totals(adapter, file):
+    """The lines below the rows."""
+    method = ", ".join(["LoRA", *file.method])
+    lines = [f"{method}: {in_words(adapter)}"]
+    if file.others:
+        sizes = sum(value.size for value in file.others.values())
+        names = ", ".join(tables.in_order(file.others))
+        lines.append(f"In full, {tables.counted(sizes, 'parameter')}: {names}")
+    if file.rows:
+        count = sum(len(ids) for ids, _ in file.rows.values())
+        names = ", ".join(tables.in_order(file.rows))
+        lines.append(f"{tables.counted(count, 'row')} of {names}")
+    return lines
+
+
+def in_words(adapter):
+    """1 module, rank 8, alpha 16, 1,234 parameters, 4.9 kB."""
+    try:
+        file = quiet_factors(adapter)
+    except ValueError:
+        return (
+            f"{tables.counted(len(adapter.tensors), 'tensor')}, which cannot be loaded"
+        )
+    parameters = sum(value.size for value in adapter.tensors.values())
+    errors = adapter.errors.values()
+    return ", ".join(
+        [
+            tables.counted(len(file.factors), "module"),
+            f"rank {reach([x.rank for x in file.factors.values()])}",
+            f"alpha {reach([x.alpha for x in file.factors.values()])}",
+            tables.counted(parameters, "parameter"),
+            size(adapter.tensors.values()),
+            *([f"errors up to {max(errors):.2g}"] if errors else []),
+        ]
+    )
+
+
+def reach(values):
+    low, high = (f"{bound(values):g}" for bound in (min, max))
+    return low if low == high else f"{low} to {high}"
+
+
+def size(arrays):
+    return tables.in_bytes(sum(value.nbytes for value in arrays))

@@ -109,7 +109,7 @@ def load_into(model, paths, adapter, names=None, trainable=True) -> Report:
     if any(map(lora_layer.has_adapters, layers.values())):
         sites.checked_sites(model)
         matching.refuse_other_modules(file)
-        values = matching.checked_values(file)
+        values = matching.values_for(file)
     else:
         adapters = {
             site: adapter_options(file, module) for module, site in file.adapted.items()
@@ -117,7 +117,7 @@ def load_into(model, paths, adapter, names=None, trainable=True) -> Report:
         for module, site in file.tables.items():
             adapters[site] = {token_rows.KEYWORD: file.rows[module][0]}
         with apply.adapt_layers(model, paths, adapters) as change:
-            values = matching.checked_values(file)
+            values = matching.values_for(file)
             heads = list(file.heads.values())
             training_state.freeze_all_but_lora(model, file.bias, heads)
             notes += change.commit()

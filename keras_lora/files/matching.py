@@ -10,7 +10,7 @@ import numpy as np
 
 from keras_lora.files import experts, other_formats, tensors
 from keras_lora.files.factors import FileFactors, checked_starts, factors_of
-from keras_lora.files.slices import layouts, outputs_axis, without_slice
+from keras_lora.files.slices import without_slice
 from keras_lora.keras_internals import layers
 from keras_lora.layers import kinds, lora_layer, token_rows, torch_layout
 
@@ -56,7 +56,7 @@ def contents(adapter, modules) -> Contents:
         heads=heads_of(found.config["modules_to_save"], modules, found.others),
         starts=checked_starts(adapter.starts, found.factors),
     )
-    split_others(file)
+    tensors.split_weights(file)
     return file
 
 
@@ -79,27 +79,6 @@ def heads_of(names, modules, others):
             "the layer to that name with `names`."
         )
     return heads
-
-
-def split_others(file):
-    """Splits biases and weights of fused modules into those of slices, in place."""
-    for module, layout in layouts(file.modules, file.modules.places).items():
-        for key in [key for key in file.others if key.startswith(f"{module}.")]:
-            value = file.others.pop(key)
-            name = key.split(".")[-1]
-            if key.endswith(".base_layer.weight"):
-                continue  # PEFT repeats a targeted head
-            axis = outputs_axis(value, file.config["fan_in_fan_out"])
-            if not layout.fits(value, axis):
-                raise ValueError(
-                    f"The tensor {key!r} has shape {value.shape}, which does not "
-                    f"divide into {len(layout.names)} slices."
-                )
-            if value.ndim > 1:
-                value = layout.order_inputs(value, 1 - axis, inverse=True)
-            for part, values in layout.scatter(value, axis).items():
-                infix = ".base_layer" if part in file.factors else ""
-                file.others[f"{part}{infix}.{name}"] = values
 
 
 def refuse_unknown_modules(factors, modules):
@@ -221,23 +200,42 @@ def refuse_changed_slices(file):
                 )
 
 
-def checked_values(file):
+def values_for(file) -> list:
     """[(variable, value)] for the whole file; raises if a shape does not fit."""
+    values = [*factor_values(file), *row_values(file)]
+    refuse_changed_slices(file)
+    values += weight_values(file)
+    for variable, value in values:
+        limit = float(ml_dtypes.finfo(variable.dtype).max)
+        if np.max(np.abs(value), initial=0) > limit:
+            raise ValueError(
+                f"A value for {variable.path!r} is finite in the file and infinite in "
+                f"{variable.dtype}: it is above {limit:.3g}."
+            )
+    return values
+
+
+def factor_values(file) -> list:
     values = []
-    for module, found in file.factors.items():
-        layer = file.adapted[module]
-        rank, own = found.rank, layer.lora.file_rank
-        if rank != own:
-            cut = (
+    for module, factors in file.factors.items():
+        site = file.adapted[module]
+        rank, rank_here = factors.rank, site.lora.file_rank
+        if rank != rank_here:
+            lower = (
                 " Or lower the file's rank: combine_adapters([adapter], "
-                f"rank={own}) is the nearest adapter of the model's rank."
+                f"rank={rank_here}) is the nearest adapter of the model's rank."
             )
             raise ValueError(
-                f"The rank of {module!r} is {rank} in the file and {own} in the model. "
-                "Call remove_lora(model) first, and the file's adapters are created."
-                f"{cut if rank > own else ''}"
+                f"The rank of {module!r} is {rank} in the file and {rank_here} in the "
+                "model. Call remove_lora(model) first, and the file's adapters are "
+                f"created.{lower if rank > rank_here else ''}"
             )
-        values += tensors.from_tensors(layer, found.tensors, module)
+        values += tensors.from_tensors(site, factors.tensors, module)
+    return values
+
+
+def row_values(file) -> list:
+    values = []
     for module, site in file.tables.items():
         _, rows = file.rows[module]
         expected = tuple(site.lora.rows.shape)
@@ -247,41 +245,41 @@ def checked_values(file):
                 f"needs {expected}."
             )
         values.append((site.lora.rows, rows))
-    refuse_changed_slices(file)
-    index = {}
+    return values
+
+
+def weight_values(file) -> list:
+    """[(variable, value)] for biases, and for layers that trained in full."""
+    variables, values = {}, []
     for module, layer in file.modules.items():
         infix = ".base_layer" if module in file.factors else ""
         for variable in layers.layer_variables(layer):
             key = f"{module}{infix}.{tensors.torch_name(layer, variable)}"
-            index[key] = layer, variable
+            variables[key] = layer, variable
             if module in file.heads and key not in file.others:
-                hint = ""
-                if layer.quantization_mode is not None:
-                    hint = (
-                        " The layer is quantized, but the file has its float values, "
-                        "trained in full: leave it out with `filters` of "
-                        "`Model.quantize`."
-                    )
-                raise ValueError(f"The file has no tensor {key!r}.{hint}")
+                refuse_missing_tensor(layer, key)
     for key, value in file.others.items():
         if key.endswith(".base_layer.weight"):
             continue  # PEFT repeats a targeted embedding or head
-        if key not in index:
-            close = difflib.get_close_matches(key, index, n=3)
+        if key not in variables:
+            close = difflib.get_close_matches(key, variables, n=3)
             hint = f" The closest are {close}." if close else ""
             raise ValueError(f"Unexpected tensor {key!r}.{hint}")
-        layer, variable = index[key]
+        layer, variable = variables[key]
         # A model with transformers' Conv1D may have a Linear head.
         linear = tensors.weight_to_tensor(layer, variable).shape
         is_linear = value.shape == linear and linear != linear[::-1]
         inputs_first = file.config["fan_in_fan_out"] and not is_linear
         value = tensors.weight_from_tensor(layer, variable, value, key, inputs_first)
         values.append((variable, value))
-    for variable, value in values:
-        limit = float(ml_dtypes.finfo(variable.dtype).max)
-        if np.max(np.abs(value), initial=0) > limit:
-            raise ValueError(
-                f"A value for {variable.path!r} is finite in the file and infinite in "
-                f"{variable.dtype}: it is above {limit:.3g}."
-            )
     return values
+
+
+def refuse_missing_tensor(layer, key):
+    hint = ""
+    if layer.quantization_mode is not None:
+        hint = (
+            " The layer is quantized, but the file has its float values, trained in "
+            "full: leave it out with `filters` of `Model.quantize`."
+        )
+    raise ValueError(f"The file has no tensor {key!r}.{hint}")

@@ -183,3 +183,27 @@ def refuse_tied_head(model, names, layers):
                 "only the backbone, or leave out `names` for a file that only "
                 "keras_lora reads."
             )
+
+
+# Parts of PEFT's keys that are not module names.
+PARTS = ["lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "base_layer"]
+PARTS += ["lora_magnitude_vector", "modules_to_save", "original_module"]
+
+
+def refuse_unreadable(adapted, others):
+    """Raises ValueError for modules whose keys would be read as another module's.
+
+    adapted: The modules that have factors. others: (module, name) of the variables
+    that trained with them.
+    """
+    whole = {module for module, _ in others} - adapted.keys()
+    for module in [*adapted, *whole]:
+        inner = module.split(".")[1:]
+        if "modules_to_save" in inner or (
+            inner and module in whole and inner[-1] in PARTS
+        ):
+            raise ValueError(
+                f"{module!r} has a name like a part of PEFT's keys, so its tensors "
+                "would be read as another module's. Give it another name with "
+                "`names`, when you save and when you load."
+            )

@@ -195,7 +195,7 @@ def read(model, paths, adapter, names, most) -> Reading:
         lora = sites.new_adapter(host, options)
         vars(host)["lora"] = lora  # past the tracker, which is the layer's
         host.build_factors()
-    pairs, parts = matching.checked_values(file), {}
+    pairs, parts = matching.values_for(file), {}
     factors = {
         id(factor)
         for host in file.adapted.values()
