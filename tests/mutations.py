@@ -645,7 +645,7 @@ FAULTS = {
             "test_token_rows.py -k combined",
         ),
         (
-            "**{checked_config.KEYWORD: ids},",
+            "**{validation.KEYWORD: ids},",
             "",
             "test_token_rows.py -k combined",
         ),
@@ -787,7 +787,7 @@ FAULTS = {
             "test_expert_files.py -k are_extracted",
         ),
     ],
-    "files/checked_config.py": [
+    "files/validation.py": [
         (
             'if file.get("peft_type") != "LORA":',
             "if False:",
@@ -1216,7 +1216,7 @@ FAULTS = {
             "test_export.py -k format_that_is_none",
         ),
         (
-            "assert_runs(new, format)",
+            "refuse_broken_artefact(new, format)",
             "pass",
             "test_quantized.py -m slow -k 'cannot_be_run and litert'",
         ),

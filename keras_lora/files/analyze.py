@@ -146,7 +146,7 @@ def of_model(model):
     from keras_lora.layers import lora_layer, torch_layout
     from keras_lora.models import sites
 
-    sites.checked_sites(model)
+    sites.sites_outside_contexts(model)
     rows, methods, trained = [], [], []
     for path, site in sites.site_paths(sites.layer_paths(model)).items():
         if lora_layer.is_adapted(site) and site.lora.rank is None:
@@ -351,7 +351,7 @@ def check_adapter(
     """
     if engine != "vllm":
         raise ValueError(f"`engine` must be 'vllm'. Received: engine={engine!r}.")
-    max_lora_rank = settings.checked_rank(max_lora_rank)
+    max_lora_rank = settings.validate_rank(max_lora_rank)
     adapter = adapter if isinstance(adapter, Adapter) else Adapter.read(adapter)
     file, found = factors.factors_of(adapter, ()), []
     if heads := file.config["modules_to_save"]:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from keras_lora.files import analyze, checked_config, experts, factors
+from keras_lora.files import analyze, experts, factors, validation
 from keras_lora.files.config import FACTS, settings
 from keras_lora.files.folder import Adapter
 from keras_lora.files.slices import fuse
 from keras_lora.keras_internals import warn_caller
-from keras_lora.layers.settings import alpha_at, checked_rank, divisor, is_number
+from keras_lora.layers.settings import alpha_at, divisor, is_number, validate_rank
 from keras_lora.models import tables
 
 BIASES = ("none", "lora_only", "all")  # each includes those before it
@@ -66,10 +66,10 @@ def combine_adapters(
     if isinstance(adapters, (str, Path, Adapter)):
         raise ValueError(f"`adapters` must be a list. Received: {adapters!r}.")
     given = list(adapters)
-    heads = checked_heads(heads, given)
+    heads = validate_heads(heads, given)
     opened = [x if isinstance(x, Adapter) else Adapter.read(x) for x in given]
-    weights = checked_weights(weights, opened)
-    limit = checked_limit(rank, energy)
+    weights = validate_weights(weights, opened)
+    limit = rank_limit(rank, energy)
     names = factors.slice_names(opened)
     files = [factors.factors_of(adapter, names) for adapter in opened]
     refuse_methods(files)
@@ -91,7 +91,7 @@ def combine_adapters(
             if module in file.factors
         ]
         first, _ = terms[0]
-        assert_same_shapes(module, [found for found, _ in terms])
+        refuse_other_shapes(module, [found for found, _ in terms])
         pairs = [[found.tensors[x] for x in first.low_rank] for found, _ in terms]
         scales = [weight * found.scaling / first.scaling for found, weight in terms]
         a = np.concatenate([a for a, _ in pairs])
@@ -133,7 +133,7 @@ def combine_adapters(
             ranks, {x for f in files for x in f.config["target_parameters"]}
         ),
         **{key: found.pop() for key, found in said.items() if len(found) == 1},
-        **{checked_config.KEYWORD: ids},
+        **{validation.KEYWORD: ids},
     )
     return Adapter(tensors, config, slices, errors)
 
@@ -147,7 +147,7 @@ def refuse_methods(files):
         )
 
 
-def checked_weights(weights, adapters):
+def validate_weights(weights, adapters):
     if not adapters:
         raise ValueError("`adapters` is empty: there is nothing to combine.")
     if is_number(weights):
@@ -163,7 +163,7 @@ def checked_weights(weights, adapters):
     return weights
 
 
-def assert_same_shapes(module, pairs):
+def refuse_other_shapes(module, pairs):
     """Raises if shapes differ in more than the rank, A's first axis and B's second."""
     first = pairs[0]
     for pair in pairs:
@@ -182,7 +182,7 @@ def assert_same_shapes(module, pairs):
                 )
 
 
-def checked_limit(rank, energy):
+def rank_limit(rank, energy):
     """Returns a function from singular values to the rank to keep, or None."""
     if rank is not None and energy is not None:
         raise ValueError(
@@ -190,7 +190,7 @@ def checked_limit(rank, energy):
             f"energy={energy!r}."
         )
     if energy is None:
-        rank = None if rank is None else checked_rank(rank)
+        rank = None if rank is None else validate_rank(rank)
         return None if rank is None else lambda values: rank
     if not is_number(energy) or not 0 < energy <= 1:
         raise ValueError(
@@ -239,11 +239,11 @@ def token_rows(file, files) -> dict:
                     f"{list(found)}. Only adapters that train the same rows, in the "
                     "same order, can be combined."
                 )
-    suffix = checked_config.SUFFIX
+    suffix = validation.SUFFIX
     return {module + suffix: rows for module, (_, rows) in file.rows.items()}
 
 
-def checked_heads(heads, adapters):
+def validate_heads(heads, adapters):
     """Returns None, "average", or a position."""
     if heads is None or heads == "average":
         return heads

@@ -133,7 +133,7 @@ def check(options):
             try:
                 adapter = Adapter.read(path)
                 file = factors.factors_of(adapter)
-                factors.checked_starts(adapter.starts, file.factors)
+                factors.validate_starts(adapter.starts, file.factors)
                 said = f"good: {folder.in_words(adapter)}"
                 if options.engine:
                     rank = options.max_lora_rank

@@ -10,7 +10,7 @@ from keras_lora.files import slices
 from keras_lora.files.patterns import Budget, Pattern
 from keras_lora.keras_internals import warn_caller
 from keras_lora.layers import torch_layout
-from keras_lora.layers.settings import checked_alpha
+from keras_lora.layers.settings import validate_alpha
 
 CONFIG = "adapter_config.json"
 # Settings that decide how the tensors are read; the tensors' metadata has them too.
@@ -47,7 +47,7 @@ def settings(ranks, alphas, use_rslora, parameters=None, **others):
     parameters: module -> name of the parameter that PEFT adapts there.
     """
     parameters = parameters or {}
-    alphas = {module: checked_alpha(alpha) for module, alpha in alphas.items()}
+    alphas = {module: validate_alpha(alpha) for module, alpha in alphas.items()}
     config = {
         "peft_type": "LORA",
         "task_type": None,
@@ -127,7 +127,7 @@ def ends_of(name) -> list:
     return [name[place:] for place in [0, *(x.end() for x in re.finditer(r"\.", name))]]
 
 
-def check_targets(config, found):
+def refuse_unmatched_targets(config, found):
     """Raises unless `target_modules` or `target_parameters` match the tensors."""
     targets, parameters = config["target_modules"], config["target_parameters"]
     modules = [slices.without_slice(module) for module in found]

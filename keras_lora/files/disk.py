@@ -103,7 +103,7 @@ def read_all(directory):
 
 def read_config(directory, name=CONFIG):
     path = directory / name
-    assert_readable(path, limit=2**24)
+    refuse_unreadable_file(path, limit=2**24)
     try:
         return parsed(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, ValueError) as error:
@@ -117,7 +117,7 @@ def parsed(text):
         raise ValueError("it is nested too deeply") from error
 
 
-def assert_readable(path, limit=math.inf):
+def refuse_unreadable_file(path, limit=math.inf):
     """Raises for pipes and devices, which may never end."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
@@ -129,7 +129,7 @@ def assert_readable(path, limit=math.inf):
 
 
 def read_tensors(path):
-    assert_readable(path)
+    refuse_unreadable_file(path)
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             for key in file.keys():  # noqa: SIM118
@@ -170,7 +170,7 @@ def adapter_name(tensors):
     return names.pop() if names else None
 
 
-def checked_tensors(tensors):
+def standardize_tensors(tensors):
     """Module and suffix -> float32 or float64."""
     floats, more, adapter = (
         {},
@@ -224,7 +224,7 @@ def digest(tensors, metadata):
     return found.hexdigest()
 
 
-def checked_metadata(metadata, config, tensors):
+def validate_metadata(metadata, config, tensors):
     """Metadata of files of keras_lora: the ranks of slices, and starts."""
     if "settings" not in metadata:
         return {}, []

@@ -23,9 +23,9 @@ import re
 import numpy as np
 
 from keras_lora.files import disk
-from keras_lora.files.checked_config import checked_config
-from keras_lora.files.config import check_targets, ends_of, pattern, value_of
+from keras_lora.files.config import ends_of, pattern, refuse_unmatched_targets, value_of
 from keras_lora.files.slices import fuse, without_slice
+from keras_lora.files.validation import validate_config
 from keras_lora.layers import torch_layout
 
 PARAMETERS = ("gate_up_proj", "down_proj")  # in the order of registration
@@ -172,14 +172,14 @@ def stacked(adapter, tensors, found, modules):
         found: Half of a stack -> {suffix: {expert: value}}.
         modules: Half of a stack -> the linear modules of its experts.
     """
-    config = checked_config(adapter.config)
+    config = validate_config(adapter.config)
     others = [
         key.removesuffix(torch_layout.LINEAR[0])
         for key in tensors
         if key.endswith(torch_layout.LINEAR[0])
     ]
     every = [*others, *(module for own in modules.values() for module in own)]
-    check_targets(config, every)
+    refuse_unmatched_targets(config, every)
     said = [
         value_of(config, *keys, every)
         for keys in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))

@@ -49,7 +49,7 @@ def extract_adapter(
         >>> adapter.config["r"]
         4
     """
-    rank = settings.checked_rank(rank)
+    rank = settings.validate_rank(rank)
     for model in (base_model, tuned_model):
         if sites.adapted_sites(model):
             raise ValueError(

@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 
 from keras_lora.files import disk, experts, slices
-from keras_lora.files.checked_config import checked_config, checked_rows, take_rows
-from keras_lora.files.config import CONFIG, check_targets, value_of
+from keras_lora.files.config import CONFIG, refuse_unmatched_targets, value_of
+from keras_lora.files.validation import take_rows, validate_config, validate_rows
 from keras_lora.layers import settings, torch_layout
 
 
@@ -113,7 +113,7 @@ def factors_of(adapter, modules=None) -> FileFactors:
     modules: Names that may mean slices, as in `keras_lora.files.slices`; by default
         those of the slices that the adapter itself has.
     """
-    config = checked_config(adapter.config)
+    config = validate_config(adapter.config)
     modules = slice_names([adapter]) if modules is None else modules
     tensors = dict(adapter.tensors)
     for key, value in tensors.items():
@@ -137,7 +137,7 @@ def factors_of(adapter, modules=None) -> FileFactors:
     }
     refuse_incomplete(arrays, method)
     if arrays:
-        check_targets(config, arrays)
+        refuse_unmatched_targets(config, arrays)
     ranks, alphas = ranks_and_alphas(config, arrays, shares)
     parameters = experts.parameters_in(arrays, config["target_parameters"])
     factors = {
@@ -151,7 +151,7 @@ def factors_of(adapter, modules=None) -> FileFactors:
         )
         for module, values in arrays.items()
     }
-    rows = checked_rows(rows, config["tokens"])
+    rows = validate_rows(rows, config["tokens"])
     return FileFactors(factors, others, unadapted, config, rows)
 
 
@@ -207,7 +207,7 @@ def ranks_and_alphas(config, arrays, shares) -> tuple:
     return ranks, alphas
 
 
-def checked_starts(starts, factors):
+def validate_starts(starts, factors):
     for module in starts:
         if module not in factors or factors[module].rank % 2:
             raise ValueError(

@@ -12,8 +12,8 @@ import numpy as np
 import safetensors.numpy
 
 from keras_lora.files import disk, experts, factors, other_formats
-from keras_lora.files.checked_config import checked_config, warn_of_unknown
 from keras_lora.files.config import CONFIG, reading_settings
+from keras_lora.files.validation import validate_config, warn_of_unknown
 from keras_lora.models import atomic, tables
 from keras_lora.models.tables import Table
 
@@ -97,17 +97,17 @@ class Adapter(Table):
             )
         if other := other_formats.read_other_format(directory):
             config, tensors = other
-            checked_config(config)
-            return cls(disk.checked_tensors(tensors), config)
+            validate_config(config)
+            return cls(disk.standardize_tensors(tensors), config)
         folder = adapter_folder(Path(directory))
         if not disk.has_tensors(folder):
             refuse_pickles(folder, sorted(folder.iterdir()))
         config, tensors, metadata = disk.read_together(folder)
         other_formats.refuse_other_format(tensors)
-        checked = checked_config(config)
+        settings = validate_config(config)
         warn_of_unknown(config)
-        slices, starts = disk.checked_metadata(metadata, config, tensors)
-        tensors = experts.from_wrapped(disk.checked_tensors(tensors), checked)
+        slices, starts = disk.validate_metadata(metadata, config, tensors)
+        tensors = experts.from_wrapped(disk.standardize_tensors(tensors), settings)
         return cls(tensors, config, slices, starts=starts)
 
     def save(self, directory: str | os.PathLike):

@@ -89,7 +89,7 @@ def factors_of_file(model, path):
         and layer.weights
         and not isinstance(layer, LowRankAdapter)
     ]
-    disk.assert_readable(path)
+    disk.refuse_unreadable_file(path)
     try:
         import h5py
     except ImportError as error:

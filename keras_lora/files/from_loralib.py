@@ -12,7 +12,7 @@ from keras_lora.files.config import settings
 from keras_lora.files.folder import Adapter
 from keras_lora.files.names import module_names
 from keras_lora.layers import kinds
-from keras_lora.layers.settings import checked_alpha, checked_rank
+from keras_lora.layers.settings import validate_alpha, validate_rank
 from keras_lora.models import sites
 from keras_lora.models.report import Report
 
@@ -68,7 +68,7 @@ def load_loralib(
         >>> [(row.path, row.rank) for row in report]
         [('dense', 4)]
     """
-    rank, alpha = checked_rank(rank), checked_alpha(alpha)
+    rank, alpha = validate_rank(rank), validate_alpha(alpha)
     if isinstance(state_dict, (str, Path)):
         state_dict = read_state_dict(Path(state_dict))
     if not isinstance(state_dict, Mapping):
@@ -125,7 +125,7 @@ def load_loralib(
 def read_state_dict(path):
     if path.suffix == ".safetensors":
         return disk.read_tensors(path)[0]
-    disk.assert_readable(path)
+    disk.refuse_unreadable_file(path)
     try:
         import torch
     except ImportError as error:

@@ -107,7 +107,7 @@ def load_into(model, paths, adapter, names=None, trainable=True) -> Report:
     refuse_tied_head(model, names, file.adapted | file.heads)
     layers, notes = sites.with_model(model, paths), []
     if any(map(lora_layer.has_adapters, layers.values())):
-        sites.checked_sites(model)
+        sites.sites_outside_contexts(model)
         matching.refuse_other_modules(file)
         values = matching.values_for(file)
     else:

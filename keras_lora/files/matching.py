@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from keras_lora.files import experts, other_formats, tensors
-from keras_lora.files.factors import FileFactors, checked_starts, factors_of
+from keras_lora.files.factors import FileFactors, factors_of, validate_starts
 from keras_lora.files.slices import without_slice
 from keras_lora.keras_internals import layers
 from keras_lora.layers import kinds, lora_layer, token_rows, torch_layout
@@ -54,7 +54,7 @@ def contents(adapter, modules) -> Contents:
         **vars(found),
         modules=modules,
         heads=heads_of(found.config["modules_to_save"], modules, found.others),
-        starts=checked_starts(adapter.starts, found.factors),
+        starts=validate_starts(adapter.starts, found.factors),
     )
     tensors.split_weights(file)
     return file

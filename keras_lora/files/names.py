@@ -190,7 +190,7 @@ PARTS = ["lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "base_layer
 PARTS += ["lora_magnitude_vector", "modules_to_save", "original_module"]
 
 
-def refuse_unreadable(adapted, others):
+def refuse_ambiguous_names(adapted, others):
     """Raises ValueError for modules whose keys would be read as another module's.
 
     adapted: The modules that have factors. others: (module, name) of the variables

@@ -9,7 +9,7 @@ import numpy as np
 
 from keras_lora.files import disk
 from keras_lora.files.config import CONFIG, settings
-from keras_lora.layers.settings import checked_alpha, checked_dropout, is_number
+from keras_lora.layers.settings import is_number, validate_alpha, validate_dropout
 
 
 class Format(NamedTuple):
@@ -225,7 +225,7 @@ def from_mlx(file, tensors, config):
             )
     pairs = {m: {"A": x["A"].T, "B": x["B"].T} for m, x in modules.items()}
     alphas = {m: scale * len(x["A"]) for m, x in pairs.items()}
-    dropout = checked_dropout(said.get("dropout", 0.0))
+    dropout = validate_dropout(said.get("dropout", 0.0))
     return in_words_of_peft(pairs, alphas, lora_dropout=dropout)
 
 
@@ -242,7 +242,7 @@ def in_words_of_peft(modules, alphas, **more):
             raise ValueError(
                 f"A and B of {module!r} have shapes {shapes}, with different ranks."
             )
-        checked_alpha(alphas[module])
+        validate_alpha(alphas[module])
     return settings(ranks, alphas, False, **more), tensors
 
 

@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping
 
 import keras
 
-from keras_lora.files import checked_config, config, slices, tensors
+from keras_lora.files import config, slices, tensors, validation
 from keras_lora.files.folder import Adapter
 from keras_lora.files.names import (
     module_names,
+    refuse_ambiguous_names,
     refuse_tied_head,
     refuse_unnamed,
-    refuse_unreadable,
 )
 from keras_lora.keras_internals import layers, processes, warn_caller
 from keras_lora.layers import lora_layer, token_rows
@@ -221,7 +221,7 @@ def adapter_from(modules, adapters, trained) -> Adapter:
     stacks = modules.parameters.keys() & {slices.without_slice(m) for m in adapters}
     parameters = {module: modules.parameters[module] for module in sorted(stacks)}
     refuse_parameters(adapters, parameters)
-    arrays = checked_config.row_tensors(tables)
+    arrays = validation.row_tensors(tables)
     for module, site in adapters.items():
         factors = tensors.to_tensors(site)
         arrays |= {module + suffix: value for suffix, value in factors.items()}
@@ -238,7 +238,7 @@ def adapter_from(modules, adapters, trained) -> Adapter:
             modules[module], variable, inputs_first
         )
         names[module].add(name)
-    refuse_unreadable(ranks, weights)
+    refuse_ambiguous_names(ranks, weights)
     tensors.fuse_weights(weights, modules)
     for (module, name), value in weights.items():
         infix = ".base_layer" if module in ranks else ""

@@ -127,7 +127,7 @@ def unfreeze(layer, variable, place):
     tracked.insert(place.position, tracked.pop())
 
 
-def checked_model(model):
+def validate_model(model):
     """Raises if this is not a model, or Keras lacks what adapters need."""
     probes.require(private_names.MODELS)
     if not isinstance(model, keras.layers.Layer):
@@ -160,7 +160,7 @@ def flatten_layers(model):
     Keras's public `layers` exists only for models and has one level. The order is that
     of Keras's own walk, by which KerasHub's files number layers.
     """
-    checked_model(model)
+    validate_model(model)
     refuse_other_copy(model)
     found, waiting = {id(model): model}, collections.deque(model._layers)
     while waiting:

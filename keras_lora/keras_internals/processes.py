@@ -151,7 +151,7 @@ def summed(values, model):
 
 def meet(model):
     """Raises RuntimeError unless all processes that hold a model make this call."""
-    layers.checked_model(model)
+    layers.validate_model(model)
     if is_shared(model):
         exchange(None, MEETING_SECONDS, strategy_over(model))
 

@@ -90,13 +90,13 @@ def refusing_foreign_keywords(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        check_keywords(function, kwargs)
+        validate_keywords(function, kwargs)
         return function(*args, **kwargs)
 
     return call
 
 
-def check_keywords(function, kwargs):
+def validate_keywords(function, kwargs):
     """Raises for an unknown keyword, with the right or similar ones."""
     refuse_foreign_keywords(function.__name__, kwargs, MODEL_KEYWORDS)
     own = inspect.signature(function).parameters
@@ -108,7 +108,7 @@ def check_keywords(function, kwargs):
 
 def with_defaults(function, *args, **kwargs) -> dict:
     """Returns all arguments of a call by name, with defaults."""
-    check_keywords(function, kwargs)
+    validate_keywords(function, kwargs)
     bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
     return bound.arguments

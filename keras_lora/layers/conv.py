@@ -19,7 +19,7 @@ class LoRAConv(LoRALayer):
 
     def __init__(self, *args, factorization: str = "standard", **kwargs):
         super().__init__(*args, **kwargs)
-        self.factorization = loralib.checked_factorization(factorization)
+        self.factorization = loralib.validate_factorization(factorization)
 
     def linear(self, inputs, kernel):
         padding = self.padding

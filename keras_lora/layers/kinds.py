@@ -99,7 +99,7 @@ def register_lora_layer(lora_class: type, weights: Mapping | None = None) -> typ
                 "With `weights`, register_lora_layer takes a layer class. Received: "
                 f"{lora_class!r}."
             )
-        AXES[lora_class] = {w: checked_axes(w, axes) for w, axes in weights.items()}
+        AXES[lora_class] = {w: validate_axes(w, axes) for w, axes in weights.items()}
         substituted_class.cache_clear()
         return lora_class
     plain_class = getattr(lora_class, "plain_class", None)
@@ -113,7 +113,7 @@ def register_lora_layer(lora_class: type, weights: Mapping | None = None) -> typ
     return lora_class
 
 
-def checked_axes(weight, axes) -> Axes:
+def validate_axes(weight, axes) -> Axes:
     """Checks the axes that a user gives for a weight."""
     named = dict(axes) if isinstance(axes, Mapping) else {"input_axes": axes}
     found = [tuple(named.pop(name, ())) for name in ("input_axes", "batch_axes")]

@@ -95,7 +95,7 @@ class LoRALayer(Rematerialized, QuantizedHost, Site):
             kwargs["name"] = arguments.default_name(type(self))
         super().__init__(*args, **kwargs)
         self.merge_weights = bool(merge_weights)
-        if settings.checked_rank(rank, lowest=0):
+        if settings.validate_rank(rank, lowest=0):
             self.check_host(self)
             options = {
                 "rank": rank,
@@ -224,7 +224,7 @@ class LoRALayer(Rematerialized, QuantizedHost, Site):
         self.attach_adapter(methods.make_adapter(options, self.variable_dtype))
 
     def refuse_dropout(self, options):
-        if settings.checked_dropout(options["dropout"]) > 0 and not self.takes_dropout:
+        if settings.validate_dropout(options["dropout"]) > 0 and not self.takes_dropout:
             raise ValueError(
                 f"`dropout` must be 0 for {type(self).__name__}: the adapter has no "
                 f"inputs that could be dropped. Received: dropout={options['dropout']}."

@@ -9,7 +9,7 @@ from keras_lora.layers import form
 from keras_lora.layers.form import LowRankForm
 
 
-def checked_factorization(factorization):
+def validate_factorization(factorization):
     if factorization not in ("standard", "loralib"):
         raise ValueError(
             '`factorization` must be "standard" (a convolution to rank channels, then '
@@ -73,7 +73,7 @@ def standard_convolution(layer, a, b, rank, module):
     return a, b.reshape(*b.shape, *[1] * len(layer.kernel_size))
 
 
-def checked_mask(enable_lora, units):
+def validate_mask(enable_lora, units):
     mask = tuple(enable_lora) if isinstance(enable_lora, (list, tuple)) else ()
     if not mask or not all(isinstance(enabled, (bool, np.bool_)) for enabled in mask):
         raise ValueError(
@@ -106,7 +106,7 @@ def merged_linear(layer, a, b, rank, mask, module):
         )
     if groups == 1 and len(b) == layer.units:
         return a, b  # of a Linear
-    mask = checked_mask(mask or (True,) * groups, layer.units)
+    mask = validate_mask(mask or (True,) * groups, layer.units)
     size = layer.units // len(mask)
     if sum(mask) != groups or len(b) != groups * size:
         raise ValueError(

@@ -47,7 +47,7 @@ class LoRAMergedDense(LoRALayer, keras.layers.Dense):
 
     def __init__(self, units, *args, enable_lora: tuple = (True,), **kwargs):
         super().__init__(units, *args, **kwargs)
-        self.adapted_slices = loralib.checked_mask(enable_lora, units)
+        self.adapted_slices = loralib.validate_mask(enable_lora, units)
 
     def linear(self, inputs, kernel):
         return ops.matmul(inputs, kernel)

@@ -129,7 +129,7 @@ def apply_tentatively(
 
     The arguments are those of `apply_lora`. Without a commit, the change is undone.
     """
-    settings.checked_bias(bias)
+    settings.validate_bias(bias)
     LowRankAdapter(rank, alpha, dropout, use_rslora)  # checks the arguments
     paths = sites.layer_paths(model)
     sites.refuse_unbuilt(model)
@@ -250,7 +250,7 @@ def mark_only_lora_as_trainable(model: keras.layers.Layer, bias: str = "none"):
         >>> len(model.trainable_variables)  # A, B and the bias
         3
     """
-    settings.checked_bias(bias)
+    settings.validate_bias(bias)
     sites.built_sites(model)
     with adapt_layers(model, sites.layer_paths(model), {}) as change:
         training_state.freeze_all_but_lora(model, bias)
@@ -313,7 +313,7 @@ def token_sites(paths, given, trained) -> dict:
             raise ValueError(
                 f"{path!r} is in `{token_rows.KEYWORD}` and in `also_train`."
             )
-        indices = settings.checked_indices(indices)
+        indices = settings.validate_indices(indices)
         token_rows.refuse_outside(
             indices, kinds.shape_of(site)[0 if kinds.looks_up(site) else 1]
         )

@@ -22,7 +22,7 @@ from keras_lora.keras_internals.layers import (
 from keras_lora.layers import quantized_host, saved_values
 from keras_lora.layers.adapter import FixedKernel
 from keras_lora.models import merge, training_state
-from keras_lora.models.sites import built_sites, checked_sites
+from keras_lora.models.sites import built_sites, sites_outside_contexts
 
 UNTRAINED = (
     "Adapters do not train inside `{}(model)`: they are frozen there, and heads and "
@@ -52,7 +52,7 @@ def merged(model: keras.layers.Layer):
         ValueError: If there is no LoRA layer, a kernel is quantized, values are not
             finite, or the model is inside `merged` or `disabled` already.
     """
-    layers = checked_sites(model)
+    layers = sites_outside_contexts(model)
     for layer in layers:
         if layer.is_quantized:
             raise ValueError(
@@ -67,7 +67,7 @@ def merged(model: keras.layers.Layer):
 
 @contextlib.contextmanager
 def _merged(model):
-    sites = checked_sites(model)  # as they are at entry
+    sites = sites_outside_contexts(model)  # as they are at entry
     functions = compiled.take_compiled_functions(flatten_layers(model))
     refusing = compiled.refusing_to_train(model, UNTRAINED.format("merged"))
     try:
@@ -170,7 +170,7 @@ def warn_of_lost_training(values):
 def standing_in(sites):
     """Replaces adapters by fixed, merged kernels; W itself is not written."""
     stand_ins = [
-        FixedKernel(kernel_variable(site, merge.checked_merged_kernel(site)))
+        FixedKernel(kernel_variable(site, merge.finite_merged_kernel(site)))
         for site in sites
     ]
     try:
@@ -191,7 +191,7 @@ def listing_merged_kernels(model):
 
     Calls compute as before, in other threads too; only `export` sees other weights.
     """
-    sites = checked_sites(model)
+    sites = sites_outside_contexts(model)
     for site in sites:
         merge.refuse_factors_not_finite(site)
     # Quantized ones keep A and B.

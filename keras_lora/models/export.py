@@ -51,7 +51,7 @@ def export(
         >>> keras_lora.export(model, "served")
         >>> keras_lora.export(model, "model.tflite", format="litert")  # doctest: +SKIP
     """
-    layers.checked_model(model)
+    layers.validate_model(model)
     if not model.built:
         raise ValueError(
             f"The model {model.name!r} is not built, so its input shape is unknown. "
@@ -64,7 +64,7 @@ def export(
         )
     refuse_unknown_format(format)
     refuse_format_of_other_backends(format)
-    processes.on_all(model, lambda: assert_replaceable(path, format))
+    processes.on_all(model, lambda: refuse_occupied_path(path, format))
     kwargs.setdefault("verbose", False)
 
     def write():
@@ -73,7 +73,7 @@ def export(
                 with atomic.replacing(path) as new:
                     model.export(str(new), format=format, **kwargs)
                     if "target_spec" not in kwargs:
-                        assert_runs(new, format)
+                        refuse_broken_artefact(new, format)
 
     with contexts.listing_merged_kernels(model):
         processes.on_all(model, write)
@@ -99,7 +99,7 @@ def refuse_format_of_other_backends(format):
         )
 
 
-def assert_replaceable(path, format):
+def refuse_occupied_path(path, format):
     """Raises unless the path is free, an empty folder or an earlier artefact."""
     if format == "tf_saved_model":
         atomic.refuse_file_name(path, "a SavedModel")
@@ -208,7 +208,7 @@ RUNTIMES = {
 }
 
 
-def assert_runs(path, format):
+def refuse_broken_artefact(path, format):
     """Raises ValueError if the artefact cannot be opened and run on zeros.
 
     Nothing is checked if the package that runs it is not installed.

@@ -13,7 +13,7 @@ from keras_lora.keras_internals.layers import (
     refresh_torch_parameters,
 )
 from keras_lora.layers import kinds, lora_layer, methods, torch_layout
-from keras_lora.layers.settings import checked_rank
+from keras_lora.layers.settings import validate_rank
 from keras_lora.models import merge, sites, start_values
 from keras_lora.models.report import Report
 
@@ -76,8 +76,8 @@ def initialize_lora(
         [EVA: Paischer et al., 2024](https://arxiv.org/abs/2410.07170);
         [LoftQ: Li et al., 2023](https://arxiv.org/abs/2310.08659)
     """
-    sites.checked_sites(model)
-    checked_arguments(method, data, budget)
+    sites.sites_outside_contexts(model)
+    validate_arguments(method, data, budget)
     every = sites.site_paths(sites.with_model(model, sites.layer_paths(model)))
     layers = {path: site for path, site in every.items() if lora_layer.is_adapted(site)}
     for path, layer in layers.items():
@@ -121,14 +121,14 @@ def initialize_lora(
     return Report(model, notes=compiled.compile_again(model), errors=errors)
 
 
-def checked_arguments(method, data, budget):
+def validate_arguments(method, data, budget):
     if not callable(method) and method not in STARTS:
         raise ValueError(
             f"`method` must be one of {', '.join(map(repr, STARTS))} or a function of "
             f"a layer. Received: {method!r}."
         )
     if budget is not None:
-        checked_budget(method, budget)
+        validate_budget(method, budget)
     if data is None and method in ("eva", "loftq"):
         what = "batches of inputs" if method == "eva" else "the float model"
         raise ValueError(f"{method!r} needs `data`: {what}.")
@@ -136,13 +136,13 @@ def checked_arguments(method, data, budget):
         raise ValueError(f"{method!r} uses only the kernels: leave out `data`.")
 
 
-def checked_budget(method, budget):
+def validate_budget(method, budget):
     if method != "eva":
         raise ValueError(
             f"`budget` is for 'eva', which moves ranks. Received: method={method!r}."
         )
     try:
-        checked_rank(budget)
+        validate_rank(budget)
     except ValueError:
         raise ValueError(
             "`budget` must be a whole number > 0, the sum of all ranks. Received: "

@@ -53,8 +53,8 @@ class LoRAPlus(optimizers.TwoRates):
     def __new__(cls, optimizer, ratio=16.0):
         probes.require(private_names.LORA_PLUS)
         optimizer = keras.optimizers.get(optimizer)
-        checked_ratio(ratio)
-        checked_optimizer(optimizer)
+        validate_ratio(ratio)
+        validate_optimizer(optimizer)
         optimizer.__class__ = lora_plus_class(type(optimizer))
         return optimizer  # Python calls __init__ on it
 
@@ -102,7 +102,7 @@ def lora_plus_class(plain_class):
     return new_class
 
 
-def checked_ratio(ratio):
+def validate_ratio(ratio):
     if not settings.is_number(ratio) or not math.isfinite(ratio) or ratio <= 0:
         raise ValueError(
             "`ratio` must be a finite number > 0, B's learning rate over A's. "
@@ -110,7 +110,7 @@ def checked_ratio(ratio):
         )
 
 
-def checked_optimizer(optimizer):
+def validate_optimizer(optimizer):
     name = type(optimizer).__name__
     if optimizer is None:
         raise ValueError("`optimizer` must be a Keras optimizer. Received: None.")

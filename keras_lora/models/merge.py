@@ -38,7 +38,7 @@ class MergedLayer(NamedTuple):
     error: float
 
 
-def check_way(layers, way):
+def validate_way(layers, way):
     """Raises ValueError unless this is a way to merge quantized layers, if any are."""
     if way is not None and way not in WAYS:
         raise ValueError(
@@ -164,14 +164,14 @@ def merge_lora(
         >>> type(model.layers[0]).__name__
         'Dense'
     """
-    adapted = sites.checked_sites(model)
+    adapted = sites.sites_outside_contexts(model)
     hosts = [site for site in adapted if site.is_quantized]
-    check_way(hosts, quantized)
+    validate_way(hosts, quantized)
     paths = sites.layer_paths(model) if hosts else {}
     path_of = {id(layer): path for path, layer in paths.items()}
     report, made, small = [], {}, {}
     for site in adapted:
-        kernel = checked_merged_kernel(site)
+        kernel = finite_merged_kernel(site)
         if site.is_quantized:
             made[site] = plain = merged_plain(site, kernel, quantized)
             error = relative_error(site, plain)
@@ -207,7 +207,7 @@ def remove_lora(model: keras.layers.Layer):
         >>> type(model.layers[0]).__name__
         'Dense'
     """
-    sites.checked_sites(model)
+    sites.sites_outside_contexts(model)
     layers = flatten_layers(model)
     training_state.warn_of_variables_without_base(layers)
     for layer in layers:
@@ -232,7 +232,7 @@ def _make_plain(model, layers):
         warn_caller(note)
 
 
-def checked_merged_kernel(layer):
+def finite_merged_kernel(layer):
     """Returns W + delta in the kernel's dtype; raises if it is not finite."""
     kernel = layer.merged_kernel(layer.kernel_dtype)
     if not is_finite(kernel):

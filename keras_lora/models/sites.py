@@ -9,11 +9,11 @@ import keras
 from keras_lora.keras_internals import classes, compiled, processes
 from keras_lora.keras_internals.layers import (
     attributes_of,
-    checked_model,
     flatten_layers,
     name_scope_of,
     refuse_other_copy,
     sublayers,
+    validate_model,
 )
 from keras_lora.layers import arguments, kinds, lora_layer, methods
 from keras_lora.layers.adapter import LowRankAdapter
@@ -79,7 +79,7 @@ def built_sites(model):
     return sites
 
 
-def checked_sites(model):
+def sites_outside_contexts(model):
     """As `built_sites`; raises if one is inside `merged()` or `disabled()`."""
     sites = built_sites(model)
     for site in sites:
@@ -101,7 +101,7 @@ def layer_paths(model, alone=True) -> dict:
 
     alone: Whether a single layer that can be adapted is among its own paths.
     """
-    checked_model(model)
+    validate_model(model)
     refuse_other_copy(model)
     paths, seen = {}, {id(model)}
 

@@ -59,7 +59,7 @@ def in_shape(layer, rank, a, b, **others):
     return Start(rank, a.reshape(form.a_shape), b.reshape(form.b_shape), **others)
 
 
-def checked_matrix(path, layer, kernel):
+def finite_matrix(path, layer, kernel):
     """Returns a kernel as a matrix or a stack of them, and the function back."""
     if not np.isfinite(kernel).all():
         raise ValueError(f"The kernel of {path!r} holds values that are not finite.")
@@ -82,7 +82,7 @@ def from_kernel(path, layer, method: str | Callable) -> Start:
         a, b = (torch_layout.to_numpy(value) for value in method(layer))
         return Start(rank, a, b)
     kernel = torch_layout.to_numpy(layer.base_kernel(layer.lora.variable_dtype))
-    matrix, _ = checked_matrix(path, layer, kernel.astype("float64"))
+    matrix, _ = finite_matrix(path, layer, kernel.astype("float64"))
     try:
         a, b = KERNEL_STARTS[method](matrix, rank, layer.lora.scaling)
     except ValueError as error:
@@ -175,7 +175,7 @@ def quantized_start(path, layer, kernel) -> Start:
             plain = merge.merged_plain(layer, rest, "requantize")
             seen = classes.twin(plain, type(layer), {})
         lost = kernel - torch_layout.to_numpy(seen.base_kernel(dtype))
-        matrix, back = checked_matrix(path, layer, lost)
+        matrix, back = finite_matrix(path, layer, lost)
         a, b = pissa(matrix, rank, layer.lora.scaling)
         nearest = back(layer.lora.scaling * a @ b)
         error = float(np.linalg.norm(lost - nearest) / length)

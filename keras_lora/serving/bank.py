@@ -83,9 +83,9 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
         compiled.restore_jax_weights(model)
         meet = functools.partial(processes.meet, model)
         meet()
-        adapters = checked_adapters(adapters, target)
-        capacity = checked_capacity(capacity, adapters)
-        most = np.inf if max_rank is None else settings.checked_rank(max_rank)
+        adapters = validate_adapters(adapters, target)
+        capacity = validate_capacity(capacity, adapters)
+        most = np.inf if max_rank is None else settings.validate_rank(max_rank)
         readings, sources = {}, {}
         for name, adapter in adapters.items():
             with naming(name):
@@ -156,7 +156,7 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
                 end within a minute. The bank is left unchanged.
             OSError: If a file cannot be read.
         """
-        checked_adapters({name: adapter}, None)
+        validate_adapters({name: adapter}, None)
         self._refuse_released()
         self.running.refuse_inside("bank.add", lambda call: call.alone)
         self.directory.refuse_if_full(name)
@@ -204,7 +204,7 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
     def remove(self, name: str):
         """Removes an adapter. From then on, rows with its id are NaN."""
         with self.running.writing("bank.remove"), self.running.changed:
-            if self.directory.checked(name) is None:
+            if self.directory.validate_name(name) is None:
                 raise ValueError("None is the base model, which cannot be removed.")
             if name == self._active:
                 raise ValueError(
@@ -292,7 +292,7 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
         >>> swap = tf.saved_model.load(path).signatures["swap"]  # doctest: +SKIP
         >>> swap(**bank.swap_inputs("french", "adapters/fr-2"))  # doctest: +SKIP
         """
-        checked_adapters({name: adapter}, None)
+        validate_adapters({name: adapter}, None)
         parts, _ = self._read(name, adapter)
         arrays = swap_arrays(self, self.hosts.prepare(parts))
         return {name: ops.convert_to_tensor(x) for name, x in arrays.items()} | {
@@ -316,7 +316,7 @@ def naming(adapter_name):
         raise ValueError(f"The adapter {adapter_name!r}: {error}") from error
 
 
-def checked_adapters(adapters, target) -> dict:
+def validate_adapters(adapters, target) -> dict:
     adapters = {} if adapters is None or adapters == () else adapters
     if not isinstance(adapters, Mapping):
         raise ValueError(
@@ -336,7 +336,7 @@ def checked_adapters(adapters, target) -> dict:
     return dict(adapters)
 
 
-def checked_capacity(capacity, adapters):
+def validate_capacity(capacity, adapters):
     capacity = max(len(adapters), 1) if capacity is None else capacity
     if (
         isinstance(capacity, bool)

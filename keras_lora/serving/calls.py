@@ -195,8 +195,8 @@ class Calls:
         Raises:
             ValueError: If a name is not known.
         """
-        known = self.directory.known(names)
-        return np.array([self.directory.id_of[name] for name in known], "int32")
+        names = self.directory.validate_names(names)
+        return np.array([self.directory.id_of[name] for name in names], "int32")
 
     def __call__(self, inputs, *args, **kwargs):
         directory.refuse_names(inputs)
@@ -248,7 +248,7 @@ class Calls:
         one = isinstance(x, Mapping) or method not in ("predict", "evaluate")
         if one and not (isinstance(x, Mapping) and set(x) in INPUTS):
             raise ValueError(unlike_inputs(x))
-        ids = directory.checked_ids(x["adapter"]) if one and "adapter" in x else None
+        ids = directory.validate_ids(x["adapter"]) if one and "adapter" in x else None
         if ids is not None and method != "call":
             # Before: on JAX the model has no values during Keras's loops.
             self._look_at(x["inputs"])

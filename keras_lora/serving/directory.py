@@ -91,16 +91,16 @@ class Directory(keras.layers.Layer):
         slots = ops.where(found[:, 0] == ids, found[:, 1], self.no_slot)
         return ops.cast(slots, "int32")
 
-    def known(self, names):
+    def validate_names(self, names):
         """Returns a list of names, checked."""
         if isinstance(names, str) or not hasattr(names, "__iter__"):
             raise ValueError(
                 "`names` must be a list with the name of an adapter, or None for the "
                 f"base model, for each row. Received: {names!r}."
             )
-        return [self.checked(name) for name in names]
+        return [self.validate_name(name) for name in names]
 
-    def checked(self, name):
+    def validate_name(self, name):
         if isinstance(name, np.str_):
             name = str(name)
         if name is None or (isinstance(name, str) and name in self.id_of):
@@ -145,7 +145,7 @@ class FixedIds:
         if not isinstance(inputs, Mapping) or "adapter" not in inputs:
             return inputs
         ids = inputs["adapter"]
-        slots = self.slots(checked_ids(ids))
+        slots = self.slots(validate_ids(ids))
         if type(ids).__module__ == "torch":
             slots = keras.ops.convert_to_tensor(slots)
         others = {key: value for key, value in inputs.items() if key != "adapter"}
@@ -202,7 +202,7 @@ class Batches(keras.utils.PyDataset):
         self.given.on_epoch_end()
 
 
-def checked_ids(ids):
+def validate_ids(ids):
     """Returns ids as a NumPy array, checked."""
     ids = keras.ops.convert_to_numpy(ids) if keras.ops.is_tensor(ids) else ids
     ids = np.asarray(ids)

@@ -7,7 +7,7 @@ import keras
 
 from keras_lora.layers import quantized_host
 from keras_lora.models import atomic
-from keras_lora.models.export import assert_replaceable, assert_runs
+from keras_lora.models.export import refuse_broken_artefact, refuse_occupied_path
 from keras_lora.serving import banked
 
 
@@ -25,7 +25,7 @@ def export_by_name(bank, path):
         )
     import tensorflow as tf
 
-    assert_replaceable(path, "tf_saved_model")
+    refuse_occupied_path(path, "tf_saved_model")
     specs, adapters = bank.hosts.input_specs, bank.names
     flat = {spec.name: spec for spec in keras.tree.flatten(specs)}
     artefact = tf.Module()
@@ -81,13 +81,13 @@ def export_by_id(bank, export, path, **kwargs):
 
     export: Keras's own.
     """
-    assert_replaceable(path, kwargs["format"])
+    refuse_occupied_path(path, kwargs["format"])
     ids = keras.InputSpec(shape=(None,), dtype="int32", name="adapter")
     data = {"inputs": bank.hosts.input_specs, "adapter": ids}
     kwargs = {"verbose": False, "input_signature": [data], **kwargs}
     with atomic.replacing(path) as new, quantized_host.without_gradients():
         export(str(new), **kwargs)
-        assert_runs(new, kwargs["format"])
+        refuse_broken_artefact(new, kwargs["format"])
 
 
 def swap_names(bank) -> dict:

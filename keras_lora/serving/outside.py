@@ -42,7 +42,7 @@ class OutsideCalls:
         """
         self.running.refuse_inside("bank.activate", disturbed)
         with self.running.changed:
-            self._active = self.directory.checked(name)
+            self._active = self.directory.validate_name(name)
             self.running.point_soon()
 
     @contextlib.contextmanager
@@ -60,7 +60,7 @@ class OutsideCalls:
         """
         self.running.refuse_inside("bank.rows", disturbed)
         with self.running.changed:
-            names = self.directory.known(names)
+            names = self.directory.validate_names(names)
             if self._row_names is not None:
                 raise ValueError("The bank is already inside `rows`.")
             self._row_names = names

@@ -125,7 +125,7 @@ class PerAdapterOptimizer(keras.optimizers.Optimizer):
         super().__init__(learning_rate=0.0, name="of_each")
         by_name = given if isinstance(given, Mapping) else {None: given}
         vars(self).update(  # past TensorFlow's tracking
-            given={name: checked(each) for name, each in by_name.items()},
+            given={name: validate_optimizer(each) for name, each in by_name.items()},
             each=[],  # (trainee, its id in batches, its optimizer)
             ids_now=threading.local(),
         )
@@ -225,7 +225,7 @@ class PerAdapterOptimizer(keras.optimizers.Optimizer):
         raise ValueError("The optimizers of a bank's adapters are not saved.")
 
 
-def checked(optimizer):
+def validate_optimizer(optimizer):
     optimizer = keras.optimizers.get(optimizer)
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer) or getattr(
         optimizer, "loss_scale_factor", None

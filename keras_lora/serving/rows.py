@@ -57,7 +57,7 @@ class RowByRow:
             )
         rows = ops.shape(self.slots)[0]
         if adapters.leading == ROWS:
-            assert_equal(size, rows, adapters.name)
+            refuse_other_row_count(size, rows, adapters.name)
             return self
         place, rows = ops.arange(size), ops.maximum(rows, 1)  # 0 in an empty batch
         if adapters.leading == REPEAT:
@@ -89,7 +89,7 @@ class RowByRow:
         return ops.reshape(value, (-1, *shape))
 
 
-def assert_equal(size, rows, name):
+def refuse_other_row_count(size, rows, name):
     """Raises unless the leading axis of a layer's inputs is as long as the ids."""
     message = (
         f"{name!r} got another number of rows than there are adapters. Give one name "

@@ -231,7 +231,7 @@ class Training:
             ValueError: If the name is not known, or the adapter's folder holds
                 another adapter by now.
         """
-        if self.directory.checked(name) is None:
+        if self.directory.validate_name(name) is None:
             raise ValueError("None is the base model, which has no adapter.")
         return self.sources[name].read()
 
