@@ -80,12 +80,12 @@ FAULTS = {
             "test_laws.py -k delta_is_scaling",
         ),
         (
-            "self.dropped(inputs) if training else inputs",
-            "self.dropped(inputs)",
+            "self.apply_dropout(inputs) if training else inputs",
+            "self.apply_dropout(inputs)",
             "test_laws.py -k 'unmerged and dropout'",
         ),
         (
-            "self.dropped(inputs) if training else inputs",
+            "self.apply_dropout(inputs) if training else inputs",
             "inputs",
             "test_laws.py -k 'dropout_acts and dense'",
         ),
@@ -524,7 +524,7 @@ FAULTS = {
     ],
     "serving/sweep.py": [
         (
-            'refuse_no_rate(own.get("learning_rate", 0.0))',
+            'validate_rate(own.get("learning_rate", 0.0))',
             "pass",
             "test_sweep.py -k what_is_wrong",
         ),
@@ -862,7 +862,7 @@ FAULTS = {
     ],
     "files/save.py": [
         (
-            "processes.on_all(model, lambda: writes and adapter.save(directory))",
+            "processes.run_on_all(model, lambda: writes and adapter.save(directory))",
             "writes and adapter.save(directory)",
             WORKERS,
         ),
@@ -1291,7 +1291,7 @@ FAULTS = {
     ],
     "serving/per_adapter.py": [
         (
-            "list(grads), distribution.of_all_replicas(self.ids)",
+            "list(grads), distribution.gather_over_replicas(self.ids)",
             "list(grads), self.ids",
             REPLICAS,
         ),
@@ -1301,7 +1301,7 @@ FAULTS = {
             "test_bank_fit.py",
         ),
         (
-            "counted = counted * over(ops.cast(mask, values.dtype), values)",
+            "used = used * expand_to(ops.cast(mask, values.dtype), values)",
             "pass",
             "test_bank_fit.py -k masked",
         ),

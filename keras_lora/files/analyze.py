@@ -118,31 +118,31 @@ def analyze(source: "keras.layers.Layer | Adapter | str | os.PathLike") -> Analy
         [('dense', 8)]
     """
     if isinstance(source, (str, os.PathLike)):
-        return of_adapter(Adapter.read(source), Path(source).name)
+        return analyze_adapter(Adapter.read(source), Path(source).name)
     if isinstance(source, Adapter):
-        return of_adapter(source, "an adapter")
+        return analyze_adapter(source, "an adapter")
     import keras  # not needed to analyze a file
 
     if isinstance(source, keras.layers.Layer):
-        return of_model(source)
+        return analyze_model(source)
     raise ValueError(
         "`source` must be a model, an Adapter or a folder. Received: "
         f"{type(source).__name__}, {str(source)[:99]!r}."
     )
 
 
-def of_adapter(adapter, name):
+def analyze_adapter(adapter, name):
     file = factors.factors_of(adapter)
     rows = [
         update(module, found.rank, *found.product(), found.scaling)
-        for module in tables.in_order(file.factors)
+        for module in tables.sort_by_number(file.factors)
         for found in [file.factors[module]]
     ]
     notes = notes_of([torch_layout.method_in(file.method)])
     return Analysis(name, rows, [*notes, *notes_of_tables(file.rows)])
 
 
-def of_model(model):
+def analyze_model(model):
     from keras_lora.layers import lora_layer, torch_layout
     from keras_lora.models import sites
 
@@ -187,7 +187,7 @@ def notes_of(methods) -> list:
 
 def notes_of_tables(paths) -> list:
     """A note on tables of which some rows train, which are no low-rank update."""
-    names = tables.listed(list(paths))
+    names = tables.join(list(paths))
     return [f"Not shown: {names}, where only some rows train."] if paths else []
 
 
@@ -207,8 +207,8 @@ def core(left, right):
     orthonormal, so that the singular values of C are those of the product.
     """
     q_left, r_left = np.linalg.qr(left.astype("float64"))
-    q_right, r_right = np.linalg.qr(transposed(right.astype("float64")))
-    return q_left, r_left @ transposed(r_right), q_right
+    q_right, r_right = np.linalg.qr(transpose(right.astype("float64")))
+    return q_left, r_left @ transpose(r_right), q_right
 
 
 def singular_values(left, right):
@@ -225,7 +225,7 @@ def effective_rank(values, energy):
     return int(np.searchsorted(sums, energy * sums[-1])) + 1
 
 
-def cut(left, right, rank):
+def truncate(left, right, rank):
     """The nearest factors of a lower rank, and the relative error of their product.
 
     A stack of matrices gets one rank for all of them.
@@ -239,11 +239,11 @@ def cut(left, right, rank):
     root = np.sqrt(values[..., :rank])
     error = np.linalg.norm(norms[rank:]) / (np.linalg.norm(norms) or 1.0)
     new_left = (q_left @ rows[..., :rank]) * root[..., None, :]
-    new_right = root[..., None] * columns[..., :rank, :] @ transposed(q_right)
+    new_right = root[..., None] * columns[..., :rank, :] @ transpose(q_right)
     return new_left, new_right, float(error)
 
 
-def transposed(matrix):
+def transpose(matrix):
     return np.swapaxes(matrix, -1, -2)
 
 
@@ -263,19 +263,21 @@ def tensor_differences(one, two) -> list:
     names = factors.slice_names([one, two])
     files = [factors.factors_of(adapter, names) for adapter in (one, two)]
     rows = []
-    for module in tables.in_order(files[0].factors.keys() | files[1].factors.keys()):
+    for module in tables.sort_by_number(
+        files[0].factors.keys() | files[1].factors.keys()
+    ):
         if found := update_difference(*(file.factors.get(module) for file in files)):
             pair = [file.factors.get(module) for file in files]
             ranks = [str(own.rank if own else "-") for own in pair]
             rows.append([module, " and ".join(dict.fromkeys(ranks)), found])
-    full = [in_full(file) for file in files]
-    for key in tables.in_order(full[0].keys() | full[1].keys()):
+    full = [other_tensors(file) for file in files]
+    for key in tables.sort_by_number(full[0].keys() | full[1].keys()):
         if found := array_difference(*(tensors.get(key) for tensors in full)):
             rows.append([key, "", found])
     return rows
 
 
-def in_full(file):
+def other_tensors(file):
     """Key -> array for everything but factors: heads, biases, DoRA's lengths."""
     more = {
         module + suffix: found.tensors[suffix]

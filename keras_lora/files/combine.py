@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from keras_lora.files import analyze, experts, factors, validation
-from keras_lora.files.config import FACTS, settings
+from keras_lora.files.config import FACTS, make_config
 from keras_lora.files.folder import Adapter
 from keras_lora.files.slices import fuse
 from keras_lora.keras_internals import warn_caller
@@ -77,7 +77,7 @@ def combine_adapters(
     if len(files) > 1 and len(set(modules)) == len(modules):
         warn_caller(
             "The adapters have no module in common. The result fits a model that has "
-            f"all of their modules, {tables.listed(sorted(modules), most=4)}."
+            f"all of their modules, {tables.join(sorted(modules), most=4)}."
         )
     for file in files:
         for found in file.factors.values():
@@ -100,7 +100,7 @@ def combine_adapters(
         )
         if limit is not None:
             stack = b.shape[2] if first.is_stack else 1
-            left, right, error = analyze.cut(
+            left, right, error = analyze.truncate(
                 b.reshape(len(b), -1, stack).transpose(2, 0, 1),
                 a.reshape(len(a), stack, -1).transpose(1, 0, 2),
                 limit,
@@ -117,11 +117,11 @@ def combine_adapters(
         if use_rslora == first.use_rslora:  # exact if there is one adapter
             alphas[module] = alpha_at(len(a), first.alpha, first.rank, use_rslora)
     slices = fuse(tensors, ranks, alphas, use_rslora)
-    tensors |= in_full(files, heads)
+    tensors |= combine_full_weights(files, heads)
     ids = {m: list(own) for file in files for m, (own, _) in file.rows.items()}
     bias = max((file.bias for file in files), key=BIASES.index)
     said = {key: {x.config.get(key) for x in opened} for key in FACTS}
-    config = settings(
+    config = make_config(
         ranks,
         alphas,
         use_rslora,
@@ -200,7 +200,7 @@ def rank_limit(rank, energy):
     return lambda values: max(1, analyze.effective_rank(values, energy))
 
 
-def in_full(files, heads) -> dict:
+def combine_full_weights(files, heads) -> dict:
     """Key -> what trained in full, where the adapters agree or `heads` decides."""
     tensors = {}
     found = [file.others | token_rows(file, files) for file in files]

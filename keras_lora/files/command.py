@@ -104,7 +104,7 @@ def merge(options):
     with atomic.replacing(options.output) as new:
         model.save(new)
     write_lines(
-        [f"Merged {tables.counted(len(report), 'layer')} into {options.output}."]
+        [f"Merged {tables.plural(len(report), 'layer')} into {options.output}."]
     )
     return 0
 
@@ -267,7 +267,7 @@ def say(text):
 
 
 def in_one_line(text):
-    return tables.printable(" ".join(text.split()))[:2000]
+    return tables.make_printable(" ".join(text.split()))[:2000]
 
 
 def console():
@@ -278,16 +278,20 @@ def console():
 
 
 def write(title, head, rows, lines=()):
-    table = rich.table.Table(title=Text(tables.printable(title)), title_justify="left")
+    table = rich.table.Table(
+        title=Text(tables.make_printable(title)), title_justify="left"
+    )
     for place, name in enumerate(head):
         justify = "left" if place < 2 else "right"
-        table.add_column(Text(tables.printable(name)), justify=justify, overflow="fold")
+        table.add_column(
+            Text(tables.make_printable(name)), justify=justify, overflow="fold"
+        )
     for row in rows:
-        table.add_row(*(Text(tables.printable(cell)) for cell in row))
+        table.add_row(*(Text(tables.make_printable(cell)) for cell in row))
     console().print(table)
     write_lines(lines)
 
 
 def write_lines(lines):
     for line in lines:
-        console().print(Text(tables.printable(line)), soft_wrap=True)
+        console().print(Text(tables.make_printable(line)), soft_wrap=True)

@@ -41,7 +41,7 @@ def model_facts(model, given):
     return {key: given[key] or loaded[key] for key in FACTS}
 
 
-def settings(ranks, alphas, use_rslora, parameters=None, **others):
+def make_config(ranks, alphas, use_rslora, parameters=None, **others):
     """The configuration of an adapter with these ranks and alphas per module.
 
     parameters: module -> name of the parameter that PEFT adapts there.
@@ -90,7 +90,7 @@ def pattern(values, usual, parameters: Mapping = MappingProxyType({})):
     }
 
 
-def value_of(config, pattern_key, default_key, found, warns=True):
+def values_by_module(config, pattern_key, default_key, found, warns=True):
     """Module -> rank or alpha, by the first key that matches the end of its name.
 
     warns: Boolean, whether to warn about keys that match no module.

@@ -47,15 +47,15 @@ def matching_config(directory):
     """Returns adapter_config.json in bytes, or None if it does not fit the tensors."""
     try:
         config = read_config(directory)
-        if belonging(config, {}) is config:
+        if settings_of_tensors(config, {}) is config:
             return (directory / CONFIG).read_bytes()
         _, metadata = read_tensors(directory / TENSORS)
-        return json.dumps(belonging(config, metadata)).encode()
+        return json.dumps(settings_of_tensors(config, metadata)).encode()
     except (OSError, ValueError):
         return None
 
 
-def belonging(config, metadata):
+def settings_of_tensors(config, metadata):
     """Returns the settings of the tensors, also after an interrupted save."""
     if not isinstance(config, dict) or config.get("peft_type") != INTERRUPTED:
         return config
@@ -69,7 +69,7 @@ def read_together(directory):
         config = read_config(directory)
         tensors, metadata = read_all(directory)
         if read_config(directory) == config:
-            return belonging(config, metadata), tensors, metadata
+            return settings_of_tensors(config, metadata), tensors, metadata
     raise OSError(
         f"{directory / CONFIG} keeps changing: another process is writing it."
     )
@@ -105,12 +105,12 @@ def read_config(directory, name=CONFIG):
     path = directory / name
     refuse_unreadable_file(path, limit=2**24)
     try:
-        return parsed(path.read_text(encoding="utf-8"))
+        return parse(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
-def parsed(text):
+def parse(text):
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -231,8 +231,10 @@ def validate_metadata(metadata, config, tensors):
     found = digest(tensors, metadata)
     if metadata.get("sha256", found) != found:
         raise ValueError(f"{TENSORS} is damaged: its checksum does not match.")
-    stored, slices = (stated_in(metadata, key, {}) for key in ("settings", "slices"))
-    starts = stated_in(metadata, "starts", [])
+    stored, slices = (
+        read_metadata(metadata, key, {}) for key in ("settings", "slices")
+    )
+    starts = read_metadata(metadata, "starts", [])
     if not all(isinstance(module, str) for module in starts):
         raise ValueError(
             f"{TENSORS}: starts must be a list of modules. Received: {starts!r}."
@@ -254,10 +256,10 @@ def validate_metadata(metadata, config, tensors):
     return slices, starts
 
 
-def stated_in(metadata, key, default):
+def read_metadata(metadata, key, default):
     """Returns a value of the metadata, checked to have the default's type."""
     try:
-        value = parsed(metadata.get(key, json.dumps(default)))
+        value = parse(metadata.get(key, json.dumps(default)))
     except ValueError as error:
         raise ValueError(f"{TENSORS} is damaged: {key}: {error}.") from error
     if type(value) is not type(default):

@@ -23,7 +23,12 @@ import re
 import numpy as np
 
 from keras_lora.files import disk
-from keras_lora.files.config import ends_of, pattern, refuse_unmatched_targets, value_of
+from keras_lora.files.config import (
+    ends_of,
+    pattern,
+    refuse_unmatched_targets,
+    values_by_module,
+)
 from keras_lora.files.slices import fuse, without_slice
 from keras_lora.files.validation import validate_config
 from keras_lora.layers import torch_layout
@@ -70,7 +75,7 @@ def wrapped_modules(owner, parameters) -> dict:
     }
 
 
-def from_wrapped(tensors, config) -> dict:
+def unwrap(tensors, config) -> dict:
     """The tensors of a file, with stacks under the names of their parameters.
 
     config: checked.
@@ -81,7 +86,7 @@ def from_wrapped(tensors, config) -> dict:
             depths[match[1]].add(match[2].count("."))
     names = [f"{owner}.{name}" for owner in depths for name in PARAMETERS]
     meant = parameters_in(names, config["target_parameters"])
-    ranks = value_of(config, "rank_pattern", "r", meant, warns=False)
+    ranks = values_by_module(config, "rank_pattern", "r", meant, warns=False)
     tensors = dict(tensors)
     for owner, found in depths.items():
         modules = wrapped_modules(owner, meant)
@@ -109,7 +114,7 @@ def from_wrapped(tensors, config) -> dict:
     return tensors
 
 
-def to_wrapped(tensors, entries) -> dict:
+def wrap(tensors, entries) -> dict:
     """The inverse; entries: the file's `target_parameters`."""
     modules = (
         k.removesuffix(torch_layout.LINEAR[0])
@@ -127,7 +132,7 @@ def to_wrapped(tensors, entries) -> dict:
     return tensors
 
 
-def as_parameter(key):
+def stack_key(key):
     """Returns the key of the stack for that of one expert, and other keys unchanged."""
     match = EXPERT.match(key)
     if match is None:
@@ -135,7 +140,7 @@ def as_parameter(key):
     return f"{match[1]}.{without_slice(HALVES[match[3]])}{key[match.end() :]}"
 
 
-def with_stacks(adapter, parameters):
+def stack_experts(adapter, parameters):
     """Converts an adapter with a pair of factors for each expert into one of stacks.
 
     parameters: The stacks that the model has; other tensors are unchanged.
@@ -160,11 +165,11 @@ def with_stacks(adapter, parameters):
             modules.setdefault(stack, {})[module] = None
     if not found:
         return adapter
-    return stacked(adapter, rest, found, modules)
+    return build_stacks(adapter, rest, found, modules)
 
 
-def stacked(adapter, tensors, found, modules):
-    """The second half of `with_stacks`.
+def build_stacks(adapter, tensors, found, modules):
+    """The second half of `stack_experts`.
 
     Args:
         adapter: The adapter as it was read.
@@ -181,7 +186,7 @@ def stacked(adapter, tensors, found, modules):
     every = [*others, *(module for own in modules.values() for module in own)]
     refuse_unmatched_targets(config, every)
     said = [
-        value_of(config, *keys, every)
+        values_by_module(config, *keys, every)
         for keys in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
     ]
     ranks, alphas = ({module: values[module] for module in others} for values in said)
@@ -194,7 +199,7 @@ def stacked(adapter, tensors, found, modules):
                     f"alphas, {sorted(own)}; a stack of experts has one for all."
                 )
             of_stack[stack] = own.pop()
-        a, b = (in_order(stack, pairs[suffix]) for suffix in torch_layout.LINEAR)
+        a, b = (sort_by_expert(stack, pairs[suffix]) for suffix in torch_layout.LINEAR)
         tensors[stack + torch_layout.LINEAR[0]] = np.stack(a, 1)
         tensors[stack + torch_layout.LINEAR[1]] = np.stack(b, 2)
     slices = fuse(tensors, ranks, alphas, config["use_rslora"])
@@ -213,7 +218,7 @@ def stacked(adapter, tensors, found, modules):
     )
 
 
-def in_order(stack, values):
+def sort_by_expert(stack, values):
     """The values of all experts, by their numbers."""
     shapes = {value.shape for value in values.values()}
     every = values.keys() == set(range(len(values)))

@@ -71,7 +71,7 @@ def extract_adapter(
         for module, site in base.sites.items()
         if site.built and is_of_kind(site) and module not in base.unnamed
     }
-    for module, (_, variables) in paired_layers(base, tuned).items():
+    for module, (_, variables) in pair_layers(base, tuned).items():
         changed = [(v, other) for v, other in variables if differ(v, other)]
         pairs = {kernels[id(v)]: (v, x) for v, x in changed if id(v) in kernels}
         rest = [(v, other) for v, other in changed if id(v) not in kernels]
@@ -99,7 +99,7 @@ def extract_adapter(
     return dataclasses.replace(adapter, errors=errors)
 
 
-def paired_layers(base, tuned):
+def pair_layers(base, tuned):
     """{module: (layer, [(variable, the tuned one)])}."""
     if base.keys() != tuned.keys():
         raise ValueError(

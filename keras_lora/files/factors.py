@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from keras_lora.files import disk, experts, slices
-from keras_lora.files.config import CONFIG, refuse_unmatched_targets, value_of
+from keras_lora.files.config import CONFIG, refuse_unmatched_targets, values_by_module
 from keras_lora.files.validation import take_rows, validate_config, validate_rows
 from keras_lora.layers import settings, torch_layout
 
@@ -184,8 +184,8 @@ def refuse_incomplete(arrays, method):
 
 def ranks_and_alphas(config, arrays, shares) -> tuple:
     """Returns {module: rank} and {module: alpha}, of slices where there are some."""
-    ranks = value_of(config, "rank_pattern", "r", arrays)
-    alphas = value_of(config, "alpha_pattern", "lora_alpha", arrays)
+    ranks = values_by_module(config, "rank_pattern", "r", arrays)
+    alphas = values_by_module(config, "alpha_pattern", "lora_alpha", arrays)
     low_rank = torch_layout.LINEAR + torch_layout.EMBEDDING
     for module, values in arrays.items():
         factors = [values[suffix] for suffix in low_rank if suffix in values]

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from keras_lora.files import family_names, tensors
-from keras_lora.files.experts import as_parameter
+from keras_lora.files.experts import stack_key
 from keras_lora.keras_internals import keras_hub
 from keras_lora.keras_internals.layers import own_variables
 from keras_lora.layers import kinds
@@ -58,7 +58,7 @@ class Family(NamedTuple):
     def read(self, keys) -> dict:
         """Path -> module, with the names and the prefix of most keys of a file."""
         votes, styles = collections.Counter(), [self.modules(x) for x in (True, False)]
-        keys = [as_parameter(key) for key in keys]
+        keys = [stack_key(key) for key in keys]
         for style, known in enumerate(set(style.values()) for style in styles):
             prefixes = (prefix_of(key, known) for key in keys)
             votes.update((style, x) for x in prefixes if x is not None)
@@ -91,7 +91,7 @@ def family(model, paths, names) -> Family:
             f"model of KerasHub, `names` can be one of {known}."
         )
     try:
-        placed = placed_layers(backbone, name)
+        placed = regions_of(backbone, name)
     except Exception as error:  # a converter may raise anything
         raise ValueError(
             f"KerasHub's converter for {name!r} does not work for {held}: "
@@ -110,7 +110,7 @@ def family(model, paths, names) -> Family:
         places = {  # a language model alone is a class of its own there
             path: p.without_prefix("language_model.") for path, p in places.items()
         }
-    places |= expert_places(site_paths(paths), places, family_names.EXPERTS.get(name))
+    places |= expert_regions(site_paths(paths), places, family_names.EXPERTS.get(name))
     heads = {} if backbone is model else family_names.HEADS.get(name, {})
     heads = {path: head for path, head in heads.items() if path in paths}
     return Family(
@@ -118,7 +118,7 @@ def family(model, paths, names) -> Family:
     )
 
 
-def expert_places(sites, places, experts) -> dict:
+def expert_regions(sites, places, experts) -> dict:
     """Path -> Region, for the weights of layers of experts.
 
     Args:
@@ -188,7 +188,7 @@ class Region(NamedTuple):
         return self.columns is None and np.array_equal(self.rows, np.arange(self.total))
 
 
-def placed_layers(backbone, family) -> dict:
+def regions_of(backbone, family) -> dict:
     """Path in the backbone -> Region, for the layers that are modules there."""
     # Where the backbone is quantized or adapted, the kernels that the converter means
     # are not there.
@@ -209,27 +209,27 @@ def placed_layers(backbone, family) -> dict:
         path = owners.get(id(variable))
         module, _, word = key.rpartition(".")
         if path is not None and tensors.torch_name(paths[path], variable) == word:
-            placed = place_of(paths[path], variable, hook, sizes[key])
+            placed = region_of(paths[path], variable, hook, sizes[key])
             found[path][word] = placed and Region(module, *placed[1:])
 
     try:
-        keras_hub.ask(family, copy, count)
+        keras_hub.run_converter(family, copy, count)
     except Exception:  # of a converter that takes images for granted, say
         if not keras_hub.add_absent_parts(copy):
             raise
         sizes.clear()
-        keras_hub.ask(family, copy, count)
-    keras_hub.ask(family, copy, place)
+        keras_hub.run_converter(family, copy, count)
+    keras_hub.run_converter(family, copy, place)
     places = {}
     for path in paths:
         values = list(found[path].values())
-        if values and agree(values):
+        if values and share_region(values):
             first = found[path].get("weight", values[0])
             places[path] = first
     return places
 
 
-def agree(places):
+def share_region(places):
     """Whether all variables of a layer have their outputs at the same place."""
     first = places[0]
     return first is not None and all(
@@ -240,23 +240,23 @@ def agree(places):
     )
 
 
-def place_of(layer, variable, hook, size):
+def region_of(layer, variable, hook, size):
     """Returns a variable's Region; None if a converter does more than cut and permute.
 
     size: of the tensor there, of which several variables may be parts.
     """
     kind, shape = kinds.kind_of(layer), tuple(variable.shape)
     if kind is LoRALayer or tensors.torch_name(layer, variable) != "weight":
-        return vector_place(shape, hook, size)
+        return vector_region(shape, hook, size)
     form = kinds.form_of(layer, 1)
     if form.batch_axes:
         return None
     matrix, back = form.as_matrix(np.broadcast_to(np.int32(0), shape))
     probes = [back(x) for x in indices(*matrix.shape)]
     if form.looks_up or kind.weight_to_file(layer, probes[0]).ndim != 2:
-        ends = (converted(kind.weight_to_file(layer, x), hook, shape) for x in probes)
+        ends = (convert(kind.weight_to_file(layer, x), hook, shape) for x in probes)
         if all(map(np.array_equal, ends, probes)):
-            return whole(matrix.shape[1])
+            return whole_region(matrix.shape[1])
         return None
     inputs = len(matrix)
     for total, inputs_first in itertools.product(
@@ -265,13 +265,16 @@ def place_of(layer, variable, hook, size):
         sources = indices(total, inputs)
         if inputs_first:
             sources = [source.T for source in sources]
-        ends = [converted(source, hook, shape) for source in sources]
+        ends = [convert(source, hook, shape) for source in sources]
         if any(end is None for end in ends):
             continue
         rows, columns = (form.as_matrix(end)[0] for end in ends)
         if is_constant(rows, 0) and is_constant(columns, 1):
             rows, columns = rows[0], columns[:, 0]
-            if not (is_choice(rows, total) and is_choice(columns, inputs)):
+            if not (
+                are_distinct_indices(rows, total)
+                and are_distinct_indices(columns, inputs)
+            ):
                 return None
             in_order = np.array_equal(columns, np.arange(inputs))
             return Region("", rows, None if in_order else columns, total, inputs_first)
@@ -284,30 +287,30 @@ def indices(*shape):
     return [np.broadcast_to(x, shape) for x in (rows[:, None], columns)]
 
 
-def whole(size):
+def whole_region(size):
     return Region("", np.arange(size), total=size)
 
 
-def vector_place(shape, hook, size):
+def vector_region(shape, hook, size):
     """Returns the `Region` of a bias, a norm or a table of positions."""
     length = np.prod(shape, dtype=int)
     sources = [np.arange(size)]
     if size == length:
         sources.append(sources[0].reshape(shape))
     for source in sources:
-        rows = converted(source, hook, shape)
-        if rows is not None and is_choice(rows, size):
+        rows = convert(source, hook, shape)
+        if rows is not None and are_distinct_indices(rows, size):
             return Region("", rows.reshape(-1), total=int(size))
     return None
 
 
-def is_choice(rows, size):
+def are_distinct_indices(rows, size):
     """Whether rows are distinct indices below `size`: they were only permuted."""
     ordered = np.unique(rows)
     return len(ordered) == rows.size and ordered[0] >= 0 and ordered[-1] < size
 
 
-def converted(source, hook, shape):
+def convert(source, hook, shape):
     """Returns a tensor as the converter transforms it; None if it does not fit."""
     try:
         value = source.view(Indices)

@@ -107,7 +107,7 @@ class Adapter(Table):
         settings = validate_config(config)
         warn_of_unknown(config)
         slices, starts = disk.validate_metadata(metadata, config, tensors)
-        tensors = experts.from_wrapped(disk.standardize_tensors(tensors), settings)
+        tensors = experts.unwrap(disk.standardize_tensors(tensors), settings)
         return cls(tensors, config, slices, starts=starts)
 
     def save(self, directory: str | os.PathLike):
@@ -128,9 +128,7 @@ class Adapter(Table):
         atomic.refuse_file_name(directory, "an adapter")
         for key, value in self.tensors.items():
             factors.refuse_not_finite(key, value)
-        wrapped = experts.to_wrapped(
-            self.tensors, self.config.get("target_parameters") or ()
-        )
+        wrapped = experts.wrap(self.tensors, self.config.get("target_parameters") or ())
         tensors = {
             disk.PREFIX + key: np.ascontiguousarray(value)
             for key, value in wrapped.items()
@@ -215,7 +213,7 @@ def parts_of(adapter, most=math.inf):
     head = ["module", "A, B", "rank", "alpha", "parameters", "size"]
     head += ["error"] if adapter.errors else []
     rows = []
-    for module in tables.in_order(file.factors)[: min(most, len(file.factors))]:
+    for module in tables.sort_by_number(file.factors)[: min(most, len(file.factors))]:
         found = file.factors[module]
         shapes = [found.tensors[x].shape for x in (*found.low_rank, *found.more)]
         row = [
@@ -230,7 +228,7 @@ def parts_of(adapter, most=math.inf):
             row.append(f"{adapter.errors.get(module, 0):.2g}")
         rows.append(row)
     more = len(file.factors) - len(rows)
-    lines = [f"and {tables.counted(more, 'module')} more"] if more else []
+    lines = [f"and {tables.plural(more, 'module')} more"] if more else []
     return "Adapter", head, rows, [*lines, *totals(adapter, file)]
 
 
@@ -240,12 +238,12 @@ def totals(adapter, file):
     lines = [f"{method}: {in_words(adapter)}"]
     if file.others:
         sizes = sum(value.size for value in file.others.values())
-        names = ", ".join(tables.in_order(file.others))
-        lines.append(f"In full, {tables.counted(sizes, 'parameter')}: {names}")
+        names = ", ".join(tables.sort_by_number(file.others))
+        lines.append(f"In full, {tables.plural(sizes, 'parameter')}: {names}")
     if file.rows:
         count = sum(len(ids) for ids, _ in file.rows.values())
-        names = ", ".join(tables.in_order(file.rows))
-        lines.append(f"{tables.counted(count, 'row')} of {names}")
+        names = ", ".join(tables.sort_by_number(file.rows))
+        lines.append(f"{tables.plural(count, 'row')} of {names}")
     return lines
 
 
@@ -255,16 +253,16 @@ def in_words(adapter):
         file = quiet_factors(adapter)
     except ValueError:
         return (
-            f"{tables.counted(len(adapter.tensors), 'tensor')}, which cannot be loaded"
+            f"{tables.plural(len(adapter.tensors), 'tensor')}, which cannot be loaded"
         )
     parameters = sum(value.size for value in adapter.tensors.values())
     errors = adapter.errors.values()
     return ", ".join(
         [
-            tables.counted(len(file.factors), "module"),
+            tables.plural(len(file.factors), "module"),
             f"rank {reach([x.rank for x in file.factors.values()])}",
             f"alpha {reach([x.alpha for x in file.factors.values()])}",
-            tables.counted(parameters, "parameter"),
+            tables.plural(parameters, "parameter"),
             size(adapter.tensors.values()),
             *([f"errors up to {max(errors):.2g}"] if errors else []),
         ]
@@ -277,4 +275,4 @@ def reach(values):
 
 
 def size(arrays):
-    return tables.in_bytes(sum(value.nbytes for value in arrays))
+    return tables.format_bytes(sum(value.nbytes for value in arrays))

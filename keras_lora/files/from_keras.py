@@ -63,10 +63,10 @@ def load_keras_lora(
     for layer, a, b, scaling in found:
         module = path_of[id(layer)].replace("/", ".")
         suffixes = kinds.kind_of(layer).file_suffixes
-        a, b = converted(layer, a, b, module)
+        a, b = convert(layer, a, b, module)
         tensors[module + suffixes[0]], tensors[module + suffixes[1]] = a, b
         ranks[module], alphas[module] = len(a), scaling * len(a)
-    adapter = Adapter(tensors, config.settings(ranks, alphas, False))
+    adapter = Adapter(tensors, config.make_config(ranks, alphas, False))
     return load.load_into(model, paths, adapter)
 
 
@@ -168,7 +168,7 @@ def factors_of_model(own, source):
     return found
 
 
-def converted(layer, a, b, module):
+def convert(layer, a, b, module):
     """Keras's A (*kernel axes but the last, r) and B (r, last), as a file has them."""
     kind = kinds.kind_of(layer)
     kernel = getattr(layer, kind.kernel_name, None)

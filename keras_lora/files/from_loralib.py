@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from keras_lora.files import disk, load
-from keras_lora.files.config import settings
+from keras_lora.files.config import make_config
 from keras_lora.files.folder import Adapter
 from keras_lora.files.names import module_names
 from keras_lora.layers import kinds
@@ -78,7 +78,7 @@ def load_loralib(
         )
     paths = sites.layer_paths(model)
     modules = module_names(paths, names, model)
-    arrays = {key: as_array(key, value) for key, value in state_dict.items()}
+    arrays = {key: to_array(key, value) for key, value in state_dict.items()}
     tensors, ranks = {}, {}
     for key in [key for key in arrays if key.endswith(".lora_A")]:
         module = key.removesuffix(".lora_A")
@@ -118,7 +118,7 @@ def load_loralib(
     bias = "lora_only" if biases else None
     if any(".base_layer." not in key for key in biases):
         bias = "all"
-    config = settings(ranks, alphas, use_rslora=False, bias=bias)
+    config = make_config(ranks, alphas, use_rslora=False, bias=bias)
     return load.load_into(model, paths, Adapter(tensors | biases, config), names)
 
 
@@ -152,7 +152,7 @@ def read_state_dict(path):
     return state
 
 
-def as_array(key, value):
+def to_array(key, value):
     """A torch tensor or an array, as float32 or float64."""
     try:
         if hasattr(value, "detach"):

@@ -83,8 +83,8 @@ def read_for(model, directory) -> Adapter:
             return directory
         return Adapter.read(directory)
 
-    processes.meet(model)
-    return processes.on_all(model, read, fingerprint, OTHER_FILES)
+    processes.barrier(model)
+    return processes.run_on_all(model, read, fingerprint, OTHER_FILES)
 
 
 def fingerprint(adapter) -> str:
@@ -103,7 +103,7 @@ def load_into(model, paths, adapter, names=None, trainable=True) -> Report:
 
     paths: Path -> layer, of all its layers.
     """
-    file = matching.contents(adapter, module_names(paths, names, model, adapter))
+    file = matching.match(adapter, module_names(paths, names, model, adapter))
     refuse_tied_head(model, names, file.adapted | file.heads)
     layers, notes = sites.with_model(model, paths), []
     if any(map(lora_layer.has_adapters, layers.values())):

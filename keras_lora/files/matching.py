@@ -16,7 +16,7 @@ from keras_lora.layers import kinds, lora_layer, token_rows, torch_layout
 
 
 @dataclasses.dataclass(frozen=True)
-class Contents(FileFactors):
+class MatchedFile(FileFactors):
     """A file's arrays, under the names of a model's modules."""
 
     modules: dict  # module -> layer, for all of the model
@@ -40,8 +40,8 @@ class Contents(FileFactors):
         return {**self.method, **start}
 
 
-def contents(adapter, modules) -> Contents:
-    adapter = experts.with_stacks(adapter, modules.parameters)
+def match(adapter, modules) -> MatchedFile:
+    adapter = experts.stack_experts(adapter, modules.parameters)
     found = factors_of(adapter, modules)
     for name in [*found.factors]:
         module = other_formats.module_of(name, modules)
@@ -50,7 +50,7 @@ def contents(adapter, modules) -> Contents:
     refuse_unknown_modules(found.factors, modules)
     refuse_unknown_modules(found.rows, modules)
     refuse_ranks_without_values(found.factors, modules)
-    file = Contents(
+    file = MatchedFile(
         **vars(found),
         modules=modules,
         heads=heads_of(found.config["modules_to_save"], modules, found.others),

@@ -66,8 +66,8 @@ def module_names(paths, names, model=None, adapter=None) -> Modules:
     """
     sites = site_paths(paths)
     if isinstance(names, str):
-        modules = derived_names(paths, names, model, adapter)
-        modules.sites = named_sites(modules, sites, modules.weights.get)
+        modules = names_from_converters(paths, names, model, adapter)
+        modules.sites = sites_by_module(modules, sites, modules.weights.get)
         named = {*modules, *modules.weights.values()}
         modules.unnamed |= modules.sites.keys() - named
         return modules
@@ -84,11 +84,11 @@ def module_names(paths, names, model=None, adapter=None) -> Modules:
             modules[module] = layer
         elif holds_weights(layer):
             raise ValueError(f"`names` gives two layers the name {module!r}.")
-    modules.sites = named_sites(modules, sites, get)
+    modules.sites = sites_by_module(modules, sites, get)
     return modules
 
 
-def named_sites(modules, sites, get=lambda path: None) -> dict:
+def sites_by_module(modules, sites, get=lambda path: None) -> dict:
     """Module -> site, for the sites of layers that have names.
 
     Args:
@@ -115,7 +115,7 @@ def holds_weights(layer):
     return lora_layer.has_adapters(layer) or bool(layer_variables(layer))
 
 
-def derived_names(paths, names, model, adapter) -> Modules:
+def names_from_converters(paths, names, model, adapter) -> Modules:
     """Returns the modules under the names from KerasHub's converters."""
     found = families.family(model, paths, names)
     if adapter is None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from keras_lora.files import disk
-from keras_lora.files.config import CONFIG, settings
+from keras_lora.files.config import CONFIG, make_config
 from keras_lora.layers.settings import is_number, validate_alpha, validate_dropout
 
 
@@ -151,7 +151,7 @@ def tensors_in(folder):
     return None
 
 
-def modules_of(file, tensors, parts) -> dict:
+def group_by_module(file, tensors, parts) -> dict:
     """Module -> {part: array}; parts: the ending of a key -> the part it holds."""
     modules, others = collections.defaultdict(dict), []
     for key, value in tensors.items():
@@ -187,14 +187,14 @@ def from_kohya(file, tensors):
 
     If there is none, alpha is the rank, as in sd-scripts.
     """
-    modules = modules_of(file, tensors, KOHYA)
+    modules = group_by_module(file, tensors, KOHYA)
     alphas = {}
     for module, found in modules.items():
         alpha = np.ravel(found.get("alpha", len(found["A"])))
         if alpha.size != 1:
             raise ValueError(f"{file}: the alpha of {module!r} must be one number.")
         alphas[module] = float(alpha[0])
-    return in_words_of_peft(modules, alphas)
+    return to_peft(modules, alphas)
 
 
 MLX = {".lora_a": "A", ".lora_b": "B", ".m": "m"}
@@ -205,7 +205,7 @@ def from_mlx(file, tensors, config):
     said = config.get("lora_parameters")
     scale = said.get("scale") if isinstance(said, dict) else None
     kind = config.get("fine_tune_type", "lora")
-    modules = modules_of(file, tensors, MLX)
+    modules = group_by_module(file, tensors, MLX)
     if kind != "lora" or any("m" in found for found in modules.values()):
         raise ValueError(
             f"{file} is an adapter of mlx ({kind!r}) with tensors other than A and B. "
@@ -226,10 +226,10 @@ def from_mlx(file, tensors, config):
     pairs = {m: {"A": x["A"].T, "B": x["B"].T} for m, x in modules.items()}
     alphas = {m: scale * len(x["A"]) for m, x in pairs.items()}
     dropout = validate_dropout(said.get("dropout", 0.0))
-    return in_words_of_peft(pairs, alphas, lora_dropout=dropout)
+    return to_peft(pairs, alphas, lora_dropout=dropout)
 
 
-def in_words_of_peft(modules, alphas, **more):
+def to_peft(modules, alphas, **more):
     tensors = {
         f"{module}.lora_{part}.weight": np.ascontiguousarray(found[part])
         for module, found in modules.items()
@@ -243,7 +243,7 @@ def in_words_of_peft(modules, alphas, **more):
                 f"A and B of {module!r} have shapes {shapes}, with different ranks."
             )
         validate_alpha(alphas[module])
-    return settings(ranks, alphas, False, **more), tensors
+    return make_config(ranks, alphas, False, **more), tensors
 
 
 # kohya's names have underscores for dots: lora_unet_down_blocks_0_attn_to_q.

@@ -70,7 +70,7 @@ def save_adapter(
     }
     adapter.config.update(config.model_facts(model, facts))
     writes = processes.is_writer(model)
-    processes.on_all(model, lambda: writes and adapter.save(directory))
+    processes.run_on_all(model, lambda: writes and adapter.save(directory))
 
 
 class AdapterCheckpoint(keras.callbacks.Callback):
@@ -196,7 +196,7 @@ def adapter_of(model, names=None, trained=None) -> Adapter:
         m: site for m, site in modules.sites.items() if lora_layer.is_adapted(site)
     }
     if trained is None:
-        trained = trained_beside(modules, adapters)
+        trained = variables_to_save(modules, adapters)
     changed = {
         **{module: modules[module] for module, _ in trained},
         # A tied head uses the trained rows, in PEFT too.
@@ -225,7 +225,7 @@ def adapter_from(modules, adapters, trained) -> Adapter:
     for module, site in adapters.items():
         factors = tensors.to_tensors(site)
         arrays |= {module + suffix: value for suffix, value in factors.items()}
-    arrays |= of_unadapted_slices(modules, adapters)
+    arrays |= tensors_of_unadapted_slices(modules, adapters)
     use_rslora = bool(adapters) and all(s.lora.use_rslora for s in adapters.values())
     ranks = {module: site.lora.file_rank for module, site in adapters.items()}
     alphas = {m: tensors.file_alpha(s, use_rslora) for m, s in adapters.items()}
@@ -246,7 +246,7 @@ def adapter_from(modules, adapters, trained) -> Adapter:
     biases = {slices.without_slice(m) for m, own in names.items() if own == {"bias"}}
     bias = "all" if biases - ranks.keys() else "lora_only"
     heads = {module for module, _ in weights} - ranks.keys() - biases
-    settings = config.settings(
+    settings = config.make_config(
         ranks,
         alphas,
         use_rslora,
@@ -298,7 +298,7 @@ def method_of(adapters) -> dict:
     return {word: True for word in words if word}
 
 
-def of_unadapted_slices(modules, adapters) -> dict:
+def tensors_of_unadapted_slices(modules, adapters) -> dict:
     """Returns the tensors of slices without adapters, for methods that need them."""
     arrays = {}
     for module, (names, _) in slices.layouts(adapters).items():
@@ -316,7 +316,7 @@ def of_unadapted_slices(modules, adapters) -> dict:
     return arrays
 
 
-def trained_beside(modules, adapters):
+def variables_to_save(modules, adapters):
     """(module, variable) that train with the factors; for heads, all variables."""
     trained = []
     for module, layer in modules.items():

@@ -164,7 +164,7 @@ def synchronize(model):
             return
 
 
-def lies_outside(variable) -> bool:
+def is_emptied(variable) -> bool:
     """Whether a loop of Keras's on JAX has taken the value out of a variable."""
     try:
         value = variable.value
@@ -186,13 +186,13 @@ def keeping_weights(model):
         yield
         return
     vars(model).pop("_jax_state", None)  # left by a loop that failed
-    values = [(v, v.value) for v in model.variables if not lies_outside(v)]
+    values = [(v, v.value) for v in model.variables if not is_emptied(v)]
     try:
         yield
     except BaseException:
         synchronize(model)
         for variable, value in values:
-            if lies_outside(variable) and not value.is_deleted():
+            if is_emptied(variable) and not value.is_deleted():
                 type(variable).assign(variable, value)
         raise
 
@@ -202,7 +202,7 @@ def legacy_format():
     return probes.global_state.get_global_attribute("use_legacy_config", False)
 
 
-def made_by(tensor):
+def operation_of(tensor):
     """Returns the operation that made a symbolic tensor, and its input tensors.
 
     Keras's public `Model.operations` do not show which of them makes the outputs.
@@ -216,7 +216,7 @@ def node_of(tensor):
     return history.operation._inbound_nodes[history.node_index]
 
 
-def computed(outputs, values, run):
+def compute(outputs, values, run):
     """Computes the values of symbolic tensors, operation by operation.
 
     Args:

@@ -54,7 +54,7 @@ def derived_from_class(cls) -> dict:
     return {n: v for n, v in vars(sample).items() if isinstance(v, comparable)}
 
 
-def seen_as(layer, cls):
+def view_as(layer, cls):
     """Returns a view of a layer under another class, with the same attributes.
 
     Its methods, such as `get_config`, can be called while other threads use the layer,
@@ -65,7 +65,7 @@ def seen_as(layer, cls):
     return view
 
 
-def twin(layer, cls, changed):
+def view_with(layer, cls, changed):
     """Returns a view of a layer under a class, with some attributes changed."""
     view = object.__new__(cls)
     object.__setattr__(view, "__dict__", {**vars(layer), **changed})
@@ -111,7 +111,7 @@ def call_with(layer, cls, values, args, kwargs):
         inner layer is a function of that layer's view and the call's arguments.
     """
     seen = []
-    outputs = cls.call(changed_view(layer, values, seen, cls), *args, **kwargs)
+    outputs = cls.call(view_with_values(layer, values, seen, cls), *args, **kwargs)
     for held, view, before in seen:
         for name, value in vars(view).items():
             if value is not before.get(name, seen):
@@ -119,7 +119,7 @@ def call_with(layer, cls, values, args, kwargs):
     return outputs
 
 
-def changed_view(held, values, seen, cls=None):
+def view_with_values(held, values, seen, cls=None):
     """Returns a view of a layer, or a copy of a list or dict, with other values.
 
     seen: a list that gets each layer, its view and the view's first attributes.
@@ -131,19 +131,19 @@ def changed_view(held, values, seen, cls=None):
         inside.setdefault(key, {})[tuple(rest)] = value
     if isinstance(held, keras.layers.Layer):
         changed = {
-            key: changed_view(getattr(held, key), own, seen)
+            key: view_with_values(getattr(held, key), own, seen)
             for key, own in inside.items()
         }
         # Rematerialized again inside a rematerialized layer, a cell would have no
         # gradient for values that are not variables (on TensorFlow).
-        view = twin(held, cls or type(held), {**changed, "_remat_mode": None})
+        view = view_with(held, cls or type(held), {**changed, "_remat_mode": None})
         if "call" in changed:
             vars(view)["call"] = changed["call"].__get__(view)
         seen.append((held, view, dict(vars(view))))
         return view
     copied = dict(held) if isinstance(held, dict) else list(held)
     for key, own in inside.items():
-        copied[key] = changed_view(held[key], own, seen)
+        copied[key] = view_with_values(held[key], own, seen)
     return copied
 
 
@@ -158,7 +158,7 @@ def value_at(layer, keys):
     return owner, value
 
 
-def like_method(method, plain):
+def with_signature_of(method, plain):
     """Returns a method with the signature of another one, which Keras reads."""
 
     @functools.wraps(plain)

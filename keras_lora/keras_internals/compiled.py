@@ -120,7 +120,7 @@ def compile_all_again(layers) -> list:
         old = layer.optimizer
         try:
             if id(old) not in renewed:
-                with distribution.own_strategy(layer):
+                with distribution.strategy_scope(layer):
                     renewed[id(old)] = optimizers.renew_optimizer(
                         old, layer.trainable_variables
                     )

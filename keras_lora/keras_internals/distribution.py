@@ -47,7 +47,7 @@ def laid_out_by(axes_of, like):
         named = own.get_tensor_layout(variable.path)
         if named is not None:
             return named
-        axes = dividing(variable, axes, like.device_mesh, own)
+        axes = divisible_axes(variable, axes, like.device_mesh, own)
         return keras.distribution.TensorLayout(axes, like.device_mesh)
 
     inside = copy.copy(own)
@@ -59,7 +59,7 @@ def laid_out_by(axes_of, like):
         keras.distribution.set_distribution(own)
 
 
-def dividing(variable, axes, mesh, distribution):
+def divisible_axes(variable, axes, mesh, distribution):
     """Returns the axes of a mesh, with None where a size is not divisible."""
     parts = dict(zip(mesh.axis_names, mesh.shape, strict=True))
     sizes = zip(axes, variable.shape, strict=True)
@@ -83,7 +83,7 @@ def fetch(value):
     value = keras.ops.convert_to_tensor(value)
     if getattr(value, "is_fully_addressable", True) or value.is_fully_replicated:
         return keras.ops.convert_to_numpy(value)
-    processes.exchange(None, processes.MEETING_SECONDS)
+    processes.exchange(None, processes.BARRIER_SECONDS)
     multihost = probes.module("jax.experimental.multihost_utils")
     if value.nbytes <= REPLICATED_BYTES:
         return multihost.process_allgather(value, tiled=True)
@@ -110,11 +110,11 @@ def is_sharded(variable) -> bool:
 def assign(variable, value):
     """Assigns a value that every process has whole; each device gets its own part."""
     if isinstance(value, np.ndarray) and value.shape == tuple(variable.shape):
-        value = sharded_like(variable, value)
+        value = shard_like(variable, value)
     variable.assign(value)
 
 
-def sharded_like(variable, value):
+def shard_like(variable, value):
     """Puts NumPy values on devices with the sharding of a variable of their shape."""
     sharding = getattr(variable.value, "sharding", None)
     if sharding is None or len(sharding.device_set) == 1:
@@ -131,8 +131,8 @@ def variable_like(variable, values, **options):
     if keras.backend.backend() == "jax" and distribution:
         options["layout"] = distribution.get_variable_layout(variable)
         if isinstance(values, np.ndarray):
-            values = sharded_like(variable, values)
-    with strategy_of([variable], variable.path):
+            values = shard_like(variable, values)
+    with scope_of_variables([variable], variable.path):
         return keras.Variable(values, **options)
 
 
@@ -143,7 +143,7 @@ def whole_on_host(model):
     Inside, all variables have whole values, in the memory of its host.
     """
     is_writer, pairs = processes.is_writer(model), []
-    if processes.strategy_over(model) or not processes.is_shared(model):
+    if processes.worker_strategy(model) or not processes.is_shared(model):
         yield is_writer
         return
     with on_host():
@@ -168,10 +168,10 @@ def on_host():
         keras.distribution.set_distribution(distribution)
 
 
-def as_input(batch):
+def lay_out_batch(batch):
     """Lays out a batch as `fit` does: each process passes its own rows.
 
-    Processes that hold the same rows must pass equal ones, which `rows_given` shows.
+    Processes that hold the same rows must pass equal ones, which `digests_of_rows` shows.
     """
     jax, distribution = probes.module("jax"), keras.distribution.distribution()
 
@@ -184,8 +184,8 @@ def as_input(batch):
     return keras.tree.map_structure(place, batch)
 
 
-def rows_given(batch) -> dict:
-    """Returns {rows: digest} of a batch that `as_input` gives, for other processes."""
+def digests_of_rows(batch) -> dict:
+    """Returns {rows: digest} of a batch from `lay_out_batch`, for other processes."""
     found = {}
     for number, x in enumerate(keras.tree.flatten(batch)):
         found[f"shape {number}"] = str(x.shape)
@@ -195,7 +195,7 @@ def rows_given(batch) -> dict:
     return found
 
 
-def own_strategy(model):
+def strategy_scope(model):
     """Creates variables in the same strategy as the model's.
 
     Keras trains a model by the strategy of `tf.distribute` that it was built in.
@@ -203,18 +203,18 @@ def own_strategy(model):
     Raises:
         ValueError: If another strategy's scope is entered than the model's.
     """
-    return strategy_of(model.variables, model.name)
+    return scope_of_variables(model.variables, model.name)
 
 
 @contextlib.contextmanager
-def strategy_of(variables, name):
+def scope_of_variables(variables, name):
     """Enters the strategy of `tf.distribute` that variables were made in."""
     if keras.backend.backend() != "tensorflow":
         yield
         return
     tf = probes.module("tensorflow").distribute
     now = tf.get_strategy() if tf.has_strategy() else None
-    own = processes.strategy_that_made(variables)
+    own = processes.strategy_of(variables)
     mirrored = tf.MirroredStrategy, tf.MultiWorkerMirroredStrategy, tf.TPUStrategy
     if own is not now and isinstance(now, mirrored):
         raise ValueError(
@@ -235,7 +235,7 @@ def replica_context():
     return context if context and context.num_replicas_in_sync > 1 else None
 
 
-def is_between_replicas() -> bool:
+def in_cross_replica_context() -> bool:
     """Whether a strategy of `tf.distribute` is entered, and none of its replicas."""
     if keras.backend.backend() != "tensorflow":
         return False
@@ -243,7 +243,7 @@ def is_between_replicas() -> bool:
     return tf.has_strategy() and tf.in_cross_replica_context()
 
 
-def of_all_replicas(rows):
+def gather_over_replicas(rows):
     """What all replicas of `tf.distribute` have of a batch, in one tensor."""
     context = replica_context()
     if context is None:

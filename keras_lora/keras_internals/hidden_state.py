@@ -36,7 +36,7 @@ class HiddenVariable:
         variable.assign(value)
 
 
-def passed_by_jax(variables) -> list:
+def variables_for_jax(variables) -> list:
     """The variables, if JAX has to pass them; otherwise they would become constants."""
     if keras.backend.backend() != "jax":
         return []

@@ -80,7 +80,7 @@ def add_absent_parts(copy):
     return bool(missing)
 
 
-def ask(family, backbone, port):
+def run_converter(family, backbone, port):
     """Calls `port(variable, key, hook)` for each variable of the family's converter."""
     loader, config = Loader(port), Config(family, backbone)
     with (

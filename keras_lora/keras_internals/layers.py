@@ -96,9 +96,7 @@ def guard_assign(variable, refuse):
 
 
 def assign_guarded(variable, own, refuse, value):
-    if not (
-        calls.in_a_call() or calls.lies_outside(variable) or value is variable.value
-    ):
+    if not (calls.in_a_call() or calls.is_emptied(variable) or value is variable.value):
         refuse(variable.path)
     return type(variable).assign(variable, value) if own is None else own(value)
 

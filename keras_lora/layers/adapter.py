@@ -142,7 +142,7 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
     @property
     def variables(self):
         hidden = [self._scaling.variable, getattr(self.stand_in, "kernel", None)]
-        return [*super().variables, *hidden_state.passed_by_jax(hidden)]
+        return [*super().variables, *hidden_state.variables_for_jax(hidden)]
 
     def named_factors(self) -> dict:
         """Name -> variable, for files, reports and checks."""
@@ -200,10 +200,10 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
         a, b = self.factors(dtype)
         if training and merged_training.merging_pays(host, self, inputs):
             return merged_training.linear_with_update(host, inputs, a, b)
-        dropped = self.dropped(inputs) if training else inputs
+        apply_dropout = self.apply_dropout(inputs) if training else inputs
         outputs = ops.cast(host.frozen_linear(inputs), dtype)
         # Not ops.add, which on TensorFlow mistakes an empty batch for a bias.
-        return outputs + ops.cast(host.form.bypass(dropped, a, b), dtype)
+        return outputs + ops.cast(host.form.bypass(apply_dropout, a, b), dtype)
 
     def for_bank(self) -> tuple:
         """Returns the arrays that a bank stores: A, scaling * B, and gain or None.
@@ -216,7 +216,7 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
             raise ValueError(f"{type(self).__name__} cannot be used in an AdapterBank.")
         return (*self.factors(self.variable_dtype), None)
 
-    def dropped(self, inputs):
+    def apply_dropout(self, inputs):
         """Dropout on the adapter's inputs."""
         if self.seed_generator is None:
             return inputs

@@ -67,7 +67,7 @@ class LoRAConv(LoRALayer):
     def read_loralib(cls, layer, a, b, rank, mask, module):
         if getattr(layer, "factorization", None) == "loralib":
             return a, b
-        return loralib.standard_convolution(layer, a, b, rank, module)
+        return loralib.convert_convolution(layer, a, b, rank, module)
 
     def get_config(self):
         return {**super().get_config(), "factorization": self.factorization}

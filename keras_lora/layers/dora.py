@@ -139,9 +139,9 @@ class DoRAAdapter(DoRAFiles, LowRankAdapter):
         if not training or self.dropout == 0:
             outputs = super().low_rank_outputs(host, inputs, training)
             return ops.cast(self.times(outputs, gain), outputs.dtype)
-        dropped = self.dropped(inputs)  # once: one mask for both terms
-        bypass = host.form.bypass(dropped, *self.factors(host.compute_dtype))
-        more = self.times(host.frozen_linear(dropped), gain - 1)
+        apply_dropout = self.apply_dropout(inputs)  # once: one mask for both terms
+        bypass = host.form.bypass(apply_dropout, *self.factors(host.compute_dtype))
+        more = self.times(host.frozen_linear(apply_dropout), gain - 1)
         more = ops.add(more, self.times(bypass, gain))
         return ops.add(host.frozen_linear(inputs), ops.cast(more, bypass.dtype))
 

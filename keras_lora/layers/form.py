@@ -33,7 +33,7 @@ def unchanged(a, b):
     return a, b
 
 
-def padded(value, shape):
+def pad(value, shape):
     """Pads a value with zeros at the ends of its axes."""
     more = [(0, size - own) for size, own in zip(shape, value.shape, strict=True)]
     return ops.pad(value, more)
@@ -154,16 +154,16 @@ class LowRankForm:
     def bypass_by_row(self, inputs, a, b, slots, training=False):
         """`bypass` in which row i uses a[slots[i]] and b[slots[i]]."""
         if self.down_by_row is None:
-            return mapped_by_row(self.bypass, inputs, a, b, slots, training)
+            return map_by_row(self.bypass, inputs, a, b, slots, training)
         return self.up_by_row(self.down_by_row(inputs, a, slots), b, slots)
 
-    def widened(self, a, b, rank, wider):
+    def widen(self, a, b, rank, wider):
         """Pads A and B with zeros to the shapes of a form of a higher rank."""
         parts = (self.file_rank or rank) // rank  # updates side by side in A
         lead, wide = list(a.shape[:-1]), list(wider.a_shape[:-1])
         a = ops.reshape(a, (*lead, parts, a.shape[-1] // parts))
-        a = padded(a, (*wide, parts, wider.a_shape[-1] // parts))
-        return ops.reshape(a, wider.a_shape), padded(b, wider.b_shape)
+        a = pad(a, (*wide, parts, wider.a_shape[-1] // parts))
+        return ops.reshape(a, wider.a_shape), pad(b, wider.b_shape)
 
     def is_product(self, sizes):
         """Whether the update of a kernel of these sizes is A @ spread(B)."""
@@ -262,7 +262,7 @@ def einsum_by_row(equation, row, inputs, stack, slots):
     return ops.einsum(f"{operand},{row}{rest}", inputs, factors)
 
 
-def mapped_by_row(bypass, inputs, a, b, slots, training=False):
+def map_by_row(bypass, inputs, a, b, slots, training=False):
     """The bypass of any kind, row by row."""
     a, b = (ops.take(stack, slots, axis=0) for stack in (a, b))
     if "int" not in str(inputs.dtype):

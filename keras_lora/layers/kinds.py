@@ -284,7 +284,7 @@ def as_site(site):
     """Returns a plain layer seen as a site; a site is returned unchanged."""
     if isinstance(site, Site):
         return site
-    return classes.seen_as(site, class_with_adapter(site) or kind_of(site))
+    return classes.view_as(site, class_with_adapter(site) or kind_of(site))
 
 
 def form_of(site, rank):

@@ -23,7 +23,7 @@ from keras_lora.layers.site import (
     Site,
     refuse_constraint,
     refuse_keras_adapter,
-    watched,
+    watch_kernel,
 )
 
 
@@ -70,7 +70,7 @@ class LoRALayer(Rematerialized, QuantizedHost, Site):
             cls.__signature__ = arguments.full_signature(cls, LoRALayer)
             kernel = getattr(cls.plain_class, cls.kernel_name or "", None)
             if isinstance(kernel, property):
-                setattr(cls, cls.kernel_name, watched(kernel))
+                setattr(cls, cls.kernel_name, watch_kernel(kernel))
 
     def __init__(
         self,
@@ -184,7 +184,7 @@ class LoRALayer(Rematerialized, QuantizedHost, Site):
     def base_kernel(self, dtype):
         """W as a value."""
         if self.is_quantized:
-            return self.dequantized(dtype)
+            return self.dequantized_kernel(dtype)
         return super().base_kernel(dtype)
 
     def frozen_linear(self, inputs):
@@ -245,12 +245,12 @@ class LoRALayer(Rematerialized, QuantizedHost, Site):
                 variable.trainable = False
 
     def call(self, inputs, training=None):
-        return self.adapted_call(inputs, training)
+        return self.call_with_adapter(inputs, training)
 
-    def adapted_call(self, inputs, training, **options):
+    def call_with_adapter(self, inputs, training, **options):
         """options: further arguments of the Keras layer's own call."""
         if hasattr(inputs, "with_flat_values"):  # TensorFlow's ragged tensors
-            values = self.adapted_call(inputs.flat_values, training, **options)
+            values = self.call_with_adapter(inputs.flat_values, training, **options)
             return inputs.with_flat_values(values)
         host = None if self.lora is None else self.host(**options)
         if host is None:
@@ -259,8 +259,8 @@ class LoRALayer(Rematerialized, QuantizedHost, Site):
         if calls.is_traced(training):
             return ops.cond(
                 training,
-                lambda: self.adapted_call(inputs, True, **options),
-                lambda: self.adapted_call(inputs, False, **options),
+                lambda: self.call_with_adapter(inputs, True, **options),
+                lambda: self.call_with_adapter(inputs, False, **options),
             )
         strategy = self.lora.stand_in or self.lora
         return host.finish(strategy.outputs(host, inputs, training))

@@ -48,7 +48,7 @@ def loralib_convolution(layer, rank):
     )
 
 
-def standard_convolution(layer, a, b, rank, module):
+def convert_convolution(layer, a, b, rank, module):
     """Converts loralib's factors to a convolution of rank r * prod(k) and a 1x1.
 
     delta[f] = (B @ A)[f*m : (f+1)*m] in a row, m = prod(k[:-1]): with m copies of A
@@ -93,7 +93,7 @@ def validate_mask(enable_lora, units):
     return tuple(bool(enabled) for enabled in mask)
 
 
-def merged_linear(layer, a, b, rank, mask, module):
+def convert_merged_linear(layer, a, b, rank, mask, module):
     """Converts loralib's factors of a MergedLinear or Linear to one linear module.
 
     Its rank is G * r: A is unchanged, B is in blocks.

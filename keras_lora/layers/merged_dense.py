@@ -76,7 +76,7 @@ class LoRAMergedDense(LoRALayer, keras.layers.Dense):
             ),
             up_by_row=self._up_by_row,
             to_file=lambda a, b: (a.T, ops.convert_to_numpy(self.spread(b)).T),
-            from_file=lambda a, b: gathered(self, a.T, b.T),
+            from_file=lambda a, b: gather_blocks(self, a.T, b.T),
             file_rank=adapted * rank,
             one_rank=False,
         )
@@ -93,13 +93,15 @@ class LoRAMergedDense(LoRALayer, keras.layers.Dense):
 
     @classmethod
     def read_loralib(cls, layer, a, b, rank, mask, module):
-        return loralib.merged_linear(layer, a, b, rank, layer.adapted_slices, module)
+        return loralib.convert_merged_linear(
+            layer, a, b, rank, layer.adapted_slices, module
+        )
 
     def get_config(self):
         return {**super().get_config(), "enable_lora": list(self.adapted_slices)}
 
 
-def gathered(layer, a, blocks):
+def gather_blocks(layer, a, blocks):
     """Returns A and B of a layer from A and B in block form, in any order of ranks.
 
     Each row of the block form must be zero outside of one adapted slice.

@@ -231,9 +231,9 @@ class SubstitutedLayer(SubstitutedSite, LoRALayer):
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if "plain_class" in cls.__dict__:  # Keras reads both signatures
-            cls.call = classes.like_method(cls.call, cls.plain_class.call)
+            cls.call = classes.with_signature_of(cls.call, cls.plain_class.call)
             if cls.constructs:
-                cls.build = classes.like_method(
+                cls.build = classes.with_signature_of(
                     SubstitutedLayer.build, cls.plain_class.build
                 )
 

@@ -20,7 +20,7 @@ from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.models import keras_files, quantized, sites, targets, training_state
 from keras_lora.models.choose import choose
 from keras_lora.models.report import Report
-from keras_lora.models.tables import listed
+from keras_lora.models.tables import join
 
 
 @arguments.refusing_foreign_keywords
@@ -134,7 +134,9 @@ def apply_tentatively(
     paths = sites.layer_paths(model)
     sites.refuse_unbuilt(model)
     sites.refuse_adapters(paths)
-    trained = targets.matching(also_train, paths, "also_train") if also_train else []
+    trained = (
+        targets.matching_paths(also_train, paths, "also_train") if also_train else []
+    )
     tokens = token_sites(paths, trainable_token_indices, trained)
     chosen, skipped, notes = {}, {}, []
     if target is not None or not tokens:
@@ -158,7 +160,10 @@ def apply_tentatively(
     heads = [paths[path] for path in trained]
     without = [path for path, site in chosen.items() if not kinds.takes_dropout(site)]
     if dropout and without:
-        notes = [*notes, f"No dropout: {listed(without)} (the adapter has no inputs)"]
+        notes = [
+            *notes,
+            f"No dropout: {join(without)} (the adapter has no inputs)",
+        ]
     with adapt_layers(model, paths, adapters) as change:
         warn_of_high_ranks(chosen)
         training_state.freeze_all_but_lora(model, bias, heads)
@@ -179,9 +184,9 @@ def adapt_layers(model, paths, adapters):
         adapters: Site -> the arguments of its adapter.
     """
     compiled.restore_jax_weights(model)
-    processes.meet(model)
+    processes.barrier(model)
     layers = sites.with_model(model, paths)
-    with distribution.own_strategy(model), contextlib.ExitStack() as undo:
+    with distribution.strategy_scope(model), contextlib.ExitStack() as undo:
         new = {
             site: sites.new_adapter(site, options) for site, options in adapters.items()
         }
@@ -266,7 +271,7 @@ def warn_of_high_ranks(layers):
     if high:
         warn_caller(
             "The rank is higher than any kernel of this size can have, which wastes "
-            f"parameters, in {listed(high)}. Give a lower `rank`, or set the rank of "
+            f"parameters, in {join(high)}. Give a lower `rank`, or set the rank of "
             "these layers with `rank_pattern`."
         )
 
@@ -290,13 +295,13 @@ def token_sites(paths, given, trained) -> dict:
     if isinstance(given, Mapping):
         chosen = {}
         for rule, indices in given.items():
-            found = targets.matching(
+            found = targets.matching_paths(
                 [rule], {**by_path, **paths}, token_rows.KEYWORD, tables
             )
             if len(found) != 1:
                 raise ValueError(
                     f"`{token_rows.KEYWORD}` {rule!r} must mean one table, and means "
-                    f"{listed(found)}."
+                    f"{join(found)}."
                 )
             chosen[found[0]] = indices
     else:
@@ -334,7 +339,7 @@ def token_table(tables):
     if len(found) != 1:
         raise ValueError(
             f"The model has {len(found)} embeddings"
-            f"{f', {listed(found)}' if found else ''}: give `{token_rows.KEYWORD}` as "
+            f"{f', {join(found)}' if found else ''}: give `{token_rows.KEYWORD}` as "
             "a dict from the path of a table to ids."
         )
     return found[0]
@@ -345,7 +350,7 @@ def refuse_both(tokens, chosen):
     both = sorted(tokens.keys() & chosen.keys())
     if both:
         raise ValueError(
-            f"{listed(both)} is in `{token_rows.KEYWORD}` and in `target`: a table "
+            f"{join(both)} is in `{token_rows.KEYWORD}` and in `target`: a table "
             "cannot have both an update and rows that train. Leave it out with "
             "exclude=."
         )

@@ -25,16 +25,16 @@ def choose(model, paths, target, exclude, trained):
     }
     everything = isinstance(target, str) and target in WHOLE_MODEL
     if everything:
-        found, skipped = of_whole_model(model, sites, target)
+        found, skipped = paths_of_whole_model(model, sites, target)
         for path, layer in with_model(model, paths).items():
             if not f"{path}/".startswith(inside_trained):
                 for weight, why in kinds.out_of_reach(layer).items():
                     skipped[f"{path}/{weight}".lstrip("/")] = why
     else:
-        found, skipped = sites_named(paths, every, sites, target, trained), {}
+        found, skipped = paths_of_rule(paths, every, sites, target, trained), {}
     if exclude is not None:
         things = {**every, **paths}
-        left_out = targets.matching(exclude, things, "exclude")
+        left_out = targets.matching_paths(exclude, things, "exclude")
         excluded = {x for p in left_out for x in (p, *sites_at(p, paths, every))}
         if found and excluded.issuperset(found):
             raise ValueError(
@@ -62,10 +62,10 @@ def choose(model, paths, target, exclude, trained):
                 warn_caller(f"{path!r}: {no_effect}")
     if not chosen:
         raise ValueError(no_match_message(target, skipped))
-    return chosen, skipped, notes_of(model, sites, chosen) if everything else []
+    return chosen, skipped, notes_on_outputs(model, sites, chosen) if everything else []
 
 
-def of_whole_model(model, sites, target):
+def paths_of_whole_model(model, sites, target):
     """The paths that "all-linear" or "all" means, and why it leaves out others."""
     heads = targets.output_layers(model)
     found, skipped = [], {}
@@ -80,7 +80,7 @@ def of_whole_model(model, sites, target):
     return found, skipped
 
 
-def notes_of(model, sites, chosen) -> list:
+def notes_on_outputs(model, sites, chosen) -> list:
     """Returns the report's notes on the layers that make the model's outputs."""
     heads = targets.output_layers(model)
     if not hasattr(model, "outputs") and isinstance(model, keras.Model):
@@ -100,12 +100,12 @@ def notes_of(model, sites, chosen) -> list:
     notes = []
     if adapted:
         notes.append(
-            f"Output layers, adapted: {tables.listed(list(adapted))} (leave them out "
+            f"Output layers, adapted: {tables.join(list(adapted))} (leave them out "
             "with exclude=, or train them in full with also_train)"
         )
     if frozen:
         notes.append(
-            f"Output layers, frozen: {tables.listed(list(frozen))} (use also_train)"
+            f"Output layers, frozen: {tables.join(list(frozen))} (use also_train)"
         )
     return notes
 
@@ -147,7 +147,7 @@ def why_not_linear(site):
     )
 
 
-def sites_named(paths, every, sites, target, trained):
+def paths_of_rule(paths, every, sites, target, trained):
     """Returns the paths of the sites that a user's rule means, in the model's order."""
     # A list may name a layer without weights: that is then the error.
     by_name = isinstance(target, (list, tuple, set, frozenset))
@@ -155,7 +155,7 @@ def sites_named(paths, every, sites, target, trained):
     things = {p: x for p, x in paths.items() if by_name or sites_at(p, paths, sites)}
     things |= {path: site for path, site in sites.items() if path not in things}
     found = set()
-    for path in targets.matching(target, things, "target", sites):
+    for path in targets.matching_paths(target, things, "target", sites):
         own = [path] if path in sites else sites_at(path, paths, sites)
         if not own:
             raise ValueError(unsupported_message(path, paths[path], trained, sites))
@@ -188,9 +188,9 @@ def no_match_message(target, skipped):
     paths = collections.defaultdict(list)
     for path, why in skipped.items():
         paths[why].append(path)
-    reasons = [f"{tables.listed(found)}: {why}" for why, found in paths.items()]
+    reasons = [f"{tables.join(found)}: {why}" for why, found in paths.items()]
     more = (
-        f" {tables.counted(len(reasons) - 3, 'more reason')}."
+        f" {tables.plural(len(reasons) - 3, 'more reason')}."
         if len(reasons) > 3
         else ""
     )
@@ -216,7 +216,7 @@ def unsupported_message(path, layer, trained, sites):
         pattern = f"{re.escape(path)}/.*"
         return (
             f"`target` names {path!r}, a {type(layer).__name__}, which holds "
-            f"{tables.listed(inside)}: name them, or give the regular expression "
+            f"{tables.join(inside)}: name them, or give the regular expression "
             f"{pattern!r}."
         )
     if isinstance(layer, LowRankAdapter):

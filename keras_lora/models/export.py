@@ -64,7 +64,7 @@ def export(
         )
     refuse_unknown_format(format)
     refuse_format_of_other_backends(format)
-    processes.on_all(model, lambda: refuse_occupied_path(path, format))
+    processes.run_on_all(model, lambda: refuse_occupied_path(path, format))
     kwargs.setdefault("verbose", False)
 
     def write():
@@ -76,7 +76,7 @@ def export(
                         refuse_broken_artefact(new, format)
 
     with contexts.listing_merged_kernels(model):
-        processes.on_all(model, write)
+        processes.run_on_all(model, write)
 
 
 def refuse_unknown_format(format):

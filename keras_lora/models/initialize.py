@@ -95,18 +95,18 @@ def initialize_lora(
     elif method == "loftq":
         starts = start_values.loftq(layers, data)
     else:
-        starts = with_bar(
+        starts = map_with_progress_bar(
             layers, lambda path, layer: start_values.from_kernel(path, layer, method)
         )
     for path, layer in layers.items():
         refuse_unusable(path, layer, starts[path])
-    processes.on_all(model, lambda: starts, start_values.fingerprint, OTHER_STARTS)
+    processes.run_on_all(model, lambda: starts, start_values.fingerprint, OTHER_STARTS)
     options = {
         layer: options_for(layer, starts[path])
         for path, layer in layers.items()
         if starts[path].rank
     }
-    with renewed(model, options):
+    with replace_adapters(model, options):
         for path, layer in layers.items():
             starts[path].assign_to(layer)
     for path, layer in layers.items():
@@ -192,7 +192,7 @@ def options_for(layer, start):
     return {**layer.lora.options(), **options}
 
 
-def with_bar(layers, function):
+def map_with_progress_bar(layers, function):
     """Returns {path: function(path, layer)}; long work shows a progress bar."""
     sizes = {path: np.sort(layer.kernel_shape)[::-1] for path, layer in layers.items()}
     work = sum(float(np.prod(size)) * size[-1] for size in sizes.values())
@@ -205,7 +205,7 @@ def with_bar(layers, function):
 
 
 @contextlib.contextmanager
-def renewed(model, options):
+def replace_adapters(model, options):
     """Replaces adapters; if anything fails inside, the old ones are put back.
 
     Args:
@@ -213,7 +213,7 @@ def renewed(model, options):
         options: Site -> the arguments of its new adapter.
     """
     compiled.restore_jax_weights(model)
-    with distribution.own_strategy(model), contextlib.ExitStack() as undo:
+    with distribution.strategy_scope(model), contextlib.ExitStack() as undo:
         made = {
             site: methods.make_adapter(own, site.variable_dtype, site.adapter_attribute)
             for site, own in options.items()

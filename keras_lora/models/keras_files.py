@@ -44,7 +44,7 @@ class Carrier(Rematerialized):
             path: x for path, x in own.items() if lora_layer.has_adapters(x)
         }
         records = {path: training_state.record_of(layer) for path, layer in own.items()}
-        view = classes.seen_as(self, presets.plain_class_of(type(self)))
+        view = classes.view_as(self, presets.plain_class_of(type(self)))
         plain = keras.saving.serialize_keras_object(view)
         for key in ("compile_config", "shared_object_id"):  # those of the view
             plain.pop(key, None)
@@ -167,7 +167,7 @@ def carrier_class(cls):
     for method in (save, presets.save_to_preset, make_train_function):
         if hasattr(cls, method.__name__):
             own[method.__name__] = method
-    own |= {name: protected(getattr(cls, name)) for name in LOOPS if hasattr(cls, name)}
+    own |= {name: protect(getattr(cls, name)) for name in LOOPS if hasattr(cls, name)}
     carrier = type(cls.__name__, (Carrier, cls), own)
     register(carrier)
     # The mixin keeps the name: KerasHub would find a registered subclass when it looks
@@ -182,7 +182,7 @@ LOOPS = (
 )
 
 
-def protected(loop):
+def protect(loop):
     """Wraps a method that runs a model, so that an error cannot lose its weights.
 
     On JAX, Keras takes the weights out of the model before a call can raise.

@@ -70,16 +70,16 @@ def refuse_calibrating(word, layers):
             )
 
 
-def merged_plain(layer, kernel, way):
+def make_merged_layer(layer, kernel, way):
     """Makes a plain layer with this kernel, in float or quantized again."""
-    config = classes.seen_as(layer, layer.plain_class).get_config()
+    config = classes.view_as(layer, layer.plain_class).get_config()
     config["dtype"] = float_policy(layer).name
     config.pop("quantization_config", None)
     plain = layer.plain_class.from_config(config)
     requantize = way == "requantize"
     owner = layer.path.removesuffix(layer.name)
     with contextlib.ExitStack() as scopes:
-        scopes.enter_context(distribution.own_strategy(layer))
+        scopes.enter_context(distribution.strategy_scope(layer))
         scopes.enter_context(name_scopes(owner))  # layout maps go by paths
         values = {layer.kernel_name: kernel, **layer.other_kernels()}
         if requantize and distribution.is_sharded(layer.frozen_kernel):
@@ -98,7 +98,7 @@ def merged_plain(layer, kernel, way):
 def relative_error(layer, plain):
     """Returns the relative error of a merged kernel, computed in A's dtype."""
     dtype = layer.lora.variable_dtype
-    kernel = classes.twin(plain, type(layer), {}).base_kernel(dtype)
+    kernel = classes.view_with(plain, type(layer), {}).base_kernel(dtype)
     found, wanted = (
         torch_layout.to_numpy(x).astype("float64")
         for x in (kernel, layer.merged_kernel(dtype))
@@ -173,7 +173,7 @@ def merge_lora(
     for site in adapted:
         kernel = finite_merged_kernel(site)
         if site.is_quantized:
-            made[site] = plain = merged_plain(site, kernel, quantized)
+            made[site] = plain = make_merged_layer(site, kernel, quantized)
             error = relative_error(site, plain)
             report.append(MergedLayer(path_of[id(site)], site, error))
         elif math.prod(kernel.shape) <= SMALL:
@@ -222,7 +222,7 @@ def _make_plain(model, layers):
     for layer in adapted:
         sites.make_plain(layer)
     found = compiled.models_sharing_layers(model)
-    held = held_by_adapted(found, layers)
+    held = shared_with_adapted_models(found, layers)
     for layer in adapted:
         if id(layer) in held:
             layer.trainable = False
@@ -264,7 +264,7 @@ def refuse_not_finite(layer, arrays):
             )
 
 
-def held_by_adapted(found, layers) -> set:
+def shared_with_adapted_models(found, layers) -> set:
     """Ids of layers that other adapted models hold too, where W stays frozen.
 
     Args:

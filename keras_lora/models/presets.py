@@ -35,7 +35,7 @@ def save_to_preset(self, preset_dir, *args, **kwargs):
         layers = sites.layer_paths(self)
         outside = {p: x for p, x in layers.items() if id(x) not in carried}
         refuse_adapters_outside(outside)
-        view = classes.seen_as(self, plain_class_of(type(self)))
+        view = classes.view_as(self, plain_class_of(type(self)))
     with as_plain_layers(outside.values()):
         plain_class_of(type(self)).save_to_preset(view, preset_dir, *args, **kwargs)
     if view is self and not os.path.exists(os.path.join(preset_dir, "task.json")):
@@ -51,7 +51,7 @@ def save_to_preset(self, preset_dir, *args, **kwargs):
     ]
     if trained:
         warn_caller(
-            f"The preset has the trained values of {tables.listed(trained)}, not those "
+            f"The preset has the trained values of {tables.join(trained)}, not those "
             "from before training, so `remove_lora` on the loaded model cannot restore "
             "them. A .keras file keeps both."
         )

@@ -57,7 +57,7 @@ class Report(Table, Sequence):
         self.errors = dict(errors)
         sites = {p: s for p, s in site_paths(paths).items() if lora_layer.is_adapted(s)}
         self.rows = [adapted_row(path, site) for path, site in sites.items()]
-        others = {path: parameters_beside(layer) for path, layer in paths.items()}
+        others = {path: trained_parameters(layer) for path, layer in paths.items()}
         self.also_trained = [path for path, found in others.items() if found]
         self.trained_beside = sum(map(count, others.values()))
         built = [site for site in sites.values() if site.lora.built]
@@ -88,7 +88,7 @@ class Report(Table, Sequence):
 
     def __repr__(self):
         what = "dry run" if self.is_dry_run else "LoRA report"
-        adapted = tables.counted(len(self), "adapted layer")
+        adapted = tables.plural(len(self), "adapted layer")
         return f"<{what} of {self.model_name}: {adapted}>"
 
     def parts(self):
@@ -106,27 +106,24 @@ class Report(Table, Sequence):
             ]
             for row in self
         ]
-        where = f" in {tables.listed(self.also_trained)}" if self.also_trained else ""
+        where = f" in {tables.join(self.also_trained)}" if self.also_trained else ""
         parameters = self.plain + self.packed
         reasons = collections.defaultdict(list)
         for path, why in self.skipped.items():
             reasons[why].append(path)
         lines = [
-            f"{tables.counted(len(self), 'adapter')}: "
-            f"{tables.counted(adapters, 'parameter')}",
-            f"Also trained: {tables.counted(self.trained_beside, 'parameter')}{where}",
+            f"{tables.plural(len(self), 'adapter')}: "
+            f"{tables.plural(adapters, 'parameter')}",
+            f"Also trained: {tables.plural(self.trained_beside, 'parameter')}{where}",
             f"Trained: {self.trained:,} of {self.total:,} "
             f"({percent(self.trained / max(self.total, 1))})",
             "Optimizer memory (two moments, float32): "
-            f"{tables.in_bytes(8 * self.trained)}, full fine-tuning "
-            f"{tables.in_bytes(8 * self.plain)}",
-            *(
-                f"Skipped {tables.listed(paths)}: {why}"
-                for why, paths in reasons.items()
-            ),
+            f"{tables.format_bytes(8 * self.trained)}, full fine-tuning "
+            f"{tables.format_bytes(8 * self.plain)}",
+            *(f"Skipped {tables.join(paths)}: {why}" for why, paths in reasons.items()),
             *self.notes,
             f"Adapted: weights with {percent(self.adapted / max(parameters, 1))} of "
-            f"the model's {tables.counted(parameters, 'parameter')}",
+            f"the model's {tables.plural(parameters, 'parameter')}",
         ]
         title = f"LoRA in {self.model_name}"
         if self.is_dry_run:
@@ -173,7 +170,7 @@ def adapted_row(path, site):
     )
 
 
-def parameters_beside(layer):
+def trained_parameters(layer):
     """The parameters of a layer that train together with A and B, or did."""
     if isinstance(layer, LowRankAdapter):
         return []

@@ -61,7 +61,7 @@ def refuse_banked(site, path):
 def built_sites(model):
     """Returns a model's sites with adapters; raises if there are none, or not built."""
     compiled.restore_jax_weights(model)
-    processes.meet(model)
+    processes.barrier(model)
     sites = adapted_sites(model)
     if not sites:
         raise ValueError(
@@ -158,16 +158,19 @@ def automatic_names(cls):
     They are the same for a layer with and without an adapter.
     """
     lora = [base for base in cls.__mro__ if getattr(base, "plain_class", None)]
-    words = {arguments.snake_case(x.__name__) for x in (*lora, *plain(cls).__mro__)}
+    words = {
+        arguments.snake_case(x.__name__)
+        for x in (*lora, *class_without_adapter(cls).__mro__)
+    }
     return frozenset(words | {f"lora_{kind_in_words(cls)}"})
 
 
 def kind_in_words(cls):
     """The kind of a layer class in snake case, the same with and without an adapter."""
-    return arguments.snake_case(plain(cls).__name__)
+    return arguments.snake_case(class_without_adapter(cls).__name__)
 
 
-def plain(cls):
+def class_without_adapter(cls):
     """The class of a layer without its adapter."""
     while issubclass(cls, LoRALayer):
         cls = cls.plain_class

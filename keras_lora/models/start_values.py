@@ -54,7 +54,7 @@ def fingerprint(starts) -> str:
     return found.hexdigest()
 
 
-def in_shape(layer, rank, a, b, **others):
+def make_start(layer, rank, a, b, **others):
     form = layer.low_rank_form(rank)
     return Start(rank, a.reshape(form.a_shape), b.reshape(form.b_shape), **others)
 
@@ -87,7 +87,7 @@ def from_kernel(path, layer, method: str | Callable) -> Start:
         a, b = KERNEL_STARTS[method](matrix, rank, layer.lora.scaling)
     except ValueError as error:
         raise ValueError(f"{path!r}: {error}") from error
-    return in_shape(layer, rank, a, b)
+    return make_start(layer, rank, a, b)
 
 
 def eva(model, layers, data, budget) -> dict:
@@ -117,7 +117,7 @@ def eva(model, layers, data, budget) -> dict:
         rank = ranks[path]
         if rank:
             b = np.zeros(layer.low_rank_form(rank).b_shape)
-            starts[path] = in_shape(layer, rank, found[path][0][:, :rank], b)
+            starts[path] = make_start(layer, rank, found[path][0][:, :rank], b)
         else:
             starts[path] = Start(rank)
     return starts
@@ -172,8 +172,8 @@ def quantized_start(path, layer, kernel) -> Start:
     for step in range(LOFTQ_STEPS):
         if step:
             rest = (kernel - nearest).astype(dtype)
-            plain = merge.merged_plain(layer, rest, "requantize")
-            seen = classes.twin(plain, type(layer), {})
+            plain = merge.make_merged_layer(layer, rest, "requantize")
+            seen = classes.view_with(plain, type(layer), {})
         lost = kernel - torch_layout.to_numpy(seen.base_kernel(dtype))
         matrix, back = finite_matrix(path, layer, lost)
         a, b = pissa(matrix, rank, layer.lora.scaling)
@@ -181,7 +181,7 @@ def quantized_start(path, layer, kernel) -> Start:
         error = float(np.linalg.norm(lost - nearest) / length)
         before = tried[0].errors[0] if tried else float(np.linalg.norm(lost) / length)
         found = {"plain": plain, "errors": (before, error)}
-        tried.append(in_shape(layer, rank, a, b, keeps_outputs=False, **found))
+        tried.append(make_start(layer, rank, a, b, keeps_outputs=False, **found))
     return min(tried, key=lambda start: start.errors[1])
 
 
@@ -194,7 +194,7 @@ def pissa(kernel, rank, scaling):
 
     Reference: [Meng et al., 2024](https://arxiv.org/abs/2404.02948)
     """
-    left, values, right = largest(kernel, rank)
+    left, values, right = largest_singular_values(kernel, rank)
     root = np.sqrt(values / scaling)[..., None, :]
     return left * root, np.swapaxes(root, -1, -2) * right
 
@@ -230,7 +230,7 @@ def orthogonal(kernel, rank, scaling):
 KERNEL_STARTS = {"pissa": pissa, "olora": olora, "orthogonal": orthogonal}
 
 
-def largest(matrix, rank):
+def largest_singular_values(matrix, rank):
     """Returns the r largest singular values, with their left and right vectors.
 
     Eigenvectors of the smaller Gram matrix take a fifth of the time of a full
@@ -277,7 +277,7 @@ class Moments:
     def over_processes(self, model):
         """Adds up the rows of all TensorFlow processes that hold a model."""
         found = (
-            processes.summed(np.asarray(x), model)
+            processes.sum_over_processes(np.asarray(x), model)
             for x in (self.count, self.sum, self.products)
         )
         self.count, self.sum, self.products = found
@@ -337,9 +337,9 @@ def layer_moments(model, layers, data) -> dict:
                 )
         return [recorder.moments for recorder in recorders.values()]
 
-    if not processes.strategy_over(model):
+    if not processes.worker_strategy(model):
         return dict(zip(recorders, record(), strict=True))
-    found = processes.on_all(model, record, sharing, OTHER_ROWS)
+    found = processes.run_on_all(model, record, sharing, OTHER_ROWS)
     for moments in dict.fromkeys(found):
         moments.over_processes(model)
     return dict(zip(recorders, found, strict=True))
@@ -353,10 +353,10 @@ def sharing(found) -> str:
 def batches_for(model, data):
     """Returns batches of inputs; with several JAX processes, those of all of them."""
     batches = batches_of(data)
-    if processes.strategy_over(model) or not processes.is_shared(model):
+    if processes.worker_strategy(model) or not processes.is_shared(model):
         return batches
-    batches = map(distribution.as_input, batches)
-    return processes.in_step(model, batches, distribution.rows_given, OTHER_ROWS)
+    batches = map(distribution.lay_out_batch, batches)
+    return processes.in_step(model, batches, distribution.digests_of_rows, OTHER_ROWS)
 
 
 def batches_of(data):

@@ -22,7 +22,7 @@ PASS_THROUGH = (
 )
 
 
-def matching(rule, paths, argument, suggested=None):
+def matching_paths(rule, paths, argument, suggested=None):
     """Returns the paths that a rule means, in the model's order.
 
     Args:
@@ -38,12 +38,12 @@ def matching(rule, paths, argument, suggested=None):
     """
     suggested = paths if suggested is None else suggested
     if isinstance(rule, str):
-        found = {p for p in paths if compiled(rule, argument).fullmatch(p)}
+        found = {p for p in paths if compile_rule(rule, argument).fullmatch(p)}
         refuse_two_meanings(rule, found, paths, argument)
-        return ordered(found, paths, rule, argument, suggested)
+        return order_matches(found, paths, rule, argument, suggested)
     if isinstance(rule, type):
         found = {p for p, layer in paths.items() if isinstance(layer, rule)}
-        return ordered(found, paths, rule.__name__, argument, suggested)
+        return order_matches(found, paths, rule.__name__, argument, suggested)
     if isinstance(rule, keras.layers.Layer):
         raise ValueError(
             f"`{argument}` contains the layer object {rule.name!r}: give the layer's "
@@ -52,7 +52,7 @@ def matching(rule, paths, argument, suggested=None):
     if callable(rule):
         refuse_other_arguments(rule, argument)
         found = {path for path, x in paths.items() if rule(path, kinds.layer_of(x))}
-        return ordered(found, paths, rule, argument, suggested)
+        return order_matches(found, paths, rule, argument, suggested)
     if not isinstance(rule, (list, tuple, set, frozenset)) or not rule:
         raise ValueError(
             f"`{argument}` must be a regular expression, a list of names, a layer "
@@ -61,15 +61,15 @@ def matching(rule, paths, argument, suggested=None):
     found = set()
     for entry in rule:
         if isinstance(entry, str):
-            hits = named(entry, paths, argument)
-            hits = set(ordered(hits, paths, entry, argument, suggested))
+            hits = match_entry(entry, paths, argument)
+            hits = set(order_matches(hits, paths, entry, argument, suggested))
         else:
-            hits = set(matching(entry, paths, argument, suggested))
+            hits = set(matching_paths(entry, paths, argument, suggested))
         found |= hits
     return [path for path in paths if path in found]
 
 
-def named(entry, paths, argument):
+def match_entry(entry, paths, argument):
     """Paths that equal an entry, end with it, or whose layers have that name."""
     end = entry.replace(".", "/")
     hits = {p for p in paths if p == end or p.endswith(f"/{end}")}
@@ -114,7 +114,7 @@ def refuse_other_arguments(rule, argument):
         ) from error
 
 
-def ordered(found, paths, rule, argument, suggested):
+def order_matches(found, paths, rule, argument, suggested):
     if not found:
         more = ["all-linear"] if argument == "target" else []
         what = hint(rule, suggested, more)
@@ -158,7 +158,7 @@ def pattern_values(pattern, paths, argument) -> dict:
             f"of paths. Received: {pattern!r}."
         )
     rules = {
-        key: compiled(rf"(.*/)?({key.replace(chr(92) + '.', '/')})", argument)
+        key: compile_rule(rf"(.*/)?({key.replace(chr(92) + '.', '/')})", argument)
         for key in pattern
     }
     for key, rule in rules.items():
@@ -179,7 +179,7 @@ def pattern_values(pattern, paths, argument) -> dict:
     return values
 
 
-def compiled(rule, argument):
+def compile_rule(rule, argument):
     try:
         return re.compile(rule)
     except re.error as error:
@@ -197,7 +197,7 @@ def output_layers(model):
 
 
 def _makers(tensor, model):
-    operation, inputs = calls.made_by(tensor)
+    operation, inputs = calls.operation_of(tensor)
     inner = getattr(operation, "outputs", None)
     if isinstance(operation, keras.Model) and inner:
         return {id(operation)} | output_layers(operation)

@@ -81,7 +81,7 @@ def warn_of_variables_without_base(model_layers):
     ]
     if paths:
         warn_caller(
-            f"{tables.listed(paths)} can train now, but could not when the adapters "
+            f"{tables.join(paths)} can train now, but could not when the adapters "
             "were created, and their values from before are not known. They keep their "
             "present values. `fit` and `train_on_batch` of the adapted model, and "
             "`also_train` of apply_lora, remember the values from before training."

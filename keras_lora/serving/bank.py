@@ -81,19 +81,19 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
         paths = sites.layer_paths(model)
         sites.refuse_adapters(paths)
         compiled.restore_jax_weights(model)
-        meet = functools.partial(processes.meet, model)
-        meet()
+        barrier = functools.partial(processes.barrier, model)
+        barrier()
         adapters = validate_adapters(adapters, target)
         capacity = validate_capacity(capacity, adapters)
         most = np.inf if max_rank is None else settings.validate_rank(max_rank)
         readings, sources = {}, {}
         for name, adapter in adapters.items():
             with naming(name):
-                adapter, sources[name] = training.source_of(model, adapter)
+                adapter, sources[name] = training.read_with_source(model, adapter)
                 readings[name] = read(model, paths, adapter, names, most)
         every = [item for x in readings.values() for item in x.parts.items()]
         lora_ranks = [part.rank for _, part in every if not part.in_full]
-        with distribution.own_strategy(model):
+        with distribution.strategy_scope(model):
             super().__init__(name=f"{model.name}_bank", dtype=model.dtype_policy)
         self.autocast = False
         self.model, self.capacity, self.names_given = model, capacity, names
@@ -107,19 +107,22 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
         self._changes, self._active = threading.RLock(), None
         self._row_names = None
         self._compiled = CompiledFunctions(model)
-        self.running, self._slots_outside = Running(self._point, meet), [directory.BASE]
+        self.running, self._slots_outside = (
+            Running(self._point, barrier),
+            [directory.BASE],
+        )
         self.__dict__["depends_on_base"] = {}  # name -> whether the adapter does
         self.__dict__["counted_layers"] = weakref.WeakSet()
         with_gain = any(part.has_gain for _, part in every)
         chosen = [] if target is None else with_rows(model, paths, target)
-        with distribution.own_strategy(model), contextlib.ExitStack() as undo:
+        with distribution.strategy_scope(model), contextlib.ExitStack() as undo:
             undo.callback(self.hosts.release)
             for path, layer in paths.items():
                 ranks = [part.rank for other, part in every if other == path]
                 if ranks or path in chosen:
                     rank = max([self.max_rank, *ranks])
                     self.stacks.append(self.hosts.add(path, layer, rank, with_gain))
-            rows.find_leading_axes(self, rows.made_inputs(model))
+            rows.find_leading_axes(self, rows.sample_inputs(model))
             self.hosts.input_specs = specs_of(rows.specs_in(model))
             for name, reading in readings.items():
                 with naming(name):
@@ -168,7 +171,7 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
         """Returns the parts of an adapter, checked for room, and its source."""
         with self.running.call(lambda: (None, ())), self._changes:
             with naming(name):
-                adapter, source = training.source_of(self.model, adapter)
+                adapter, source = training.read_with_source(self.model, adapter)
                 arguments = self.model, self.hosts.paths, adapter, self.names_given
                 parts = read(*arguments, self.max_rank).parts
                 self.hosts.prepare(parts)

@@ -158,7 +158,7 @@ class BankAdapters:
         dtype = stacks.variable_dtype if host.form.looks_up else host.compute_dtype
         gain, backwards = stacks.gain, host.form.input_axes != self.form.input_axes
         if gain is not None and backwards:
-            inputs = times(inputs, chosen.over(gain, len(inputs.shape)))
+            inputs = times(inputs, chosen.for_outputs(gain, len(inputs.shape)))
         outputs = ops.cast(host.frozen_linear(inputs), dtype)
         dropped = inputs
         if training and stacks.dropout.any():
@@ -166,9 +166,9 @@ class BankAdapters:
         more = chosen.bypass(host.form, dropped, stacks.a, stacks.b, training)
         outputs = outputs + ops.cast(more, dtype)
         if gain is not None and not backwards:
-            outputs = times(outputs, chosen.over(gain, len(outputs.shape)))
+            outputs = times(outputs, chosen.for_outputs(gain, len(outputs.shape)))
         if stacks.bias is not None:
-            bias = chosen.over(stacks.bias, len(outputs.shape))
+            bias = chosen.for_outputs(stacks.bias, len(outputs.shape))
             outputs = outputs + ops.cast(bias, dtype)
         return outputs
 
@@ -183,14 +183,14 @@ class Banked:
 
     class_before = None
 
-    def adapted_call(self, inputs, training, **options):
+    def call_with_adapter(self, inputs, training, **options):
         if hasattr(inputs, "with_flat_values"):
             raise ValueError(
                 f"{self.name!r} got a ragged tensor, whose values are not rows of the "
                 "batch, so a bank cannot tell which adapter they use."
             )
         with self.lora.around_call(self, inputs):
-            return super().adapted_call(inputs, training, **options)
+            return super().call_with_adapter(inputs, training, **options)
 
     @property
     def variables(self):
@@ -202,13 +202,13 @@ class Banked:
         return found + [v for v in self.lora.variables if id(v) not in known]
 
     def get_config(self):
-        return classes.seen_as(self, self.class_before).get_config()
+        return classes.view_as(self, self.class_before).get_config()
 
     def save_own_variables(self, store):
-        classes.seen_as(self, self.class_before).save_own_variables(store)
+        classes.view_as(self, self.class_before).save_own_variables(store)
 
     def load_own_variables(self, store):
-        classes.seen_as(self, self.class_before).load_own_variables(store)
+        classes.view_as(self, self.class_before).load_own_variables(store)
 
     def quantize(self, *args, **kwargs):
         raise ValueError(

@@ -29,7 +29,7 @@ LOOPS = (
 )
 
 
-def needs_all(method):
+def empties_variables(method):
     """Whether a method empties the model's variables while it runs."""
     return keras.backend.backend() == "jax" and method in LOOPS
 
@@ -58,11 +58,11 @@ class Running:
 
     Args:
         point: A function that writes the active adapter into the variables.
-        meet: A function that raises unless all processes call, before each change.
+        barrier: A function that raises unless all processes call, before each change.
     """
 
-    def __init__(self, point, meet):
-        self.point, self.to_point, self.meet = point, False, meet
+    def __init__(self, point, barrier):
+        self.point, self.to_point, self.barrier = point, False, barrier
         self.changed = threading.Condition(threading.RLock())
         self.calls = {}  # thread -> its calls, the outermost first
         self.reads = collections.Counter()  # slot -> how many calls read it
@@ -153,7 +153,7 @@ class Running:
                 "in a callback of its `predict`: the call keeps the adapters that it "
                 "began with. Nothing was changed. Do it before or after."
             )
-        self.meet()
+        self.barrier()
 
     def wait(self, what, test):
         """Waits for calls of other threads, with a time limit."""
@@ -213,12 +213,12 @@ class Calls:
             slots = inputs[SLOTS]
         else:
             ids = ops.convert_to_tensor(inputs["adapter"])
-            if distribution.is_between_replicas():
+            if distribution.in_cross_replica_context():
                 # Keras infers shapes here, from what the replicas get.
                 ids = ops.cast(ids, "int32")
             directory.refuse_other_ids(ids)
             slots = self.directory.slots(ids)
-        self._look_at(inputs["inputs"])
+        self._find_leading_axes(inputs["inputs"])
         trainees = self.trainees.each if training and self.trainees else None
         with self.choice.using(slots, trainees):
             return self.model(inputs["inputs"], training=training)
@@ -226,10 +226,10 @@ class Calls:
     def compute_output_spec(self, inputs, training=False):
         return self.model.compute_output_spec(inputs["inputs"], training=training)
 
-    def _look_at(self, inputs):
+    def _find_leading_axes(self, inputs):
         if not self.choice.leading_axes_known:
             try:
-                inputs = keras.tree.map_structure(rows.as_rows, inputs)
+                inputs = keras.tree.map_structure(rows.probe_rows, inputs)
             except Exception:  # a symbolic value, inside a traced function
                 return
             rows.find_leading_axes(self, [inputs], raising=True)
@@ -251,7 +251,7 @@ class Calls:
         ids = directory.validate_ids(x["adapter"]) if one and "adapter" in x else None
         if ids is not None and method != "call":
             # Before: on JAX the model has no values during Keras's loops.
-            self._look_at(x["inputs"])
+            self._find_leading_axes(x["inputs"])
 
         def choose():
             fixed = FixedIds(self.directory.values(), self.directory.no_slot)
@@ -259,7 +259,7 @@ class Calls:
                 return fixed.inputs(x), fixed.slots(ids).tolist()
             return (x if one else fixed.batches(x)), self.directory.slot_of.values()
 
-        alone = needs_all(method)
+        alone = empties_variables(method)
         keeping = calls.keeping_weights(self) if alone else contextlib.nullcontext()
         with self.running.call(choose, alone=alone) as fixed, keeping:
             yield fixed

@@ -29,13 +29,13 @@ def export_by_name(bank, path):
     specs, adapters = bank.hosts.input_specs, bank.names
     flat = {spec.name: spec for spec in keras.tree.flatten(specs)}
     artefact = tf.Module()
-    artefact.table = table = table_of(adapters)
-    with traced_alone(bank) as stacks:
+    artefact.table = table = make_table(adapters)
+    with compact_stacks(bank) as stacks:
         artefact.held = [variable.value for variable in bank.model.variables]
         artefact.stacks = [list(own.values()) for own in stacks.values()]
 
         def serve(inputs, adapter):
-            with bank.choice.using(slots_in(table, adapter, adapters)):
+            with bank.choice.using(look_up_slots(table, adapter, adapters)):
                 return bank.model(inputs, training=False)
 
         def serving_default(adapter, **inputs):
@@ -45,7 +45,7 @@ def export_by_name(bank, path):
             return {f"output_{place}": value for place, value in enumerate(outputs)}
 
         def swap(adapter, **arrays):
-            slot = slots_in(table, adapter[None], adapters, lowest=1)[0]
+            slot = look_up_slots(table, adapter[None], adapters, lowest=1)[0]
             for key, name in swap_names(bank).items():
                 path, factor = key
                 banked.write_slot(stacks[path][factor], slot, arrays[name])
@@ -114,7 +114,7 @@ def swap_arrays(bank, prepared) -> dict:
 
 
 @contextlib.contextmanager
-def traced_alone(bank):
+def compact_stacks(bank):
     """The layers read stacks of the bank's adapters alone; yields them by path."""
     import tensorflow as tf
 
@@ -137,7 +137,7 @@ def traced_alone(bank):
             layer.lora.stacks = before[path]
 
 
-def table_of(names):
+def make_table(names):
     """From the names in an artefact to their slots in it; -1 for others."""
     import tensorflow as tf
 
@@ -149,7 +149,7 @@ def table_of(names):
     )
 
 
-def slots_in(table, adapters, names, lowest=0):
+def look_up_slots(table, adapters, names, lowest=0):
     """The slots of names; an InvalidArgumentError for one that is not known."""
     import tensorflow as tf
 

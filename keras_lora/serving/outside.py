@@ -13,7 +13,7 @@ from keras_lora.keras_internals.calls import (
     outermost_layer,
 )
 from keras_lora.serving.banked import Banked, Hosts
-from keras_lora.serving.calls import LOOPS, Running, needs_all
+from keras_lora.serving.calls import LOOPS, Running, empties_variables
 from keras_lora.serving.directory import Directory
 from keras_lora.serving.rows import SlotChoice
 
@@ -102,7 +102,7 @@ class OutsideCalls:
             self.counted_layers.add(layer)
             for name in COUNTED:
                 if hasattr(layer, name):
-                    vars(layer)[name] = self._counted(layer, name)
+                    vars(layer)[name] = self._count(layer, name)
 
     def _around_call(self, layer, inputs):
         """Returns a context for a call of a layer in the bank."""
@@ -118,11 +118,11 @@ class OutsideCalls:
         choose = lambda: (None, self._slots_outside)  # noqa: E731
         return self.running.call(choose, outside=True, alone=alone)
 
-    def _counted(self, layer, name):
-        method, alone = getattr(layer, name), needs_all(name)
+    def _count(self, layer, name):
+        method, alone = getattr(layer, name), empties_variables(name)
 
         @functools.wraps(method)
-        def counted(*args, **kwargs):
+        def run(*args, **kwargs):
             inside = self.choice.is_inside or (name == "call" and self.running.own)
             if inside or in_a_trace((args, kwargs)):
                 return method(*args, **kwargs)
@@ -137,7 +137,7 @@ class OutsideCalls:
                     around.enter_context(keeping_weights(layer))
                 return method(*args, **kwargs)
 
-        return counted
+        return run
 
     def _stop_counting(self):
         for layer in self.counted_layers:

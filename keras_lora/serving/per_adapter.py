@@ -56,19 +56,19 @@ class PerAdapterLoss(keras.losses.Loss):
             )
         if mask is None:
             mask = calls.mask_of(values)
-        counted = ops.ones_like(values)
+        used = ops.ones_like(values)
         if mask is not None:
-            counted = counted * over(ops.cast(mask, values.dtype), values)
-        weights = counted
+            used = used * expand_to(ops.cast(mask, values.dtype), values)
+        weights = used
         if sample_weight is not None:
-            weights = weights * over(ops.cast(sample_weight, values.dtype), values)
-        values = by_row(values * weights)
+            weights = weights * expand_to(ops.cast(sample_weight, values.dtype), values)
+        values = sum_by_row(values * weights)
         if self.reduction != "sum":
             weighted = self.reduction == "mean_with_sample_weight"
-            every = distribution.of_all_replicas(ids)
+            every = distribution.gather_over_replicas(ids)
             same = ops.cast(ids[:, None] == every[None, :], values.dtype)
-            counted = by_row(weights if weighted else counted)
-            total = ops.matmul(same, distribution.of_all_replicas(counted)[:, None])
+            used = sum_by_row(weights if weighted else used)
+            total = ops.matmul(same, distribution.gather_over_replicas(used)[:, None])
             values = ops.divide_no_nan(values, total[:, 0])
         return ops.sum(ops.where(ids == 0, 0.0, values))
 
@@ -81,10 +81,10 @@ class FunctionLoss(keras.losses.Loss):
         self.function = function
 
     def call(self, y_true, y_pred):
-        return self.function(*in_one_rank(y_true, y_pred))
+        return self.function(*match_axes(y_true, y_pred))
 
 
-def in_one_rank(*pair):
+def match_axes(*pair):
     """Gives both the same number of axes, such as (rows,) and (rows, 1)."""
     low, high = sorted((0, 1), key=lambda place: len(pair[place].shape))
     found, ranks = list(pair), [len(pair[place].shape) for place in (low, high)]
@@ -96,7 +96,7 @@ def in_one_rank(*pair):
     return found
 
 
-def over(weights, values):
+def expand_to(weights, values):
     """Gives weights of rows, or of their parts, the axes of values."""
     while len(weights.shape) > len(values.shape) and weights.shape[-1] == 1:
         weights = ops.squeeze(weights, -1)
@@ -105,7 +105,7 @@ def over(weights, values):
     return weights
 
 
-def by_row(values):
+def sum_by_row(values):
     """Sums over all axes but that of the rows."""
     axes = tuple(range(1, len(values.shape)))
     return ops.sum(values, axis=axes) if axes else values
@@ -190,7 +190,7 @@ class PerAdapterOptimizer(keras.optimizers.Optimizer):
             optimizer.learning_rate = learning_rate
 
     def apply(self, grads, trainable_variables=None):
-        grads, ids = list(grads), distribution.of_all_replicas(self.ids)
+        grads, ids = list(grads), distribution.gather_over_replicas(self.ids)
         for trainee, own_id, optimizer in self.each:
             count = len(trainee.trainable_variables)
             own, grads = grads[:count], grads[count:]

@@ -53,7 +53,7 @@ class Part:
         return 0.0 if self.lora is None else self.lora.dropout
 
     @property
-    def in_full(self) -> bool:
+    def full_kernel(self) -> bool:
         """Whether A and B represent a kernel that trained in full."""
         return self.lora is None and self.kernel is not None
 
@@ -83,7 +83,7 @@ class Part:
         found, (a, b, gain) = {}, self.factors()
         if a is not None:
             own = self.view.low_rank_form(self.rank)
-            found["a"], found["b"] = own.widened(a, b, self.rank, form)
+            found["a"], found["b"] = own.widen(a, b, self.rank, form)
         if gain is not None:
             found["gain"] = form.over_outputs(gain)
         if self.bias is not None:
@@ -148,7 +148,7 @@ def as_host(layer):
         own = kinds.lora_class_of(type(layer))
         if own is None or kinds.obstacle(layer) is not None:
             return None
-    return classes.twin(layer, own, {"lora": UNREAD}) if layer.built else None
+    return classes.view_with(layer, own, {"lora": UNREAD}) if layer.built else None
 
 
 def read(model, paths, adapter, names, most) -> Reading:
@@ -172,7 +172,7 @@ def read(model, paths, adapter, names, most) -> Reading:
     for module, layer in modules.items():
         path_of[id(hosts[module])] = path_of[id(layer)]
     hosts.sites = {m: hosts.get(m, site) for m, site in modules.sites.items()}
-    file = matching.contents(adapter, hosts)
+    file = matching.match(adapter, hosts)
     if file.rows:
         raise ValueError(
             f"The adapter has rows of {sorted(file.rows)} (trainable_token_indices), "
@@ -209,7 +209,7 @@ def read(model, paths, adapter, names, most) -> Reading:
         host.lora.set_alpha(alpha, file.use_rslora)
         parts[path_of[id(host)]] = Part(modules[module], host)
     reading = Reading(parts, file.adapted, hosts, [])
-    add_others(reading, pairs, modules, path_of)
+    add_trained_weights(reading, pairs, modules, path_of)
     return reading
 
 
@@ -245,7 +245,7 @@ def own_rank(host, rank, module):
     return rank // parts
 
 
-def add_others(reading, pairs, layers, path_of):
+def add_trained_weights(reading, pairs, layers, path_of):
     """Adds biases, and layers that trained in full, to a reading.
 
     layers: Module -> the model's own layer.
@@ -264,25 +264,27 @@ def add_others(reading, pairs, layers, path_of):
         if isinstance(view, LoRALayer):
             part = reading.parts.get(path, Part(layer, view))
         if part is not None and variable.name == "bias":
-            part.bias = own = own_variable(variable, value)
-        elif part is not None and (own := in_full(part, variable, value)) is not None:
+            part.bias = own = copy_variable(variable, value)
+        elif (
+            part is not None and (own := full_kernel(part, variable, value)) is not None
+        ):
             part.kernel = own
         elif not np.array_equal(torch_layout.to_numpy(variable), value):
-            raise ValueError(unable(path, layer, variable))
+            raise ValueError(shared_weight_message(path, layer, variable))
         reading.trained.append((module, layer, variable, own))
         if own is not None:
             reading.parts[path] = part
 
 
-def in_full(part, variable, value):
+def full_kernel(part, variable, value):
     """Returns the kernel that an adapter has trained in full, or None."""
     if part.lora is not None or variable.name != part.view.kernel_name:
         return None
-    own = own_variable(variable, value)
+    own = copy_variable(variable, value)
     return None if full_update(part.view, own, checked=True) is None else own
 
 
-def own_variable(like, value):
+def copy_variable(like, value):
     own = distribution.variable_like(
         like,
         value,
@@ -294,7 +296,7 @@ def own_variable(like, value):
     return own
 
 
-def unable(path, layer, variable):
+def shared_weight_message(path, layer, variable):
     return (
         f"The adapter has trained {variable.name!r} of {path!r}, a "
         f"{type(layer).__name__}, which all rows of a batch share: a bank keeps only "

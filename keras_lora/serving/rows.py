@@ -31,7 +31,7 @@ class OneForAll:
             a, b = ops.cast(a, dtype), ops.cast(b, dtype)
         return form.bypass(inputs, a, b)
 
-    def over(self, stack, ndim):
+    def for_outputs(self, stack, ndim):
         """Returns the slot's value, in the shape for combining it with outputs."""
         return ops.take(stack, self.slot, axis=0)
 
@@ -70,7 +70,7 @@ class RowByRow:
     def bypass(self, form, inputs, a, b, training):
         return form.bypass_by_row(inputs, a, b, self.slots, training)
 
-    def dropped(self, inputs, rates, seed):
+    def apply_dropout(self, inputs, rates, seed):
         """Applies dropout with the rate of each row's slot."""
         rates = ops.take(ops.cast(rates, inputs.dtype), self.slots)
         rates = ops.reshape(rates, (-1, *[1] * (len(inputs.shape) - 1)))
@@ -78,7 +78,7 @@ class RowByRow:
         kept = ops.cast(drawn >= ops.cast(rates, "float32"), inputs.dtype)
         return inputs * kept / (1 - rates)
 
-    def over(self, stack, ndim):
+    def for_outputs(self, stack, ndim):
         """Returns a row of the stack for each row of the outputs.
 
         A value starts with the outputs' first axis, of size 1, or has fewer axes.
@@ -224,10 +224,10 @@ def find_leading_axes(bank, samples, raising=False):
             continue
         wrong = {x.name: kind for x, kind in found.items() if kind not in KNOWN}
         if wrong:
-            listed = "; ".join(f"{name!r}: {kind}" for name, kind in wrong.items())
+            text = "; ".join(f"{name!r}: {kind}" for name, kind in wrong.items())
             raise ValueError(
                 "The rows of a batch cannot be told apart at layers whose leading axis "
-                f"is another: {listed}. Leave them out of the adapters, or of `target`."
+                f"is another: {text}. Leave them out of the adapters, or of `target`."
             )
         for adapters, kind in found.items():
             adapters.leading = kind
@@ -244,7 +244,7 @@ def leading_axes(run, inputs) -> dict:
     """
     first = run(inputs)
     changed = [
-        run(keras.tree.map_structure(lambda x, row=row: with_other_row(x, row), inputs))
+        run(keras.tree.map_structure(lambda x, row=row: change_row(x, row), inputs))
         for row in range(PROBE_ROWS)
     ]
     found = {}
@@ -285,7 +285,7 @@ def order_of(values, others):
     return f"{size} in size for {PROBE_ROWS} rows, which mix in it"
 
 
-def with_other_row(array, row):
+def change_row(array, row):
     """Returns a copy with one row changed."""
     array = np.array(array)
     turned = np.flip(array[row])
@@ -297,7 +297,7 @@ def with_other_row(array, row):
     return array
 
 
-def as_rows(array):
+def probe_rows(array):
     """Returns three rows of a user's batch."""
     array = (
         torch_layout.to_numpy(array)
@@ -315,17 +315,18 @@ def specs_in(model):
         return None
 
 
-def made_inputs(model):
+def sample_inputs(model):
     """Three rows that fit a model's inputs, for each guess of what they leave open."""
     specs = specs_in(model)
     for size in OPEN_SIZES if specs is not None else ():
         random = np.random.default_rng(0)
         yield keras.tree.map_structure(
-            lambda spec, size=size, random=random: made(spec, size, random), specs
+            lambda spec, size=size, random=random: sample_input(spec, size, random),
+            specs,
         )
 
 
-def made(spec, size, random):
+def sample_input(spec, size, random):
     shape = [PROBE_ROWS, *(axis or size for axis in spec.shape[1:])]
     if "mask" in spec.name:
         return np.ones(shape, spec.dtype)

@@ -22,7 +22,7 @@ from keras_lora.models.tables import Table
 from keras_lora.serving.bank import AdapterBank
 
 
-def split(data, validation_data):
+def split_data(data, validation_data):
     """Returns (x, y, weights or None) for training and for validation."""
     checked = []
     for argument, given in (("data", data), ("validation_data", validation_data)):
@@ -48,11 +48,11 @@ def split(data, validation_data):
                 f"{count} rows are too few to split: give `validation_data`."
             )
         whole = checked[0]
-        checked = [taken(whole, slice(first)), taken(whole, slice(first, None))]
+        checked = [take_rows(whole, slice(first)), take_rows(whole, slice(first, None))]
     return checked
 
 
-def taken(data, rows):
+def take_rows(data, rows):
     return [
         None if x is None else keras.tree.map_structure(lambda part: part[rows], x)
         for x in data
@@ -77,7 +77,7 @@ class Batches(keras.utils.PyDataset):
         first = index * self.batch_size
         rows = self.order[first : first + self.batch_size]
         ids = self.bank.ids(np.repeat(self.names, len(rows)))
-        x, y, weights = taken(self.data, np.tile(rows, len(self.names)))
+        x, y, weights = take_rows(self.data, np.tile(rows, len(self.names)))
         batch = {"inputs": x, "adapter": ids}, y
         return batch if weights is None else (*batch, weights)
 
@@ -232,12 +232,12 @@ def sweep(
         >>> report = keras_lora.load_adapter(base, result.adapter)
     """
     sites.refuse_adapters(sites.layer_paths(model))
-    settings = named_settings(settings)
+    settings = name_settings(settings)
     if loss is None:
         loss = getattr(model, "loss", None)
     if loss is None:
         raise ValueError("Give a `loss`: the model is not compiled with one.")
-    data, validation_data = split(data, validation_data)
+    data, validation_data = split_data(data, validation_data)
     given = keras.optimizers.get(optimizer)
     copies, adapters = {}, {}
     for name, own in settings.items():
@@ -261,7 +261,7 @@ def sweep(
         bank.release()
 
 
-def named_settings(settings) -> dict:
+def name_settings(settings) -> dict:
     if not isinstance(settings, (Mapping, list, tuple)) or not settings:
         raise ValueError(
             "`settings` must be a list of dicts, or a dict from names to dicts. "
@@ -275,13 +275,13 @@ def named_settings(settings) -> dict:
                 f"Received: {own!r}."
             )
         refuse_foreign_keywords("A setting", own, SETTING_KEYWORDS)
-        refuse_no_rate(own.get("learning_rate", 0.0))
+        validate_rate(own.get("learning_rate", 0.0))
     if isinstance(settings, Mapping):
         return dict(settings)
     return {f"{place}": own for place, own in enumerate(settings, start=1)}
 
 
-def refuse_no_rate(rate):
+def validate_rate(rate):
     """Raises ValueError for a rate with which a Keras optimizer would fail.
 
     Schedules and other functions are allowed.

@@ -17,7 +17,7 @@ from keras_lora.keras_internals.calls import keeping_weights, synchronize
 from keras_lora.keras_internals.layers import attach, detach
 from keras_lora.models import training_state
 from keras_lora.serving import directory
-from keras_lora.serving.calls import Running, needs_all
+from keras_lora.serving.calls import Running, empties_variables
 from keras_lora.serving.directory import Directory
 from keras_lora.serving.per_adapter import PerAdapterLoss, PerAdapterOptimizer
 from keras_lora.serving.reading import read
@@ -96,16 +96,16 @@ class Folder:
         return adapter
 
 
-def source_of(model, adapter):
+def read_with_source(model, adapter):
     """Returns an adapter, and the source from which it can be read again."""
     found = load.read_for(model, adapter)
     if isinstance(adapter, Adapter):
-        return found, Kept(found)
+        return found, InMemory(found)
     return found, Folder(os.path.abspath(adapter), digest(found))
 
 
 @dataclasses.dataclass
-class Kept:
+class InMemory:
     """An adapter that was given as an `Adapter`."""
 
     adapter: Adapter
@@ -159,7 +159,7 @@ class Training:
                 "A bank does not train under mixed_float16, whose one loss scale would "
                 "tie the adapters to each other. Use mixed_bfloat16 or float32."
             )
-        with distribution.own_strategy(self.model):
+        with distribution.strategy_scope(self.model):
             optimizer = PerAdapterOptimizer(optimizer)
         if loss is not None:
             loss = keras.tree.map_structure(
@@ -194,9 +194,9 @@ class Training:
                 activations.
         """
         probes.require(private_names.MASKS)
-        self._train(self._named_in(x))
+        self._train(self._names_in(x))
         if isinstance(x, Mapping):
-            self._look_at(x["inputs"])
+            self._find_leading_axes(x["inputs"])
         writer = WriteBack(self)
         callbacks = kwargs.pop("callbacks", None)
         if isinstance(callbacks, keras.callbacks.CallbackList):
@@ -218,7 +218,7 @@ class Training:
 
     def train_on_batch(self, x, *args, **kwargs):
         """Trains as `keras.Model.train_on_batch`; x as in `fit`."""
-        self._train(self._named_in(x), keep=True)
+        self._train(self._names_in(x), keep=True)
         with self._training("train_on_batch"), self._model_frozen():
             found = super().train_on_batch(x, *args, **kwargs)
         self.write_back()
@@ -237,7 +237,7 @@ class Training:
 
     # How it is done.
 
-    def _named_in(self, x):
+    def _names_in(self, x):
         if not isinstance(x, Mapping) or "adapter" not in x:
             return self.names
         directory.refuse_names(x)
@@ -267,7 +267,7 @@ class Training:
         if keep:
             names = [*now, *(name for name in names if name not in now)]
         id_of = self.directory.id_of
-        with distribution.own_strategy(self.model):
+        with distribution.strategy_scope(self.model):
             each = [self._trainee(name) for name in names]
             if each == [*now.values()] and self.optimizer.is_for(each, id_of):
                 return
@@ -277,7 +277,7 @@ class Training:
             detach(self, "trainees")
         attach(self, "trainees", Trainees(each))
         self.train_function = None
-        self._show_trainees()
+        self._point_to_trainees()
 
     def trainees_by_name(self):
         return {each.adapter_name: each for each in self.trainees.each}
@@ -286,9 +286,9 @@ class Training:
         source = self.sources[name]
         if isinstance(source, Trainee):
             return source
-        return Trainee(self, name, processes.on_all(self.model, source.read))
+        return Trainee(self, name, processes.run_on_all(self.model, source.read))
 
-    def _show_trainees(self):
+    def _point_to_trainees(self):
         """Rows in training use the trainees that stand for their slots."""
         moved = np.arange(self.directory.slot_count)
         for place, trainee in enumerate(self.trainees.each):
@@ -305,12 +305,12 @@ class Training:
             if self.sources.get(name) is trainee:  # and no other was added
                 self._put(name, trainee.parts, trainee)
         with self.running.changed:
-            self._show_trainees()
+            self._point_to_trainees()
 
     @contextlib.contextmanager
     def _training(self, method):
         """A call that reads the base alone of what the bank's slots hold."""
-        call = self.running.call(lambda: (None, ()), alone=needs_all(method))
+        call = self.running.call(lambda: (None, ()), alone=empties_variables(method))
         with call, keeping_weights(self):
             self.in_training = True
             try:
