@@ -6,8 +6,8 @@ import sys
 
 def is_command():
     """Whether this is `python -m keras_lora`, which reads files without Keras."""
-    given = [*sys.orig_argv, None]
-    module = given[given.index("-m") + 1] if "-m" in given else None
+    words = [*sys.orig_argv, None]
+    module = words[words.index("-m") + 1] if "-m" in words else None
     return sys.argv[:1] == ["-m"] and module == __name__  # until it is found
 
 

@@ -48,7 +48,7 @@ class Mutation(NamedTuple):
 # File -> [(text, what stands in its place, the tests that should see it)]
 FAULTS = {
     "layers/settings.py": [
-        ("min(found) < 0", "False", "test_token_rows.py -k ids_that_are_none"),
+        ("min(ids) < 0", "False", "test_token_rows.py -k ids_that_are_none"),
         (
             "math.sqrt(rank) if use_rslora else rank",
             "rank",
@@ -524,7 +524,7 @@ FAULTS = {
     ],
     "serving/sweep.py": [
         (
-            'validate_rate(own.get("learning_rate", 0.0))',
+            'validate_rate(setting.get("learning_rate", 0.0))',
             "pass",
             "test_sweep.py -k what_is_wrong",
         ),
@@ -581,7 +581,11 @@ FAULTS = {
             "[block * 1",
             "test_name_tables.py -k slices_of_other",
         ),
-        ("        if rest.any():", "        if False:", "test_name_tables.py -k fit"),
+        (
+            "        if remainder.any():",
+            "        if False:",
+            "test_name_tables.py -k fit",
+        ),
         (
             "return value.take(columns, axis)",
             "return value",
@@ -616,7 +620,11 @@ FAULTS = {
             "        if False:",
             "test_adapter_files.py -k rank",
         ),
-        ("if missing or more:", "if missing:", "test_adapter_files.py -k or_targets"),
+        (
+            "if modules != adapted:",
+            "if adapted - modules:",
+            "test_adapter_files.py -k or_targets",
+        ),
         (
             "if np.max(np.abs(value), initial=0) > limit:",
             "if False:",
@@ -628,7 +636,7 @@ FAULTS = {
             "test_other_formats.py -k prefix",
         ),
         (
-            "math.prod(form.a_shape) + math.prod(form.b_shape) > found.size",
+            "math.prod(form.a_shape) + math.prod(form.b_shape) > module_factors.size",
             "False",
             "test_hostile_files.py -k without_its_values",
         ),
@@ -640,7 +648,7 @@ FAULTS = {
     ],
     "files/combine.py": [
         (
-            "if list(found) != list(ids):",
+            "if list(other_ids) != list(ids):",
             "if False:",
             "test_token_rows.py -k combined",
         ),
@@ -650,8 +658,8 @@ FAULTS = {
             "test_token_rows.py -k combined",
         ),
         (
-            "weight * found.scaling / first.scaling for",
-            "weight * found.scaling for",
+            "weight * term.scaling / first.scaling for",
+            "weight * term.scaling for",
             "test_combining.py -k exact",
         ),
         (
@@ -689,8 +697,8 @@ FAULTS = {
         ),
         ("[b, -other_b]", "[b, other_b]", "test_command.py -k diff"),
         (
-            "abs(found.scaling - scaling)",
-            "0 * abs(found.scaling - scaling)",
+            "abs(x.scaling - scaling)",
+            "0 * abs(x.scaling - scaling)",
             "test_check_adapter.py",
         ),
         (
@@ -706,8 +714,8 @@ FAULTS = {
             "test_expert_files.py -k 'files_of_peft and mixtral'",
         ),
         (
-            "enumerate(reversed(found))",
-            "enumerate(found)",
+            "enumerate(reversed(adapted))",
+            "enumerate(adapted)",
             "test_expert_files.py -k 'loads_ours and mixtral'",
         ),
         (
@@ -726,7 +734,7 @@ FAULTS = {
             "test_expert_files.py -k 'pair_for and mixtral'",
         ),
         (
-            "if modules and found != set(range(len(modules))):",
+            "if modules and own_depths != set(range(len(modules))):",
             "if False:",
             "test_expert_files.py -k not_fit",
         ),
@@ -736,7 +744,7 @@ FAULTS = {
             "test_expert_files.py -k not_fit",
         ),
         (
-            "if len(own) > 1:",
+            "if len(different) > 1:",
             "if False:",
             "test_expert_files.py -k no_stacks",
         ),
@@ -816,12 +824,12 @@ FAULTS = {
     ],
     "files/disk.py": [
         (
-            'if metadata.get("sha256", found) != found:',
+            'if metadata.get("sha256", sha256) != sha256:',
             "if False:",
             "test_adapter_files.py -k flipped",
         ),
         (
-            "if stored.get(key) != said.get(key):",
+            "if stored.get(key) != settings.get(key):",
             "if False:",
             "test_adapter_files.py test_folders.py test_hostile_files.py"
             " -k 'belong or between_the_files or bad_settings'",
@@ -935,8 +943,8 @@ FAULTS = {
     ],
     "files/other_formats.py": [
         (
-            'found.get("alpha", len(found["A"]))',
-            'len(found["A"])',
+            'parts.get("alpha", len(parts["A"]))',
+            'len(parts["A"])',
             "test_other_formats.py -k files_of_kohya",
         ),
         (
@@ -950,11 +958,11 @@ FAULTS = {
             "test_other_formats.py -k files_of_kohya",
         ),
         (
-            "if found is not None and found not in PEFT",
+            "if format is not None and format not in PEFT",
             "if False",
             "test_other_formats.py -k beside_those",
         ),
-        ("if found.next_step:", "if False:", "test_other_formats.py -k named_with"),
+        ("if format.next_step:", "if False:", "test_other_formats.py -k named_with"),
     ],
     "files/from_keras.py": [
         (
@@ -1016,7 +1024,7 @@ FAULTS = {
             "test_apply.py -k leaves_the_head_out",
         ),
         (
-            "if found and excluded.issuperset(found):",
+            "if paths_meant and excluded.issuperset(paths_meant):",
             "if False:",
             "test_apply.py -k matches_nothing",
         ),
@@ -1220,7 +1228,7 @@ FAULTS = {
             "pass",
             "test_quantized.py -m slow -k 'cannot_be_run and litert'",
         ),
-        ("    if others:", "    if False:", "test_folders.py -k deletes_nothing"),
+        ("    if foreign:", "    if False:", "test_folders.py -k deletes_nothing"),
     ],
     "models/keras_files.py": [
         (
@@ -1269,8 +1277,8 @@ FAULTS = {
             "test_bank.py -k ids_that_name_nothing",
         ),
         (
-            "np.where(found[:, 0] == ids, found[:, 1], self.no_slot)",
-            "found[:, 1]",
+            "np.where(entries[:, 0] == ids, entries[:, 1], self.no_slot)",
+            "entries[:, 1]",
             "test_bank.py -k ids_that_name_nothing",
         ),
     ],
@@ -1324,11 +1332,15 @@ FAULTS = {
             "test_bank_fit.py -k takes_no_step",
         ),
         (
-            "contextlib.nullcontext() if own is None else own.scope()",
+            "contextlib.nullcontext() if strategy is None else strategy.scope()",
             "contextlib.nullcontext()",
             REPLICAS,
         ),
-        ("if own is not now and isinstance(now, mirrored):", "if False:", REPLICAS),
+        (
+            "if strategy is not now and isinstance(now, mirrored):",
+            "if False:",
+            REPLICAS,
+        ),
         (
             "return context.all_gather(keras.ops.copy(rows), axis=0)",
             "return rows",
@@ -1381,7 +1393,7 @@ FAULTS = {
     ],
     "layers/experts.py": [
         (
-            "return outputs + ops.cast(more, outputs.dtype)",
+            "return outputs + ops.cast(low_rank, outputs.dtype)",
             "return outputs",
             "test_experts.py -k 'both_paths and QwenMoe'",
         ),

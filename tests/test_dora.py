@@ -267,11 +267,11 @@ def test_dropout_is_that_of_peft(reference, dtype, tolerance):
     pair.module.lora_dropout["default"] = dropout
     drawn = []
 
-    def apply_dropout(inputs):
+    def dropped(inputs):
         drawn.append(inputs)
         return keras.ops.multiply(inputs, pair.to_ours(dropout.mask))
 
-    pair.layer.lora.dropout, pair.layer.lora.apply_dropout = 0.5, apply_dropout
+    pair.layer.lora.dropout, pair.layer.lora.apply_dropout = 0.5, dropped
     outputs = pair.ours(training=True)
     assert len(drawn) == 1
     assert_close(outputs, pair.to_ours(array(pair.theirs())), tolerance)

@@ -134,9 +134,9 @@ def analyze(source: "keras.layers.Layer | Adapter | str | os.PathLike") -> Analy
 def analyze_adapter(adapter, name):
     file = factors.factors_of(adapter)
     rows = [
-        update(module, found.rank, *found.product(), found.scaling)
+        update(module, x.rank, *x.product(), x.scaling)
         for module in tables.sort_by_number(file.factors)
-        for found in [file.factors[module]]
+        for x in [file.factors[module]]
     ]
     notes = notes_of([torch_layout.method_in(file.method)])
     return Analysis(name, rows, [*notes, *notes_of_tables(file.rows)])
@@ -266,25 +266,25 @@ def tensor_differences(one, two) -> list:
     for module in tables.sort_by_number(
         files[0].factors.keys() | files[1].factors.keys()
     ):
-        if found := update_difference(*(file.factors.get(module) for file in files)):
-            pair = [file.factors.get(module) for file in files]
-            ranks = [str(own.rank if own else "-") for own in pair]
-            rows.append([module, " and ".join(dict.fromkeys(ranks)), found])
+        pair = [file.factors.get(module) for file in files]
+        if difference := update_difference(*pair):
+            ranks = [str(x.rank if x else "-") for x in pair]
+            rows.append([module, " and ".join(dict.fromkeys(ranks)), difference])
     full = [other_tensors(file) for file in files]
     for key in tables.sort_by_number(full[0].keys() | full[1].keys()):
-        if found := array_difference(*(tensors.get(key) for tensors in full)):
-            rows.append([key, "", found])
+        if difference := array_difference(*(tensors.get(key) for tensors in full)):
+            rows.append([key, "", difference])
     return rows
 
 
 def other_tensors(file):
     """Key -> array for everything but factors: heads, biases, DoRA's lengths."""
-    more = {
-        module + suffix: found.tensors[suffix]
-        for module, found in file.factors.items()
-        for suffix in found.more
+    arrays = {
+        module + suffix: x.tensors[suffix]
+        for module, x in file.factors.items()
+        for suffix in x.more
     }
-    return file.others | more
+    return file.others | arrays
 
 
 def update_difference(one, two):
@@ -355,35 +355,37 @@ def check_adapter(
         raise ValueError(f"`engine` must be 'vllm'. Received: engine={engine!r}.")
     max_lora_rank = settings.validate_rank(max_lora_rank)
     adapter = adapter if isinstance(adapter, Adapter) else Adapter.read(adapter)
-    file, found = factors.factors_of(adapter, ()), []
+    file, problems = factors.factors_of(adapter, ()), []
     if heads := file.config["modules_to_save"]:
-        found.append(
+        problems.append(
             f"{VLLM} refuses modules_to_save, here {heads}: train without "
             "`also_train`, or merge and serve the whole model."
         )
     for word in file.method:
-        found.append(
+        problems.append(
             f"{VLLM} refuses {word}: serve the merged model, or the nearest plain "
             "LoRA, which extract_adapter finds."
         )
     if file.bias != "none":
-        found.append(
+        problems.append(
             f"{VLLM} refuses trained biases, here bias={file.config['bias']!r}: train "
             'with bias="none".'
         )
-    others = sorted(file.others)
-    if others and not heads and file.bias == "none":
-        found.append(f"{VLLM} refuses tensors other than A and B: {others[:5]}.")
+    other_tensors = sorted(file.others)
+    if other_tensors and not heads and file.bias == "none":
+        problems.append(
+            f"{VLLM} refuses tensors other than A and B: {other_tensors[:5]}."
+        )
     if file.rows:
-        found.append(
+        problems.append(
             f"{VLLM} refuses rows of tables, here {sorted(file.rows)}: train without "
             "`trainable_token_indices`, or merge and serve the whole model."
         )
     if not adapter.config.get("target_modules"):
-        found.append(f"{VLLM} needs target_modules, which the file lacks.")
-    largest = max(file.factors.values(), key=lambda found: found.rank)
+        problems.append(f"{VLLM} needs target_modules, which the file lacks.")
+    largest = max(file.factors.values(), key=lambda factors: factors.rank)
     if largest.rank > max_lora_rank:
-        found.append(
+        problems.append(
             f"{VLLM} refuses ranks above max_lora_rank={max_lora_rank}, and "
             f"{largest.module!r} has {largest.rank}: start the server with a higher "
             "--max-lora-rank, or lower the rank with combine_adapters([adapter], "
@@ -393,13 +395,13 @@ def check_adapter(
     scaling = file.config["lora_alpha"] / settings.divisor(file.config["r"], rslora)
     otherwise = [
         module
-        for module, found in file.factors.items()
-        if abs(found.scaling - scaling) > 1e-6 * scaling
+        for module, x in file.factors.items()
+        if abs(x.scaling - scaling) > 1e-6 * scaling
     ]
     if otherwise:
-        found.append(
+        problems.append(
             f"{VLLM} ignores rank_pattern and alpha_pattern: it would scale "
             f"{otherwise[:5]} by {scaling:.4g}, which changes the adapter. Use one "
             "rank and one alpha for all layers, or the same ratio of the two."
         )
-    return found
+    return problems

@@ -65,9 +65,9 @@ def combine_adapters(
     """
     if isinstance(adapters, (str, Path, Adapter)):
         raise ValueError(f"`adapters` must be a list. Received: {adapters!r}.")
-    given = list(adapters)
-    heads = validate_heads(heads, given)
-    opened = [x if isinstance(x, Adapter) else Adapter.read(x) for x in given]
+    adapters = list(adapters)
+    heads = validate_heads(heads, adapters)
+    opened = [x if isinstance(x, Adapter) else Adapter.read(x) for x in adapters]
     weights = validate_weights(weights, opened)
     limit = rank_limit(rank, energy)
     names = factors.slice_names(opened)
@@ -80,8 +80,8 @@ def combine_adapters(
             f"all of their modules, {tables.join(sorted(modules), most=4)}."
         )
     for file in files:
-        for found in file.factors.values():
-            found.product()  # raises if they are not matrices
+        for term in file.factors.values():
+            term.product()  # raises if they are not matrices
     use_rslora = all(file.use_rslora for file in files)
     tensors, ranks, alphas, errors = {}, {}, {}, {}
     for module in dict.fromkeys(m for file in files for m in file.factors):
@@ -91,9 +91,9 @@ def combine_adapters(
             if module in file.factors
         ]
         first, _ = terms[0]
-        refuse_other_shapes(module, [found for found, _ in terms])
-        pairs = [[found.tensors[x] for x in first.low_rank] for found, _ in terms]
-        scales = [weight * found.scaling / first.scaling for found, weight in terms]
+        refuse_other_shapes(module, [term for term, _ in terms])
+        pairs = [[term.tensors[x] for x in first.low_rank] for term, _ in terms]
+        scales = [weight * term.scaling / first.scaling for term, weight in terms]
         a = np.concatenate([a for a, _ in pairs])
         b = np.concatenate(
             [b * scale for (_, b), scale in zip(pairs, scales, strict=True)], axis=1
@@ -132,7 +132,7 @@ def combine_adapters(
         parameters=experts.parameters_in(
             ranks, {x for f in files for x in f.config["target_parameters"]}
         ),
-        **{key: found.pop() for key, found in said.items() if len(found) == 1},
+        **{key: values.pop() for key, values in said.items() if len(values) == 1},
         **{validation.KEYWORD: ids},
     )
     return Adapter(tensors, config, slices, errors)
@@ -175,10 +175,10 @@ def refuse_other_shapes(module, pairs):
             both = (pair.tensors[suffix], first.tensors[suffix])
             shapes = [np.delete(value.shape, place) for value in both]
             if not np.array_equal(*shapes):
-                own, other = (value.shape for value in both)
+                shape, other_shape = (value.shape for value in both)
                 raise ValueError(
-                    f"The factors of {module!r} have shapes {own} and {other}: they "
-                    "belong to different models."
+                    f"The factors of {module!r} have shapes {shape} and {other_shape}: "
+                    "they belong to different models."
                 )
 
 
@@ -203,9 +203,9 @@ def rank_limit(rank, energy):
 def combine_full_weights(files, heads) -> dict:
     """Key -> what trained in full, where the adapters agree or `heads` decides."""
     tensors = {}
-    found = [file.others | token_rows(file, files) for file in files]
-    for key in dict.fromkeys(key for own in found for key in own):
-        values = {n: own[key] for n, own in enumerate(found) if key in own}
+    weights = [file.others | token_rows(file, files) for file in files]
+    for key in dict.fromkeys(key for own in weights for key in own):
+        values = {n: own[key] for n, own in enumerate(weights) if key in own}
         tensors[key], *others = values.values()
         if all(np.array_equal(value, tensors[key]) for value in others):
             continue
@@ -232,12 +232,12 @@ def token_rows(file, files) -> dict:
     """Key -> the rows of a table that a file trains, the same ones in all files."""
     for module, (ids, _) in file.rows.items():
         for other in files:
-            found, _ = other.rows.get(module, (ids, None))
-            if list(found) != list(ids):
+            other_ids, _ = other.rows.get(module, (ids, None))
+            if list(other_ids) != list(ids):
                 raise ValueError(
                     f"The adapters train different rows of {module!r}: {list(ids)} and "
-                    f"{list(found)}. Only adapters that train the same rows, in the "
-                    "same order, can be combined."
+                    f"{list(other_ids)}. Only adapters that train the same rows, in "
+                    "the same order, can be combined."
                 )
     suffix = validation.SUFFIX
     return {module + suffix: rows for module, (_, rows) in file.rows.items()}
@@ -250,13 +250,15 @@ def validate_heads(heads, adapters):
     folders = {n: Path(x) for n, x in enumerate(adapters) if not isinstance(x, Adapter)}
     if isinstance(heads, (str, Path)):
         meant = {Path(heads)}
-        found = [n for n, x in folders.items() if meant & {x, Path(x.name)}]
+        positions = [n for n, x in folders.items() if meant & {x, Path(x.name)}]
     else:
-        found = [n for n in range(len(adapters)) if type(heads) is int and n == heads]
-    if len(found) != 1:
+        positions = [
+            n for n in range(len(adapters)) if type(heads) is int and n == heads
+        ]
+    if len(positions) != 1:
         raise ValueError(
             '`heads` must be "average", a position in `adapters`, counted from 0, or '
             f"the name of one folder there. Received: heads={heads!r}, folders "
             f"{[str(x) for x in folders.values()]}."
         )
-    return found[0]
+    return positions[0]

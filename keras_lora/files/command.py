@@ -271,10 +271,10 @@ def in_one_line(text):
 
 
 def console():
-    found = rich.console.Console(highlight=False)
-    if not found.is_terminal:
-        found.width = 10_000  # no line breaks in a file or a pipe
-    return found
+    terminal = rich.console.Console(highlight=False)
+    if not terminal.is_terminal:
+        terminal.width = 10_000  # no line breaks in a file or a pipe
+    return terminal
 
 
 def write(title, head, rows, lines=()):

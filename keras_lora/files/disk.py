@@ -93,8 +93,8 @@ def read_all(directory):
         )
     tensors = {}
     for name in sorted(set(parts.values())):
-        found, _ = read_tensors(directory / name)
-        tensors |= {key: found[key] for key in found if parts.get(key) == name}
+        arrays, _ = read_tensors(directory / name)
+        tensors |= {key: arrays[key] for key in arrays if parts.get(key) == name}
     missing = sorted(parts.keys() - tensors.keys())
     if missing:
         raise ValueError(f"{INDEX} lists tensors that no part has: {missing[:5]}.")
@@ -172,11 +172,8 @@ def adapter_name(tensors):
 
 def standardize_tensors(tensors):
     """Module and suffix -> float32 or float64."""
-    floats, more, adapter = (
-        {},
-        tuple(torch_layout.more_suffixes()),
-        adapter_name(tensors),
-    )
+    floats, adapter = {}, adapter_name(tensors)
+    suffixes = tuple(torch_layout.more_suffixes())
     for key, value in tensors.items():
         if len(key) > patterns.LONGEST:
             raise ValueError(
@@ -190,7 +187,7 @@ def standardize_tensors(tensors):
             name = NAMED.sub(lambda match: match[0][: -len(match[1]) - 1], key)
         name = name.replace(f".modules_to_save.{adapter}.", ".")
         name = name.removeprefix(PREFIX).replace(".modules_to_save.", ".")
-        if name.removesuffix(".weight").endswith(more):  # a parameter or a module
+        if name.removesuffix(".weight").endswith(suffixes):  # a parameter or a module
             name = name.removesuffix(".weight")
         value = value if value.dtype == "float64" else value.astype("float32")
         if not np.array_equal(floats.setdefault(name, value), value, equal_nan=True):
@@ -214,22 +211,22 @@ def repeats_untrained(key, adapter, tensors):
 
 def digest(tensors, metadata):
     """SHA-256 of the tensors and of what the metadata says about them."""
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for key in sorted(tensors):
         value = tensors[key]
-        found.update(f"{key} {value.dtype} {value.shape}\n".encode())
-        found.update(np.ascontiguousarray(value).tobytes())
+        sha256.update(f"{key} {value.dtype} {value.shape}\n".encode())
+        sha256.update(np.ascontiguousarray(value).tobytes())
     for key in ("settings", "slices", "starts"):
-        found.update(metadata.get(key, "").encode())
-    return found.hexdigest()
+        sha256.update(metadata.get(key, "").encode())
+    return sha256.hexdigest()
 
 
 def validate_metadata(metadata, config, tensors):
     """Metadata of files of keras_lora: the ranks of slices, and starts."""
     if "settings" not in metadata:
         return {}, []
-    found = digest(tensors, metadata)
-    if metadata.get("sha256", found) != found:
+    sha256 = digest(tensors, metadata)
+    if metadata.get("sha256", sha256) != sha256:
         raise ValueError(f"{TENSORS} is damaged: its checksum does not match.")
     stored, slices = (
         read_metadata(metadata, key, {}) for key in ("settings", "slices")
@@ -246,12 +243,12 @@ def validate_metadata(metadata, config, tensors):
             raise ValueError(
                 f"{TENSORS}: slices must have lists of ranks. Received: {ranks!r}."
             )
-    said = reading_settings(config)
-    for key in stored | said:
-        if stored.get(key) != said.get(key):
+    settings = reading_settings(config)
+    for key in stored | settings:
+        if stored.get(key) != settings.get(key):
             raise ValueError(
                 f"{CONFIG} and {TENSORS} do not belong together: {key} is "
-                f"{said.get(key)!r} and {stored.get(key)!r}."
+                f"{settings.get(key)!r} and {stored.get(key)!r}."
             )
     return slices, starts
 

@@ -18,6 +18,7 @@ factors for each.
 
 import collections
 import dataclasses
+import itertools
 import re
 
 import numpy as np
@@ -56,22 +57,22 @@ def parameter_of(module) -> str:
 
 def parameters_in(modules, entries) -> dict:
     """{module: parameter} for the modules that match `target_parameters`."""
-    entries, found = set(entries), {}
+    entries, parameters = set(entries), {}
     for module in modules:
         parameter = parameter_of(without_slice(module))
         if not entries.isdisjoint(ends_of(parameter)):
-            found[module] = parameter
-    return found
+            parameters[module] = parameter
+    return parameters
 
 
 def wrapped_modules(owner, parameters) -> dict:
     """{parameter: the module under which a file has it}."""
-    found = [
+    adapted = [
         f"{owner}.{name}" for name in PARAMETERS if f"{owner}.{name}" in parameters
     ]
     return {
         parameter: owner + ".base_layer" * depth
-        for depth, parameter in enumerate(reversed(found))
+        for depth, parameter in enumerate(reversed(adapted))
     }
 
 
@@ -88,12 +89,12 @@ def unwrap(tensors, config) -> dict:
     meant = parameters_in(names, config["target_parameters"])
     ranks = values_by_module(config, "rank_pattern", "r", meant, warns=False)
     tensors = dict(tensors)
-    for owner, found in depths.items():
+    for owner, own_depths in depths.items():
         modules = wrapped_modules(owner, meant)
-        if modules and found != set(range(len(modules))):
+        if modules and own_depths != set(range(len(modules))):
             raise ValueError(
                 f"target_parameters means {sorted(modules)}, but {disk.TENSORS} has "
-                f"factors for {len(found)} parameters of {owner!r}."
+                f"factors for {len(own_depths)} parameters of {owner!r}."
             )
         for parameter, module in modules.items():
             keys = [module + suffix for suffix in torch_layout.LINEAR]
@@ -146,14 +147,14 @@ def stack_experts(adapter, parameters):
     parameters: The stacks that the model has; other tensors are unchanged.
     """
     owners = {match[1] for x in parameters if (match := STACK.fullmatch(x))}
-    found = collections.defaultdict(lambda: collections.defaultdict(dict))
-    rest, modules = {}, {}
+    values = collections.defaultdict(lambda: collections.defaultdict(dict))
+    other_tensors, modules = {}, {}
     for key, value in adapter.tensors.items():
         suffix = next((x for x in torch_layout.LINEAR if key.endswith(x)), "")
         module = key.removesuffix(suffix)
         match = EXPERT.match(module)
         if match is None or match[1] not in owners:
-            rest[key] = value
+            other_tensors[key] = value
         elif not suffix or match[0] != module:
             raise ValueError(
                 f"The tensor {key!r} belongs to one expert, for which only A and B are "
@@ -161,51 +162,51 @@ def stack_experts(adapter, parameters):
             )
         else:
             stack = f"{match[1]}.{HALVES[match[3]]}"
-            found[stack][suffix][int(match[2])] = value
+            values[stack][suffix][int(match[2])] = value
             modules.setdefault(stack, {})[module] = None
-    if not found:
+    if not values:
         return adapter
-    return build_stacks(adapter, rest, found, modules)
+    return build_stacks(adapter, other_tensors, values, modules)
 
 
-def build_stacks(adapter, tensors, found, modules):
+def build_stacks(adapter, tensors, values, modules):
     """The second half of `stack_experts`.
 
     Args:
         adapter: The adapter as it was read.
         tensors: The tensors that belong to no single expert.
-        found: Half of a stack -> {suffix: {expert: value}}.
+        values: Half of a stack -> {suffix: {expert: value}}.
         modules: Half of a stack -> the linear modules of its experts.
     """
     config = validate_config(adapter.config)
-    others = [
+    other_modules = [
         key.removesuffix(torch_layout.LINEAR[0])
         for key in tensors
         if key.endswith(torch_layout.LINEAR[0])
     ]
-    every = [*others, *(module for own in modules.values() for module in own)]
+    every = [*other_modules, *itertools.chain(*modules.values())]
     refuse_unmatched_targets(config, every)
-    said = [
+    settings = [
         values_by_module(config, *keys, every)
         for keys in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
     ]
-    ranks, alphas = ({module: values[module] for module in others} for values in said)
-    for stack, pairs in found.items():
-        for values, of_stack in zip(said, (ranks, alphas), strict=True):
-            own = {values[module] for module in modules[stack]}
-            if len(own) > 1:
+    ranks, alphas = ({m: setting[m] for m in other_modules} for setting in settings)
+    for stack, pairs in values.items():
+        for setting, of_stack in zip(settings, (ranks, alphas), strict=True):
+            different = {setting[module] for module in modules[stack]}
+            if len(different) > 1:
                 raise ValueError(
                     f"The experts of {without_slice(stack)!r} have different ranks or "
-                    f"alphas, {sorted(own)}; a stack of experts has one for all."
+                    f"alphas, {sorted(different)}; a stack of experts has one for all."
                 )
-            of_stack[stack] = own.pop()
+            of_stack[stack] = different.pop()
         a, b = (sort_by_expert(stack, pairs[suffix]) for suffix in torch_layout.LINEAR)
         tensors[stack + torch_layout.LINEAR[0]] = np.stack(a, 1)
         tensors[stack + torch_layout.LINEAR[1]] = np.stack(b, 2)
     slices = fuse(tensors, ranks, alphas, config["use_rslora"])
-    names = {without_slice(stack) for stack in found}
-    said = {
-        "target_modules": sorted(others),
+    names = {without_slice(stack) for stack in values}
+    changed = {
+        "target_modules": sorted(other_modules),
         "target_parameters": sorted({*config["target_parameters"], *names}),
         "rank_pattern": pattern(ranks, config["r"]),
         "alpha_pattern": pattern(alphas, config["lora_alpha"]),
@@ -213,7 +214,7 @@ def build_stacks(adapter, tensors, found, modules):
     return dataclasses.replace(
         adapter,
         tensors=tensors,
-        config=adapter.config | said,
+        config=adapter.config | changed,
         slices=adapter.slices | slices,
     )
 

@@ -74,12 +74,12 @@ def extract_adapter(
     for module, (_, variables) in pair_layers(base, tuned).items():
         changed = [(v, other) for v, other in variables if differ(v, other)]
         pairs = {kernels[id(v)]: (v, x) for v, x in changed if id(v) in kernels}
-        rest = [(v, other) for v, other in changed if id(v) not in kernels]
+        unadapted = [(v, other) for v, other in changed if id(v) not in kernels]
         able = all(kinds.obstacle(base.sites[name]) is None for name in pairs)
-        if not able or {v.name for v, _ in rest} - {"bias"}:
+        if not able or {v.name for v, _ in unadapted} - {"bias"}:
             trained += [(module, other) for _, other in variables]  # the whole layer
             continue
-        trained += [(module, other) for _, other in rest]
+        trained += [(module, other) for _, other in unadapted]
         for name, (own, other) in pairs.items():
             delta = torch_layout.to_numpy(other) - torch_layout.to_numpy(own)
             site = base.sites[name]
@@ -108,15 +108,16 @@ def pair_layers(base, tuned):
         )
     pairs = {}
     for module, layer in base.items():
-        own, other = (layers.layer_variables(x) for x in (layer, tuned[module]))
-        if [(v.name, v.shape) for v in own] != [(v.name, v.shape) for v in other]:
+        both = [layers.layer_variables(x) for x in (layer, tuned[module])]
+        names = [[(v.name, v.shape) for v in variables] for variables in both]
+        if names[0] != names[1]:
             raise ValueError(f"The variables of {module!r} differ in name or shape.")
-        pairs[module] = layer, list(zip(own, other, strict=True))
+        pairs[module] = layer, list(zip(*both, strict=True))
     return pairs
 
 
-def differ(own, other):
-    return not np.array_equal(torch_layout.to_numpy(own), torch_layout.to_numpy(other))
+def differ(one, two):
+    return not np.array_equal(torch_layout.to_numpy(one), torch_layout.to_numpy(two))
 
 
 def is_of_kind(site):

@@ -99,12 +99,12 @@ def family(model, paths, names) -> Family:
             "paths to module names."
         ) from error
     path_of = {id(layer): path for path, layer in paths.items()}
-    own = layer_paths(backbone)
+    backbone_layers = layer_paths(backbone)
     root = family_names.ROOTS.get(name, "model")
     places = {
-        path_of[id(own[path])]: place.without_prefix(f"{root}.")
+        path_of[id(backbone_layers[path])]: place.without_prefix(f"{root}.")
         for path, place in placed.items()
-        if path in own
+        if path in backbone_layers
     }
     if all(p.module.startswith("language_model.") for p in places.values()):
         places = {  # a language model alone is a class of its own there
@@ -138,13 +138,13 @@ def expert_regions(sites, places, experts) -> dict:
         )
         if experts and isinstance(site, WeightSite) and block and weight:
             weights[f"{blocks[block[0]]}{experts}.{weight}"].append((path, site))
-    found = {}
+    regions = {}
     for module, parts in weights.items():
         size = parts[0][1].kernel_shape[-1]
         for index, (path, _) in enumerate(parts):
             rows = np.arange(size) + index * size
-            found[path] = Region(module, rows, total=size * len(parts))
-    return found
+            regions[path] = Region(module, rows, total=size * len(parts))
+    return regions
 
 
 def rename(module, rules):
@@ -200,7 +200,7 @@ def regions_of(backbone, family) -> dict:
     paths = layer_paths(copy)
     for path, layer in paths.items():
         owners |= {id(variable): path for variable in own_variables(layer)}
-    found = collections.defaultdict(dict)
+    regions = collections.defaultdict(dict)
 
     def count(variable, key, hook):
         sizes[key] += np.prod(variable.shape, dtype=int)
@@ -210,7 +210,7 @@ def regions_of(backbone, family) -> dict:
         module, _, word = key.rpartition(".")
         if path is not None and tensors.torch_name(paths[path], variable) == word:
             placed = region_of(paths[path], variable, hook, sizes[key])
-            found[path][word] = placed and Region(module, *placed[1:])
+            regions[path][word] = placed and Region(module, *placed[1:])
 
     try:
         keras_hub.run_converter(family, copy, count)
@@ -222,10 +222,9 @@ def regions_of(backbone, family) -> dict:
     keras_hub.run_converter(family, copy, place)
     places = {}
     for path in paths:
-        values = list(found[path].values())
+        values = list(regions[path].values())
         if values and share_region(values):
-            first = found[path].get("weight", values[0])
-            places[path] = first
+            places[path] = regions[path].get("weight", values[0])
     return places
 
 

@@ -63,11 +63,11 @@ class Adapter(Table):
     def __eq__(self, other):
         if not isinstance(other, Adapter):
             return NotImplemented
-        own, others = (
+        settings, other_settings = (
             (x.config, x.slices, sorted(x.starts), x.tensors.keys())
             for x in (self, other)
         )
-        return own == others and all(
+        return settings == other_settings and all(
             value.dtype == other.tensors[key].dtype
             and np.array_equal(value, other.tensors[key], equal_nan=True)
             for key, value in self.tensors.items()
@@ -214,21 +214,21 @@ def parts_of(adapter, most=math.inf):
     head += ["error"] if adapter.errors else []
     rows = []
     for module in tables.sort_by_number(file.factors)[: min(most, len(file.factors))]:
-        found = file.factors[module]
-        shapes = [found.tensors[x].shape for x in (*found.low_rank, *found.more)]
+        factors = file.factors[module]
+        shapes = [factors.tensors[x].shape for x in (*factors.low_rank, *factors.more)]
         row = [
             module,
             " ".join(map(str, shapes)),
-            f"{found.rank}",
-            f"{found.alpha:g}",
-            f"{found.size:,}",
-            size(found.tensors.values()),
+            f"{factors.rank}",
+            f"{factors.alpha:g}",
+            f"{factors.size:,}",
+            size(factors.tensors.values()),
         ]
         if adapter.errors:
             row.append(f"{adapter.errors.get(module, 0):.2g}")
         rows.append(row)
-    more = len(file.factors) - len(rows)
-    lines = [f"and {tables.plural(more, 'module')} more"] if more else []
+    left_out = len(file.factors) - len(rows)
+    lines = [f"and {tables.plural(left_out, 'module')} more"] if left_out else []
     return "Adapter", head, rows, [*lines, *totals(adapter, file)]
 
 

@@ -155,8 +155,8 @@ def unread_base_values(layers, values):
 
 def adapter_options(file, module) -> dict:
     """The arguments of the adapter that a file has for a module."""
-    found = file.factors[module]
-    settings = Settings(found.rank, found.alpha, found.use_rslora)
+    factors = file.factors[module]
+    settings = Settings(factors.rank, factors.alpha, factors.use_rslora)
     if module in file.starts:
         settings = settings.at(settings.rank // 2)
     return {

@@ -42,25 +42,25 @@ class MatchedFile(FileFactors):
 
 def match(adapter, modules) -> MatchedFile:
     adapter = experts.stack_experts(adapter, modules.parameters)
-    found = factors_of(adapter, modules)
-    for name in [*found.factors]:
+    contents = factors_of(adapter, modules)
+    for name in [*contents.factors]:
         module = other_formats.module_of(name, modules)
-        own = dataclasses.replace(found.factors.pop(name), module=module)
-        found.factors[module] = own
-    refuse_unknown_modules(found.factors, modules)
-    refuse_unknown_modules(found.rows, modules)
-    refuse_ranks_without_values(found.factors, modules)
+        renamed = dataclasses.replace(contents.factors.pop(name), module=module)
+        contents.factors[module] = renamed
+    refuse_unknown_modules(contents.factors, modules)
+    refuse_unknown_modules(contents.rows, modules)
+    refuse_ranks_without_values(contents.factors, modules)
     file = MatchedFile(
-        **vars(found),
+        **vars(contents),
         modules=modules,
-        heads=heads_of(found.config["modules_to_save"], modules, found.others),
-        starts=validate_starts(adapter.starts, found.factors),
+        heads=heads_of(contents.config["modules_to_save"], modules, contents.others),
+        starts=validate_starts(adapter.starts, contents.factors),
     )
     tensors.split_weights(file)
     return file
 
 
-def heads_of(names, modules, others):
+def heads_of(names, modules, tensors):
     """{module: layer} for `modules_to_save`: names, or ends of names."""
     heads, slices = {}, collections.defaultdict(list)
     for module in modules:
@@ -69,7 +69,7 @@ def heads_of(names, modules, others):
         meant = [
             m for m in slices if f".{name}." in f".{m}."
         ]  # itself, or what it holds
-        stored = [m for m in meant if any(key.startswith(f"{m}.") for key in others)]
+        stored = [m for m in meant if any(key.startswith(f"{m}.") for key in tensors)]
         for module in stored:
             heads |= {part: modules[part] for part in slices[module]}
     if names and not heads:  # PEFT also lists heads of other models, such as "score"
@@ -123,18 +123,18 @@ def prefix_between(factors, able) -> str:
 
 def refuse_ranks_without_values(factors, modules):
     """Refuses ranks without values, so that a small file cannot make large factors."""
-    for module, found in factors.items():
-        if not found.low_rank:
+    for module, module_factors in factors.items():
+        if not module_factors.low_rank:
             continue
         site = modules.sites[module]
         updates = kinds.form_of(site, 1).file_rank or 1  # side by side
-        form = kinds.form_of(site, max(found.rank // updates, 1))
-        if math.prod(form.a_shape) + math.prod(form.b_shape) > found.size:
-            shapes = " and ".join(str(x.shape) for x in found.tensors.values())
+        form = kinds.form_of(site, max(module_factors.rank // updates, 1))
+        if math.prod(form.a_shape) + math.prod(form.b_shape) > module_factors.size:
+            shapes = " and ".join(str(x.shape) for x in module_factors.tensors.values())
             raise ValueError(
                 f"The file's factors of {module!r}, with shapes {shapes}, are smaller "
-                f"than rank {found.rank} needs for this model's kernel of shape "
-                f"{kinds.shape_of(site)}: the adapter belongs to another model."
+                f"than rank {module_factors.rank} needs for this model's kernel of "
+                f"shape {kinds.shape_of(site)}: the adapter belongs to another model."
             )
 
 
@@ -146,20 +146,23 @@ def refuse_other_modules(file):
     """Raises if the file does not adapt the layers that the model adapts."""
     sites = {m: s for m, s in file.modules.sites.items() if lora_layer.is_adapted(s)}
     refuse_other_rows(sites, file)
-    own = {m for m, site in sites.items() if site.lora.keyword != token_rows.KEYWORD}
-    missing, more = sorted(own - set(file.factors)), sorted(set(file.factors) - own)
-    if missing or more:
+    modules = set(file.factors)
+    adapted = {m for m, s in sites.items() if s.lora.keyword != token_rows.KEYWORD}
+    if modules != adapted:
         raise ValueError(
             "The file and the model adapt different layers. Only in the model: "
-            f"{missing}. Only in the file: {more}. Call remove_lora(model) first, and "
-            "the file's adapters are created."
+            f"{sorted(adapted - modules)}. Only in the file: "
+            f"{sorted(modules - adapted)}. Call remove_lora(model) first, and the "
+            "file's adapters are created."
         )
     for module, layer in file.adapted.items():
-        found = {word for word, on in file.method_of(module).items() if on}
-        own = {layer.lora.keyword} - {None}
-        own |= {"frozen_start"} if layer.lora.has_start else set()
-        if own != found:
-            said, read = (" and ".join(sorted(x)) or "LoRA" for x in (own, found))
+        in_file = {word for word, on in file.method_of(module).items() if on}
+        in_model = {layer.lora.keyword} - {None}
+        in_model |= {"frozen_start"} if layer.lora.has_start else set()
+        if in_model != in_file:
+            said, read = (
+                " and ".join(sorted(x)) or "LoRA" for x in (in_model, in_file)
+            )
             raise ValueError(
                 f"The adapter of {module!r} is {said} in the model and {read} in the "
                 "file. Call remove_lora(model) first, and the file's is created."
@@ -168,16 +171,16 @@ def refuse_other_modules(file):
 
 def refuse_other_rows(sites, file):
     """Raises if the file does not train the rows that the model trains."""
-    own = {
+    in_model = {
         m: s.lora.indices
         for m, s in sites.items()
         if s.lora.keyword == token_rows.KEYWORD
     }
-    found = {module: ids for module, (ids, _) in file.rows.items()}
-    if own != found:
+    in_file = {module: ids for module, (ids, _) in file.rows.items()}
+    if in_model != in_file:
         raise ValueError(
-            f"The model has {token_rows.KEYWORD}={own}, but the file has {found}. Call "
-            "remove_lora(model) first, and the file's are used."
+            f"The model has {token_rows.KEYWORD}={in_model}, but the file has "
+            f"{in_file}. Call remove_lora(model) first, and the file's are used."
         )
 
 

@@ -117,19 +117,19 @@ def holds_weights(layer):
 
 def names_from_converters(paths, names, model, adapter) -> Modules:
     """Returns the modules under the names from KerasHub's converters."""
-    found = families.family(model, paths, names)
+    family = families.family(model, paths, names)
     if adapter is None:
-        named = found.written(since_5=names != families.TRANSFORMERS_4)
+        named = family.written(since_5=names != families.TRANSFORMERS_4)
         if names == families.TRANSFORMERS_4:  # where each expert has its own modules
             named = {path: module for path, module in named.items() if path in paths}
     else:
-        named = found.read(adapter.tensors)
+        named = family.read(adapter.tensors)
     slices = collections.defaultdict(list)
     for path, module in named.items():
         slices[module].append(path)
     modules = Modules()
     for module, parts in slices.items():
-        places = {path: found.places[path] for path in parts if path in found.places}
+        places = {path: family.places[path] for path in parts if path in family.places}
         rows = np.concatenate([[], *(place.rows for place in places.values())])
         if len(rows) > len(np.unique(rows)):
             continue  # two layers share the weight
@@ -190,13 +190,14 @@ PARTS = ["lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "base_layer
 PARTS += ["lora_magnitude_vector", "modules_to_save", "original_module"]
 
 
-def refuse_ambiguous_names(adapted, others):
+def refuse_ambiguous_names(adapted, weights):
     """Raises ValueError for modules whose keys would be read as another module's.
 
-    adapted: The modules that have factors. others: (module, name) of the variables
-    that trained with them.
+    Args:
+        adapted: The modules that have factors.
+        weights: (module, name) of the variables that trained with them.
     """
-    whole = {module for module, _ in others} - adapted.keys()
+    whole = {module for module, _ in weights} - adapted.keys()
     for module in [*adapted, *whole]:
         inner = module.split(".")[1:]
         if "modules_to_save" in inner or (

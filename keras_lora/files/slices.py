@@ -115,12 +115,12 @@ def fuse(tensors, ranks, alphas, use_rslora, places=None) -> dict:
     """Puts the factors of slices together, in place: {module: ranks of its slices}."""
     stacked = {}
     for module, layout in layouts(ranks, places).items():
-        own = [name for name in layout.names if name in ranks]
+        adapted = [name for name in layout.names if name in ranks]
         a, b = (
-            [tensors.pop(name + suffix) for name in own]
+            [tensors.pop(name + suffix) for name in adapted]
             for suffix in torch_layout.LINEAR
         )
-        if not layout.places.keys() & own and len({len(block) for block in b}) > 1:
+        if not layout.places.keys() & adapted and len({len(block) for block in b}) > 1:
             raise ValueError(
                 f"The slices of {module!r} have different numbers of outputs."
             )
@@ -129,20 +129,22 @@ def fuse(tensors, ranks, alphas, use_rslora, places=None) -> dict:
             if parts[layout.names[0]] is not None:
                 tensors[module + suffix] = layout.gather(parts)
         scaling = [
-            alphas[name] / settings.divisor(ranks[name], use_rslora) for name in own
+            alphas[name] / settings.divisor(ranks[name], use_rslora) for name in adapted
         ]
         b = [block * (s / scaling[0]) for block, s in zip(b, scaling, strict=True)]
         shared = all(np.array_equal(a[0], other) for other in a)
-        if len(own) < len(layout.names) or not shared:
+        if len(adapted) < len(layout.names) or not shared:
             stacked[module] = [ranks.get(name, 0) for name in layout.names]
             a, b = [np.concatenate(a)], side_by_side(b)
         fused_a = layout.order_inputs(a[0], 1)
-        fused_b = layout.gather(dict(zip(own, b, strict=True)))
+        fused_b = layout.gather(dict(zip(adapted, b, strict=True)))
         for suffix, value in zip(torch_layout.LINEAR, (fused_a, fused_b), strict=True):
             tensors[module + suffix] = np.ascontiguousarray(value)
         total = len(fused_a)
-        alpha = settings.alpha_at(total, alphas[own[0]], ranks[own[0]], use_rslora)
-        for name in own:
+        alpha = settings.alpha_at(
+            total, alphas[adapted[0]], ranks[adapted[0]], use_rslora
+        )
+        for name in adapted:
             del ranks[name], alphas[name]
         ranks[module], alphas[module] = total, alpha
     return stacked
@@ -188,17 +190,17 @@ def split(tensors, modules, stacked) -> dict:
         ):
             raise ValueError(f"{module!r} has rank {len(a)} and slices of {ranks}.")
         a = layout.order_inputs(a, 1, inverse=True)
-        column, rest = 0, b.copy()
+        column, remainder = 0, b.copy()
         for name, rank in zip(layout.names, ranks, strict=True):
             rows = layout.rows(name, len(b))
             columns = slice(column, column + rank)
             column += rank if module in stacked else 0
-            rest[rows, columns] = 0
+            remainder[rows, columns] = 0
             if rank:
                 tensors[name + torch_layout.LINEAR[0]] = a[columns].copy()
                 tensors[name + torch_layout.LINEAR[1]] = b[rows, columns].copy()
                 shares[name] = Share(rank, len(a))
-        if rest.any():
+        if remainder.any():
             raise ValueError(
                 f"B of {module!r} is not zero outside the blocks of slices of {ranks}."
             )

@@ -50,10 +50,10 @@ def from_tensors(layer, arrays, where):
             f"{where!r} is a {type(layer).__name__}, which needs {sorted(expected)}; "
             f"the file has {sorted(arrays)}."
         )
-    for suffix, found in arrays.items():
-        if found.shape != expected[suffix].shape:
+    for suffix, array in arrays.items():
+        if array.shape != expected[suffix].shape:
             raise ValueError(
-                f"{suffix[1:]} of {where!r} has shape {found.shape} in the file; the "
+                f"{suffix[1:]} of {where!r} has shape {array.shape} in the file; the "
                 f"layer needs {expected[suffix].shape}.{layer.form.file_note}"
             )
     try:

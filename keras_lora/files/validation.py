@@ -164,11 +164,11 @@ def take_rows(tensors) -> dict:
     return {key.removesuffix(SUFFIX): tensors.pop(key) for key in keys}
 
 
-def validate_tokens(given) -> dict:
+def validate_tokens(indices) -> dict:
     """{module, or the end of one: ids}; "" means the model's token embedding."""
-    if not given:
+    if not indices:
         return {}
-    named = given if isinstance(given, dict) else {"": given}
+    named = indices if isinstance(indices, dict) else {"": indices}
     try:
         return {
             name: settings.validate_indices(indices) for name, indices in named.items()
@@ -179,7 +179,7 @@ def validate_tokens(given) -> dict:
 
 def validate_rows(rows, tokens) -> dict:
     """{module: (ids, rows)}; a ValueError where configuration and tensors disagree."""
-    found = {}
+    pairs = {}
     for module, values in rows.items():
         names = [n for n in tokens if not n or f".{module}".endswith(f".{n}")]
         if len(names) != 1 or values.ndim != 2 or len(values) != len(tokens[names[0]]):
@@ -188,10 +188,10 @@ def validate_rows(rows, tokens) -> dict:
                 f"{config.CONFIG} has {KEYWORD}={tokens}: the two do not belong "
                 "together."
             )
-        found[module] = tokens[names[0]], values
-    if len(found) < len(tokens):
+        pairs[module] = tokens[names[0]], values
+    if len(pairs) < len(tokens):
         raise ValueError(
             f"{config.CONFIG} has {KEYWORD}={tokens}, but {disk.TENSORS} has no rows "
             "for some of them."
         )
-    return found
+    return pairs

@@ -230,10 +230,10 @@ def compute(outputs, values, run):
             return x
         if id(x) not in values:
             node = node_of(x)
-            given = node.arguments.args, node.arguments.kwargs
-            args, kwargs = keras.tree.map_structure(value, given)
-            found = keras.tree.flatten(run(node.operation, args, kwargs))
-            values.update(zip(map(id, node.outputs), found, strict=True))
+            arguments = node.arguments.args, node.arguments.kwargs
+            args, kwargs = keras.tree.map_structure(value, arguments)
+            results = keras.tree.flatten(run(node.operation, args, kwargs))
+            values.update(zip(map(id, node.outputs), results, strict=True))
         return values[id(x)]
 
     return keras.tree.map_structure(value, outputs)

@@ -32,8 +32,9 @@ def rebind_wrapped_methods(layer, new_class):
     """
     for name, wrapper in vars(layer).items():
         method = getattr(wrapper, "__wrapped__", None)
-        own = getattr(method, "__self__", None) is layer
-        if not own or method.__name__ != name:  # such as KerasHub's generate_function
+        is_bound = getattr(method, "__self__", None) is layer
+        # Other functions are not wrappers, such as KerasHub's generate_function.
+        if not is_bound or method.__name__ != name:
             continue
         new = getattr(new_class, name).__get__(layer)
         for cell in wrapper.__closure__:
@@ -77,7 +78,7 @@ def bound_functions(layer) -> list:
 
     Keras's own wrappers, which have the methods' names, are left out.
     """
-    found = []
+    names = []
     for name, value in vars(layer).items():
         cells = getattr(value, "__closure__", None) or ()
         inside = [value, getattr(value, "__wrapped__", None)]
@@ -85,14 +86,14 @@ def bound_functions(layer) -> list:
             inside += [cell.cell_contents for cell in cells]
         methods = [x for x in inside if isinstance(x, types.MethodType)]
         if any(x.__self__ is layer and x.__name__ != name for x in methods):
-            found.append(name)
-    return found
+            names.append(name)
+    return names
 
 
 def calls_remat(layer) -> bool:
     """Whether methods of a user's class call `keras.remat`."""
-    own = [c for c in type(layer).__mro__ if not c.__module__.startswith("keras")]
-    functions = [x for c in own for x in vars(c).values()]
+    classes = [c for c in type(layer).__mro__ if not c.__module__.startswith("keras")]
+    functions = [x for c in classes for x in vars(c).values()]
     return any(
         "remat" in x.__code__.co_names
         for x in functions
@@ -131,8 +132,8 @@ def view_with_values(held, values, seen, cls=None):
         inside.setdefault(key, {})[tuple(rest)] = value
     if isinstance(held, keras.layers.Layer):
         changed = {
-            key: view_with_values(getattr(held, key), own, seen)
-            for key, own in inside.items()
+            key: view_with_values(getattr(held, key), inner_values, seen)
+            for key, inner_values in inside.items()
         }
         # Rematerialized again inside a rematerialized layer, a cell would have no
         # gradient for values that are not variables (on TensorFlow).
@@ -142,8 +143,8 @@ def view_with_values(held, values, seen, cls=None):
         seen.append((held, view, dict(vars(view))))
         return view
     copied = dict(held) if isinstance(held, dict) else list(held)
-    for key, own in inside.items():
-        copied[key] = view_with_values(held[key], own, seen)
+    for key, inner_values in inside.items():
+        copied[key] = view_with_values(held[key], inner_values, seen)
     return copied
 
 

@@ -56,13 +56,13 @@ def live_models() -> list:
 
 def subclasses(cls) -> set:
     """Returns a class and all its subclasses."""
-    found, more = set(), [cls]
-    while more:
-        own = more.pop()
-        if own not in found:
-            found.add(own)
-            more += type.__subclasses__(own)
-    return found
+    classes, waiting = set(), [cls]
+    while waiting:
+        subclass = waiting.pop()
+        if subclass not in classes:
+            classes.add(subclass)
+            waiting += type.__subclasses__(subclass)
+    return classes
 
 
 LOOP_FUNCTIONS = ("train_function", "test_function", "predict_function")
@@ -71,13 +71,13 @@ COMPILED_FUNCTIONS = (*LOOP_FUNCTIONS, "generate_function")  # the last: KerasHu
 
 def take_compiled_functions(layers):
     """Removes the traced functions of the models among layers, and returns them."""
-    taken = []
+    functions = []
     for layer in layers:
         for name in COMPILED_FUNCTIONS:
             if getattr(layer, name, None) is not None:
-                taken.append((layer, name, getattr(layer, name)))
+                functions.append((layer, name, getattr(layer, name)))
                 setattr(layer, name, None)
-    return taken
+    return functions
 
 
 def renew_compiled_functions(layers):

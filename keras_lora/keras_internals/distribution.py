@@ -38,40 +38,40 @@ def laid_out_by(axes_of, like):
     if like is None:
         yield
         return
-    own = keras.distribution.distribution()
+    outer = keras.distribution.distribution()
 
     def get_variable_layout(variable):
         axes = axes_of.get(variable.name)
         if not axes or not any(axes) or len(axes) != len(variable.shape):
-            return own.get_variable_layout(variable)
-        named = own.get_tensor_layout(variable.path)
+            return outer.get_variable_layout(variable)
+        named = outer.get_tensor_layout(variable.path)
         if named is not None:
             return named
-        axes = divisible_axes(variable, axes, like.device_mesh, own)
+        axes = divisible_axes(variable, axes, like.device_mesh, outer)
         return keras.distribution.TensorLayout(axes, like.device_mesh)
 
-    inside = copy.copy(own)
+    inside = copy.copy(outer)
     inside.get_variable_layout = get_variable_layout
     keras.distribution.set_distribution(inside)
     try:
         yield
     finally:
-        keras.distribution.set_distribution(own)
+        keras.distribution.set_distribution(outer)
 
 
 def divisible_axes(variable, axes, mesh, distribution):
     """Returns the axes of a mesh, with None where a size is not divisible."""
     parts = dict(zip(mesh.axis_names, mesh.shape, strict=True))
     sizes = zip(axes, variable.shape, strict=True)
-    found = [None if axis and size % parts[axis] else axis for axis, size in sizes]
-    if found != list(axes) and distribution not in warned:
+    divisible = [None if axis and size % parts[axis] else axis for axis, size in sizes]
+    if divisible != list(axes) and distribution not in warned:
         warned.add(distribution)
         warn_caller(
             f"{variable.path!r} of shape {tuple(variable.shape)} does not divide over "
             f"the mesh axes {tuple(axes)} of its kernel's layout: it lies whole on "
             "every device there, as do others like it."
         )
-    return found
+    return divisible
 
 
 def fetch(value):
@@ -88,13 +88,13 @@ def fetch(value):
     if value.nbytes <= REPLICATED_BYTES:
         return multihost.process_allgather(value, tiled=True)
     here = probes.module("jax").process_index()
-    own = {str(x.index): x.data for x in value.addressable_shards}
+    own_parts = {str(x.index): x.data for x in value.addressable_shards}
     whole, bits = np.empty(value.shape, value.dtype), f"u{value.dtype.itemsize}"
     places = value.sharding.devices_indices_map(value.shape).items()
     first = {str(index): device for device, index in reversed(places)}
     for place, index in {str(index): index for _, index in places}.items():
         is_source = first[place].process_index == here
-        part = own[place] if is_source else np.empty_like(whole[index])
+        part = own_parts[place] if is_source else np.empty_like(whole[index])
         part = np.ascontiguousarray(part).view(bits)  # which are added to zeros
         part = multihost.broadcast_one_to_all(part, is_source)
         whole[index] = np.asarray(part).view(whole.dtype)
@@ -171,7 +171,7 @@ def on_host():
 def lay_out_batch(batch):
     """Lays out a batch as `fit` does: each process passes its own rows.
 
-    Processes that hold the same rows must pass equal ones, which `digests_of_rows` shows.
+    Processes that hold the same rows must pass equal ones: see `digests_of_rows`.
     """
     jax, distribution = probes.module("jax"), keras.distribution.distribution()
 
@@ -186,13 +186,13 @@ def lay_out_batch(batch):
 
 def digests_of_rows(batch) -> dict:
     """Returns {rows: digest} of a batch from `lay_out_batch`, for other processes."""
-    found = {}
+    digests = {}
     for number, x in enumerate(keras.tree.flatten(batch)):
-        found[f"shape {number}"] = str(x.shape)
+        digests[f"shape {number}"] = str(x.shape)
         for part in x.addressable_shards:
             digest = hashlib.sha256(np.asarray(part.data).tobytes()).hexdigest()
-            found[f"{number} {part.index}"] = digest
-    return found
+            digests[f"{number} {part.index}"] = digest
+    return digests
 
 
 def strategy_scope(model):
@@ -214,16 +214,16 @@ def scope_of_variables(variables, name):
         return
     tf = probes.module("tensorflow").distribute
     now = tf.get_strategy() if tf.has_strategy() else None
-    own = processes.strategy_of(variables)
+    strategy = processes.strategy_of(variables)
     mirrored = tf.MirroredStrategy, tf.MultiWorkerMirroredStrategy, tf.TPUStrategy
-    if own is not now and isinstance(now, mirrored):
+    if strategy is not now and isinstance(now, mirrored):
         raise ValueError(
             f"{name!r} was not built in the scope of this "
             f"{type(now).__name__}: its weights lie elsewhere, and what is made here "
             "would not train with them. Build the model in the scope, or make this "
             "call outside of it. Nothing was changed."
         )
-    with contextlib.nullcontext() if own is None else own.scope():
+    with contextlib.nullcontext() if strategy is None else strategy.scope():
         yield
 
 

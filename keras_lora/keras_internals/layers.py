@@ -90,15 +90,15 @@ def assign_if_trainable(kernel, variable, value):
 
 def guard_assign(variable, refuse):
     """Calls refuse(path) before the variable is assigned outside calls."""
-    own = vars(variable).get("assign")
-    guarded = functools.partial(assign_guarded, variable, own, refuse)
+    assign = vars(variable).get("assign")
+    guarded = functools.partial(assign_guarded, variable, assign, refuse)
     variable.assign = guarded
 
 
-def assign_guarded(variable, own, refuse, value):
+def assign_guarded(variable, assign, refuse, value):
     if not (calls.in_a_call() or calls.is_emptied(variable) or value is variable.value):
         refuse(variable.path)
-    return type(variable).assign(variable, value) if own is None else own(value)
+    return type(variable).assign(variable, value) if assign is None else assign(value)
 
 
 def release_assign(variable):
@@ -160,14 +160,14 @@ def flatten_layers(model):
     """
     validate_model(model)
     refuse_other_copy(model)
-    found, waiting = {id(model): model}, collections.deque(model._layers)
+    layers, waiting = {id(model): model}, collections.deque(model._layers)
     while waiting:
         layer = waiting.popleft()
-        if id(layer) not in found:
+        if id(layer) not in layers:
             refuse_other_copy(layer)
-            found[id(layer)] = layer
+            layers[id(layer)] = layer
             waiting.extendleft(layer._layers)
-    return list(found.values())
+    return list(layers.values())
 
 
 def attach(layer, name, sublayer):
@@ -306,7 +306,7 @@ def weight_places(layer) -> dict:
     that never train and weights of sublayers are left out.
     """
     train, seen = set(map(id, layer._trainable_variables)), set()
-    found: dict = {}
+    places: dict = {}
     held: dict = {}
 
     def is_weight(variable):
@@ -318,9 +318,9 @@ def weight_places(layer) -> dict:
             if is_weight(value) and id(value) not in seen:
                 seen.add(id(value))
                 name, count = value.name, 1
-                while name in found:
+                while name in places:
                     name, count = f"{value.name}_{count}", count + 1
-                found[name], held[name] = keys, value
+                places[name], held[name] = keys, value
         elif isinstance(value, dict):
             for key, each in value.items():
                 look(each, (*keys, key))
@@ -331,12 +331,12 @@ def weight_places(layer) -> dict:
     for name, value in vars(layer).items():
         if not (name in VARIABLE_LISTS or name.startswith("_self_")):  # TensorFlow's
             look(value, (name,))
-    if not found:
-        return found
+    if not places:
+        return places
     # A wrapper may hold the weights of its layer too.
     parts = [part for part in flatten_layers(layer) if part is not layer]
     theirs = {id(v) for part in parts for v in part.variables}
-    return {n: keys for n, keys in found.items() if id(held[n]) not in theirs}
+    return {n: keys for n, keys in places.items() if id(held[n]) not in theirs}
 
 
 def kernel_variables(layer) -> dict:

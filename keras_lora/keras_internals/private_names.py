@@ -262,10 +262,10 @@ def probe_package(package):
         if row.package != package:
             continue
         try:
-            found = row.is_there()
+            is_there = row.is_there()
         except Exception:  # whatever another version raises
-            found = False
-        if not found:
+            is_there = False
+        if not is_there:
             probes.MISSING.setdefault(row.needed_by, []).append(row)
 
 

@@ -119,12 +119,12 @@ def class_changes() -> bool:
         def call(self, inputs, training=None):
             return inputs
 
-    layer, made = Before(name="sample"), After(name="sample")
+    layer, new_layer = Before(name="sample"), After(name="sample")
     classes.change_class(layer, After)
     layer.build((1,))
     parameters = [
         [list(x.parameters) for x in vars(each).values() if hasattr(x, "parameters")]
-        for each in (layer, made)
+        for each in (layer, new_layer)
     ]
     return hasattr(layer, "was_built") and parameters[0] == parameters[1] != []
 
@@ -159,11 +159,11 @@ def converter_names(package) -> list:
 
 def converters_are_there() -> bool:
     """Whether each converter can be asked with a loader that has no file."""
-    found = [module(name) for name in converter_names(module(CONVERTERS))]
-    return bool(found) and all(
+    converters = [module(name) for name in converter_names(module(CONVERTERS))]
+    return bool(converters) and all(
         hasattr(x, "backbone_cls")
         and len(inspect.signature(x.convert_weights).parameters) == 3
-        for x in found
+        for x in converters
     )
 
 

@@ -80,11 +80,11 @@ def exchange(message, seconds, strategy=None) -> list:
     text, process = json.dumps(message), process_index(strategy)
     try:
         if strategy is None:
-            found = publish(text, process, seconds)
+            texts = publish(text, process, seconds)
         else:
             codes = [*text.encode(), ord("\n")]
             codes = gather(np.array(codes, "int32"), strategy, seconds)
-            found = bytes(codes.tolist()).decode().splitlines()
+            texts = bytes(codes.tolist()).decode().splitlines()
     except timeout_error(strategy) as error:
         raise RuntimeError(
             f"Process {process} has waited up to {seconds} seconds for the others, or "
@@ -92,7 +92,7 @@ def exchange(message, seconds, strategy=None) -> list:
             "all of them have to make each call of keras_lora, in the same order. "
             "Nothing was changed."
         ) from error
-    return [json.loads(each) for each in found]
+    return [json.loads(each) for each in texts]
 
 
 def timeout_error(strategy):
@@ -137,8 +137,8 @@ def gather(values, strategy, seconds):
         return context.all_gather(own, axis=0, options=options)
 
     replicas = strategy.num_replicas_in_sync // len(tasks(strategy))
-    found = strategy.experimental_local_results(strategy.run(gather_on_replica))
-    return found[0].numpy()
+    gathered = strategy.experimental_local_results(strategy.run(gather_on_replica))
+    return gathered[0].numpy()
 
 
 def sum_over_processes(values, model):
@@ -189,8 +189,9 @@ def run_on_all(model, function, identity=None, differ=""):
             )
     known: dict = {}
     for other in messages:
-        found = other["identity"]
-        for key, text in (found if isinstance(found, dict) else {"": found}).items():
+        texts = other["identity"]
+        texts = texts if isinstance(texts, dict) else {"": texts}
+        for key, text in texts.items():
             if known.setdefault(key, text) != text:
                 raise ValueError(f"{differ} Nothing was changed on any process.")
     return result

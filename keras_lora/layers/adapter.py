@@ -121,8 +121,8 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
 
     def factor_axes(self, form, axes) -> dict:
         """Maps the names of factors to their axes in the layout of W."""
-        found = form.factor_axes(axes)
-        return found | {f"{name}_start": own for name, own in found.items()}
+        by_name = form.factor_axes(axes)
+        return by_name | {f"{name}_start": own for name, own in by_name.items()}
 
     def start_from_kernel(self):
         """Resets values that start from W, after W was assigned; LoRA has none."""
@@ -200,10 +200,10 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
         a, b = self.factors(dtype)
         if training and merged_training.merging_pays(host, self, inputs):
             return merged_training.linear_with_update(host, inputs, a, b)
-        apply_dropout = self.apply_dropout(inputs) if training else inputs
+        dropped = self.apply_dropout(inputs) if training else inputs
         outputs = ops.cast(host.frozen_linear(inputs), dtype)
         # Not ops.add, which on TensorFlow mistakes an empty batch for a bias.
-        return outputs + ops.cast(host.form.bypass(apply_dropout, a, b), dtype)
+        return outputs + ops.cast(host.form.bypass(dropped, a, b), dtype)
 
     def for_bank(self) -> tuple:
         """Returns the arrays that a bank stores: A, scaling * B, and gain or None.

@@ -86,8 +86,8 @@ class Stack(products.AdaptedWeight):
             outputs = ops.matmul(inputs, kernel)
         else:
             outputs = ops.einsum(equation, inputs, kernel)
-        more = ops.einsum(up, ops.einsum(down, inputs, a), b)
-        return outputs + ops.cast(more, outputs.dtype)
+        low_rank = ops.einsum(up, ops.einsum(down, inputs, a), b)
+        return outputs + ops.cast(low_rank, outputs.dtype)
 
 
 def split_equation(equation):

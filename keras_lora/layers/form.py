@@ -35,8 +35,8 @@ def unchanged(a, b):
 
 def pad(value, shape):
     """Pads a value with zeros at the ends of its axes."""
-    more = [(0, size - own) for size, own in zip(shape, value.shape, strict=True)]
-    return ops.pad(value, more)
+    widths = [(0, new - old) for new, old in zip(shape, value.shape, strict=True)]
+    return ops.pad(value, widths)
 
 
 def merging_size(kernel_size, inputs, outputs):
@@ -238,9 +238,9 @@ def matmul_by_row(inputs, stack, slots, transpose=False):
         factors = ops.transpose(factors, (0, 2, 1))
     if len(inputs.shape) == 3:
         return ops.matmul(inputs, factors)
-    rows, *others, size = ops.shape(inputs)
-    outputs = ops.matmul(ops.reshape(inputs, (rows, math.prod(others), size)), factors)
-    return ops.reshape(outputs, (rows, *others, factors.shape[-1]))
+    rows, *lead, size = ops.shape(inputs)
+    outputs = ops.matmul(ops.reshape(inputs, (rows, math.prod(lead), size)), factors)
+    return ops.reshape(outputs, (rows, *lead, factors.shape[-1]))
 
 
 def take_by_row(ids, stack, slots):
@@ -257,9 +257,9 @@ def take_by_row(ids, stack, slots):
 
 def einsum_by_row(equation, row, inputs, stack, slots):
     """einsum(equation, inputs[i], stack[slots[i]]); row: the letter of axis i."""
-    operand, _, rest = equation.partition(",")
+    operand, _, remainder = equation.partition(",")
     factors = ops.cast(ops.take(stack, slots, axis=0), inputs.dtype)
-    return ops.einsum(f"{operand},{row}{rest}", inputs, factors)
+    return ops.einsum(f"{operand},{row}{remainder}", inputs, factors)
 
 
 def map_by_row(bypass, inputs, a, b, slots, training=False):

@@ -1,5 +1,6 @@
 """The table of kinds: layer class -> LoRA class."""
 
+import collections
 import functools
 from collections.abc import Mapping
 
@@ -116,16 +117,16 @@ def register_lora_layer(lora_class: type, weights: Mapping | None = None) -> typ
 def validate_axes(weight, axes) -> Axes:
     """Checks the axes that a user gives for a weight."""
     named = dict(axes) if isinstance(axes, Mapping) else {"input_axes": axes}
-    found = [tuple(named.pop(name, ())) for name in ("input_axes", "batch_axes")]
-    every = [axis for own in found for axis in own]
+    groups = [tuple(named.pop(name, ())) for name in ("input_axes", "batch_axes")]
+    every = [axis for group in groups for axis in group]
     whole = all(type(axis) is int and axis >= 0 for axis in every)
-    if named or not found[0] or not whole or len(set(every)) < len(every):
+    if named or not groups[0] or not whole or len(set(every)) < len(every):
         raise ValueError(
             f"The axes of {weight!r} must be a tuple of the axes of its inputs, or a "
             "dict of `input_axes` and `batch_axes`: different whole numbers >= 0. "
             f"Received: {axes!r}."
         )
-    return Axes(*found)
+    return Axes(*groups)
 
 
 def kind_of(layer):
@@ -171,7 +172,7 @@ def substituted_class(cls, weight):
         "plain_class": cls,
         "kernel_name": weight,
         "adapted_weights": (),
-        "weight_axes": {name: own for each in axes for name, own in each.items()},
+        "weight_axes": dict(collections.ChainMap(*reversed(axes))),
         "constructs": False,
     }
     return type(f"LoRA{cls.__name__}", (mixin, cls), attributes)
@@ -181,9 +182,9 @@ def class_with_adapter(layer):
     """The LoRA class that a layer gets with an adapter; None without such a weight."""
     if isinstance(layer, LoRALayer):
         return type(layer)
-    found = lora_class_of(type(layer))
-    if found is not None or isinstance(layer, (keras.Model, LowRankAdapter)):
-        return found
+    lora_class = lora_class_of(type(layer))
+    if lora_class is not None or isinstance(layer, (keras.Model, LowRankAdapter)):
+        return lora_class
     names = list(layers.weight_places(layer))
     if not names:
         return None
@@ -199,14 +200,14 @@ def sites_of(layer) -> dict:
     if kind is None:
         return {}
     if kind.kernel_name is None:
-        own, places = {}, kind.places_of(layer)
+        itself, places = {}, kind.places_of(layer)
     else:
-        own, places = {kind.kernel_name: layer}, {}
+        itself, places = {kind.kernel_name: layer}, {}
         if kind.more_weights:
-            found = layers.weight_places(layer)
-            places = {w: found[w] for w in kind.more_weights if w in found}
+            all_places = layers.weight_places(layer)
+            places = {w: all_places[w] for w in kind.more_weights if w in all_places}
     sites = {w: WeightSite(layer, w, keys, kind) for w, keys in places.items()}
-    return own | sites
+    return itself | sites
 
 
 def layer_of(site):

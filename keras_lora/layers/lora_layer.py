@@ -343,10 +343,10 @@ class LoRALayer(Rematerialized, QuantizedHost, Site):
         sites = [site for site in self.sites().values() if site.lora.kernel_place]
         moved = {id(site.frozen_kernel) for site in sites}
         moved |= {id(v) for lora in self.loras.values() for v in lora.weights}
-        found = [v for v in self.weights if id(v) not in moved]
+        variables = [v for v in self.weights if id(v) not in moved]
         for site in reversed(sites):  # in the reverse order of freezing
-            found.insert(site.lora.kernel_place.position, site.frozen_kernel)
-        return found
+            variables.insert(site.lora.kernel_place.position, site.frozen_kernel)
+        return variables
 
 
 def has_adapters(layer):

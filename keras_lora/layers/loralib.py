@@ -22,7 +22,7 @@ def validate_factorization(factorization):
 def loralib_convolution(layer, rank):
     """The form of a convolution with microsoft/LoRA's factors."""
     *kernel_size, group_channels, filters = layer.kernel_shape
-    last, others = kernel_size[-1], math.prod(kernel_size[:-1])
+    last, other_sizes = kernel_size[-1], math.prod(kernel_size[:-1])
     channels = group_channels * layer.groups
 
     def compose(a, b):
@@ -34,7 +34,7 @@ def loralib_convolution(layer, rank):
 
     return LowRankForm(
         a_shape=(rank * last, channels * last),
-        b_shape=(filters // layer.groups * others, rank * last),
+        b_shape=(filters // layer.groups * other_sizes, rank * last),
         fan_in=channels * last,
         compose=compose,
         # The reshape mixes channels with positions, so the kernel has to be formed.
@@ -59,8 +59,8 @@ def convert_convolution(layer, a, b, rank, module):
             f"The convolution of {module!r} has groups: loralib's factors fit it with "
             "factorization='loralib' only."
         )
-    *others, last = layer.kernel_size
-    copies, channels = math.prod(others), layer.kernel.shape[-2]
+    *other_sizes, last = layer.kernel_size
+    copies, channels = math.prod(other_sizes), layer.kernel.shape[-2]
     expected = (rank * last, channels * last), (layer.filters * copies, rank * last)
     if (a.shape, b.shape) != expected:
         raise ValueError(

@@ -267,8 +267,8 @@ def straight_through(layer, inputs, forward, backward):
         def gradient(*args, upstream=None):
             if upstream is None:  # torch passes it as an argument
                 (upstream,) = args
-            found = backward(seen(type(layer), values, upstream), upstream)
-            return (ops.cast(found, dtype), *[None] * len(values))
+            gradient_of_inputs = backward(seen(type(layer), values, upstream), upstream)
+            return (ops.cast(gradient_of_inputs, dtype), *[None] * len(values))
 
         inputs = ops.stop_gradient(inputs)
         return forward(seen(layer.plain_class, values, inputs), inputs), gradient

@@ -103,25 +103,25 @@ def validate_bias(bias):
 def validate_indices(indices) -> tuple:
     """Checks the token ids that a user gives, and returns them as a tuple."""
     try:
-        found = list(indices)
+        ids = list(indices)
     except TypeError:
-        found = [None]
+        ids = [None]
     whole = all(
         isinstance(i, (numbers.Integral, np.integer)) and not isinstance(i, bool)
-        for i in found
+        for i in ids
     )
-    if not found or not whole or min(found) < 0:
+    if not ids or not whole or min(ids) < 0:
         raise ValueError(
             "`trainable_token_indices` must be ids of tokens, whole numbers >= 0. "
             f"Received: {indices!r}."
         )
-    twice = sorted({int(i) for i in found if found.count(i) > 1})
+    twice = sorted({int(i) for i in ids if ids.count(i) > 1})
     if twice:
         raise ValueError(
             f"`trainable_token_indices` has {twice[:5]} more than once. Give each id "
             "once."
         )
-    return tuple(int(i) for i in found)
+    return tuple(int(i) for i in ids)
 
 
 def is_number(value):

@@ -343,9 +343,9 @@ class SeveralWeights(SubstitutedLayer):
 
     def attach_adapters(self, options):
         self.refuse_dropout(options)
-        own = options.pop("adapters")
+        own_options = options.pop("adapters")
         for weight in self.adapted_weights:
-            chosen = own.get(weight, options)
+            chosen = own_options.get(weight, options)
             if chosen is not None:
                 name = attribute(weight)
                 layers.attach(

@@ -280,32 +280,32 @@ def warn_of_high_ranks(layers):
 TOKEN_TABLES = ("token_embedding", "embed_tokens", "word_embeddings", "tokens")
 
 
-def token_sites(paths, given, trained) -> dict:
+def token_sites(paths, ids, trained) -> dict:
     """Path -> (site, indices), for the tables and heads of which some rows train.
 
     Args:
         paths: Path -> layer, of the whole model.
-        given: Ids of tokens, or {path: ids}, or None.
+        ids: Ids of tokens, or {path: ids}, or None.
         trained: Paths of layers that train in full.
     """
-    if given is None:
+    if ids is None:
         return {}
     by_path = sites.site_paths(paths)
     tables = {p: s for p, s in by_path.items() if kinds.looks_up(s)}
-    if isinstance(given, Mapping):
+    if isinstance(ids, Mapping):
         chosen = {}
-        for rule, indices in given.items():
-            found = targets.matching_paths(
+        for rule, indices in ids.items():
+            matches = targets.matching_paths(
                 [rule], {**by_path, **paths}, token_rows.KEYWORD, tables
             )
-            if len(found) != 1:
+            if len(matches) != 1:
                 raise ValueError(
                     f"`{token_rows.KEYWORD}` {rule!r} must mean one table, and means "
-                    f"{join(found)}."
+                    f"{join(matches)}."
                 )
-            chosen[found[0]] = indices
+            chosen[matches[0]] = indices
     else:
-        chosen = {token_table(tables): given}
+        chosen = {token_table(tables): ids}
     tokens = {}
     for path, indices in chosen.items():
         site = by_path.get(path)
@@ -335,14 +335,14 @@ def is_head(site):
 def token_table(tables):
     """Returns the path of the model's token embedding."""
     named = [p for p in tables if p.rpartition("/")[2] in TOKEN_TABLES]
-    found = named if len(named) == 1 else list(tables)
-    if len(found) != 1:
+    candidates = named if len(named) == 1 else list(tables)
+    if len(candidates) != 1:
         raise ValueError(
-            f"The model has {len(found)} embeddings"
-            f"{f', {join(found)}' if found else ''}: give `{token_rows.KEYWORD}` as "
-            "a dict from the path of a table to ids."
+            f"The model has {len(candidates)} embeddings"
+            f"{f', {join(candidates)}' if candidates else ''}: give "
+            f"`{token_rows.KEYWORD}` as a dict from the path of a table to ids."
         )
-    return found[0]
+    return candidates[0]
 
 
 def refuse_both(tokens, chosen):

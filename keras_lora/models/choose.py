@@ -25,26 +25,26 @@ def choose(model, paths, target, exclude, trained):
     }
     everything = isinstance(target, str) and target in WHOLE_MODEL
     if everything:
-        found, skipped = paths_of_whole_model(model, sites, target)
+        paths_meant, skipped = paths_of_whole_model(model, sites, target)
         for path, layer in with_model(model, paths).items():
             if not f"{path}/".startswith(inside_trained):
                 for weight, why in kinds.out_of_reach(layer).items():
                     skipped[f"{path}/{weight}".lstrip("/")] = why
     else:
-        found, skipped = paths_of_rule(paths, every, sites, target, trained), {}
+        paths_meant, skipped = paths_of_rule(paths, every, sites, target, trained), {}
     if exclude is not None:
         things = {**every, **paths}
         left_out = targets.matching_paths(exclude, things, "exclude")
         excluded = {x for p in left_out for x in (p, *sites_at(p, paths, every))}
-        if found and excluded.issuperset(found):
+        if paths_meant and excluded.issuperset(paths_meant):
             raise ValueError(
                 f"`exclude` {exclude!r} leaves nothing of `target` {target!r}."
             )
-        found = [path for path in found if path not in excluded]
+        paths_meant = [path for path in paths_meant if path not in excluded]
         skipped = {p: why for p, why in skipped.items() if p not in excluded}
     by_name = isinstance(target, (list, tuple, set, frozenset))
     chosen = {}
-    for path in found:
+    for path in paths_meant:
         site, layer = sites[path], kinds.layer_of(sites[path])
         owner = owner_of(model, paths, path, layer)
         reason = kinds.obstacle(site) or reassignment_reason(owner)
@@ -68,16 +68,16 @@ def choose(model, paths, target, exclude, trained):
 def paths_of_whole_model(model, sites, target):
     """The paths that "all-linear" or "all" means, and why it leaves out others."""
     heads = targets.output_layers(model)
-    found, skipped = [], {}
+    meant, skipped = [], {}
     for path, site in sites.items():
         layer = kinds.layer_of(site)
         if id(layer) in heads or is_bias(site):
             continue
         if target == "all" or (is_known(site) and kinds.in_all_linear(site)):
-            found.append(path)
+            meant.append(path)
         else:
             skipped[path] = why_not_linear(site)
-    return found, skipped
+    return meant, skipped
 
 
 def notes_on_outputs(model, sites, chosen) -> list:
@@ -119,8 +119,8 @@ def reassignment_reason(owner):
 
 def no_effect_in(owner, layer):
     """Says why an adapter of this layer would have no effect in its owner, or None."""
-    others = [other for other in layers.sublayers(owner) if calls.was_called(other)]
-    if not others or calls.was_called(layer):
+    others_are_called = any(map(calls.was_called, layers.sublayers(owner)))
+    if calls.was_called(layer) or not others_are_called:
         return None
     # Gemma 4's feed-forward blocks multiply with `self.gating_ffw.kernel`.
     return (
@@ -154,13 +154,13 @@ def paths_of_rule(paths, every, sites, target, trained):
     by_name = by_name or (isinstance(target, str) and target in paths)
     things = {p: x for p, x in paths.items() if by_name or sites_at(p, paths, sites)}
     things |= {path: site for path, site in sites.items() if path not in things}
-    found = set()
+    meant = set()
     for path in targets.matching_paths(target, things, "target", sites):
-        own = [path] if path in sites else sites_at(path, paths, sites)
-        if not own:
+        site_paths = [path] if path in sites else sites_at(path, paths, sites)
+        if not site_paths:
             raise ValueError(unsupported_message(path, paths[path], trained, sites))
-        found |= {x for x in own if x == path or not is_bias(every[x])}
-    return [path for path in sites if path in found]
+        meant |= {x for x in site_paths if x == path or not is_bias(every[x])}
+    return [path for path in sites if path in meant]
 
 
 def sites_at(path, paths, sites) -> list:
@@ -188,15 +188,12 @@ def no_match_message(target, skipped):
     paths = collections.defaultdict(list)
     for path, why in skipped.items():
         paths[why].append(path)
-    reasons = [f"{tables.join(found)}: {why}" for why, found in paths.items()]
-    more = (
-        f" {tables.plural(len(reasons) - 3, 'more reason')}."
-        if len(reasons) > 3
-        else ""
-    )
+    reasons = [f"{tables.join(own)}: {why}" for why, own in paths.items()]
+    further = len(reasons) - 3
+    further = f" {tables.plural(further, 'more reason')}." if further > 0 else ""
     return (
         f"`target` {target!r} matches no layer that is built and can be adapted. "
-        f"{' '.join(reasons[:3])}{more}"
+        f"{' '.join(reasons[:3])}{further}"
     )
 
 

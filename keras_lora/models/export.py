@@ -110,15 +110,16 @@ def refuse_occupied_path(path, format):
             f"`path` {str(path)!r} is a folder, and format={format!r} writes a file. "
             "Give the path of a file in it."
         )
-    found = atomic.entries(path)
-    others = sorted(found - SAVED_MODEL) if "saved_model.pb" in found else sorted(found)
-    if others:
+    entries = atomic.entries(path)
+    foreign = entries - SAVED_MODEL if "saved_model.pb" in entries else entries
+    if foreign:
         raise FileExistsError(
-            f"`path` {str(path)!r} is a folder that holds {', '.join(others[:5])}: an "
-            "export would replace the whole folder. Give a path inside it, such as "
+            f"`path` {str(path)!r} is a folder that holds "
+            f"{', '.join(sorted(foreign)[:5])}: an export would replace the whole "
+            "folder. Give a path inside it, such as "
             f"{str(Path(path, 'served'))!r}."
         )
-    if found and os.path.samefile(path, "."):
+    if entries and os.path.samefile(path, "."):
         raise FileExistsError(
             f"`path` {str(path)!r} is the current working directory, which the export "
             "would replace. Give a path inside it, or export from another directory."

@@ -197,11 +197,11 @@ def map_with_progress_bar(layers, function):
     sizes = {path: np.sort(layer.kernel_shape)[::-1] for path, layer in layers.items()}
     work = sum(float(np.prod(size)) * size[-1] for size in sizes.values())
     bar = keras.utils.Progbar(len(layers), verbose=int(work > 1e10), unit_name="layer")
-    found = {}
+    results = {}
     for path, layer in layers.items():
-        found[path] = function(path, layer)
+        results[path] = function(path, layer)
         bar.add(1)
-    return found
+    return results
 
 
 @contextlib.contextmanager
@@ -214,12 +214,14 @@ def replace_adapters(model, options):
     """
     compiled.restore_jax_weights(model)
     with distribution.strategy_scope(model), contextlib.ExitStack() as undo:
-        made = {
-            site: methods.make_adapter(own, site.variable_dtype, site.adapter_attribute)
-            for site, own in options.items()
+        adapters = {
+            site: methods.make_adapter(
+                site_options, site.variable_dtype, site.adapter_attribute
+            )
+            for site, site_options in options.items()
         }
         undo.callback(refresh_torch_parameters, flatten_layers(model))
-        for site, adapter in made.items():
+        for site, adapter in adapters.items():
             undo.callback(replace_adapter, site, site.lora)
             replace_adapter(site, adapter)
             with name_scope_of(site.lora_layer()):

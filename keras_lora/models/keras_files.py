@@ -39,11 +39,13 @@ class Carrier(Rematerialized):
         if calls.legacy_format():
             refuse_legacy_format(self)
         layers = {"": self, **layer_paths(self, alone=False)}
-        own = {p: x for p, x in layers.items() if not isinstance(x, LowRankAdapter)}
+        carried = {p: x for p, x in layers.items() if not isinstance(x, LowRankAdapter)}
         with_adapter = {
-            path: x for path, x in own.items() if lora_layer.has_adapters(x)
+            path: x for path, x in carried.items() if lora_layer.has_adapters(x)
         }
-        records = {path: training_state.record_of(layer) for path, layer in own.items()}
+        records = {
+            path: training_state.record_of(layer) for path, layer in carried.items()
+        }
         view = classes.view_as(self, presets.plain_class_of(type(self)))
         plain = keras.saving.serialize_keras_object(view)
         for key in ("compile_config", "shared_object_id"):  # those of the view
@@ -60,8 +62,8 @@ class Carrier(Rematerialized):
                 p: {w: s.lora.options() for w, s in x.sites().items() if s is not x}
                 for p, x in with_adapter.items()
             },
-            "places": {path: place - 1 for place, path in enumerate(own)},
-            "quantized": quantized.quantizations(own),
+            "places": {path: place - 1 for place, path in enumerate(carried)},
+            "quantized": quantized.quantizations(carried),
             "merge_weights": {p: x.merge_weights for p, x in with_adapter.items()},
             "trainable": training_state.trainable_flags(layers),
             "trainable_before": {
@@ -81,16 +83,17 @@ class Carrier(Rematerialized):
         )
         paths = layer_paths(model, alone=False)
         layers = {"": model, **paths}
-        own = [p for p, x in paths.items() if not isinstance(x, LowRankAdapter)]
+        present = [p for p, x in paths.items() if not isinstance(x, LowRankAdapter)]
         # A model may give its layers other names once it has a name itself.
-        places = {p: own[n] for p, n in config["places"].items() if 0 <= n < len(own)}
+        places = config["places"].items()
+        places = {p: present[n] for p, n in places if 0 <= n < len(present)}
         places |= {path: path for path in layers}
         for path, how in config.get("quantized", {}).items():
             quantized.quantize_again(layers.get(places.get(path)), *how)
         adapters = []
-        one = {path: {None: own} for path, own in config["adapters"].items()}
+        one = {path: {None: options} for path, options in config["adapters"].items()}
         several = config.get("weight_adapters", {})
-        for path, own in [*one.items(), *several.items()]:
+        for path, options_by_weight in [*one.items(), *several.items()]:
             layer = layers.get(places.get(path))
             if layer is None or not layer.built:
                 raise ValueError(
@@ -99,7 +102,7 @@ class Carrier(Rematerialized):
                     "you did originally, then `apply_lora` and `load_weights`."
                 )
             by_weight = kinds.sites_of(layer)
-            for weight, options in own.items():
+            for weight, options in options_by_weight.items():
                 site = by_weight.get(weight, layer)
                 if not lora_layer.is_adapted(site):  # a LoRA layer restores its own
                     adapters.append((site, options))
@@ -163,12 +166,14 @@ def carrier_class(cls):
     module of this package: if that is not imported, Keras says so instead of using the
     plain class.
     """
-    own = {"__module__": __name__, "plain_owner": cls}
+    members = {"__module__": __name__, "plain_owner": cls}
     for method in (save, presets.save_to_preset, make_train_function):
         if hasattr(cls, method.__name__):
-            own[method.__name__] = method
-    own |= {name: protect(getattr(cls, name)) for name in LOOPS if hasattr(cls, name)}
-    carrier = type(cls.__name__, (Carrier, cls), own)
+            members[method.__name__] = method
+    members |= {
+        name: protect(getattr(cls, name)) for name in LOOPS if hasattr(cls, name)
+    }
+    carrier = type(cls.__name__, (Carrier, cls), members)
     register(carrier)
     # The mixin keeps the name: KerasHub would find a registered subclass when it looks
     # for the task of a preset.

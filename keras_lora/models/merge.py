@@ -99,22 +99,22 @@ def relative_error(layer, plain):
     """Returns the relative error of a merged kernel, computed in A's dtype."""
     dtype = layer.lora.variable_dtype
     kernel = classes.view_with(plain, type(layer), {}).base_kernel(dtype)
-    found, wanted = (
+    merged, exact = (
         torch_layout.to_numpy(x).astype("float64")
         for x in (kernel, layer.merged_kernel(dtype))
     )
-    return float(np.linalg.norm(found - wanted) / (np.linalg.norm(wanted) or 1.0))
+    return float(np.linalg.norm(merged - exact) / (np.linalg.norm(exact) or 1.0))
 
 
 def copy_kernel(layer, plain):
     """Gives a layer the kernel, scales and policy of a plain layer of its kind."""
     if plain.quantization_mode is not None:
-        own = kernel_variables(layer)
+        variables = kernel_variables(layer)
         for name, variable in kernel_variables(plain).items():
             distribution.assign(
-                own[name],
+                variables[name],
                 distribution.fetch(variable)
-                if distribution.is_sharded(own[name])
+                if distribution.is_sharded(variables[name])
                 else variable,
             )
         return
@@ -169,18 +169,18 @@ def merge_lora(
     validate_way(hosts, quantized)
     paths = sites.layer_paths(model) if hosts else {}
     path_of = {id(layer): path for path, layer in paths.items()}
-    report, made, small = [], {}, {}
+    report, merged, small = [], {}, {}
     for site in adapted:
         kernel = finite_merged_kernel(site)
         if site.is_quantized:
-            made[site] = plain = make_merged_layer(site, kernel, quantized)
+            merged[site] = plain = make_merged_layer(site, kernel, quantized)
             error = relative_error(site, plain)
             report.append(MergedLayer(path_of[id(site)], site, error))
         elif math.prod(kernel.shape) <= SMALL:
             small[site] = kernel
     for site in adapted:
         if site.is_quantized:
-            copy_kernel(site, made[site])
+            copy_kernel(site, merged[site])
         else:
             kernel = small.get(site)
             if kernel is None:
@@ -221,14 +221,14 @@ def _make_plain(model, layers):
     adapted = [layer for layer in layers if isinstance(layer, LoRALayer)]
     for layer in adapted:
         sites.make_plain(layer)
-    found = compiled.models_sharing_layers(model)
-    held = shared_with_adapted_models(found, layers)
+    models = compiled.models_sharing_layers(model)
+    held = shared_with_adapted_models(models, layers)
     for layer in adapted:
         if id(layer) in held:
             layer.trainable = False
     restore_models(layers, held)
     renew_policy_maps(layers)
-    for note in compiled.compile_all_again(found):
+    for note in compiled.compile_all_again(models):
         warn_caller(note)
 
 
@@ -264,18 +264,18 @@ def refuse_not_finite(layer, arrays):
             )
 
 
-def shared_with_adapted_models(found, layers) -> set:
+def shared_with_adapted_models(models, layers) -> set:
     """Ids of layers that other adapted models hold too, where W stays frozen.
 
     Args:
-        found: The result of `models_sharing_layers` for a model.
+        models: The result of `models_sharing_layers` for a model.
         layers: All layers of that model.
     """
-    own = set(map(id, layers))
+    in_model = set(map(id, layers))
     return {
         id(layer)
-        for other in found
-        if id(other) not in own
+        for other in models
+        if id(other) not in in_model
         and training_state.record_of(other).flags
         and sites.adapted_sites(other)
         for layer in flatten_layers(other)

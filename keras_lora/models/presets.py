@@ -99,8 +99,8 @@ FIELDS = {
 def plain_part(config):
     """Returns the plain class's configuration, with additions of KerasHub (a dtype)."""
     plain = config.get("layer") or config["model"]
-    more = {key: value for key, value in config.items() if key not in FIELDS}
-    return {**plain, "config": {**plain["config"], **more}}
+    additions = {key: value for key, value in config.items() if key not in FIELDS}
+    return {**plain, "config": {**plain["config"], **additions}}
 
 
 def plain_float_config(config):
@@ -118,9 +118,9 @@ def plain_float_config(config):
     elif name.startswith("keras_lora>LoRA"):
         plain = {**config["config"], "rank": 0, "frozen": []}
         config = {**config, "config": plain}
-    found = {key: plain_float_config(part) for key, part in config.items()}
-    if "class_name" in found and "dtype" in (found.get("config") or {}):
-        found["config"] |= {"dtype": "float32"}
-        if "quantization_config" in found["config"]:
-            found["config"]["quantization_config"] = None
-    return found
+    plain = {key: plain_float_config(part) for key, part in config.items()}
+    if "class_name" in plain and "dtype" in (plain.get("config") or {}):
+        plain["config"] |= {"dtype": "float32"}
+        if "quantization_config" in plain["config"]:
+            plain["config"]["quantization_config"] = None
+    return plain

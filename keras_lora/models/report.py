@@ -57,9 +57,9 @@ class Report(Table, Sequence):
         self.errors = dict(errors)
         sites = {p: s for p, s in site_paths(paths).items() if lora_layer.is_adapted(s)}
         self.rows = [adapted_row(path, site) for path, site in sites.items()]
-        others = {path: trained_parameters(layer) for path, layer in paths.items()}
-        self.also_trained = [path for path, found in others.items() if found]
-        self.trained_beside = sum(map(count, others.values()))
+        trained = {path: trained_parameters(layer) for path, layer in paths.items()}
+        self.also_trained = [path for path, variables in trained.items() if variables]
+        self.trained_beside = sum(map(count, trained.values()))
         built = [site for site in sites.values() if site.lora.built]
         self.adapted = sum(
             count(s.lora.weights) if s.lora.rank is None else math.prod(s.kernel_shape)

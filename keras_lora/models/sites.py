@@ -29,18 +29,18 @@ def site_paths(paths) -> dict:
 
     paths: path -> layer.
     """
-    found, of_cells = {}, set()
+    sites, of_cells = {}, set()
     for path, layer in paths.items():
         if id(layer) in of_cells:
             continue
         for weight, site in kinds.sites_of(layer).items():
             if site is layer:
-                found[path] = layer
+                sites[path] = layer
             else:
-                found[f"{path}/{weight}" if path else weight] = site
+                sites[f"{path}/{weight}" if path else weight] = site
                 if site.kernel_owner() is not layer:
                     of_cells.add(id(site.kernel_owner()))
-    return found
+    return sites
 
 
 def adapted_sites(model) -> list:

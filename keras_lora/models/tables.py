@@ -48,8 +48,8 @@ def make_printable(text):
 
 def join(names, most=8):
     """Words such as: a, b and 3 more."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{', '.join(names[:most])}{more}"
+    further = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{further}"
 
 
 def format_bytes(number):
@@ -162,8 +162,8 @@ def new_figure(rows):
 def shares(analysis):
     """Returns each row's singular values over its largest, padded with NaN."""
     widest = max(1, *(len(row.singular_values) for row in analysis))
-    found = np.full((len(analysis), widest), np.nan)
+    padded = np.full((len(analysis), widest), np.nan)
     for place, row in enumerate(analysis):
         values = row.singular_values
-        found[place, : len(values)] = values / (max(values, default=0) or 1)
-    return found
+        padded[place, : len(values)] = values / (max(values, default=0) or 1)
+    return padded

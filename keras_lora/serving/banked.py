@@ -91,15 +91,15 @@ class StacksWithTrainees(Stacks):
         ]
         for name, stack in stacks.by_name().items():
             shape = stack.shape[1:]
-            more = [
+            values = [
                 ops.broadcast_to(row[name], shape)
                 if name in row
                 else ops.full(shape, base_row(name), stack.dtype)
                 for row in rows
             ]
-            setattr(self, name, ops.concatenate([stack, ops.stack(more)], axis=0))
-        own = [0.0 if part is None else part.dropout for part in parts]
-        self.dropout = np.array([0.0] * stacks.count + own, "float32")
+            setattr(self, name, ops.concatenate([stack, ops.stack(values)], axis=0))
+        rates = [0.0 if part is None else part.dropout for part in parts]
+        self.dropout = np.array([0.0] * stacks.count + rates, "float32")
 
 
 def base_row(name) -> float:
@@ -162,9 +162,9 @@ class BankAdapters:
         outputs = ops.cast(host.frozen_linear(inputs), dtype)
         dropped = inputs
         if training and stacks.dropout.any():
-            dropped = chosen.dropped(inputs, stacks.dropout, self.choice.seed)
-        more = chosen.bypass(host.form, dropped, stacks.a, stacks.b, training)
-        outputs = outputs + ops.cast(more, dtype)
+            dropped = chosen.apply_dropout(inputs, stacks.dropout, self.choice.seed)
+        low_rank = chosen.bypass(host.form, dropped, stacks.a, stacks.b, training)
+        outputs = outputs + ops.cast(low_rank, dtype)
         if gain is not None and not backwards:
             outputs = times(outputs, chosen.for_outputs(gain, len(outputs.shape)))
         if stacks.bias is not None:
@@ -194,12 +194,12 @@ class Banked:
 
     @property
     def variables(self):
-        found = super().variables
+        variables = super().variables
         if keras.backend.backend() != "jax":
-            return found
+            return variables
         # JAX has to pass the variables; otherwise they would become constants.
-        known = set(map(id, found))
-        return found + [v for v in self.lora.variables if id(v) not in known]
+        known = set(map(id, variables))
+        return variables + [v for v in self.lora.variables if id(v) not in known]
 
     def get_config(self):
         return classes.view_as(self, self.class_before).get_config()
@@ -220,9 +220,9 @@ class Banked:
 @functools.cache
 def banked_class(cls):
     """The class of a layer in a bank, under the name of its own class."""
-    own = cls if issubclass(cls, LoRALayer) else kinds.lora_class_of(cls)
+    lora_class = cls if issubclass(cls, LoRALayer) else kinds.lora_class_of(cls)
     attributes = {"__module__": cls.__module__, "class_before": cls}
-    banked = type(cls.__name__, (Banked, own), attributes)
+    banked = type(cls.__name__, (Banked, lora_class), attributes)
     package, _, name = keras.saving.get_registered_name(cls).rpartition(">")
     if package:
         for each in (banked, cls):  # the last one keeps the name

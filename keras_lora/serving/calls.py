@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import itertools
 import threading
 from collections.abc import Mapping, Sequence
 
@@ -75,7 +76,8 @@ class Running:
 
     def others(self) -> list:
         me = threading.get_ident()
-        return [c for thread, own in self.calls.items() if thread != me for c in own]
+        others = (calls for thread, calls in self.calls.items() if thread != me)
+        return list(itertools.chain(*others))
 
     # Calls.
 

@@ -86,9 +86,9 @@ class Directory(keras.layers.Layer):
 
     def slots(self, ids):
         """Returns the slots of a batch's ids."""
-        entries = ops.mod(ids, self.capacity + 1)
-        found = ops.cast(ops.take(self.table, entries, axis=0), ids.dtype)
-        slots = ops.where(found[:, 0] == ids, found[:, 1], self.no_slot)
+        entries = ops.take(self.table, ops.mod(ids, self.capacity + 1), axis=0)
+        entries = ops.cast(entries, ids.dtype)
+        slots = ops.where(entries[:, 0] == ids, entries[:, 1], self.no_slot)
         return ops.cast(slots, "int32")
 
     def validate_names(self, names):
@@ -112,14 +112,14 @@ class Directory(keras.layers.Layer):
 
 def refuse_names(x):
     """Raises if names were given instead of ids; Keras's own error is obscure."""
-    given = x.get("adapter") if isinstance(x, Mapping) else None
-    if isinstance(given, np.ndarray) and given.dtype.kind not in "OUS":
+    ids = x.get("adapter") if isinstance(x, Mapping) else None
+    if isinstance(ids, np.ndarray) and ids.dtype.kind not in "OUS":
         return
-    values = given if isinstance(given, (list, tuple, np.ndarray)) else ()
+    values = ids if isinstance(ids, (list, tuple, np.ndarray)) else ()
     if any(value is None or isinstance(value, (str, bytes)) for value in values):
         raise ValueError(
             '"adapter" must hold ids, not names: `bank.ids(names)` returns them. '
-            f"Received: {given!r}"[:300]
+            f"Received: {ids!r}"[:300]
         )
 
 
@@ -136,8 +136,8 @@ class FixedIds:
 
     def slots(self, ids):
         """Returns the slots of ids, a NumPy array."""
-        found = self.values[ids % len(self.values)]
-        slots = np.where(found[:, 0] == ids, found[:, 1], self.no_slot)
+        entries = self.values[ids % len(self.values)]
+        slots = np.where(entries[:, 0] == ids, entries[:, 1], self.no_slot)
         return slots.astype("int32")
 
     def inputs(self, inputs):
@@ -148,13 +148,13 @@ class FixedIds:
         slots = self.slots(validate_ids(ids))
         if type(ids).__module__ == "torch":
             slots = keras.ops.convert_to_tensor(slots)
-        others = {key: value for key, value in inputs.items() if key != "adapter"}
-        return {**others, SLOTS: slots}
+        other_inputs = {key: value for key, value in inputs.items() if key != "adapter"}
+        return {**other_inputs, SLOTS: slots}
 
     def batch(self, batch):
         """Replaces ids in a batch: inputs, or inputs with targets and weights."""
-        inputs, *rest = batch if isinstance(batch, (tuple, list)) else (batch,)
-        return (self.inputs(inputs), *rest)
+        inputs, *targets = batch if isinstance(batch, (tuple, list)) else (batch,)
+        return (self.inputs(inputs), *targets)
 
     def batches(self, batches):
         """Replaces ids in a dataset or any other iterable of batches."""
@@ -168,38 +168,38 @@ class FixedIds:
         """`batch` in a tf.data.Dataset, on every backend."""
         import tensorflow as tf
 
-        inputs, *rest = batch
+        inputs, *targets = batch
         if isinstance(inputs, Mapping) and "adapter" in inputs:
             inputs = dict(inputs)
             ids = inputs.pop("adapter")
             inputs[SLOTS] = tf.numpy_function(self.slots, [ids], tf.int32)
             inputs[SLOTS].set_shape(ids.shape)
-        return (inputs, *rest) if rest else inputs
+        return (inputs, *targets) if targets else inputs
 
 
 class Batches(keras.utils.PyDataset):
     """A PyDataset with slots instead of ids."""
 
-    def __init__(self, given, fixed):
+    def __init__(self, dataset, fixed):
         super().__init__(
-            workers=given.workers,
-            use_multiprocessing=given.use_multiprocessing,
-            max_queue_size=given.max_queue_size,
+            workers=dataset.workers,
+            use_multiprocessing=dataset.use_multiprocessing,
+            max_queue_size=dataset.max_queue_size,
         )
-        self.given, self.fixed = given, fixed
+        self.dataset, self.fixed = dataset, fixed
 
     @property
     def num_batches(self):
-        return self.given.num_batches
+        return self.dataset.num_batches
 
     def __getitem__(self, index):
-        return self.fixed.batch(self.given[index])
+        return self.fixed.batch(self.dataset[index])
 
     def on_epoch_begin(self):
-        self.given.on_epoch_begin()
+        self.dataset.on_epoch_begin()
 
     def on_epoch_end(self):
-        self.given.on_epoch_end()
+        self.dataset.on_epoch_end()
 
 
 def validate_ids(ids):

@@ -121,17 +121,17 @@ def compact_stacks(bank):
     directory, hosts = bank.directory, bank.hosts.layers
     order = [directory.slot_of[name] for name in (None, *bank.names)]
     before = {path: layer.lora.stacks for path, layer in hosts.items()}
-    found = {}
+    stacks_of = {}
     try:
         for path, layer in hosts.items():
-            own = {
+            stacks = {
                 factor: tf.Variable(tf.gather(stack.value, order), trainable=False)
                 for factor, stack in before[path].by_name().items()
             }
-            found[path] = own
+            stacks_of[path] = stacks
             layer.lora.stacks = stand_in = banked.Stacks()
-            vars(stand_in).update(own, variable_dtype=before[path].variable_dtype)
-        yield found
+            vars(stand_in).update(stacks, variable_dtype=before[path].variable_dtype)
+        yield stacks_of
     finally:
         for path, layer in hosts.items():
             layer.lora.stacks = before[path]
@@ -153,14 +153,14 @@ def look_up_slots(table, adapters, names, lowest=0):
     """The slots of names; an InvalidArgumentError for one that is not known."""
     import tensorflow as tf
 
-    found = table.lookup(adapters)
-    unknown = tf.boolean_mask(adapters, found < lowest)
+    slots = table.lookup(adapters)
+    unknown = tf.boolean_mask(adapters, slots < lowest)
     check = tf.debugging.Assert(
         tf.equal(tf.size(unknown), 0),
         ["There is no adapter", unknown, f"There are: {', '.join(map(repr, names))}."],
     )
     with tf.control_dependencies([check]):
-        return tf.identity(found)
+        return tf.identity(slots)
 
 
 def specs_of(inputs):
@@ -170,12 +170,12 @@ def specs_of(inputs):
     """
     if inputs is None:
         return None
-    found = keras.tree.flatten_with_path(inputs)
+    leaves = keras.tree.flatten_with_path(inputs)
     specs = []
-    for path, x in found:
+    for path, x in leaves:
         name = "_".join(str(part) for part in path)
         if not isinstance(inputs, dict):
-            name = "inputs" if len(found) == 1 else f"inputs_{name}"
+            name = "inputs" if len(leaves) == 1 else f"inputs_{name}"
         dtype = keras.backend.standardize_dtype(x.dtype)
         specs.append(
             keras.InputSpec(shape=(None, *x.shape[1:]), dtype=dtype, name=name)

@@ -87,13 +87,13 @@ class FunctionLoss(keras.losses.Loss):
 def match_axes(*pair):
     """Gives both the same number of axes, such as (rows,) and (rows, 1)."""
     low, high = sorted((0, 1), key=lambda place: len(pair[place].shape))
-    found, ranks = list(pair), [len(pair[place].shape) for place in (low, high)]
+    matched, ranks = list(pair), [len(pair[place].shape) for place in (low, high)]
     if ranks[0] + 1 == ranks[1] and pair[high].shape[-1] == 1:
         if ranks[0] == 1:
-            found[low] = ops.expand_dims(pair[low], -1)
+            matched[low] = ops.expand_dims(pair[low], -1)
         else:
-            found[high] = ops.squeeze(pair[high], -1)
-    return found
+            matched[high] = ops.squeeze(pair[high], -1)
+    return matched
 
 
 def expand_to(weights, values):
@@ -112,20 +112,20 @@ def sum_by_row(values):
 
 
 class PerAdapterOptimizer(keras.optimizers.Optimizer):
-    """One optimizer for each trainee, all copies of the given one.
+    """One optimizer for each trainee, all copies of one optimizer.
 
     A trainee without rows in a batch takes no step: its variables, momenta and step
     count do not change by a bit.
 
     Args:
-        given: A Keras optimizer, its name, or a dict from the adapters' names to them.
+        optimizer: A Keras optimizer or its name, or a dict {adapter's name: one}.
     """
 
-    def __init__(self, given):
+    def __init__(self, optimizer):
         super().__init__(learning_rate=0.0, name="of_each")
-        by_name = given if isinstance(given, Mapping) else {None: given}
+        by_name = optimizer if isinstance(optimizer, Mapping) else {None: optimizer}
         vars(self).update(  # past TensorFlow's tracking
-            given={name: validate_optimizer(each) for name, each in by_name.items()},
+            sources={name: validate_optimizer(each) for name, each in by_name.items()},
             each=[],  # (trainee, its id in batches, its optimizer)
             ids_now=threading.local(),
         )
@@ -149,13 +149,13 @@ class PerAdapterOptimizer(keras.optimizers.Optimizer):
 
     def new(self, trainee):
         name = trainee.adapter_name
-        given = self.given.get(name, self.given.get(None))
-        if given is None:
+        optimizer = self.sources.get(name, self.sources.get(None))
+        if optimizer is None:
             raise ValueError(
-                f"The bank was compiled with optimizers for {sorted(self.given)}, but "
-                f"with none for {name!r}."
+                f"The bank was compiled with optimizers for {sorted(self.sources)}, "
+                f"but with none for {name!r}."
             )
-        return optimizers.copy_for_variables(given, trainee.trainable_variables)
+        return optimizers.copy_for_variables(optimizer, trainee.trainable_variables)
 
     @contextlib.contextmanager
     def for_rows(self, ids):
@@ -193,29 +193,29 @@ class PerAdapterOptimizer(keras.optimizers.Optimizer):
         grads, ids = list(grads), distribution.gather_over_replicas(self.ids)
         for trainee, own_id, optimizer in self.each:
             count = len(trainee.trainable_variables)
-            own, grads = grads[:count], grads[count:]
+            gradients, grads = grads[:count], grads[count:]
             present = ops.any(ops.equal(ids, own_id))
             kept = [*trainee.trainable_variables, *optimizer.variables]
             before = [ops.copy(ops.convert_to_tensor(each)) for each in kept]
-            optimizer.apply(own)
+            optimizer.apply(gradients)
             distribution.assign_unless(present, kept, before)
         self.iterations.assign_add(1)
 
     def stateless_apply(self, optimizer_variables, grads, trainable_variables):
-        own = self.variables
+        variables = self.variables
         trained = [v for trainee, *_ in self.each for v in trainee.trainable_variables]
-        values = [*zip(own, optimizer_variables, strict=True)]
+        values = [*zip(variables, optimizer_variables, strict=True)]
         values += zip(trained, trainable_variables, strict=True)
         with keras.StatelessScope(state_mapping=values) as scope:
             self.apply(grads)
-        found = [
+        results = [
             [value if new is None else new for value, new in pairs]
             for pairs in (
-                [(x, scope.get_current_value(v)) for v, x in values[len(own) :]],
-                [(x, scope.get_current_value(v)) for v, x in values[: len(own)]],
+                [(x, scope.get_current_value(v)) for v, x in values[len(variables) :]],
+                [(x, scope.get_current_value(v)) for v, x in values[: len(variables)]],
             )
         ]
-        return tuple(found)
+        return tuple(results)
 
     def finalize_variable_values(self, var_list):
         for trainee, _, optimizer in self.each:

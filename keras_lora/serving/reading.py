@@ -80,15 +80,15 @@ class Part:
             form: The form of the slots, of the same rank or a higher one.
             bias_over: A function that reshapes a bias for the outputs.
         """
-        found, (a, b, gain) = {}, self.factors()
+        rows, (a, b, gain) = {}, self.factors()
         if a is not None:
-            own = self.view.low_rank_form(self.rank)
-            found["a"], found["b"] = own.widen(a, b, self.rank, form)
+            narrow = self.view.low_rank_form(self.rank)
+            rows["a"], rows["b"] = narrow.widen(a, b, self.rank, form)
         if gain is not None:
-            found["gain"] = form.over_outputs(gain)
+            rows["gain"] = form.over_outputs(gain)
         if self.bias is not None:
-            found["bias"] = bias_over(ops.subtract(self.bias, self.layer.bias))
-        return found
+            rows["bias"] = bias_over(ops.subtract(self.bias, self.layer.bias))
+        return rows
 
 
 def full_rank(view):
@@ -142,13 +142,15 @@ class Reading:
 def as_host(layer):
     """Returns a view of a layer as the LoRA layer that it would be, or None."""
     if isinstance(layer, LoRALayer):
-        own = getattr(type(layer), "class_before", type(layer))
-        own = own if issubclass(own, LoRALayer) else kinds.lora_class_of(own)
+        cls = getattr(type(layer), "class_before", type(layer))
+        lora_class = cls if issubclass(cls, LoRALayer) else kinds.lora_class_of(cls)
     else:
-        own = kinds.lora_class_of(type(layer))
-        if own is None or kinds.obstacle(layer) is not None:
+        lora_class = kinds.lora_class_of(type(layer))
+        if lora_class is None or kinds.obstacle(layer) is not None:
             return None
-    return classes.view_with(layer, own, {"lora": UNREAD}) if layer.built else None
+    if not layer.built:
+        return None
+    return classes.view_with(layer, lora_class, {"lora": UNREAD})
 
 
 def read(model, paths, adapter, names, most) -> Reading:
@@ -280,20 +282,20 @@ def full_kernel(part, variable, value):
     """Returns the kernel that an adapter has trained in full, or None."""
     if part.lora is not None or variable.name != part.view.kernel_name:
         return None
-    own = copy_variable(variable, value)
-    return None if full_update(part.view, own, checked=True) is None else own
+    kernel = copy_variable(variable, value)
+    return None if full_update(part.view, kernel, checked=True) is None else kernel
 
 
 def copy_variable(like, value):
-    own = distribution.variable_like(
+    copied = distribution.variable_like(
         like,
         value,
         dtype=methods.wide_dtype(like.dtype),
         name=like.name,
         autocast=False,
     )
-    own.regularizer = like.regularizer
-    return own
+    copied.regularizer = like.regularizer
+    return copied
 
 
 def shared_weight_message(path, layer, variable):

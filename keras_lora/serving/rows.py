@@ -217,19 +217,19 @@ def find_leading_axes(bank, samples, raising=False):
 
     for inputs in samples:
         try:
-            found = leading_axes(run, inputs)
+            kinds = leading_axes(run, inputs)
         except Exception:  # a model may reject made-up inputs with any error
             if raising:
                 raise
             continue
-        wrong = {x.name: kind for x, kind in found.items() if kind not in KNOWN}
+        wrong = {x.name: kind for x, kind in kinds.items() if kind not in KNOWN}
         if wrong:
             text = "; ".join(f"{name!r}: {kind}" for name, kind in wrong.items())
             raise ValueError(
                 "The rows of a batch cannot be told apart at layers whose leading axis "
                 f"is another: {text}. Leave them out of the adapters, or of `target`."
             )
-        for adapters, kind in found.items():
+        for adapters, kind in kinds.items():
             adapters.leading = kind
         choice.leading_axes_known = True
         return
@@ -247,7 +247,7 @@ def leading_axes(run, inputs) -> dict:
         run(keras.tree.map_structure(lambda x, row=row: change_row(x, row), inputs))
         for row in range(PROBE_ROWS)
     ]
-    found = {}
+    axes = {}
     for adapters, calls in first.items():
         kinds = set()
         for number, values in enumerate(calls):
@@ -256,10 +256,8 @@ def leading_axes(run, inputs) -> dict:
                 kinds.add("called on other rows as the data decide")
                 continue
             kinds.add(order_of(values, [other[number] for other in others]))
-        found[adapters] = (
-            kinds.pop() if len(kinds) == 1 else " and ".join(sorted(kinds))
-        )
-    return found
+        axes[adapters] = kinds.pop() if len(kinds) == 1 else " and ".join(sorted(kinds))
+    return axes
 
 
 def order_of(values, others):

@@ -25,21 +25,21 @@ from keras_lora.serving.bank import AdapterBank
 def split_data(data, validation_data):
     """Returns (x, y, weights or None) for training and for validation."""
     checked = []
-    for argument, given in (("data", data), ("validation_data", validation_data)):
-        if given is None:
+    for argument, arrays in (("data", data), ("validation_data", validation_data)):
+        if arrays is None:
             continue
-        if not isinstance(given, (tuple, list)) or len(given) not in (2, 3):
+        if not isinstance(arrays, (tuple, list)) or len(arrays) not in (2, 3):
             raise ValueError(
                 f"`{argument}` must be (x, y) or (x, y, sample_weight). Received: "
-                f"{type(given).__name__}."
+                f"{type(arrays).__name__}."
             )
-        given = [
-            keras.tree.map_structure(keras.ops.convert_to_numpy, x) for x in given[:2]
-        ] + [None if x is None else np.asarray(x) for x in (*given[2:], None)[:1]]
-        sizes = {len(x) for x in keras.tree.flatten(given) if x is not None}
+        arrays = [
+            keras.tree.map_structure(keras.ops.convert_to_numpy, x) for x in arrays[:2]
+        ] + [None if x is None else np.asarray(x) for x in (*arrays[2:], None)[:1]]
+        sizes = {len(x) for x in keras.tree.flatten(arrays) if x is not None}
         if len(sizes) != 1 or 0 in sizes:
             raise ValueError(f"`{argument}` has arrays of {sorted(sizes)} rows.")
-        checked.append(given)
+        checked.append(arrays)
     if validation_data is None:
         count = len(keras.tree.flatten(checked[0])[0])
         first = count - count // 5
@@ -98,7 +98,7 @@ class Validator(keras.callbacks.Callback):
         count = len(keras.tree.flatten(x)[0])
         for name, losses in self.losses.items():
             inputs = {"inputs": x, "adapter": self.bank.ids([name] * count)}
-            found = self.bank.evaluate(
+            logs = self.bank.evaluate(
                 inputs,
                 y,
                 sample_weight=weights,
@@ -106,7 +106,7 @@ class Validator(keras.callbacks.Callback):
                 verbose=0,
                 return_dict=True,
             )
-            losses.append(float(found["loss"]))
+            losses.append(float(logs["loss"]))
 
 
 # Keywords of other libraries, which a setting may not have.
@@ -238,14 +238,14 @@ def sweep(
     if loss is None:
         raise ValueError("Give a `loss`: the model is not compiled with one.")
     data, validation_data = split_data(data, validation_data)
-    given = keras.optimizers.get(optimizer)
+    optimizer = keras.optimizers.get(optimizer)
     copies, adapters = {}, {}
-    for name, own in settings.items():
-        own = dict(own)
-        copies[name] = optimizers.copy_unbuilt(given)
-        if "learning_rate" in own:
-            copies[name].learning_rate = own.pop("learning_rate")
-        adapters[name] = fresh_adapter(model, own)
+    for name, setting in settings.items():
+        setting = dict(setting)
+        copies[name] = optimizers.copy_unbuilt(optimizer)
+        if "learning_rate" in setting:
+            copies[name].learning_rate = setting.pop("learning_rate")
+        adapters[name] = fresh_adapter(model, setting)
     bank = AdapterBank(model, adapters)
     try:
         bank.compile(copies, loss)
@@ -253,8 +253,8 @@ def sweep(
         validator = Validator(bank, [*settings], validation_data, batch_size)
         bank.fit(batches, epochs=epochs, callbacks=[validator], verbose=verbose)
         rows = [
-            Setting(name, dict(own), validator.losses[name])
-            for name, own in settings.items()
+            Setting(name, dict(setting), validator.losses[name])
+            for name, setting in settings.items()
         ]
         return Sweep(rows, {name: bank.adapter(name) for name in settings})
     finally:
@@ -268,17 +268,17 @@ def name_settings(settings) -> dict:
             f"Received: {settings!r}."
         )
     values = settings.values() if isinstance(settings, Mapping) else settings
-    for own in values:
-        if not isinstance(own, Mapping) or "dry_run" in own:
+    for setting in values:
+        if not isinstance(setting, Mapping) or "dry_run" in setting:
             raise ValueError(
                 "A setting is a dict of `learning_rate` and arguments of apply_lora. "
-                f"Received: {own!r}."
+                f"Received: {setting!r}."
             )
-        refuse_foreign_keywords("A setting", own, SETTING_KEYWORDS)
-        validate_rate(own.get("learning_rate", 0.0))
+        refuse_foreign_keywords("A setting", setting, SETTING_KEYWORDS)
+        validate_rate(setting.get("learning_rate", 0.0))
     if isinstance(settings, Mapping):
         return dict(settings)
-    return {f"{place}": own for place, own in enumerate(settings, start=1)}
+    return {f"{place}": setting for place, setting in enumerate(settings, start=1)}
 
 
 def validate_rate(rate):

@@ -98,10 +98,10 @@ class Folder:
 
 def read_with_source(model, adapter):
     """Returns an adapter, and the source from which it can be read again."""
-    found = load.read_for(model, adapter)
+    contents = load.read_for(model, adapter)
     if isinstance(adapter, Adapter):
-        return found, InMemory(found)
-    return found, Folder(os.path.abspath(adapter), digest(found))
+        return contents, InMemory(contents)
+    return contents, Folder(os.path.abspath(adapter), digest(contents))
 
 
 @dataclasses.dataclass
@@ -117,11 +117,11 @@ class InMemory:
 def digest(adapter) -> str:
     """Returns a SHA-256 that differs for different adapters."""
     said = [adapter.config, adapter.slices, sorted(adapter.starts)]
-    found = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    sha256 = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     for name, value in sorted(adapter.tensors.items()):
-        found.update(f"{name} {value.dtype} {value.shape}".encode())
-        found.update(np.ascontiguousarray(value).view("uint8").data)
-    return found.hexdigest()
+        sha256.update(f"{name} {value.dtype} {value.shape}".encode())
+        sha256.update(np.ascontiguousarray(value).view("uint8").data)
+    return sha256.hexdigest()
 
 
 class Trainees(keras.layers.Layer):
@@ -220,9 +220,9 @@ class Training:
         """Trains as `keras.Model.train_on_batch`; x as in `fit`."""
         self._train(self._names_in(x), keep=True)
         with self._training("train_on_batch"), self._model_frozen():
-            found = super().train_on_batch(x, *args, **kwargs)
+            logs = super().train_on_batch(x, *args, **kwargs)
         self.write_back()
-        return found
+        return logs
 
     def adapter(self, name: str):
         """Returns one of the bank's adapters as an `Adapter`, which can be saved.
@@ -241,9 +241,9 @@ class Training:
         if not isinstance(x, Mapping) or "adapter" not in x:
             return self.names
         directory.refuse_names(x)
-        found = set(np.unique(keras.ops.convert_to_numpy(x["adapter"])).tolist())
-        names = [name for name in self.names if self.directory.id_of[name] in found]
-        unknown = found - {self.directory.id_of[name] for name in [None, *names]}
+        ids = set(np.unique(keras.ops.convert_to_numpy(x["adapter"])).tolist())
+        names = [name for name in self.names if self.directory.id_of[name] in ids]
+        unknown = ids - {self.directory.id_of[name] for name in [None, *names]}
         if unknown:
             raise ValueError(
                 f'"adapter" has ids of no adapter: {sorted(unknown)[:9]}. '
