@@ -663,7 +663,7 @@ FAULTS = {
             "test_combining.py -k exact",
         ),
         (
-            "not all(\n        is_number(weight) and math.isfinite(weight)",
+            "not all(\n        settings.is_number(weight) and math.isfinite(weight)",
             "not all(\n        True",
             "test_combining.py -k bad_input",
         ),

@@ -6,12 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from keras_lora.files import analyze, experts, factors, validation
-from keras_lora.files.config import FACTS, make_config
+from keras_lora.files import analyze, config, experts, factors, slices, validation
 from keras_lora.files.folder import Adapter
-from keras_lora.files.slices import fuse
 from keras_lora.keras_internals import warn_caller
-from keras_lora.layers.settings import alpha_at, divisor, is_number, validate_rank
+from keras_lora.layers import settings
 from keras_lora.models import tables
 
 BIASES = ("none", "lora_only", "all")  # each includes those before it
@@ -113,15 +111,17 @@ def combine_adapters(
         keys = (module + suffix for suffix in first.low_rank)
         tensors |= zip(keys, (a, b), strict=True)
         ranks[module] = len(a)
-        alphas[module] = first.scaling * divisor(len(a), use_rslora)
+        alphas[module] = first.scaling * settings.divisor(len(a), use_rslora)
         if use_rslora == first.use_rslora:  # exact if there is one adapter
-            alphas[module] = alpha_at(len(a), first.alpha, first.rank, use_rslora)
-    slices = fuse(tensors, ranks, alphas, use_rslora)
+            alphas[module] = settings.alpha_at(
+                len(a), first.alpha, first.rank, use_rslora
+            )
+    slice_ranks = slices.fuse(tensors, ranks, alphas, use_rslora)
     tensors |= combine_full_weights(files, heads)
     ids = {m: list(own) for file in files for m, (own, _) in file.rows.items()}
     bias = max((file.bias for file in files), key=BIASES.index)
-    said = {key: {x.config.get(key) for x in opened} for key in FACTS}
-    config = make_config(
+    said = {key: {x.config.get(key) for x in opened} for key in config.FACTS}
+    new_config = config.make_config(
         ranks,
         alphas,
         use_rslora,
@@ -135,7 +135,7 @@ def combine_adapters(
         **{key: values.pop() for key, values in said.items() if len(values) == 1},
         **{validation.KEYWORD: ids},
     )
-    return Adapter(tensors, config, slices, errors)
+    return Adapter(tensors, new_config, slice_ranks, errors)
 
 
 def refuse_methods(files):
@@ -150,11 +150,11 @@ def refuse_methods(files):
 def validate_weights(weights, adapters):
     if not adapters:
         raise ValueError("`adapters` is empty: there is nothing to combine.")
-    if is_number(weights):
+    if settings.is_number(weights):
         weights = [weights]
     weights = [1.0] * len(adapters) if weights is None else list(weights)
     if len(weights) != len(adapters) or not all(
-        is_number(weight) and math.isfinite(weight) for weight in weights
+        settings.is_number(weight) and math.isfinite(weight) for weight in weights
     ):
         raise ValueError(
             f"`weights` must be one finite number for each of {len(adapters)} "
@@ -190,9 +190,9 @@ def rank_limit(rank, energy):
             f"energy={energy!r}."
         )
     if energy is None:
-        rank = None if rank is None else validate_rank(rank)
+        rank = None if rank is None else settings.validate_rank(rank)
         return None if rank is None else lambda values: rank
-    if not is_number(energy) or not 0 < energy <= 1:
+    if not settings.is_number(energy) or not 0 < energy <= 1:
         raise ValueError(
             "`energy` must be a number in (0, 1], the share of the squares of an "
             f"update's singular values to keep. Received: energy={energy!r}."

@@ -11,13 +11,7 @@ import rich.console
 import rich.table
 from rich.text import Text
 
-from keras_lora.files import factors, folder
-from keras_lora.files.analyze import (
-    analyze,
-    check_adapter,
-    settings_differences,
-    tensor_differences,
-)
+from keras_lora.files import analyze, factors, folder
 from keras_lora.files.combine import combine_adapters
 from keras_lora.files.folder import Adapter
 from keras_lora.models import atomic, tables
@@ -44,7 +38,7 @@ def show(options):
         write(path, ["setting", "value"], said)
         write(*folder.parts_of(adapter))
         try:
-            write(*analyze(adapter).parts())
+            write(*analyze.analyze(adapter).parts())
         except ValueError as error:
             write_lines([f"No spectrum: {error}"])
     return 0
@@ -52,7 +46,10 @@ def show(options):
 
 def diff(options):
     one, two = map(Adapter.read, options.folders)
-    settings, tensors = settings_differences(one, two), tensor_differences(one, two)
+    settings, tensors = (
+        analyze.settings_differences(one, two),
+        analyze.tensor_differences(one, two),
+    )
     if settings:
         write("Settings", ["setting", *options.folders], settings)
     if tensors:
@@ -137,7 +134,7 @@ def check(options):
                 said = f"good: {folder.in_words(adapter)}"
                 if options.engine:
                     rank = options.max_lora_rank
-                    refused = check_adapter(adapter, options.engine, rank)
+                    refused = analyze.check_adapter(adapter, options.engine, rank)
                     wrong = wrong or int(bool(refused))
             except (ValueError, OSError) as error:
                 wrong, said = 1, f"wrong: {error}"

@@ -9,8 +9,7 @@ from types import MappingProxyType
 from keras_lora.files import slices
 from keras_lora.files.patterns import Budget, Pattern
 from keras_lora.keras_internals import warn_caller
-from keras_lora.layers import torch_layout
-from keras_lora.layers.settings import validate_alpha
+from keras_lora.layers import settings, torch_layout
 
 CONFIG = "adapter_config.json"
 # Settings that decide how the tensors are read; the tensors' metadata has them too.
@@ -47,7 +46,9 @@ def make_config(ranks, alphas, use_rslora, parameters=None, **options):
     parameters: module -> name of the parameter that PEFT adapts there.
     """
     parameters = parameters or {}
-    alphas = {module: validate_alpha(alpha) for module, alpha in alphas.items()}
+    alphas = {
+        module: settings.validate_alpha(alpha) for module, alpha in alphas.items()
+    }
     config = {
         "peft_type": "LORA",
         "task_type": None,

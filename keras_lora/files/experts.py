@@ -23,15 +23,7 @@ import re
 
 import numpy as np
 
-from keras_lora.files import disk
-from keras_lora.files.config import (
-    ends_of,
-    pattern,
-    refuse_unmatched_targets,
-    values_by_module,
-)
-from keras_lora.files.slices import fuse, without_slice
-from keras_lora.files.validation import validate_config
+from keras_lora.files import config, disk, slices, validation
 from keras_lora.layers import torch_layout
 
 PARAMETERS = ("gate_up_proj", "down_proj")  # in the order of registration
@@ -59,8 +51,8 @@ def parameters_in(modules, entries) -> dict:
     """{module: parameter} for the modules that match `target_parameters`."""
     entries, parameters = set(entries), {}
     for module in modules:
-        parameter = parameter_of(without_slice(module))
-        if not entries.isdisjoint(ends_of(parameter)):
+        parameter = parameter_of(slices.without_slice(module))
+        if not entries.isdisjoint(config.ends_of(parameter)):
             parameters[module] = parameter
     return parameters
 
@@ -76,7 +68,7 @@ def wrapped_modules(owner, parameters) -> dict:
     }
 
 
-def unwrap(tensors, config) -> dict:
+def unwrap(tensors, settings) -> dict:
     """The tensors of a file, with stacks under the names of their parameters.
 
     config: checked.
@@ -86,8 +78,8 @@ def unwrap(tensors, config) -> dict:
         if match := WRAPPED.fullmatch(key):
             depths[match[1]].add(match[2].count("."))
     names = [f"{owner}.{name}" for owner in depths for name in PARAMETERS]
-    meant = parameters_in(names, config["target_parameters"])
-    ranks = values_by_module(config, "rank_pattern", "r", meant, warns=False)
+    meant = parameters_in(names, settings["target_parameters"])
+    ranks = config.values_by_module(settings, "rank_pattern", "r", meant, warns=False)
     tensors = dict(tensors)
     for owner, own_depths in depths.items():
         modules = wrapped_modules(owner, meant)
@@ -138,7 +130,7 @@ def stack_key(key):
     match = EXPERT.match(key)
     if match is None:
         return key
-    return f"{match[1]}.{without_slice(HALVES[match[3]])}{key[match.end() :]}"
+    return f"{match[1]}.{slices.without_slice(HALVES[match[3]])}{key[match.end() :]}"
 
 
 def stack_experts(adapter, parameters):
@@ -178,16 +170,16 @@ def build_stacks(adapter, tensors, values, modules):
         values: Half of a stack -> {suffix: {expert: value}}.
         modules: Half of a stack -> the linear modules of its experts.
     """
-    config = validate_config(adapter.config)
+    in_file = validation.validate_config(adapter.config)
     other_modules = [
         key.removesuffix(torch_layout.LINEAR[0])
         for key in tensors
         if key.endswith(torch_layout.LINEAR[0])
     ]
     every = [*other_modules, *itertools.chain(*modules.values())]
-    refuse_unmatched_targets(config, every)
+    config.refuse_unmatched_targets(in_file, every)
     settings = [
-        values_by_module(config, *keys, every)
+        config.values_by_module(in_file, *keys, every)
         for keys in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
     ]
     ranks, alphas = ({m: setting[m] for m in other_modules} for setting in settings)
@@ -196,26 +188,27 @@ def build_stacks(adapter, tensors, values, modules):
             different = {setting[module] for module in modules[stack]}
             if len(different) > 1:
                 raise ValueError(
-                    f"The experts of {without_slice(stack)!r} have different ranks or "
-                    f"alphas, {sorted(different)}; a stack of experts has one for all."
+                    f"The experts of {slices.without_slice(stack)!r} have different "
+                    f"ranks or alphas, {sorted(different)}; a stack of experts has one "
+                    "for all."
                 )
             of_stack[stack] = different.pop()
         a, b = (sort_by_expert(stack, pairs[suffix]) for suffix in torch_layout.LINEAR)
         tensors[stack + torch_layout.LINEAR[0]] = np.stack(a, 1)
         tensors[stack + torch_layout.LINEAR[1]] = np.stack(b, 2)
-    slices = fuse(tensors, ranks, alphas, config["use_rslora"])
-    names = {without_slice(stack) for stack in values}
+    slice_ranks = slices.fuse(tensors, ranks, alphas, in_file["use_rslora"])
+    names = {slices.without_slice(stack) for stack in values}
     changed = {
         "target_modules": sorted(other_modules),
-        "target_parameters": sorted({*config["target_parameters"], *names}),
-        "rank_pattern": pattern(ranks, config["r"]),
-        "alpha_pattern": pattern(alphas, config["lora_alpha"]),
+        "target_parameters": sorted({*in_file["target_parameters"], *names}),
+        "rank_pattern": config.pattern(ranks, in_file["r"]),
+        "alpha_pattern": config.pattern(alphas, in_file["lora_alpha"]),
     }
     return dataclasses.replace(
         adapter,
         tensors=tensors,
         config=adapter.config | changed,
-        slices=adapter.slices | slices,
+        slices=adapter.slices | slice_ranks,
     )
 
 
@@ -225,8 +218,8 @@ def sort_by_expert(stack, values):
     every = values.keys() == set(range(len(values)))
     if not every or [len(shape) for shape in shapes] != [2]:
         raise ValueError(
-            f"The experts of {without_slice(stack)!r} need factors of one shape each. "
-            f"The file has factors of the experts {sorted(values)[:9]}, with shapes "
-            f"{sorted(shapes)[:3]}."
+            f"The experts of {slices.without_slice(stack)!r} need factors of one shape "
+            f"each. The file has factors of the experts {sorted(values)[:9]}, with "
+            f"shapes {sorted(shapes)[:3]}."
         )
     return [values[expert] for expert in range(len(values))]

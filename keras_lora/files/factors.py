@@ -4,9 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from keras_lora.files import disk, experts, slices
+from keras_lora.files import disk, experts, slices, validation
 from keras_lora.files.config import CONFIG, refuse_unmatched_targets, values_by_module
-from keras_lora.files.validation import take_rows, validate_config, validate_rows
 from keras_lora.layers import settings, torch_layout
 
 
@@ -113,15 +112,15 @@ def factors_of(adapter, modules=None) -> FileFactors:
     modules: Names that may mean slices, as in `keras_lora.files.slices`; by default
         those of the slices that the adapter itself has.
     """
-    config = validate_config(adapter.config)
+    settings_in_file = validation.validate_config(adapter.config)
     modules = slice_names([adapter]) if modules is None else modules
     tensors = dict(adapter.tensors)
     for key, value in tensors.items():
         refuse_not_finite(key, value)
     shares = slices.split(tensors, modules, adapter.slices)
-    method = torch_layout.method_in(config["method"])
+    method = torch_layout.method_in(settings_in_file["method"])
     arrays, others = group_by_module(tensors, method)
-    rows = take_rows(others)
+    rows = validation.take_rows(others)
     if not arrays and not rows:
         keys = ", ".join(map(repr, [*tensors][:3])) or "nothing"
         raise ValueError(
@@ -137,22 +136,22 @@ def factors_of(adapter, modules=None) -> FileFactors:
     }
     refuse_incomplete(arrays, method)
     if arrays:
-        refuse_unmatched_targets(config, arrays)
-    ranks, alphas = ranks_and_alphas(config, arrays, shares)
-    parameters = experts.parameters_in(arrays, config["target_parameters"])
+        refuse_unmatched_targets(settings_in_file, arrays)
+    ranks, alphas = ranks_and_alphas(settings_in_file, arrays, shares)
+    parameters = experts.parameters_in(arrays, settings_in_file["target_parameters"])
     factors = {
         module: Factors(
             module,
             values,
             ranks[module],
             alphas[module],
-            config["use_rslora"],
+            settings_in_file["use_rslora"],
             parameters.get(module),
         )
         for module, values in arrays.items()
     }
-    rows = validate_rows(rows, config["tokens"])
-    return FileFactors(factors, others, unadapted, config, rows)
+    rows = validation.validate_rows(rows, settings_in_file["tokens"])
+    return FileFactors(factors, others, unadapted, settings_in_file, rows)
 
 
 def group_by_module(tensors, method) -> tuple:

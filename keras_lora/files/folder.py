@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
-from keras_lora.files import disk, experts, factors, other_formats
+from keras_lora.files import disk, experts, factors, other_formats, validation
 from keras_lora.files.config import CONFIG, reading_settings
-from keras_lora.files.validation import validate_config, warn_of_unknown
 from keras_lora.models import atomic, tables
 from keras_lora.models.tables import Table
 
@@ -96,19 +95,19 @@ class Adapter(Table):
                 f"Give the path of an adapter's folder. Received: {directory!r}."
             )
         if other := other_formats.read_other_format(directory):
-            config, tensors = other
-            validate_config(config)
-            return cls(disk.standardize_tensors(tensors), config)
+            file_config, tensors = other
+            validation.validate_config(file_config)
+            return cls(disk.standardize_tensors(tensors), file_config)
         folder = adapter_folder(Path(directory))
         if not disk.has_tensors(folder):
             refuse_pickles(folder, sorted(folder.iterdir()))
-        config, tensors, metadata = disk.read_together(folder)
+        file_config, tensors, metadata = disk.read_together(folder)
         other_formats.refuse_other_format(tensors)
-        settings = validate_config(config)
-        warn_of_unknown(config)
-        slices, starts = disk.validate_metadata(metadata, config, tensors)
+        settings = validation.validate_config(file_config)
+        validation.warn_of_unknown(file_config)
+        slices, starts = disk.validate_metadata(metadata, file_config, tensors)
         tensors = experts.unwrap(disk.standardize_tensors(tensors), settings)
-        return cls(tensors, config, slices, starts=starts)
+        return cls(tensors, file_config, slices, starts=starts)
 
     def save(self, directory: str | os.PathLike):
         """Writes the two files. If it is interrupted, the old or new adapter is intact.

@@ -11,8 +11,7 @@ from keras_lora.files import disk, load
 from keras_lora.files.config import make_config
 from keras_lora.files.folder import Adapter
 from keras_lora.files.names import module_names
-from keras_lora.layers import kinds
-from keras_lora.layers.settings import validate_alpha, validate_rank
+from keras_lora.layers import kinds, settings
 from keras_lora.models import sites
 from keras_lora.models.report import Report
 
@@ -68,7 +67,7 @@ def load_loralib(
         >>> [(row.path, row.rank) for row in report]
         [('dense', 4)]
     """
-    rank, alpha = validate_rank(rank), validate_alpha(alpha)
+    rank, alpha = settings.validate_rank(rank), settings.validate_alpha(alpha)
     if isinstance(state_dict, (str, Path)):
         state_dict = read_state_dict(Path(state_dict))
     if not isinstance(state_dict, Mapping):

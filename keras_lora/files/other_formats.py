@@ -9,7 +9,7 @@ import numpy as np
 
 from keras_lora.files import disk
 from keras_lora.files.config import CONFIG, make_config
-from keras_lora.layers.settings import is_number, validate_alpha, validate_dropout
+from keras_lora.layers import settings
 
 
 class Format(NamedTuple):
@@ -211,7 +211,7 @@ def from_mlx(file, tensors, config):
             f"{file} is an adapter of mlx ({kind!r}) with tensors other than A and B. "
             "Fuse it with mlx_lm.fuse, or train it with fine_tune_type lora."
         )
-    if not is_number(scale) or "alpha" in said:
+    if not settings.is_number(scale) or "alpha" in said:
         raise ValueError(
             f"In {CONFIG} of mlx, lora_parameters must have a number for `scale` "
             "without `alpha`, by which mlx_lm of early 2024 multiplied it. Received: "
@@ -225,7 +225,7 @@ def from_mlx(file, tensors, config):
             )
     pairs = {m: {"A": x["A"].T, "B": x["B"].T} for m, x in modules.items()}
     alphas = {m: scale * len(x["A"]) for m, x in pairs.items()}
-    dropout = validate_dropout(said.get("dropout", 0.0))
+    dropout = settings.validate_dropout(said.get("dropout", 0.0))
     return to_peft(pairs, alphas, lora_dropout=dropout)
 
 
@@ -242,7 +242,7 @@ def to_peft(modules, alphas, **options):
             raise ValueError(
                 f"A and B of {module!r} have shapes {shapes}, with different ranks."
             )
-        validate_alpha(alphas[module])
+        settings.validate_alpha(alphas[module])
     return make_config(ranks, alphas, False, **options), tensors
 
 

@@ -10,9 +10,9 @@ from keras import ops
 from keras_lora.keras_internals import hidden_state
 from keras_lora.keras_internals.hidden_state import HiddenVariable
 from keras_lora.keras_internals.layers import Place
-from keras_lora.layers import merged_training, rematerialized
+from keras_lora.layers import merged_training, rematerialized, settings
 from keras_lora.layers.saved_values import AdapterFiles
-from keras_lora.layers.settings import Settings, validate_dropout
+from keras_lora.layers.settings import Settings
 
 
 @keras.saving.register_keras_serializable(package="keras_lora")
@@ -81,7 +81,7 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
         super().__init__(**kwargs)
         self.has_start = bool(frozen_start)
         self.settings = Settings(rank, alpha, use_rslora)
-        self.dropout = validate_dropout(dropout)
+        self.dropout = settings.validate_dropout(dropout)
         self.a_initializer = keras.initializers.get(a_initializer)
         self.b_initializer = keras.initializers.get(b_initializer)
         self.seed_generator = None

@@ -185,7 +185,7 @@ def adapt_layers(model, paths, adapters):
     """
     compiled.restore_jax_weights(model)
     processes.barrier(model)
-    layers = sites.with_model(model, paths)
+    by_path = sites.with_model(model, paths)
     with distribution.strategy_scope(model), contextlib.ExitStack() as undo:
         new = {
             site: sites.new_adapter(site, options) for site, options in adapters.items()
@@ -193,10 +193,10 @@ def adapt_layers(model, paths, adapters):
         undo.callback(refresh_torch_parameters, flatten_layers(model))
         undo.callback(
             training_state.restore_flags,
-            layers,
-            training_state.trainable_flags(layers),
+            by_path,
+            training_state.trainable_flags(by_path),
         )
-        for layer in layers.values():
+        for layer in by_path.values():
             record = training_state.record_of(layer)
             undo.callback(training_state.set_record, layer, record)
             if adapters:
@@ -205,7 +205,7 @@ def adapt_layers(model, paths, adapters):
             undo.callback(make_plain_again, layer)
         for site, adapter in new.items():
             sites.add_adapter(site, adapter)
-        for layer in quantized.fix_quantized(layers.values()):
+        for layer in quantized.fix_quantized(by_path.values()):
             undo.callback(sites.make_plain, layer)
         refresh_torch_parameters(flatten_layers(model))
         yield Change(model, undo)

@@ -6,12 +6,7 @@ from collections.abc import Callable
 import keras
 import numpy as np
 
-from keras_lora.keras_internals import compiled, distribution, processes
-from keras_lora.keras_internals.layers import (
-    flatten_layers,
-    name_scope_of,
-    refresh_torch_parameters,
-)
+from keras_lora.keras_internals import compiled, distribution, layers, processes
 from keras_lora.layers import kinds, lora_layer, methods, torch_layout
 from keras_lora.layers.settings import validate_rank
 from keras_lora.models import merge, sites, start_values
@@ -79,8 +74,10 @@ def initialize_lora(
     sites.sites_outside_contexts(model)
     validate_arguments(method, data, budget)
     every = sites.site_paths(sites.with_model(model, sites.layer_paths(model)))
-    layers = {path: site for path, site in every.items() if lora_layer.is_adapted(site)}
-    for path, layer in layers.items():
+    adapted = {
+        path: site for path, site in every.items() if lora_layer.is_adapted(site)
+    }
+    for path, layer in adapted.items():
         refuse_used(path, layer)
         needs_inputs = method == "eva" and layer.form.down is None
         if isinstance(method, str) and (needs_inputs or not layer.kernel_is_matrix):
@@ -91,25 +88,25 @@ def initialize_lora(
                 "exclude=, or give a function of the layer."
             )
     if method == "eva":
-        starts = start_values.eva(model, layers, data, budget)
+        starts = start_values.eva(model, adapted, data, budget)
     elif method == "loftq":
-        starts = start_values.loftq(layers, data)
+        starts = start_values.loftq(adapted, data)
     else:
         starts = map_with_progress_bar(
-            layers, lambda path, layer: start_values.from_kernel(path, layer, method)
+            adapted, lambda path, layer: start_values.from_kernel(path, layer, method)
         )
-    for path, layer in layers.items():
+    for path, layer in adapted.items():
         refuse_unusable(path, layer, starts[path])
     processes.run_on_all(model, lambda: starts, start_values.fingerprint, OTHER_STARTS)
     options = {
         layer: options_for(layer, starts[path])
-        for path, layer in layers.items()
+        for path, layer in adapted.items()
         if starts[path].rank
     }
     with replace_adapters(model, options):
-        for path, layer in layers.items():
+        for path, layer in adapted.items():
             starts[path].assign_to(layer)
-    for path, layer in layers.items():
+    for path, layer in adapted.items():
         if starts[path].plain is not None:
             merge.copy_kernel(layer, starts[path].plain)
         if starts[path].rank:
@@ -192,13 +189,17 @@ def options_for(layer, start):
     return {**layer.lora.options(), **options}
 
 
-def map_with_progress_bar(layers, function):
+def map_with_progress_bar(adapted_sites, function):
     """Returns {path: function(path, layer)}; long work shows a progress bar."""
-    sizes = {path: np.sort(layer.kernel_shape)[::-1] for path, layer in layers.items()}
+    sizes = {
+        path: np.sort(layer.kernel_shape)[::-1] for path, layer in adapted_sites.items()
+    }
     work = sum(float(np.prod(size)) * size[-1] for size in sizes.values())
-    bar = keras.utils.Progbar(len(layers), verbose=int(work > 1e10), unit_name="layer")
+    bar = keras.utils.Progbar(
+        len(adapted_sites), verbose=int(work > 1e10), unit_name="layer"
+    )
     results = {}
-    for path, layer in layers.items():
+    for path, layer in adapted_sites.items():
         results[path] = function(path, layer)
         bar.add(1)
     return results
@@ -220,11 +221,11 @@ def replace_adapters(model, options):
             )
             for site, site_options in options.items()
         }
-        undo.callback(refresh_torch_parameters, flatten_layers(model))
+        undo.callback(layers.refresh_torch_parameters, layers.flatten_layers(model))
         for site, adapter in adapters.items():
             undo.callback(replace_adapter, site, site.lora)
             replace_adapter(site, adapter)
-            with name_scope_of(site.lora_layer()):
+            with layers.name_scope_of(site.lora_layer()):
                 site.build_factors()
         yield
         undo.pop_all()

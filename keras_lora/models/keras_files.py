@@ -10,19 +10,13 @@ import functools
 
 import keras
 
-from keras_lora.keras_internals import calls, classes
-from keras_lora.keras_internals.layers import (
-    flatten_layers,
-    own_variables,
-    refresh_torch_parameters,
-)
+from keras_lora.keras_internals import calls, classes, layers
 from keras_lora.layers import kinds, lora_layer, quantized_host
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.rematerialized import Rematerialized
 from keras_lora.layers.saved_values import TrainedValues
 from keras_lora.models import presets, quantized, sites, training_state
-from keras_lora.models.sites import layer_paths
 
 # All these classes have one name, because they share `from_config`.
 register = keras.saving.register_keras_serializable("keras_lora", "Adapted")
@@ -38,8 +32,10 @@ class Carrier(Rematerialized):
     def get_config(self):
         if calls.legacy_format():
             refuse_legacy_format(self)
-        layers = {"": self, **layer_paths(self, alone=False)}
-        carried = {p: x for p, x in layers.items() if not isinstance(x, LowRankAdapter)}
+        by_path = {"": self, **sites.layer_paths(self, alone=False)}
+        carried = {
+            p: x for p, x in by_path.items() if not isinstance(x, LowRankAdapter)
+        }
         with_adapter = {
             path: x for path, x in carried.items() if lora_layer.has_adapters(x)
         }
@@ -65,7 +61,7 @@ class Carrier(Rematerialized):
             "places": {path: place - 1 for place, path in enumerate(carried)},
             "quantized": quantized.quantizations(carried),
             "merge_weights": {p: x.merge_weights for p, x in with_adapter.items()},
-            "trainable": training_state.trainable_flags(layers),
+            "trainable": training_state.trainable_flags(by_path),
             "trainable_before": {
                 p: list(r.flags) for p, r in records.items() if r.flags is not None
             },
@@ -81,20 +77,20 @@ class Carrier(Rematerialized):
         model = keras.saving.deserialize_keras_object(
             presets.plain_part(config), custom_objects=custom_objects
         )
-        paths = layer_paths(model, alone=False)
-        layers = {"": model, **paths}
+        paths = sites.layer_paths(model, alone=False)
+        by_path = {"": model, **paths}
         present = [p for p, x in paths.items() if not isinstance(x, LowRankAdapter)]
         # A model may give its layers other names once it has a name itself.
         places = config["places"].items()
         places = {p: present[n] for p, n in places if 0 <= n < len(present)}
-        places |= {path: path for path in layers}
+        places |= {path: path for path in by_path}
         for path, how in config.get("quantized", {}).items():
-            quantized.quantize_again(layers.get(places.get(path)), *how)
+            quantized.quantize_again(by_path.get(places.get(path)), *how)
         adapters = []
         one = {path: {None: options} for path, options in config["adapters"].items()}
         several = config.get("weight_adapters", {})
         for path, options_by_weight in [*one.items(), *several.items()]:
-            layer = layers.get(places.get(path))
+            layer = by_path.get(places.get(path))
             if layer is None or not layer.built:
                 raise ValueError(
                     f"The configuration of {model.name!r} does not build the layer "
@@ -108,10 +104,10 @@ class Carrier(Rematerialized):
                     adapters.append((site, options))
         for site, options in adapters:
             sites.add_adapter(site, sites.new_adapter(site, options))
-        quantized.fix_quantized(layers.values())
+        quantized.fix_quantized(by_path.values())
         for path, merge_weights in config["merge_weights"].items():
-            layers[places[path]].merge_weights = merge_weights
-        layers_now = {"": model, **layer_paths(model, alone=False)}
+            by_path[places[path]].merge_weights = merge_weights
+        layers_now = {"": model, **sites.layer_paths(model, alone=False)}
         training_state.restore_flags(layers_now, config["trainable"])
         trained_beside = config.get("trained_beside", {})
         for path, place in places.items():
@@ -119,7 +115,7 @@ class Carrier(Rematerialized):
                 config["trainable_before"].get(path),
                 dict.fromkeys(trained_beside.get(path, ())),
             )
-            training_state.set_record(layers[place], record)
+            training_state.set_record(by_path[place], record)
         use_carrier_classes(model)
         return model
 
@@ -147,7 +143,7 @@ class Carrier(Rematerialized):
         for layer in sites.adapted_sites(self):
             quantized_host.refuse_quantizing(layer, mode)  # before any change
         super().quantize(mode, config=config, **kwargs)
-        quantized.fix_quantized(flatten_layers(self))
+        quantized.fix_quantized(layers.flatten_layers(self))
 
     def build_from_config(self, config):
         """Does nothing: `from_config` has built the layers, to attach the adapters."""
@@ -203,7 +199,9 @@ def protect(loop):
 
 def save(self, filepath, *args, **kwargs):
     """Refuses what cannot be saved before Keras opens the file, which empties it."""
-    flatten_layers(self)  # refuses layers that another copy of this package adapted
+    layers.flatten_layers(
+        self
+    )  # refuses layers that another copy of this package adapted
     if str(filepath).endswith((".h5", ".hdf5")):
         refuse_legacy_format(self)
     self.plain_owner.save(self, filepath, *args, **kwargs)
@@ -214,7 +212,7 @@ def make_train_function(self, force=False):
     begins = force or self.train_function is None
     self.plain_owner.make_train_function(self, force)
     if begins:
-        training_state.remember_what_trains(flatten_layers(self))
+        training_state.remember_what_trains(layers.flatten_layers(self))
         use_carrier_classes(self)
 
 
@@ -231,7 +229,7 @@ def layers_to_carry(model):
     They hold adapted layers, have a class that was made at run time, or train together
     with A and B.
     """
-    for layer in flatten_layers(model):
+    for layer in layers.flatten_layers(model):
         if isinstance(layer, Carrier):
             continue
         if isinstance(layer, LoRALayer):
@@ -241,7 +239,7 @@ def layers_to_carry(model):
                 yield layer
         elif (
             training_state.record_of(layer).base_values
-            or any(map(lora_layer.has_adapters, flatten_layers(layer)))
+            or any(map(lora_layer.has_adapters, layers.flatten_layers(layer)))
             or has_mixed_flags(layer)
         ):
             yield layer
@@ -249,12 +247,12 @@ def layers_to_carry(model):
 
 def has_mixed_flags(layer):
     """Whether some variables have another flag than their layer."""
-    return any(v.trainable != layer.trainable for v in own_variables(layer))
+    return any(v.trainable != layer.trainable for v in layers.own_variables(layer))
 
 
 def parts(layer):
     """The layers inside a LoRA layer, such as a cell, but not its adapters."""
-    inside = [x for x in flatten_layers(layer) if x is not layer]
+    inside = [x for x in layers.flatten_layers(layer) if x is not layer]
     return [x for x in inside if not isinstance(x, LowRankAdapter)]
 
 
@@ -262,4 +260,4 @@ def use_carrier_classes(model):
     """Gives layers the class that carries adapters where they need it."""
     for layer in list(layers_to_carry(model)):
         classes.change_class(layer, carrier_class(type(layer)))
-    refresh_torch_parameters(flatten_layers(model))
+    layers.refresh_torch_parameters(layers.flatten_layers(model))

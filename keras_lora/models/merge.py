@@ -12,13 +12,8 @@ from keras_lora.keras_internals import (
     classes,
     compiled,
     distribution,
+    layers,
     warn_caller,
-)
-from keras_lora.keras_internals.layers import (
-    exchange_variables,
-    flatten_layers,
-    kernel_variables,
-    name_scopes,
 )
 from keras_lora.layers import lora_layer, quantized_host, torch_layout
 from keras_lora.layers.lora_layer import LoRALayer
@@ -38,16 +33,16 @@ class MergedLayer(NamedTuple):
     error: float
 
 
-def validate_way(layers, way):
+def validate_way(hosts, way):
     """Raises ValueError unless this is a way to merge quantized layers, if any are."""
     if way is not None and way not in WAYS:
         raise ValueError(
             f"`quantized` must be None, 'dequantize' or 'requantize'. Received: {way!r}"
         )
-    if layers and way is None:
-        names = ", ".join(repr(layer.name) for layer in layers[:5])
+    if hosts and way is None:
+        names = ", ".join(repr(layer.name) for layer in hosts[:5])
         raise ValueError(
-            f"The kernels of {len(layers)} adapted layers are quantized ({names}), and "
+            f"The kernels of {len(hosts)} adapted layers are quantized ({names}), and "
             "no integers represent W + delta exactly. Choose how to merge: "
             'quantized="dequantize" gives float layers with the dequantized W + delta, '
             'which need the memory of float kernels; quantized="requantize" quantizes '
@@ -55,12 +50,12 @@ def validate_way(layers, way):
             "the quantized kernels, with A and B as they are."
         )
     if way == "requantize":
-        refuse_calibrating("requantize", layers)
+        refuse_calibrating("requantize", hosts)
 
 
-def refuse_calibrating(word, layers):
+def refuse_calibrating(word, hosts):
     """Raises ValueError where quantizing a kernel again would need calibration data."""
-    for layer in layers:
+    for layer in hosts:
         if layer.quantization_mode in quantized_host.CALIBRATED:
             raise ValueError(
                 f"{word!r} quantizes kernels again, but the inputs that Keras has "
@@ -80,14 +75,14 @@ def make_merged_layer(layer, kernel, way):
     owner = layer.path.removesuffix(layer.name)
     with contextlib.ExitStack() as scopes:
         scopes.enter_context(distribution.strategy_scope(layer))
-        scopes.enter_context(name_scopes(owner))  # layout maps go by paths
+        scopes.enter_context(layers.name_scopes(owner))  # layout maps go by paths
         values = {layer.kernel_name: kernel, **layer.other_kernels()}
         if requantize and distribution.is_sharded(layer.frozen_kernel):
             # Keras quantizes on the host.
             values = {name: distribution.fetch(value) for name, value in values.items()}
             scopes.enter_context(distribution.on_host())
         plain.build_from_config(layer.get_build_config())
-        for variable in kernel_variables(plain).values():
+        for variable in layers.kernel_variables(plain).values():
             distribution.assign(variable, values[variable.name])
         if requantize:
             config, mode = quantization_config(layer), layer.quantization_mode
@@ -109,8 +104,8 @@ def relative_error(layer, plain):
 def copy_kernel(layer, plain):
     """Gives a layer the kernel, scales and policy of a plain layer of its kind."""
     if plain.quantization_mode is not None:
-        variables = kernel_variables(layer)
-        for name, variable in kernel_variables(plain).items():
+        variables = layers.kernel_variables(layer)
+        for name, variable in layers.kernel_variables(plain).items():
             distribution.assign(
                 variables[name],
                 distribution.fetch(variable)
@@ -118,7 +113,7 @@ def copy_kernel(layer, plain):
                 else variable,
             )
         return
-    exchange_variables(layer, plain)
+    layers.exchange_variables(layer, plain)
     layer.dtype_policy = float_policy(layer)
 
 
@@ -186,7 +181,7 @@ def merge_lora(
             if kernel is None:
                 kernel = site.merged_kernel(site.kernel_dtype)
             site.frozen_kernel.assign(kernel)
-    _make_plain(model, flatten_layers(model))
+    _make_plain(model, layers.flatten_layers(model))
     return report
 
 
@@ -208,26 +203,26 @@ def remove_lora(model: keras.layers.Layer):
         'Dense'
     """
     sites.sites_outside_contexts(model)
-    layers = flatten_layers(model)
-    training_state.warn_of_variables_without_base(layers)
-    for layer in layers:
+    model_layers = layers.flatten_layers(model)
+    training_state.warn_of_variables_without_base(model_layers)
+    for layer in model_layers:
         for variable, value in training_state.base_values(layer):
             distribution.assign(variable, value)
-    _make_plain(model, layers)
+    _make_plain(model, model_layers)
 
 
-def _make_plain(model, layers):
+def _make_plain(model, model_layers):
     """layers: all layers of the model."""
-    adapted = [layer for layer in layers if isinstance(layer, LoRALayer)]
+    adapted = [layer for layer in model_layers if isinstance(layer, LoRALayer)]
     for layer in adapted:
         sites.make_plain(layer)
     models = compiled.models_sharing_layers(model)
-    held = shared_with_adapted_models(models, layers)
+    held = shared_with_adapted_models(models, model_layers)
     for layer in adapted:
         if id(layer) in held:
             layer.trainable = False
-    restore_models(layers, held)
-    renew_policy_maps(layers)
+    restore_models(model_layers, held)
+    renew_policy_maps(model_layers)
     for note in compiled.compile_all_again(models):
         warn_caller(note)
 
@@ -264,37 +259,37 @@ def refuse_not_finite(layer, arrays):
             )
 
 
-def shared_with_adapted_models(models, layers) -> set:
+def shared_with_adapted_models(models, model_layers) -> set:
     """Ids of layers that other adapted models hold too, where W stays frozen.
 
     Args:
         models: The result of `models_sharing_layers` for a model.
-        layers: All layers of that model.
+        model_layers: All layers of that model.
     """
-    in_model = set(map(id, layers))
+    in_model = set(map(id, model_layers))
     return {
         id(layer)
         for other in models
         if id(other) not in in_model
         and training_state.record_of(other).flags
         and sites.adapted_sites(other)
-        for layer in flatten_layers(other)
+        for layer in layers.flatten_layers(other)
     }
 
 
-def restore_models(layers, held):
+def restore_models(model_layers, held):
     """Restores classes and flags that `apply_lora` had changed on other layers.
 
     held: Ids of those that stay frozen.
     """
-    for layer in layers:
+    for layer in model_layers:
         if isinstance(layer, Carrier) and not any(
-            lora_layer.has_adapters(part) for part in flatten_layers(layer)
+            lora_layer.has_adapters(part) for part in layers.flatten_layers(layer)
         ):
             classes.change_class(layer, layer.plain_owner)
-    kept = [layer for layer in layers if id(layer) in held]
+    kept = [layer for layer in model_layers if id(layer) in held]
     flags = training_state.trainable_flags(dict(enumerate(kept)))
-    for layer in layers:
+    for layer in model_layers:
         record = training_state.record_of(layer)
         if record.flags is not None:
             training_state.set_flags(layer, *record.flags)  # of all layers inside too

@@ -6,15 +6,7 @@ import re
 
 import keras
 
-from keras_lora.keras_internals import classes, compiled, processes
-from keras_lora.keras_internals.layers import (
-    attributes_of,
-    flatten_layers,
-    name_scope_of,
-    refuse_other_copy,
-    sublayers,
-    validate_model,
-)
+from keras_lora.keras_internals import classes, compiled, layers, processes
 from keras_lora.layers import arguments, kinds, lora_layer, methods
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.lora_layer import LoRALayer
@@ -45,8 +37,8 @@ def site_paths(paths) -> dict:
 
 def adapted_sites(model) -> list:
     """The sites of a model that have an adapter, each once."""
-    layers = [x for x in flatten_layers(model) if isinstance(x, LoRALayer)]
-    return [site for layer in layers for site in layer.sites().values()]
+    lora_layers = [x for x in layers.flatten_layers(model) if isinstance(x, LoRALayer)]
+    return [site for layer in lora_layers for site in layer.sites().values()]
 
 
 def refuse_banked(site, path):
@@ -101,20 +93,20 @@ def layer_paths(model, alone=True) -> dict:
 
     alone: Whether a single layer that can be adapted is among its own paths.
     """
-    validate_model(model)
-    refuse_other_copy(model)
+    layers.validate_model(model)
+    layers.refuse_other_copy(model)
     paths, seen = {}, {id(model)}
 
     def walk(parent, prefix, owners):
         if isinstance(parent, keras.Model):
             owners = sorted((f"{parent.name}_", *owners), key=len, reverse=True)
         used = collections.Counter()
-        attributes = {id(layer): name for name, layer in attributes_of(parent)}
-        for layer in sublayers(parent):
+        attributes = {id(layer): name for name, layer in layers.attributes_of(parent)}
+        for layer in layers.sublayers(parent):
             if id(layer) in seen:
                 continue
             seen.add(id(layer))
-            refuse_other_copy(layer)
+            layers.refuse_other_copy(layer)
             part = (
                 given_name(layer, owners, parent)
                 or attributes.get(id(layer))
@@ -191,7 +183,7 @@ def add_adapter(site, adapter):
     if not isinstance(layer, LoRALayer):
         classes.change_class(layer, kinds.class_with_adapter(layer))
     site.attach_adapter(adapter)
-    with name_scope_of(layer):
+    with layers.name_scope_of(layer):
         site.build_adapter()
 
 

@@ -6,12 +6,7 @@ from collections.abc import Sequence
 
 import keras
 
-from keras_lora.keras_internals import compiled, layers
-from keras_lora.keras_internals.calls import (
-    in_a_trace,
-    keeping_weights,
-    outermost_layer,
-)
+from keras_lora.keras_internals import calls, compiled, layers
 from keras_lora.serving.banked import Banked, Hosts
 from keras_lora.serving.calls import LOOPS, Running, empties_variables
 from keras_lora.serving.directory import Directory
@@ -108,9 +103,9 @@ class OutsideCalls:
         """Returns a context for a call of a layer in the bank."""
         if self.choice.is_inside or self.running.own:
             return contextlib.nullcontext()
-        if (outermost := outermost_layer()) not in (layer, None):
+        if (outermost := calls.outermost_layer()) not in (layer, None):
             self._count_calls_of(outermost)  # a model that was made later
-        if in_a_trace(inputs):
+        if calls.in_a_trace(inputs):
             return contextlib.nullcontext()
         return self._outside_call()
 
@@ -124,7 +119,7 @@ class OutsideCalls:
         @functools.wraps(method)
         def run(*args, **kwargs):
             inside = self.choice.is_inside or (name == "call" and self.running.own)
-            if inside or in_a_trace((args, kwargs)):
+            if inside or calls.in_a_trace((args, kwargs)):
                 return method(*args, **kwargs)
             if name in TRAINING:
                 raise ValueError(
@@ -134,7 +129,7 @@ class OutsideCalls:
             with contextlib.ExitStack() as around:
                 around.enter_context(self._outside_call(alone))
                 if alone:
-                    around.enter_context(keeping_weights(layer))
+                    around.enter_context(calls.keeping_weights(layer))
                 return method(*args, **kwargs)
 
         return run

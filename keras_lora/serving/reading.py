@@ -13,8 +13,7 @@ from keras_lora.keras_internals import classes, distribution
 from keras_lora.keras_internals.layers import layer_variables
 from keras_lora.layers import kinds, methods, torch_layout
 from keras_lora.layers.lora_layer import LoRALayer
-from keras_lora.models import sites
-from keras_lora.models.choose import WHOLE_MODEL, choose
+from keras_lora.models import choose, sites
 
 UNREAD = object()  # placeholder for the adapter that a host may get
 
@@ -53,7 +52,7 @@ class Part:
         return 0.0 if self.lora is None else self.lora.dropout
 
     @property
-    def full_kernel(self) -> bool:
+    def in_full(self) -> bool:
         """Whether A and B represent a kernel that trained in full."""
         return self.lora is None and self.kernel is not None
 
@@ -217,9 +216,9 @@ def read(model, paths, adapter, names, most) -> Reading:
 
 def with_rows(model, paths, target) -> dict:
     """Path -> layer, for a target's layers whose adapters a bank can hold."""
-    chosen, _, _ = choose(model, paths, target, None, [])
+    chosen, _, _ = choose.choose(model, paths, target, None, [])
     able = {p: x for p, x in chosen.items() if kinds.form_of(x, 1).down is not None}
-    if target not in WHOLE_MODEL or not able:
+    if target not in choose.WHOLE_MODEL or not able:
         for path, site in chosen.items():
             refuse_substituted(site, path)
     return able

@@ -12,8 +12,13 @@ import numpy as np
 
 from keras_lora.files import config, load, save
 from keras_lora.files.folder import Adapter
-from keras_lora.keras_internals import distribution, private_names, probes, processes
-from keras_lora.keras_internals.calls import keeping_weights, synchronize
+from keras_lora.keras_internals import (
+    calls,
+    distribution,
+    private_names,
+    probes,
+    processes,
+)
 from keras_lora.keras_internals.layers import attach, detach
 from keras_lora.models import training_state
 from keras_lora.serving import directory
@@ -299,7 +304,7 @@ class Training:
 
     def write_back(self):
         """Writes the values trained so far into the bank's slots."""
-        synchronize(self)
+        calls.synchronize(self)
         for trainee in self.trainees.each:
             name = trainee.adapter_name
             if self.sources.get(name) is trainee:  # and no other was added
@@ -311,7 +316,7 @@ class Training:
     def _training(self, method):
         """A call that reads the base alone of what the bank's slots hold."""
         call = self.running.call(lambda: (None, ()), alone=empties_variables(method))
-        with call, keeping_weights(self):
+        with call, calls.keeping_weights(self):
             self.in_training = True
             try:
                 yield
