@@ -8,7 +8,7 @@ from keras_lora.keras_internals import private_names, probes
 
 
 def was_called(layer):
-    """Whether a layer was ever called, also symbolically; `built` does not tell."""
+    """Whether a layer was ever called, if only symbolically; `built` does not tell."""
     return layer._called
 
 
@@ -58,7 +58,7 @@ def is_traced(flag):
 
 
 def inside_checkpoint() -> bool:
-    """Whether torch saves tensors with hooks, as under `keras.remat`."""
+    """Whether the code runs inside `keras.remat` on torch, which saves by hooks."""
     if keras.backend.backend() != "torch":
         return False
     import torch
@@ -75,7 +75,7 @@ def inside_checkpoint() -> bool:
 def drawn_in_checkpoint() -> int:
     """Draws a number that is the same when torch repeats a function.
 
-    torch resets its generator for that.
+    torch resets its generator before it repeats one.
     """
     import torch
 
@@ -83,9 +83,10 @@ def drawn_in_checkpoint() -> int:
 
 
 def recording_is_stopped(variable) -> bool:
-    """Whether no TensorFlow tape is recording.
+    """Whether no TensorFlow tape records operations on a variable.
 
-    So it is in the first run of a function under `keras.remat`, not in the second.
+    Under `keras.remat`, none does in a function's first run, and one does in its
+    second.
     """
     import tensorflow as tf
 
@@ -104,8 +105,8 @@ def tensorflow_graph():
 def next_seed(generator):
     """Returns the next seed of a generator.
 
-    JAX traces a function under `keras.remat` separately, and the generator's state must
-    not become a value of that trace.
+    Under `keras.remat`, JAX traces a function separately. The generator's new state
+    must not be a value of that trace, so it is computed outside of it.
     """
     if keras.backend.backend() != "jax" or not in_stateless_scope():
         return generator.next()
@@ -130,10 +131,10 @@ def in_stateless_scope():
 
 
 def traced_for_xla():
-    """Whether TensorFlow is compiling the running code with XLA.
+    """Whether TensorFlow is tracing the running code for XLA.
 
-    A variable that is created there cannot start from another's value. (In a stateless
-    scope, where Keras builds a model symbolically, it is created later.)
+    A variable that is created there cannot start from the value of another one. In a
+    stateless scope, where Keras builds a model symbolically, it is created later.
     """
     if in_stateless_scope() or not in_tensorflow_graph():
         return False
@@ -165,7 +166,7 @@ def synchronize(model):
 
 
 def is_emptied(variable) -> bool:
-    """Whether a loop of Keras's on JAX has taken the value out of a variable."""
+    """Whether one of Keras's loops on JAX has taken the value out of a variable."""
     try:
         value = variable.value
     except TypeError:  # no initializer is left to create a value
@@ -177,10 +178,11 @@ def is_emptied(variable) -> bool:
 
 @contextlib.contextmanager
 def keeping_weights(model):
-    """Keeps the model's weights if one of Keras's loops raises on JAX.
+    """Restores a model's weights if a loop of Keras's raises inside the context.
 
-    On JAX, loops take them out of the variables, and Keras does not restore them after
-    an error. They get the loop's last values, or else those from its beginning.
+    On JAX, these loops take the values out of the variables, and Keras does not put
+    them back after an error. The variables get the loop's last values, or else those
+    from its beginning.
     """
     if keras.backend.backend() != "jax":
         yield
@@ -212,6 +214,7 @@ def operation_of(tensor):
 
 
 def node_of(tensor):
+    """Returns Keras's record of the call that made a symbolic tensor."""
     history = tensor._keras_history
     return history.operation._inbound_nodes[history.node_index]
 

@@ -25,10 +25,10 @@ def change_class(layer, new_class):
 
 
 def rebind_wrapped_methods(layer, new_class):
-    """Makes methods that Keras wraps for each instance call those of a class.
+    """Makes the wrappers that Keras puts on a layer call the methods of a class.
 
-    `Layer.__new__` puts a function in front of `build` (and of `quantize`, before
-    Keras 3.16) that holds the method in its closure.
+    `Layer.__new__` wraps `build` (and `quantize`, before Keras 3.16) for each layer, in
+    a function that holds the method in its closure.
     """
     for name, wrapper in vars(layer).items():
         method = getattr(wrapper, "__wrapped__", None)
@@ -45,7 +45,7 @@ def rebind_wrapped_methods(layer, new_class):
 
 @functools.cache
 def derived_from_class(cls) -> dict:
-    """Returns the attributes that `Layer.__init__` sets, if they can be compared.
+    """Returns the comparable attributes that `Layer.__init__` sets for a class.
 
     Some of them are derived from the signature of `call`.
     """
@@ -58,8 +58,8 @@ def derived_from_class(cls) -> dict:
 def view_as(layer, cls):
     """Returns a view of a layer under another class, with the same attributes.
 
-    Its methods, such as `get_config`, can be called while other threads use the layer,
-    which does not change.
+    So a method of that class, such as `get_config`, can be called while other threads
+    use the layer, which does not change.
     """
     view = object.__new__(cls)
     object.__setattr__(view, "__dict__", vars(layer))
@@ -74,9 +74,9 @@ def view_with(layer, cls, changed):
 
 
 def bound_functions(layer) -> list:
-    """Names of attributes that run a method of the layer: `keras.remat(self.f)`.
+    """Names of attributes that hold a function over a method: `keras.remat(self.f)`.
 
-    Keras's own wrappers, which have the methods' names, are left out.
+    Keras's own wrappers are left out; they have the names of the methods.
     """
     names = []
     for name, value in vars(layer).items():
@@ -102,14 +102,14 @@ def calls_remat(layer) -> bool:
 
 
 def call_with(layer, cls, values, args, kwargs):
-    """Runs a layer's call under a class, with other values at some places.
+    """Runs the call of a class on a layer, with other values for some weights.
 
-    The call runs on a view of the layer, and on views of the objects that lead to a
-    place. Attributes that it sets on them, such as `supports_jit` of Keras's LSTM, are
-    set on the layers too.
+    The call runs on a view of the layer, in which the weights and the objects that hold
+    them are replaced. Attributes that it sets on such a view, as Keras's LSTM sets
+    `supports_jit`, are then set on the layer too.
 
-    values: keys -> value, with the keys of `weight_places`. A value for `call` of an
-        inner layer is a function of that layer's view and the call's arguments.
+    values: keys -> value, with the keys of `weight_places`. The value for the `call` of
+        an inner layer is a function of that layer's view and the call's arguments.
     """
     seen = []
     outputs = cls.call(view_with_values(layer, values, seen, cls), *args, **kwargs)
@@ -123,7 +123,8 @@ def call_with(layer, cls, values, args, kwargs):
 def view_with_values(held, values, seen, cls=None):
     """Returns a view of a layer, or a copy of a list or dict, with other values.
 
-    seen: a list that gets each layer, its view and the view's first attributes.
+    seen: A list to which each layer is added, with its view and a copy of the view's
+        attributes.
     """
     if () in values:
         return values[()]
@@ -149,7 +150,10 @@ def view_with_values(held, values, seen, cls=None):
 
 
 def value_at(layer, keys):
-    """Returns the innermost layer on the way to a value, and the value."""
+    """Returns the innermost layer that holds a value, and the value.
+
+    keys: The keys that lead to it, as in `weight_places`.
+    """
     owner, value = layer, layer
     for key in keys:
         if isinstance(value, keras.layers.Layer):

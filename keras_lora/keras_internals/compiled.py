@@ -21,8 +21,9 @@ WARNED_AT = types.SimpleNamespace(count=0)  # frozen objects at the last warning
 def models_sharing_layers(model) -> list:
     """Returns the layers of a model, and all live models that share layers with it.
 
-    A layer does not know its owners, whose traced functions know it as it was. They are
-    found among the garbage collector's objects. Layers without variables do not count.
+    Functions that these models have traced use the layers as they were. A layer does
+    not know its owners, so they are found among the garbage collector's objects. Layers
+    without variables do not count.
     """
     layers = flatten_layers(model)
     own = {id(vars(layer)) for layer in layers}  # views share it
@@ -70,7 +71,10 @@ COMPILED_FUNCTIONS = (*LOOP_FUNCTIONS, "generate_function")  # the last: KerasHu
 
 
 def take_compiled_functions(layers):
-    """Removes the traced functions of the models among layers, and returns them."""
+    """Removes the traced functions of the models among layers.
+
+    Returns [(model, name, function)].
+    """
     functions = []
     for layer in layers:
         for name in COMPILED_FUNCTIONS:
@@ -92,10 +96,10 @@ def renew_compiled_functions(layers):
 
 
 def restore_jax_weights(model):
-    """Puts back the weights that Keras's loops on JAX have taken out of models.
+    """Puts back the weights that Keras's loops on JAX have taken out of a model.
 
-    This covers all models that hold the layers. A loop reads the weights again after
-    each callback.
+    It does so for all models that share its layers. A loop reads the weights again
+    after each callback.
     """
     if keras.backend.backend() == "jax":
         for layer in models_sharing_layers(model):
@@ -105,9 +109,9 @@ def restore_jax_weights(model):
 def compile_again(model) -> list:
     """Gives compiled models optimizers for the variables that train now.
 
-    The models are the given one and all that share layers with it. Loss, metrics and
-    all other arguments of `compile` are kept. If an optimizer cannot be created again,
-    its model is no longer compiled, and the returned notes say so.
+    They are the model and all that share layers with it. Loss, metrics and all other
+    arguments of `compile` are kept. If an optimizer cannot be created again, its model
+    is no longer compiled, and the returned notes say so.
     """
     return compile_all_again(models_sharing_layers(model))
 
@@ -155,7 +159,10 @@ class TrainingRefused:
 
 @contextlib.contextmanager
 def refusing_to_train(model, why):
-    """Refuses `fit` and `train_on_batch` of a model and of live ones around it."""
+    """Makes `fit` and `train_on_batch` raise, also for models that share layers.
+
+    why: The text of the error.
+    """
     models = [
         layer
         for layer in models_sharing_layers(model)

@@ -15,7 +15,10 @@ REPLICATED_BYTES = 2**20  # of a value that may be whole on a device for a momen
 
 
 def layout_of(variable):
-    """The layout that a model's distribution gives a variable; None without axes."""
+    """Returns the layout of a variable under `keras.distribution`.
+
+    None without a distribution, or if the layout names no axis of the mesh.
+    """
     distribution = keras.distribution.distribution()
     if distribution is None or keras.backend.backend() != "jax":
         return None
@@ -27,13 +30,14 @@ def layout_of(variable):
 
 @contextlib.contextmanager
 def laid_out_by(axes_of, like):
-    """Lays out variables that are made inside, unless the layout map names them.
+    """Context in which new variables get a layout, unless the layout map has one.
 
-    `add_weight` asks the distribution for a layout before the variable has values, so
+    `add_weight` asks the distribution for the layout before a variable has values, so
     no device ever holds it whole.
 
-    axes_of: the name of a variable -> the axes of the mesh that its own are cut over.
-    like: a layout over this mesh, or None: nothing is cut.
+    Args:
+        axes_of: Name of a variable -> the mesh axis for each of its own axes, or None.
+        like: A layout over the same mesh. None: the context does nothing.
     """
     if like is None:
         yield
@@ -60,7 +64,7 @@ def laid_out_by(axes_of, like):
 
 
 def divisible_axes(variable, axes, mesh, distribution):
-    """Returns the axes of a mesh, with None where a size is not divisible."""
+    """Returns the axes, with None where they do not divide a variable's size."""
     parts = dict(zip(mesh.axis_names, mesh.shape, strict=True))
     sizes = zip(axes, variable.shape, strict=True)
     divisible = [None if axis and size % parts[axis] else axis for axis, size in sizes]
@@ -75,10 +79,10 @@ def divisible_axes(variable, axes, mesh, distribution):
 
 
 def fetch(value):
-    """Returns the whole of a variable or tensor as NumPy.
+    """Returns the whole value of a variable or tensor as a NumPy array.
 
-    If it is sharded over several processes, all of them must call. The hosts get it
-    part by part, so that no device holds a large value whole.
+    If it is sharded over several processes, all of them must call. The hosts get a
+    large value part by part, so that no device holds it whole.
     """
     value = keras.ops.convert_to_tensor(value)
     if getattr(value, "is_fully_addressable", True) or value.is_fully_replicated:
@@ -108,14 +112,14 @@ def is_sharded(variable) -> bool:
 
 
 def assign(variable, value):
-    """Assigns a value that every process has whole; each device gets its own part."""
+    """Assigns a value that every process holds whole; each device gets its shard."""
     if isinstance(value, np.ndarray) and value.shape == tuple(variable.shape):
         value = shard_like(variable, value)
     variable.assign(value)
 
 
 def shard_like(variable, value):
-    """Puts NumPy values on devices with the sharding of a variable of their shape."""
+    """Returns a NumPy value on devices, sharded like a variable of its shape."""
     sharding = getattr(variable.value, "sharding", None)
     if sharding is None or len(sharding.device_set) == 1:
         return value
@@ -126,7 +130,7 @@ def shard_like(variable, value):
 
 
 def variable_like(variable, values, **options):
-    """Returns a new variable with the layout of another one of its shape."""
+    """Creates a variable with the layout of another one of the same shape."""
     distribution = keras.distribution.distribution()
     if keras.backend.backend() == "jax" and distribution:
         options["layout"] = distribution.get_variable_layout(variable)
@@ -138,9 +142,10 @@ def variable_like(variable, values, **options):
 
 @contextlib.contextmanager
 def whole_on_host(model):
-    """Yields whether this process is the one that writes files.
+    """Context in which a model's variables have whole values in host memory.
 
-    Inside, all variables have whole values, in the memory of its host.
+    Yields whether this process is the one that writes files; only there are the values
+    kept.
     """
     is_writer, pairs = processes.is_writer(model), []
     if processes.worker_strategy(model) or not processes.is_shared(model):
@@ -158,7 +163,7 @@ def whole_on_host(model):
 
 @contextlib.contextmanager
 def on_host():
-    """Inside, JAX creates arrays whole, in the host's memory."""
+    """Context in which JAX creates arrays whole, in the host's memory."""
     jax, distribution = probes.module("jax"), keras.distribution.distribution()
     keras.distribution.set_distribution(None)
     try:
@@ -196,9 +201,9 @@ def digests_of_rows(batch) -> dict:
 
 
 def strategy_scope(model):
-    """Creates variables in the same strategy as the model's.
+    """Context in which variables are created under a model's strategy.
 
-    Keras trains a model by the strategy of `tf.distribute` that it was built in.
+    Keras trains a model under the strategy of `tf.distribute` that it was built in.
 
     Raises:
         ValueError: If another strategy's scope is entered than the model's.
@@ -208,7 +213,7 @@ def strategy_scope(model):
 
 @contextlib.contextmanager
 def scope_of_variables(variables, name):
-    """Enters the strategy of `tf.distribute` that variables were made in."""
+    """The same for the strategy under which variables were made; name: for errors."""
     if keras.backend.backend() != "tensorflow":
         yield
         return
@@ -228,7 +233,7 @@ def scope_of_variables(variables, name):
 
 
 def replica_context():
-    """The context of one of several replicas of `tf.distribute`, or None."""
+    """Returns the replica's context of `tf.distribute`; None without other replicas."""
     if keras.backend.backend() != "tensorflow":
         return None
     context = probes.module("tensorflow").distribute.get_replica_context()
@@ -236,7 +241,7 @@ def replica_context():
 
 
 def in_cross_replica_context() -> bool:
-    """Whether a strategy of `tf.distribute` is entered, and none of its replicas."""
+    """Whether the code runs under a strategy of `tf.distribute`, but in no replica."""
     if keras.backend.backend() != "tensorflow":
         return False
     tf = probes.module("tensorflow").distribute
@@ -244,16 +249,16 @@ def in_cross_replica_context() -> bool:
 
 
 def gather_over_replicas(rows):
-    """What all replicas of `tf.distribute` have of a batch, in one tensor."""
+    """Returns the rows of all replicas of `tf.distribute`, one after the other."""
     context = replica_context()
     if context is None:
         return rows
-    # A copy: what is one object on all replicas would come once.
+    # A copy, because one object that all replicas share would be gathered once.
     return context.all_gather(keras.ops.copy(rows), axis=0)
 
 
 def assign_unless(condition, variables, values):
-    """Assigns values unless a condition holds, which is the same on all replicas."""
+    """Assigns values unless a condition holds, which all replicas must agree on."""
 
     def assign(variable, value, kept):
         now = keras.ops.convert_to_tensor(variable)

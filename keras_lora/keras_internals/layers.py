@@ -1,4 +1,4 @@
-"""The state of built layers: variables, sublayers, classes."""
+"""The state of built layers: variables, sublayers, policies."""
 
 import collections
 import contextlib
@@ -33,7 +33,7 @@ def unlocked(layer):
 
 
 def freeze(layer, variable):
-    """Moves a variable to the layer's non-trainable ones.
+    """Moves a variable to the layer's non-trainable ones; returns its old place.
 
     There `layer.trainable = True` does not reach it. It is not created with
     trainable=False, because such a TensorFlow variable could never train later.
@@ -61,7 +61,7 @@ def is_frozen_kernel(variable) -> bool:
 
 
 def assign_outside_calls(variable, value):
-    """Replaces a frozen kernel's `assign`: wrappers must not change W in a call."""
+    """Replaces a frozen kernel's `assign`, so that no wrapper changes W in a call."""
     if calls.in_a_call():
         raise ValueError(
             f"A layer assigns in its call to {variable.path!r}, the frozen kernel of a "
@@ -89,7 +89,7 @@ def assign_if_trainable(kernel, variable, value):
 
 
 def guard_assign(variable, refuse):
-    """Calls refuse(path) before the variable is assigned outside calls."""
+    """Makes a variable's `assign` call refuse(path) first, outside of calls."""
     assign = vars(variable).get("assign")
     guarded = functools.partial(assign_guarded, variable, assign, refuse)
     variable.assign = guarded
@@ -196,9 +196,9 @@ def take_own_policy(layer):
 
 
 class Leaf:
-    """Mixin of a layer that Keras's walks see as one without sublayers.
+    """Mixin of a layer in which Keras finds no sublayers.
 
-    Before Keras 3.16, `Model.quantize` skips every layer that holds another.
+    Before Keras 3.16, `Model.quantize` skips every layer that has one.
     """
 
     is_leaf = True  # False if a layer holds others than its adapter
@@ -278,9 +278,9 @@ def bookkeeping() -> set:
 
 
 def attributes_of(parent):
-    """(name, layer) for the layers that a layer holds by attribute or container.
+    """Yields (name, layer) for layers in attributes, or in containers there.
 
-    Keras keeps the layers that it tracks without the names of the attributes.
+    Keras tracks layers without the names of their attributes.
     """
     attributes = dict(vars(parent))
     attributes |= attributes.pop("_modules", {})  # submodules on torch
@@ -300,10 +300,11 @@ def attributes_of(parent):
 
 
 def weight_places(layer) -> dict:
-    """Name -> the keys that lead to it, for a layer's own weights of two axes or more.
+    """Name -> keys, for a layer's own weights of two axes or more.
 
-    A key is the name of an attribute, or a position or key in a list or dict. Weights
-    that never train and weights of sublayers are left out.
+    The keys lead from the layer to the weight: names of attributes, and positions or
+    keys in lists or dicts. Weights that never train and weights of sublayers are left
+    out.
     """
     train, seen = set(map(id, layer._trainable_variables)), set()
     places: dict = {}
@@ -340,9 +341,9 @@ def weight_places(layer) -> dict:
 
 
 def kernel_variables(layer) -> dict:
-    """Attribute -> variable of a layer itself, all but its bias.
+    """Attribute -> variable, for all of a layer's own variables but its bias.
 
-    Those of a layer that is quantized: its integers, scales, zeros and groups.
+    A quantized layer has integers, scales, zeros and groups.
     """
     return {
         name: value
@@ -365,7 +366,7 @@ def exchange_variables(layer, other):
 
 
 def drop_float_kernel(layer):
-    """Ends Keras's calibration: the integers alone are left of a kernel."""
+    """Ends Keras's calibration: deletes the float kernel beside the integers."""
     variables = kernel_variables(layer).items()
     with unlocked(layer):
         for name in [
@@ -380,7 +381,7 @@ def drop_float_kernel(layer):
 
 @contextlib.contextmanager
 def listed_instead(layer, old, new):
-    """Makes a layer list another variable among its weights, for a while."""
+    """Context in which a layer lists one variable instead of another as a weight."""
     lists = (layer._trainable_variables, layer._non_trainable_variables)
     tracked = next(x for x in lists if any(v is old for v in x))
     replace(tracked, old, new)
@@ -397,7 +398,7 @@ def replace(tracked, old, new):
 
 @contextlib.contextmanager
 def unlisted(layer, sublayer):
-    """A layer does not list one of the layers that it holds."""
+    """Context in which a layer does not list one of its sublayers."""
     place = next(n for n, inner in enumerate(layer._layers) if inner is sublayer)
     list.pop(layer._layers, place)
     try:

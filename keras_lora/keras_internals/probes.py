@@ -64,9 +64,9 @@ masking = module("keras.src.backend.common.masking")
 
 
 def mentions(owner, word) -> bool:
-    """Whether code of a class, of those that it extends, or of a module has a word.
+    """Whether a word is in the code of a module, or of a class and its bases.
 
-    Attributes that a constructor sets are found so without making an object.
+    This finds attributes that a constructor sets, without making an object.
     """
     owners = getattr(owner, "__mro__", (owner,))
     held = [x for each in owners for x in vars(each).values()]
@@ -136,7 +136,7 @@ def has_tensor_history() -> bool:
 
 
 def can_unfreeze_variable() -> bool:
-    """Whether a variable of TensorFlow's that was made frozen can train later."""
+    """Whether a TensorFlow variable that was created frozen can train later."""
     tf = module("tensorflow")
     with tf.Graph().as_default():
         variable = tf.Variable(0.0, trainable=False)
@@ -158,7 +158,7 @@ def converter_names(package) -> list:
 
 
 def converters_are_there() -> bool:
-    """Whether each converter can be asked with a loader that has no file."""
+    """Whether each converter can be called with a loader that has no file."""
     converters = [module(name) for name in converter_names(module(CONVERTERS))]
     return bool(converters) and all(
         hasattr(x, "backbone_cls")

@@ -26,13 +26,13 @@ EXCHANGES = types.SimpleNamespace(count=0)  # in which all processes took part
 
 
 def strategy_of(variables):
-    """The strategy of `tf.distribute` in whose scope variables were made, or None."""
+    """Returns the `tf.distribute` strategy under which variables were made, or None."""
     values = (getattr(x.value, "distribute_strategy", None) for x in variables)
     return next(filter(None, values), None)
 
 
 def worker_strategy(model):
-    """The strategy by which several processes hold a model on TensorFlow, or None."""
+    """Returns the strategy over several TensorFlow processes of a model, or None."""
     if keras.backend.backend() != "tensorflow":
         return None
     strategy = strategy_of(model.variables)
@@ -41,7 +41,7 @@ def worker_strategy(model):
 
 
 def tasks(strategy) -> list:
-    """(type, number) of each process that trains, the chief first."""
+    """Returns (type, number) of each process that trains, the chief first."""
     jobs = strategy.cluster_resolver.cluster_spec().as_dict()
     return [
         (job, n) for job in ("chief", "worker") for n in range(len(jobs.get(job, ())))
@@ -57,7 +57,10 @@ def is_shared(model) -> bool:
 
 
 def process_index(strategy) -> int:
-    """The number of this process. strategy: On TensorFlow; None on JAX."""
+    """Returns the number of this process.
+
+    strategy: The strategy on TensorFlow; None on JAX.
+    """
     if strategy is None:
         return probes.module("jax").process_index()
     resolver = strategy.cluster_resolver
@@ -96,16 +99,17 @@ def exchange(message, seconds, strategy=None) -> list:
 
 
 def timeout_error(strategy):
-    """The class that a backend raises if the other processes do not call in time."""
+    """Returns the error class for processes that do not call in time."""
     if strategy is None:
         return probes.module("jax").errors.JaxRuntimeError
     return probes.module("tensorflow").errors.OpError
 
 
 def publish(text, process, seconds) -> list:
-    """The texts of all processes of JAX.
+    """Returns the texts of all JAX processes, in their order.
 
-    Not by a collective of devices, which may wait for ever for a missing process.
+    They go through the coordinator. A collective of devices might wait for ever for a
+    missing process.
     """
     probes.require(private_names.PROCESSES)
     client = probes.module("jax._src.distributed").global_state.client
@@ -123,9 +127,9 @@ def publish(text, process, seconds) -> list:
 
 
 def gather(values, strategy, seconds):
-    """Arrays of all processes of TensorFlow, one after the other along the first axis.
+    """Joins the arrays of all TensorFlow processes along the first axis.
 
-    After a timeout the process cannot train with the others any more.
+    After a timeout, this process cannot train with the others any more.
     """
     tf = probes.module("tensorflow")
     options = tf.distribute.experimental.CommunicationOptions(timeout_seconds=seconds)
@@ -198,9 +202,9 @@ def run_on_all(model, function, identity=None, differ=""):
 
 
 def in_step(model, items, identity, differ):
-    """Yields this process's items.
+    """Yields this process's items, while all processes yield theirs.
 
-    All processes raise if the numbers of items, or the identities of two, differ.
+    All of them raise if their numbers of items differ, or the identities of items.
 
     model, identity, differ: As in `run_on_all`, for each item.
     """

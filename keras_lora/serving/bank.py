@@ -168,7 +168,7 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
             self._put(name, parts, source)
 
     def _read(self, name, adapter):
-        """Returns the parts of an adapter, checked for room, and its source."""
+        """Returns the parts of an adapter, for which there is room, and its source."""
         with self.running.call(lambda: (None, ())), self._changes:
             with naming(name):
                 adapter, source = training.read_with_source(self.model, adapter)
@@ -178,6 +178,7 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
             return parts, source
 
     def _put(self, name, parts, source):
+        """Writes an adapter into a free slot, and makes its name mean that slot."""
         free = self.directory.free_slots
         with self.running.changed:
             self.running.wait("bank.add", lambda: self._next_slot() is not None)
@@ -220,7 +221,7 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
     # Weights of the model.
 
     def _guard_weights(self):
-        """Refuses assigning to the model while an adapter depends on its values."""
+        """Refuses assignments to the model while an adapter depends on its values."""
         for layer in self.hosts.paths.values():
             for variable in layers.layer_variables(layer):
                 layers.guard_assign(variable, self._refuse_other_weights)
@@ -249,7 +250,7 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
         """
         self.running.refuse_inside("bank.release", lambda call: True)
         with self.running.changed:
-            self.running.wait("bank.release", lambda: not self.running.others())
+            self.running.wait("bank.release", lambda: not self.running.other_calls())
             self._stop_counting()
             self._release_weights()
             compiled.restore_jax_weights(self.model)
@@ -312,7 +313,7 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
 
 @contextlib.contextmanager
 def naming(adapter_name):
-    """Names the adapter in a ValueError that is raised inside the context."""
+    """Context that names an adapter in every ValueError raised inside it."""
     try:
         yield
     except ValueError as error:

@@ -24,14 +24,14 @@ class Stacks:
 
 
 class StackVariables(Stacks, keras.layers.Layer):
-    """Stacked variables, of which each adapter has a slot.
+    """Variables that stack the values of all adapters of a layer, one in each slot.
 
         A   (slots, *A's shape)   padded with zeros to the highest rank
         B   (slots, *B's shape)   scaling * B
-        bias, gain                in the shape for combining them with outputs
+        bias, gain (slots, ...)   in the shapes in which they combine with outputs
 
-    The first slot is the base model's: zeros, and 1 for the gain. The last holds NaN in
-    B, for unknown ids.
+    The first slot is that of the base model: zeros, and 1 for the gain. The last one
+    has NaN in B, for unknown ids.
 
     Args:
         count: The number of slots.
@@ -64,7 +64,7 @@ class StackVariables(Stacks, keras.layers.Layer):
         )
 
     def rows(self, **values) -> dict:
-        """Name -> value for one slot; those not given are the base model's."""
+        """Name -> value for one slot, by default that of the base model."""
         return {
             name: np.ascontiguousarray(
                 np.broadcast_to(values.get(name, base_row(name)), stack.shape[1:]),
@@ -103,28 +103,28 @@ class StacksWithTrainees(Stacks):
 
 
 def base_row(name) -> float:
-    """Returns the value that does not change the base model."""
+    """Returns the value with which a slot gives the base model."""
     return 1.0 if name == "gain" else 0.0
 
 
 def write_slot(stack, slot, value):
-    """stack[slot] = value; threads that read see the old values or the new ones.
+    """Assigns stack[slot] = value; other threads read the old stack or the new one.
 
-    The whole stack is assigned: after an update in place, TensorFlow copies the
-    variable on every read.
+    The whole stack is assigned, because TensorFlow copies a variable on every read once
+    it was updated in place.
     """
     value = ops.convert_to_tensor(value[None])
     stack.assign(ops.scatter_update(stack, [[slot]], value))
 
 
 class BankAdapters:
-    """The adapters of a bank in one layer, instead of the layer's own adapter.
+    """The adapters of a bank in one layer, in the place of its `lora`.
 
         y = gain[s] * (linear(x, W) + linear(x, A[s]) @ B[s]) + bias[s]
 
-    where s is the slot of a row's adapter.
+    for each row of the inputs, where s is the slot of its adapter.
 
-    It is not a Keras layer and not tracked, so the plain model's files leave it out.
+    It is not a Keras layer, so that it is not in the files of the plain model.
     """
 
     removal_hint = "release() on the bank"
@@ -133,8 +133,8 @@ class BankAdapters:
 
     def __init__(self, choice, form, stacks, name):
         self.choice, self.form, self.stacks, self.name = choice, form, stacks, name
-        self.leading = None  # the kind of the inputs' leading axis; None: not known yet
-        self.around_call = lambda *_: contextlib.nullcontext()  # counts calls
+        self.leading = None  # kind of the inputs' leading axis, None until it is known
+        self.around_call = lambda *_: contextlib.nullcontext()  # a context of each call
 
     @property
     def variables(self):
@@ -174,12 +174,12 @@ class BankAdapters:
 
 
 def times(values, gain):
-    """Multiplies in the gain's dtype, because half precision would shift columns."""
+    """Multiplies in the gain's dtype; half precision would round whole columns."""
     return ops.cast(ops.multiply(ops.cast(values, gain.dtype), gain), values.dtype)
 
 
 class Banked:
-    """Mixin for a layer in a bank; in files the layer has its class from before."""
+    """Mixin for the class of a layer in a bank; files have its class from before."""
 
     class_before = None
 
@@ -219,7 +219,7 @@ class Banked:
 
 @functools.cache
 def banked_class(cls):
-    """The class of a layer in a bank, under the name of its own class."""
+    """Returns the class of a layer in a bank, which has the name of its own class."""
     lora_class = cls if issubclass(cls, LoRALayer) else kinds.lora_class_of(cls)
     attributes = {"__module__": cls.__module__, "class_before": cls}
     banked = type(cls.__name__, (Banked, lora_class), attributes)
@@ -241,7 +241,7 @@ def unbank_layer(layer):
 
 
 class Hosts:
-    """The layers of a model, and those that hold the bank's adapters.
+    """The layers of a bank's model, and those among them that hold adapters.
 
     Attributes:
         paths: Path -> layer, for the whole model.
@@ -276,7 +276,7 @@ class Hosts:
             )
         bank_layer(layer, BankAdapters(self.choice, form, stacks, path))
         self.layers[path] = layer
-        # Made again, because its functions refer to the changed layer.
+        # A new form, because its functions refer to the layer with its new class.
         layer.lora.form = layer.low_rank_form(rank)
         return stacks
 
@@ -316,18 +316,18 @@ class Hosts:
         return prepared
 
     def write(self, slot, prepared):
-        """Writes an adapter; layers that it leaves out get the base model's values."""
+        """Writes an adapter; where it leaves a layer out, the slot gives the base model."""
         for path, layer in self.layers.items():
             layer.lora.stacks.write(slot, **prepared.get(path, {}))
 
 
 def outputs_of(host, form):
-    """The shape of the kernel's axes that are not summed over."""
+    """Returns the sizes of the kernel's axes that are not summed over."""
     return [
         n for axis, n in enumerate(host.kernel_shape) if axis not in form.input_axes
     ]
 
 
 def laid_out(function, value):
-    """Returns a bias or gain in the shape for combining it with outputs."""
+    """Returns a bias or gain in the shape in which it combines with outputs."""
     return torch_layout.to_numpy(function(ops.convert_to_tensor(value)))

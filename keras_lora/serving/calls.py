@@ -1,4 +1,4 @@
-"""The calls of a bank: their inputs, and which of them are running."""
+"""The calls of a bank, and how calls and changes wait for each other."""
 
 import collections
 import contextlib
@@ -51,11 +51,11 @@ class Call:
 
 
 class Running:
-    """Counts calls, and makes changes wait for calls that they would disturb.
+    """Counts running calls; changes wait for calls that they would disturb.
 
-    A slot is written only when no call reads it. The active adapter of outside calls,
-    a variable, changes only when no such call runs; calls that begin later wait for
-    the change. A call inside another one of its thread never waits.
+    A slot is written only when no call reads it. The variables that outside calls read
+    change only when no such call runs, and calls that begin later wait for the change.
+    A call inside another call of its thread never waits.
 
     Args:
         point: A function that writes the active adapter into the variables.
@@ -70,23 +70,30 @@ class Running:
         self.queue, self.changes = [], 0  # waiting calls; number of running changes
 
     @property
-    def own(self) -> list:
+    def own_calls(self) -> list:
         """The calls that the current thread is in."""
         return self.calls.get(threading.get_ident(), [])
 
-    def others(self) -> list:
+    def other_calls(self) -> list:
         me = threading.get_ident()
-        others = (calls for thread, calls in self.calls.items() if thread != me)
-        return list(itertools.chain(*others))
+        other_calls = (calls for thread, calls in self.calls.items() if thread != me)
+        return list(itertools.chain(*other_calls))
 
     # Calls.
 
     @contextlib.contextmanager
     def call(self, choose, outside=False, alone=False):
-        """Context of a call; choose() returns what it yields and the slots it reads."""
+        """Context of a call.
+
+        Args:
+            choose: A function that returns what the context yields, and the slots that
+                the call reads.
+            outside: As in `Call`.
+            alone: As in `Call`.
+        """
         call = Call(outside, alone)
         with self.changed:
-            if not self.own:
+            if not self.own_calls:
                 self._wait_for_turn(call)
             chosen, slots = choose()
             call.slots = frozenset(slots)
@@ -97,15 +104,18 @@ class Running:
         finally:
             with self.changed:
                 self.reads.subtract(call.slots)
-                self.own.remove(call)
-                if not self.own:
+                self.own_calls.remove(call)
+                if not self.own_calls:
                     del self.calls[threading.get_ident()]
                 if self.to_point:
                     self.point_soon()
                 self.changed.notify_all()
 
     def _wait_for_turn(self, call, patience=None):
-        """Waits for earlier calls that cannot run at the same time."""
+        """Waits for earlier calls that cannot run at the same time.
+
+        Returns whether they ended in time; without a limit, they always do.
+        """
         self.queue.append(call)
         try:
             return self.changed.wait_for(lambda: self._has_turn(call), patience)
@@ -119,22 +129,22 @@ class Running:
             return not (self.calls or self.changes or before)
         if call.outside and self.to_point:
             return False
-        return not any(other.alone for other in [*before, *self.others()])
+        return not any(other.alone for other in [*before, *self.other_calls()])
 
     # Changes.
 
     def point_soon(self):
         """Writes the active adapter as soon as no call reads its slot."""
         with self.changed:
-            others = self.others()
-            self.to_point = any(c.outside for c in [*others, *self.own])
-            self.to_point |= any(c.alone for c in others)
+            other_calls = self.other_calls()
+            self.to_point = any(c.outside for c in [*other_calls, *self.own_calls])
+            self.to_point |= any(c.alone for c in other_calls)
             if not self.to_point:
                 self.point()
 
     @contextlib.contextmanager
     def writing(self, what):
-        """Context of a change of variables, which no call on JAX has emptied."""
+        """Context of a change, during which no call on JAX empties the variables."""
         self.refuse_inside(what, lambda call: call.alone)
         with self.changed:
             if not self._wait_for_turn(Call(), PATIENCE):
@@ -148,8 +158,8 @@ class Running:
                 self.changed.notify_all()
 
     def refuse_inside(self, what, test):
-        """Raises if the change comes from inside such a call, such as a callback."""
-        if any(map(test, self.own)):
+        """Raises if the change is made inside a call that `test` is true for."""
+        if any(map(test, self.own_calls)):
             raise ValueError(
                 f"{what} is not possible inside a call of the same model, for example "
                 "in a callback of its `predict`: the call keeps the adapters that it "
@@ -158,8 +168,8 @@ class Running:
         self.barrier()
 
     def wait(self, what, test):
-        """Waits for calls of other threads, with a time limit."""
-        if any(call.slots for call in self.own) and not test():
+        """Waits until test() is true; raises if calls do not end in time."""
+        if any(call.slots for call in self.own_calls) and not test():
             raise ValueError(
                 f"{what} has to wait for running calls, but was called inside one of "
                 "them. Nothing was changed. Do it after that call."
@@ -179,7 +189,7 @@ INPUTS = {"inputs", "adapter"}, {"inputs", SLOTS}
 
 
 class Calls:
-    """Mixin of the bank: its calls, and checks of their inputs.
+    """Mixin of the bank: its calls.
 
     A call, and all batches of a `predict` or `evaluate`, keep the adapters that the ids
     meant when it began.
@@ -244,7 +254,10 @@ class Calls:
 
     @contextlib.contextmanager
     def _reading(self, x, method="call"):
-        """Yields x with slots in the place of ids: they keep their adapters inside."""
+        """Context of a call of the bank; yields x with slots instead of ids.
+
+        The slots keep their adapters inside the context.
+        """
         directory.refuse_names(x)
         self._refuse_released()
         one = isinstance(x, Mapping) or method not in ("predict", "evaluate")

@@ -16,13 +16,14 @@ MOST_SPARE = 8  # slots for replaced adapters that calls still read
 class Directory(keras.layers.Layer):
     """The ids of a bank, and the slot of each.
 
-        table   (capacity + 1, 2)   for each entry, its present id and its slot
+        table   (capacity + 1, 2)   the present id and slot of each entry
+        entry = id mod (capacity + 1)
 
-    An id is its entry plus a growing multiple of the number of entries, so no id is
-    used twice. An unknown id, or that of a removed name, differs from the id in its
-    entry and gets the last slot, which gives NaN. If a name gets another adapter, that
-    is written to a free slot that no call reads, and one assignment replaces the old
-    one under the same id. So there are more slots than names, for running calls.
+    Each new name in an entry gets a higher id, so no id is used twice. An unknown id,
+    or that of a removed name, differs from the id in its entry and means the last slot,
+    which gives NaN. If a name gets another adapter, it is written to a free slot that
+    no call reads, and then one assignment to the table makes the id mean that slot. So
+    there are more slots than names.
 
     Args:
         capacity: The largest number of names.
@@ -92,7 +93,7 @@ class Directory(keras.layers.Layer):
         return ops.cast(slots, "int32")
 
     def validate_names(self, names):
-        """Returns a list of names, checked."""
+        """Returns a list of names, or raises if one is not in the bank."""
         if isinstance(names, str) or not hasattr(names, "__iter__"):
             raise ValueError(
                 "`names` must be a list with the name of an adapter, or None for the "
@@ -124,7 +125,7 @@ def refuse_names(x):
 
 
 class FixedIds:
-    """The slots of all ids at one moment, for a call that keeps them.
+    """A copy of the table: the slots of all ids when a call begins.
 
     Args:
         values: The values of the bank's table at that moment.
@@ -141,7 +142,7 @@ class FixedIds:
         return slots.astype("int32")
 
     def inputs(self, inputs):
-        """Replaces ids by slots in a bank's inputs; other inputs are unchanged."""
+        """Replaces ids by slots in inputs of the bank; other inputs are unchanged."""
         if not isinstance(inputs, Mapping) or "adapter" not in inputs:
             return inputs
         ids = inputs["adapter"]
@@ -165,7 +166,7 @@ class FixedIds:
         return (self.batch(batch) for batch in batches)
 
     def in_dataset(self, *batch):
-        """`batch` in a tf.data.Dataset, on every backend."""
+        """Does what `batch` does, inside a tf.data.Dataset."""
         import tensorflow as tf
 
         inputs, *targets = batch
@@ -203,7 +204,7 @@ class Batches(keras.utils.PyDataset):
 
 
 def validate_ids(ids):
-    """Returns ids as a NumPy array, checked."""
+    """Returns ids as a NumPy array."""
     ids = keras.ops.convert_to_numpy(ids) if keras.ops.is_tensor(ids) else ids
     ids = np.asarray(ids)
     refuse_other_ids(ids)

@@ -1,4 +1,4 @@
-"""One artefact that serves all adapters of a bank."""
+"""Writes one artefact that serves all adapters of a bank."""
 
 import contextlib
 import re
@@ -14,8 +14,8 @@ from keras_lora.serving import banked
 def export_by_name(bank, path):
     """Writes a SavedModel whose functions take names of adapters as strings.
 
-    The model's weights stand in it once, and the factors of the adapters that are in
-    the bank, without its free slots.
+    It holds the model's weights once, and stacks of the adapters in the bank, without
+    free slots.
     """
     if keras.backend.backend() != "tensorflow":
         raise ValueError(
@@ -77,9 +77,9 @@ def export_by_name(bank, path):
 
 
 def export_by_id(bank, export, path, **kwargs):
-    """Writes a bank as Keras does a model, with ids as an input.
+    """Writes an artefact of Keras's in which ids are an input.
 
-    export: Keras's own.
+    export: The method `keras.Model.export` of the bank.
     """
     refuse_occupied_path(path, kwargs["format"])
     ids = keras.InputSpec(shape=(None,), dtype="int32", name="adapter")
@@ -91,7 +91,7 @@ def export_by_id(bank, export, path, **kwargs):
 
 
 def swap_names(bank) -> dict:
-    """{(path, factor): input of "swap"}, which TensorFlow wants to be a word."""
+    """{(path, factor): input of "swap"}, in letters that TensorFlow accepts."""
     names = {}
     for path, layer in bank.hosts.layers.items():
         for factor in layer.lora.stacks.by_name():
@@ -103,7 +103,7 @@ def swap_names(bank) -> dict:
 
 
 def swap_arrays(bank, prepared) -> dict:
-    """{input of "swap": array}: the layers that an adapter leaves out are the base."""
+    """{input of "swap": array}, for layers that an adapter leaves out too."""
     rows = {
         path: layer.lora.stacks.rows(**prepared.get(path, {}))
         for path, layer in bank.hosts.layers.items()
@@ -115,7 +115,7 @@ def swap_arrays(bank, prepared) -> dict:
 
 @contextlib.contextmanager
 def compact_stacks(bank):
-    """The layers read stacks of the bank's adapters alone; yields them by path."""
+    """Context in which layers read stacks without free slots; yields them by path."""
     import tensorflow as tf
 
     directory, hosts = bank.directory, bank.hosts.layers
@@ -138,7 +138,7 @@ def compact_stacks(bank):
 
 
 def make_table(names):
-    """From the names in an artefact to their slots in it; -1 for others."""
+    """Returns TensorFlow's table of names and their slots; -1 for other names."""
     import tensorflow as tf
 
     return tf.lookup.StaticHashTable(
@@ -150,7 +150,7 @@ def make_table(names):
 
 
 def look_up_slots(table, adapters, names, lowest=0):
-    """The slots of names; an InvalidArgumentError for one that is not known."""
+    """Returns the slots of names; InvalidArgumentError for an unknown one."""
     import tensorflow as tf
 
     slots = table.lookup(adapters)

@@ -1,4 +1,4 @@
-"""Which adapters calls of a bank's model use when they do not go through the bank."""
+"""Calls of a bank's model that do not go through the bank: which adapters they use."""
 
 import contextlib
 import functools
@@ -68,7 +68,7 @@ class OutsideCalls:
                 self.running.point_soon()
 
     def _point(self):
-        """Updates the slots of the active adapter and of the rows."""
+        """Writes the slots of the active adapter and of the rows into the variables."""
         slot_of, names = self.directory.slot_of, self._row_names
         count = None if names is None else len(names)
         if count != self._compiled.count:
@@ -101,7 +101,7 @@ class OutsideCalls:
 
     def _around_call(self, layer, inputs):
         """Returns a context for a call of a layer in the bank."""
-        if self.choice.is_inside or self.running.own:
+        if self.choice.is_inside or self.running.own_calls:
             return contextlib.nullcontext()
         if (outermost := calls.outermost_layer()) not in (layer, None):
             self._count_calls_of(outermost)  # a model that was made later
@@ -118,7 +118,9 @@ class OutsideCalls:
 
         @functools.wraps(method)
         def run(*args, **kwargs):
-            inside = self.choice.is_inside or (name == "call" and self.running.own)
+            inside = self.choice.is_inside or (
+                name == "call" and self.running.own_calls
+            )
             if inside or calls.in_a_trace((args, kwargs)):
                 return method(*args, **kwargs)
             if name in TRAINING:
@@ -146,13 +148,16 @@ def disturbed(call):
 
 
 class CompiledFunctions:
-    """Compiled functions of all models that share layers, by number of rows."""
+    """Keeps the compiled functions of a model for each number of rows.
+
+    Also those of all models that share layers with it.
+    """
 
     def __init__(self, model):
         self.model, self.kept, self.count = model, {}, None
 
     def change_to(self, count):
-        """Replaces the present functions by those for a number of rows."""
+        """Puts back the functions for a number of rows; keeps the present ones."""
         self.kept[self.count] = compiled.take_compiled_functions(
             compiled.models_sharing_layers(self.model)
         )

@@ -13,12 +13,12 @@ REDUCTIONS = ("sum_over_batch_size", "mean", "mean_with_sample_weight", "sum")
 
 
 class PerAdapterLoss(keras.losses.Loss):
-    """The sum of the losses of each adapter's rows alone.
+    """Sum of one loss for each adapter, over its own rows of a batch.
 
         L = sum over the adapters k in the batch of loss(y[ids == k], f(x)[ids == k])
 
-    so that the gradient of an adapter is that of training it alone, with means over its
-    own rows. Rows of the base model do not count.
+    An adapter's gradient is the one that it would have alone, with means over its own
+    rows. Rows of the base model do not count.
 
     Args:
         loss: A Keras loss, its name, or a function of targets and outputs that gives a
@@ -74,7 +74,7 @@ class PerAdapterLoss(keras.losses.Loss):
 
 
 class FunctionLoss(keras.losses.Loss):
-    """A function of targets and outputs as a loss, like Keras's own wrapper."""
+    """Loss that calls a function of targets and outputs, like Keras's own wrapper."""
 
     def __init__(self, function):
         super().__init__(name=getattr(function, "__name__", None))
@@ -85,7 +85,7 @@ class FunctionLoss(keras.losses.Loss):
 
 
 def match_axes(*pair):
-    """Gives both the same number of axes, such as (rows,) and (rows, 1)."""
+    """Gives two tensors the same number of axes, such as (rows,) and (rows, 1)."""
     low, high = sorted((0, 1), key=lambda place: len(pair[place].shape))
     matched, ranks = list(pair), [len(pair[place].shape) for place in (low, high)]
     if ranks[0] + 1 == ranks[1] and pair[high].shape[-1] == 1:
@@ -97,7 +97,7 @@ def match_axes(*pair):
 
 
 def expand_to(weights, values):
-    """Gives weights of rows, or of their parts, the axes of values."""
+    """Adds or removes axes of size 1, so that weights multiply values."""
     while len(weights.shape) > len(values.shape) and weights.shape[-1] == 1:
         weights = ops.squeeze(weights, -1)
     while len(weights.shape) < len(values.shape):
@@ -106,13 +106,13 @@ def expand_to(weights, values):
 
 
 def sum_by_row(values):
-    """Sums over all axes but that of the rows."""
+    """Sums over all axes but the first."""
     axes = tuple(range(1, len(values.shape)))
     return ops.sum(values, axis=axes) if axes else values
 
 
 class PerAdapterOptimizer(keras.optimizers.Optimizer):
-    """One optimizer for each trainee, all copies of one optimizer.
+    """Trains each trainee with a copy of an optimizer.
 
     A trainee without rows in a batch takes no step: its variables, momenta and step
     count do not change by a bit.
@@ -131,7 +131,7 @@ class PerAdapterOptimizer(keras.optimizers.Optimizer):
         )
 
     def train(self, trainees, id_of):
-        """Trains these adapters from now on; earlier ones keep their optimizer state.
+        """Sets the trainees; those that trained before keep their optimizer state.
 
         id_of: name -> id in a batch.
         """
@@ -159,7 +159,7 @@ class PerAdapterOptimizer(keras.optimizers.Optimizer):
 
     @contextlib.contextmanager
     def for_rows(self, ids):
-        """Inside, `apply` is for a batch with these ids. Each thread has its own."""
+        """Context in which `apply` gets the gradients of a batch with these ids."""
         self.ids_now.now = ids
         try:
             yield

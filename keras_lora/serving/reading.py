@@ -1,4 +1,4 @@
-"""Reads an adapter for a bank, layer by layer."""
+"""Reads what an adapter changes in each layer of a bank's model."""
 
 import copy
 import dataclasses
@@ -19,7 +19,7 @@ UNREAD = object()  # placeholder for the adapter that a host may get
 
 
 class Part:
-    """The changes of an adapter in one layer.
+    """What an adapter changes in one layer.
 
     Attributes:
         layer: The model's layer.
@@ -38,7 +38,7 @@ class Part:
 
     @property
     def rank(self) -> int:
-        """The rank of `factors`; the full rank if the layer trained in full."""
+        """The rank of `factors`, which is the full rank of a kernel that trained."""
         if self.lora is not None:
             return self.lora.product_rank
         return 0 if self.kernel is None else full_rank(self.view)
@@ -58,9 +58,9 @@ class Part:
 
     @property
     def depends_on_base(self) -> bool:
-        """Whether the bank's values are valid only for the model's present weights.
+        """Whether the values in the bank fit only the model's present weights.
 
-        So are DoRA's gain, and the difference of a trained bias or kernel.
+        This is so for DoRA's gain, and for differences of trained biases and kernels.
         """
         return self.has_gain or self.bias is not None or self.kernel is not None
 
@@ -73,7 +73,7 @@ class Part:
         return (*full_update(self.view, self.kernel), None)
 
     def rows(self, form, bias_over) -> dict:
-        """Name -> value for one slot, as tensors that gradients go through.
+        """Name -> value for one slot, as tensors with gradients.
 
         Args:
             form: The form of the slots, of the same rank or a higher one.
@@ -96,9 +96,9 @@ def full_rank(view):
 
 
 def full_update(view, kernel, checked=False):
-    """A and B with A @ B = kernel - W, one of them the identity.
+    """Returns A and B, one of them the identity, with A @ B = kernel - W.
 
-    checked: Whether to return None if the layer's update is not that product.
+    checked: Whether to return None if the layer forms its update in another way.
     """
     dtype = methods.wide_dtype(view.variable_dtype)
     update = ops.convert_to_tensor(kernel, dtype) - view.base_kernel(dtype)
@@ -122,7 +122,7 @@ def full_update(view, kernel, checked=False):
 
 @dataclasses.dataclass
 class Reading:
-    """Contents of an adapter for the layers of a model, from `read`.
+    """What an adapter changes in a model, from `read`.
 
     Attributes:
         parts: Path -> Part, for the layers that the adapter changes.
@@ -139,7 +139,7 @@ class Reading:
 
 
 def as_host(layer):
-    """Returns a view of a layer as the LoRA layer that it would be, or None."""
+    """Returns a view of a layer under its LoRA class; None if it cannot be adapted."""
     if isinstance(layer, LoRALayer):
         cls = getattr(type(layer), "class_before", type(layer))
         lora_class = cls if issubclass(cls, LoRALayer) else kinds.lora_class_of(cls)
@@ -215,7 +215,7 @@ def read(model, paths, adapter, names, most) -> Reading:
 
 
 def with_rows(model, paths, target) -> dict:
-    """Path -> layer, for a target's layers whose adapters a bank can hold."""
+    """Path -> layer, for those layers of a target whose adapters a bank can hold."""
     chosen, _, _ = choose.choose(model, paths, target, None, [])
     able = {p: x for p, x in chosen.items() if kinds.form_of(x, 1).down is not None}
     if target not in choose.WHOLE_MODEL or not able:
@@ -225,7 +225,7 @@ def with_rows(model, paths, target) -> dict:
 
 
 def refuse_substituted(site, name):
-    """Raises for a weight whose layer forms one W + delta for all rows of a batch."""
+    """Raises for a weight whose layer uses one W + delta for all rows of a batch."""
     if kinds.form_of(site, 1).down is None:
         raise ValueError(
             f"A bank cannot hold adapters of {name!r}, a "
@@ -236,7 +236,7 @@ def refuse_substituted(site, name):
 
 
 def own_rank(host, rank, module):
-    """Returns the layer's rank for the rank of a module in a file."""
+    """Returns the rank in the layer for the rank of a module in a file."""
     parts = host.low_rank_form(1).file_rank or 1  # updates side by side
     if rank % parts:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Which adapter the rows of a call use."""
+"""Which slots the rows of a call use, and how rows reach inner layers."""
 
 import contextlib
 import random
@@ -11,12 +11,13 @@ from keras import ops
 from keras_lora.keras_internals import layers
 from keras_lora.layers import torch_layout
 
-# Kinds of leading axes: the batch; each row repeated; or all rows repeated.
+# Kinds of leading axes of a layer's inputs: the batch's rows, each of them repeated
+# in turn, or all of them repeated.
 ROWS, REPEAT, TILE = "rows", "repeat", "tile"
 
 
 class OneForAll:
-    """One slot, a scalar variable, for all rows."""
+    """All rows use one slot, which is a scalar variable."""
 
     def __init__(self, slot):
         self.slot = slot
@@ -32,7 +33,7 @@ class OneForAll:
         return form.bypass(inputs, a, b)
 
     def for_outputs(self, stack, ndim):
-        """Returns the slot's value, in the shape for combining it with outputs."""
+        """Returns the slot's value, in the shape in which it combines with outputs."""
         return ops.take(stack, self.slot, axis=0)
 
 
@@ -43,7 +44,7 @@ class RowByRow:
         self.slots = slots
 
     def for_layer(self, adapters, size):
-        """Returns the rows of a layer, whose leading axis may be longer.
+        """Returns the choice for a layer whose leading axis may be longer.
 
         Args:
             adapters: The layer's adapters.
@@ -114,13 +115,13 @@ class SlotChoice(keras.layers.Layer):
     def __init__(self, count):
         super().__init__(dtype="float32", trainable=False)
         self.active = self.slots_variable((), "active")
-        # In training, what stands for each slot: itself, or a trainee behind them.
-        self.moved = self.slots_variable((count,), "moved")
-        self.moved.assign(ops.arange(count, dtype="int32"))
+        # For each slot the one that training uses: itself, or that of a trainee.
+        self.slots_in_training = self.slots_variable((count,), "moved")
+        self.slots_in_training.assign(ops.arange(count, dtype="int32"))
         self.seed = keras.random.SeedGenerator(random.randrange(2**31))
         self._of = {}  # number of rows -> variable
         self.rows = None
-        self.leading_axes_known = False  # what every layer's leading axis is
+        self.leading_axes_known = False  # of all layers in the bank
         self._local = threading.local()
         self.built = True
 
@@ -168,9 +169,9 @@ class SlotChoice(keras.layers.Layer):
 
     @contextlib.contextmanager
     def using(self, slots, trainees=None):
-        """Rows of this thread's call use slots; with trainees it trains them."""
+        """Context in which calls of this thread use slots, and train the trainees."""
         if trainees is not None:
-            slots = ops.take(self.moved, slots)
+            slots = ops.take(self.slots_in_training, slots)
         before = getattr(self._local, "slots", None), self.trainees
         self._local.slots, self._local.trainees = slots, trainees
         try:
@@ -179,13 +180,13 @@ class SlotChoice(keras.layers.Layer):
             self._local.slots, self._local.trainees = before
 
 
-KNOWN = (ROWS, REPEAT, TILE)
+LEADING_AXES = (ROWS, REPEAT, TILE)
 PROBE_ROWS = 3
 OPEN_SIZES = (11, 64, 5)  # to try for axes that the model leaves open
 
 
 class Probe:
-    """Sees the inputs of all banked layers in one run of the model."""
+    """Records the inputs of all layers of a bank in one run of the model."""
 
     def __init__(self):
         self.seen = {}  # adapters of a layer -> its inputs, call by call
@@ -195,12 +196,12 @@ class Probe:
 
 
 def find_leading_axes(bank, samples, raising=False):
-    """Tells the banked layers of a bank what their leading axis is.
+    """Finds the kind of each layer's leading axis, by runs of the model.
 
     Args:
-        bank: The bank, of which all layers are there.
-        samples: Inputs of three rows; the first that the model takes are used.
-        raising: Whether inputs that it does not take are an error.
+        bank: A bank that has all its layers.
+        samples: Inputs of three rows; the first ones that the model accepts are used.
+        raising: Whether to raise if it does not accept inputs.
 
     Raises:
         ValueError: If a layer's leading axis is not made of the batch's rows.
@@ -222,7 +223,7 @@ def find_leading_axes(bank, samples, raising=False):
             if raising:
                 raise
             continue
-        wrong = {x.name: kind for x, kind in kinds.items() if kind not in KNOWN}
+        wrong = {x.name: kind for x, kind in kinds.items() if kind not in LEADING_AXES}
         if wrong:
             text = "; ".join(f"{name!r}: {kind}" for name, kind in wrong.items())
             raise ValueError(
@@ -236,7 +237,9 @@ def find_leading_axes(bank, samples, raising=False):
 
 
 def leading_axes(run, inputs) -> dict:
-    """{adapters of a layer: ROWS, REPEAT, TILE, or a word on what it is}.
+    """{adapters of a layer: ROWS, REPEAT, TILE, or a description of another kind}.
+
+    Each row is changed in turn, to see which rows of a layer's inputs change with it.
 
     Args:
         run: A function of inputs that runs the model and returns a `Probe`'s `seen`.
@@ -261,7 +264,10 @@ def leading_axes(run, inputs) -> dict:
 
 
 def order_of(values, others):
-    """Returns how the rows of a layer's inputs follow the rows of the batch."""
+    """Returns how the rows of a layer's inputs follow those of the batch.
+
+    others: The same inputs when one row of the batch is changed, for each row.
+    """
     size = len(values) if values.ndim else 0
     if any(other.shape != values.shape for other in others):
         return "of a size that the data decide"
@@ -314,7 +320,7 @@ def specs_in(model):
 
 
 def sample_inputs(model):
-    """Three rows that fit a model's inputs, for each guess of what they leave open."""
+    """Yields three rows of inputs, for each size to try for open axes."""
     specs = specs_in(model)
     for size in OPEN_SIZES if specs is not None else ():
         random = np.random.default_rng(0)

@@ -29,7 +29,7 @@ from keras_lora.serving.reading import read
 
 
 class Trainee(keras.layers.Layer):
-    """One adapter as variables, with exactly the values of its source.
+    """An adapter of a bank as trainable variables, with exactly the source's values.
 
     Attributes:
         adapter_name: Its name in the bank.
@@ -81,7 +81,7 @@ class Trainee(keras.layers.Layer):
 
 @dataclasses.dataclass
 class Folder:
-    """An adapter in a folder, which is not kept in memory.
+    """Source of an adapter that is read from its folder again.
 
     Attributes:
         path: The folder's path.
@@ -111,7 +111,7 @@ def read_with_source(model, adapter):
 
 @dataclasses.dataclass
 class InMemory:
-    """An adapter that was given as an `Adapter`."""
+    """Source of an adapter that is kept in memory."""
 
     adapter: Adapter
 
@@ -257,7 +257,10 @@ class Training:
         return names
 
     def _train(self, names, keep=False):
-        """Makes trainees of adapters; keep: whether the present ones stay."""
+        """Makes trainees of adapters.
+
+        keep: Whether the present trainees stay.
+        """
         if not self.compiled:
             raise ValueError("Call `bank.compile(optimizer, loss)` before it trains.")
         if not names:
@@ -294,13 +297,13 @@ class Training:
         return Trainee(self, name, processes.run_on_all(self.model, source.read))
 
     def _point_to_trainees(self):
-        """Rows in training use the trainees that stand for their slots."""
-        moved = np.arange(self.directory.slot_count)
+        """Makes rows in training use the trainees instead of their slots."""
+        slots_in_training = np.arange(self.directory.slot_count)
         for place, trainee in enumerate(self.trainees.each):
             if self.sources.get(trainee.adapter_name) is trainee:
                 slot = self.directory.slot_of[trainee.adapter_name]
-                moved[slot] = self.directory.slot_count + place
-        self.choice.moved.assign(moved)
+                slots_in_training[slot] = self.directory.slot_count + place
+        self.choice.slots_in_training.assign(slots_in_training)
 
     def write_back(self):
         """Writes the values trained so far into the bank's slots."""
@@ -314,7 +317,7 @@ class Training:
 
     @contextlib.contextmanager
     def _training(self, method):
-        """A call that reads the base alone of what the bank's slots hold."""
+        """Context of training, a call that reads no slot but the base model's."""
         call = self.running.call(lambda: (None, ()), alone=empties_variables(method))
         with call, calls.keeping_weights(self):
             self.in_training = True
@@ -325,7 +328,7 @@ class Training:
 
     @contextlib.contextmanager
     def _model_frozen(self):
-        """Sets the model as in training of one adapter, with normalization frozen."""
+        """Context in which the model is frozen, also its normalization."""
         layers = {"": self.model, **self.hosts.paths}
         flags = training_state.trainable_flags(layers)
         self.model.trainable = False
