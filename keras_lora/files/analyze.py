@@ -2,7 +2,6 @@
 
 import math
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,7 +11,6 @@ from keras_lora.files import factors
 from keras_lora.files.folder import Adapter
 from keras_lora.layers import settings, torch_layout
 from keras_lora.models import tables
-from keras_lora.models.tables import Table
 
 if TYPE_CHECKING:
     import keras
@@ -36,7 +34,7 @@ class Update(NamedTuple):
         return effective_rank(self.singular_values, energy)
 
 
-class Analysis(Table, Sequence):
+class Analysis(tables.Rows):
     """Rows (.path .rank .norm .relative_norm .singular_values), which print as a table.
 
     Attributes:
@@ -45,12 +43,6 @@ class Analysis(Table, Sequence):
 
     def __init__(self, name, rows, notes=()):
         self.name, self.rows, self.notes = name, list(rows), list(notes)
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return self.rows[index]
 
     def __repr__(self):
         return f"<Analysis of {self.name}: {len(self)} rows>"

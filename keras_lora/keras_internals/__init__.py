@@ -14,10 +14,9 @@ NOT_THE_USERS = {"keras_lora", "keras", "keras_hub", "contextlib"}
 def warn_caller(message):
     """Warns at the line of the user's code from which the call came."""
     frame, level = inspect.currentframe().f_back, 2
-    while frame.f_back is not None and package_of(frame) in NOT_THE_USERS:
+    while frame.f_back is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module.partition(".")[0] not in NOT_THE_USERS:
+            break
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
-
-
-def package_of(frame):
-    return frame.f_globals.get("__name__", "").partition(".")[0]

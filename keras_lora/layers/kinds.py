@@ -222,20 +222,10 @@ def wraps(layer) -> tuple:
     return (layer.layer,) if isinstance(layer, keras.layers.TimeDistributed) else ()
 
 
-def takes_dropout(site):
-    """Whether an adapter at a site has its own inputs, to which dropout can apply."""
-    return as_site(site).takes_dropout
-
-
 def looks_up(site):
     """Whether a layer picks rows of its kernel by ids."""
     is_table = not isinstance(site, WeightSite)  # not an untied head
     return is_table and issubclass(kind_of(site), LoRAEmbedding)
-
-
-def in_all_linear(site):
-    """Whether the target "all-linear" means a site."""
-    return as_site(site).in_all_linear
 
 
 def out_of_reach(layer) -> dict:

@@ -158,7 +158,9 @@ def apply_tentatively(
         site: {token_rows.KEYWORD: indices} for site, indices in tokens.values()
     }
     heads = [paths[path] for path in trained]
-    without = [path for path, site in chosen.items() if not kinds.takes_dropout(site)]
+    without = [
+        path for path, site in chosen.items() if not kinds.as_site(site).takes_dropout
+    ]
     if dropout and without:
         notes = [
             *notes,

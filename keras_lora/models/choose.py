@@ -73,7 +73,8 @@ def paths_of_whole_model(model, sites, target):
         layer = kinds.layer_of(site)
         if id(layer) in heads or is_bias(site):
             continue
-        if target == "all" or (is_known(site) and kinds.in_all_linear(site)):
+        is_known = kinds.lora_class_of(type(layer)) is not None
+        if target == "all" or (is_known and kinds.as_site(site).in_all_linear):
             meant.append(path)
         else:
             skipped[path] = why_not_linear(site)
@@ -132,10 +133,6 @@ def no_effect_in(owner, layer):
 
 def is_bias(site):
     return getattr(site, "weight_name", "").endswith("bias")
-
-
-def is_known(site):
-    return kinds.lora_class_of(type(kinds.layer_of(site))) is not None
 
 
 def why_not_linear(site):

@@ -41,16 +41,16 @@ def merged(model: keras.layers.Layer):
     `disabled` can be used inside and gives the base model. The context belongs to the
     model, not to a thread: all threads that call the model see the same.
 
-    Examples:
-        >>> with keras_lora.merged(model):
-        ...     predictions = model.predict(x, verbose=0)
-
     Args:
         model: Any Keras model or layer that holds LoRA layers.
 
     Raises:
         ValueError: If there is no LoRA layer, a kernel is quantized, values are not
             finite, or the model is inside `merged` or `disabled` already.
+
+    Examples:
+        >>> with keras_lora.merged(model):
+        ...     predictions = model.predict(x, verbose=0)
     """
     layers = sites_outside_contexts(model)
     for layer in layers:

@@ -240,14 +240,9 @@ def layers_to_carry(model):
         elif (
             training_state.record_of(layer).base_values
             or any(map(lora_layer.has_adapters, layers.flatten_layers(layer)))
-            or has_mixed_flags(layer)
+            or any(v.trainable != layer.trainable for v in layers.own_variables(layer))
         ):
             yield layer
-
-
-def has_mixed_flags(layer):
-    """Whether some variables have another flag than their layer."""
-    return any(v.trainable != layer.trainable for v in layers.own_variables(layer))
 
 
 def parts(layer):

@@ -2,7 +2,6 @@
 
 import collections
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import keras
@@ -12,7 +11,6 @@ from keras_lora.layers import lora_layer
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.models import tables, training_state
 from keras_lora.models.sites import layer_paths, site_paths, with_model
-from keras_lora.models.tables import Table
 
 
 class Row(NamedTuple):
@@ -36,7 +34,7 @@ class Row(NamedTuple):
         return self.layer.loras[self.weight]
 
 
-class Report(Table, Sequence):
+class Report(tables.Rows):
     """The adapted layers of a model as rows (.path .layer .rank .alpha).
 
     `print(report)` gives the table of `keras_lora.summary`.
@@ -79,12 +77,6 @@ class Report(Table, Sequence):
     def plain(self):
         """Parameters of the model without its adapters."""
         return self.total - self.added
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return self.rows[index]
 
     def __repr__(self):
         what = "dry run" if self.is_dry_run else "LoRA report"

@@ -41,15 +41,6 @@ def adapted_sites(model) -> list:
     return [site for layer in lora_layers for site in layer.sites().values()]
 
 
-def refuse_banked(site, path):
-    """Raises ValueError for a layer whose adapters are a bank's."""
-    if site.lora.is_bank:
-        raise ValueError(
-            f"The layer {path!r} holds the adapters of an AdapterBank, and only the "
-            f"bank may change them. Call {site.lora.removal_hint} first."
-        )
-
-
 def built_sites(model):
     """Returns a model's sites with adapters; raises if there are none, or not built."""
     compiled.restore_jax_weights(model)
@@ -62,7 +53,11 @@ def built_sites(model):
             "`remove_lora` remove adapters: save them before.)"
         )
     for site in sites:
-        refuse_banked(site, site.name)
+        if site.lora.is_bank:
+            raise ValueError(
+                f"The layer {site.name!r} holds the adapters of an AdapterBank, and "
+                f"only the bank may change them. Call {site.lora.removal_hint} first."
+            )
         if not site.lora.built:
             raise ValueError(
                 f"The LoRA layer {site.name!r} is not built yet. Build the model "
@@ -171,7 +166,7 @@ def class_without_adapter(cls):
 
 def new_adapter(site, options) -> LowRankAdapter:
     """Creates the adapter of a site: in its dtype, without dropout if it takes none."""
-    if not kinds.takes_dropout(site):
+    if not kinds.as_site(site).takes_dropout:
         options = {**options, "dropout": 0.0}
     name = getattr(site, "adapter_attribute", "lora")
     return methods.make_adapter(options, site.variable_dtype, name)

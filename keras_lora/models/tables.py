@@ -2,6 +2,7 @@
 
 import html
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -28,6 +29,18 @@ class Table:
             f"<p>{escape(title)}</p><table><thead>{row(head, 'th')}</thead>"
             f"<tbody>{body}</tbody></table><p>{lines}</p>"
         )
+
+
+class Rows(Table, Sequence):
+    """Mixin for a sequence of `self.rows` that prints as a table."""
+
+    rows: list
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
 
 
 def row(cells, tag="td"):

@@ -230,16 +230,6 @@ def banked_class(cls):
     return banked
 
 
-def bank_layer(layer, adapters):
-    classes.change_class(layer, banked_class(type(layer)))
-    vars(layer)["lora"] = adapters
-
-
-def unbank_layer(layer):
-    vars(layer).pop("lora", None)
-    classes.change_class(layer, type(layer).class_before)
-
-
 class Hosts:
     """The layers of a bank's model, and those among them that hold adapters.
 
@@ -274,7 +264,8 @@ class Hosts:
             stacks = StackVariables(
                 self.count, rank, form, bias_shape, gain_shape, dtype
             )
-        bank_layer(layer, BankAdapters(self.choice, form, stacks, path))
+        classes.change_class(layer, banked_class(type(layer)))
+        vars(layer)["lora"] = BankAdapters(self.choice, form, stacks, path)
         self.layers[path] = layer
         # A new form, because its functions refer to the layer with its new class.
         layer.lora.form = layer.low_rank_form(rank)
@@ -282,7 +273,8 @@ class Hosts:
 
     def release(self):
         for layer in self.layers.values():
-            unbank_layer(layer)
+            vars(layer).pop("lora", None)
+            classes.change_class(layer, type(layer).class_before)
         self.layers = {}
 
     def prepare(self, parts) -> dict:
@@ -316,7 +308,7 @@ class Hosts:
         return prepared
 
     def write(self, slot, prepared):
-        """Writes an adapter; where it leaves a layer out, the slot gives the base model."""
+        """Writes an adapter into a slot, and the base model where it has no layer."""
         for path, layer in self.layers.items():
             layer.lora.stacks.write(slot, **prepared.get(path, {}))
 

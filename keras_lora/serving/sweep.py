@@ -18,7 +18,6 @@ from keras_lora.layers.arguments import (
 )
 from keras_lora.layers.settings import is_number
 from keras_lora.models import apply, sites, tables
-from keras_lora.models.tables import Table
 from keras_lora.serving.bank import AdapterBank
 
 
@@ -131,7 +130,7 @@ class Setting(NamedTuple):
         return math.inf if math.isnan(self.loss) else self.loss
 
 
-class Sweep(Table, Sequence):
+class Sweep(tables.Rows):
     """Rows (.name .settings .losses .loss), the best one first; it prints as a table.
 
     Attributes:
@@ -141,12 +140,6 @@ class Sweep(Table, Sequence):
     def __init__(self, rows, adapters):
         self.rows = sorted(rows, key=lambda row: row.order)
         self.adapters = adapters
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return self.rows[index]
 
     def __repr__(self):
         return f"<Sweep of {len(self)} settings, best {self.best.name!r}>"

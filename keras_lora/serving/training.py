@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import os
 from collections.abc import Mapping
 
@@ -85,15 +83,15 @@ class Folder:
 
     Attributes:
         path: The folder's path.
-        digest: The digest of the adapter when it was read.
+        fingerprint: That of the adapter when it was read.
     """
 
     path: str
-    digest: str
+    fingerprint: str
 
     def read(self) -> Adapter:
         adapter = Adapter.read(self.path)
-        if digest(adapter) != self.digest:
+        if load.fingerprint(adapter) != self.fingerprint:
             raise ValueError(
                 f"The folder {self.path!r} holds a different adapter than when the "
                 "bank read it. Add it again: bank.add(name, folder)."
@@ -106,7 +104,7 @@ def read_with_source(model, adapter):
     contents = load.read_for(model, adapter)
     if isinstance(adapter, Adapter):
         return contents, InMemory(contents)
-    return contents, Folder(os.path.abspath(adapter), digest(contents))
+    return contents, Folder(os.path.abspath(adapter), load.fingerprint(contents))
 
 
 @dataclasses.dataclass
@@ -117,16 +115,6 @@ class InMemory:
 
     def read(self) -> Adapter:
         return self.adapter
-
-
-def digest(adapter) -> str:
-    """Returns a SHA-256 that differs for different adapters."""
-    said = [adapter.config, adapter.slices, sorted(adapter.starts)]
-    sha256 = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
-    for name, value in sorted(adapter.tensors.items()):
-        sha256.update(f"{name} {value.dtype} {value.shape}".encode())
-        sha256.update(np.ascontiguousarray(value).view("uint8").data)
-    return sha256.hexdigest()
 
 
 class Trainees(keras.layers.Layer):
