@@ -274,9 +274,9 @@ def other_tensors(file):
     arrays = {
         module + suffix: x.tensors[suffix]
         for module, x in file.factors.items()
-        for suffix in x.more
+        for suffix in x.other_suffixes
     }
-    return file.others | arrays
+    return file.weights | arrays
 
 
 def update_difference(one, two):
@@ -363,7 +363,7 @@ def check_adapter(
             f"{VLLM} refuses trained biases, here bias={file.config['bias']!r}: train "
             'with bias="none".'
         )
-    other_tensors = sorted(file.others)
+    other_tensors = sorted(file.weights)
     if other_tensors and not heads and file.bias == "none":
         problems.append(
             f"{VLLM} refuses tensors other than A and B: {other_tensors[:5]}."

@@ -203,7 +203,7 @@ def rank_limit(rank, energy):
 def combine_full_weights(files, heads) -> dict:
     """Key -> what trained in full, where the adapters agree or `heads` decides."""
     tensors = {}
-    weights = [file.others | token_rows(file, files) for file in files]
+    weights = [file.weights | token_rows(file, files) for file in files]
     for key in dict.fromkeys(key for own in weights for key in own):
         values = {n: own[key] for n, own in enumerate(weights) if key in own}
         tensors[key], *others = values.values()

@@ -32,7 +32,7 @@ class Factors:
         return next((pair for pair in both if pair[0] in self.tensors), ())
 
     @property
-    def more(self) -> list:
+    def other_suffixes(self) -> list:
         """The suffixes of a method's arrays other than A and B."""
         return sorted(
             self.tensors.keys() - {*torch_layout.LINEAR, *torch_layout.EMBEDDING}
@@ -74,7 +74,7 @@ class FileFactors:
     """The arrays of a file, grouped by their use."""
 
     factors: dict  # module -> Factors
-    others: dict  # key -> array, for weights that trained in full
+    weights: dict  # key -> array, for those that trained in full
     unadapted: dict  # slice of an adapted module -> {suffix: array}, without A and B
     config: dict  # checked
     rows: dict  # module -> (ids of tokens, their rows)
@@ -119,8 +119,8 @@ def factors_of(adapter, modules=None) -> FileFactors:
         refuse_not_finite(key, value)
     shares = slices.split(tensors, modules, adapter.slices)
     method = torch_layout.method_in(settings_in_file["method"])
-    arrays, others = group_by_module(tensors, method)
-    rows = validation.take_rows(others)
+    arrays, weights = group_by_module(tensors, method)
+    rows = validation.take_rows(weights)
     if not arrays and not rows:
         keys = ", ".join(map(repr, [*tensors][:3])) or "nothing"
         raise ValueError(
@@ -151,7 +151,7 @@ def factors_of(adapter, modules=None) -> FileFactors:
         for module, values in arrays.items()
     }
     rows = validation.validate_rows(rows, settings_in_file["tokens"])
-    return FileFactors(factors, others, unadapted, settings_in_file, rows)
+    return FileFactors(factors, weights, unadapted, settings_in_file, rows)
 
 
 def group_by_module(tensors, method) -> tuple:

@@ -214,7 +214,10 @@ def parts_of(adapter, most=math.inf):
     rows = []
     for module in tables.sort_by_number(file.factors)[: min(most, len(file.factors))]:
         factors = file.factors[module]
-        shapes = [factors.tensors[x].shape for x in (*factors.low_rank, *factors.more)]
+        shapes = [
+            factors.tensors[x].shape
+            for x in (*factors.low_rank, *factors.other_suffixes)
+        ]
         row = [
             module,
             " ".join(map(str, shapes)),
@@ -235,9 +238,9 @@ def totals(adapter, file):
     """The lines below the rows."""
     method = ", ".join(["LoRA", *file.method])
     lines = [f"{method}: {in_words(adapter)}"]
-    if file.others:
-        sizes = sum(value.size for value in file.others.values())
-        names = ", ".join(tables.sort_by_number(file.others))
+    if file.weights:
+        sizes = sum(value.size for value in file.weights.values())
+        names = ", ".join(tables.sort_by_number(file.weights))
         lines.append(f"In full, {tables.plural(sizes, 'parameter')}: {names}")
     if file.rows:
         count = sum(len(ids) for ids, _ in file.rows.values())

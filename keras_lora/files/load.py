@@ -104,7 +104,7 @@ def load_into(model, paths, adapter, names=None, trainable=True) -> Report:
     paths: Path -> layer, of all its layers.
     """
     file = matching.match(adapter, module_names(paths, names, model, adapter))
-    refuse_tied_head(model, names, file.adapted | file.heads)
+    refuse_tied_head(model, names, file.sites | file.heads)
     layers, notes = sites.with_model(model, paths), []
     if any(map(lora_layer.has_adapters, layers.values())):
         sites.sites_outside_contexts(model)
@@ -112,7 +112,7 @@ def load_into(model, paths, adapter, names=None, trainable=True) -> Report:
         values = matching.values_for(file)
     else:
         adapters = {
-            site: adapter_options(file, module) for module, site in file.adapted.items()
+            site: adapter_options(file, module) for module, site in file.sites.items()
         }
         for module, site in file.tables.items():
             adapters[site] = {token_rows.KEYWORD: file.rows[module][0]}
@@ -125,7 +125,7 @@ def load_into(model, paths, adapter, names=None, trainable=True) -> Report:
     values += unread_base_values(layers, values)
     for variable, value in values:
         distribution.assign(variable, value)
-    for module, layer in file.adapted.items():
+    for module, layer in file.sites.items():
         alpha = tensors.own_alpha(layer, file.factors[module].alpha, file.use_rslora)
         layer.lora.set_alpha(alpha, file.use_rslora)
     flags = training_state.trainable_flags(layers)

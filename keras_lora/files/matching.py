@@ -24,7 +24,7 @@ class MatchedFile(FileFactors):
     starts: list  # modules whose factors have a second, frozen half
 
     @property
-    def adapted(self):
+    def sites(self):
         """Module -> site, for the modules that have factors in the file."""
         sites = self.modules.sites.items()
         return {module: site for module, site in sites if module in self.factors}
@@ -53,7 +53,7 @@ def match(adapter, modules) -> MatchedFile:
     file = MatchedFile(
         **vars(contents),
         modules=modules,
-        heads=heads_of(contents.config["modules_to_save"], modules, contents.others),
+        heads=heads_of(contents.config["modules_to_save"], modules, contents.weights),
         starts=validate_starts(adapter.starts, contents.factors),
     )
     tensors.split_weights(file)
@@ -144,10 +144,14 @@ def can_hold(site):
 
 def refuse_other_modules(file):
     """Raises if the file does not adapt the layers that the model adapts."""
-    sites = {m: s for m, s in file.modules.sites.items() if lora_layer.is_adapted(s)}
-    refuse_other_rows(sites, file)
+    adapted_sites = {
+        m: s for m, s in file.modules.sites.items() if lora_layer.is_adapted(s)
+    }
+    refuse_other_rows(adapted_sites, file)
     modules = set(file.factors)
-    adapted = {m for m, s in sites.items() if s.lora.keyword != token_rows.KEYWORD}
+    adapted = {
+        m for m, s in adapted_sites.items() if s.lora.keyword != token_rows.KEYWORD
+    }
     if modules != adapted:
         raise ValueError(
             "The file and the model adapt different layers. Only in the model: "
@@ -155,7 +159,7 @@ def refuse_other_modules(file):
             f"{sorted(modules - adapted)}. Call remove_lora(model) first, and the "
             "file's adapters are created."
         )
-    for module, layer in file.adapted.items():
+    for module, layer in file.sites.items():
         in_file = {word for word, on in file.method_of(module).items() if on}
         in_model = {layer.lora.keyword} - {None}
         in_model |= {"frozen_start"} if layer.lora.has_start else set()
@@ -221,7 +225,7 @@ def values_for(file) -> list:
 def factor_values(file) -> list:
     values = []
     for module, factors in file.factors.items():
-        site = file.adapted[module]
+        site = file.sites[module]
         rank, rank_here = factors.rank, site.lora.file_rank
         if rank != rank_here:
             lower = (
@@ -259,9 +263,9 @@ def weight_values(file) -> list:
         for variable in layers.layer_variables(layer):
             key = f"{module}{infix}.{tensors.torch_name(layer, variable)}"
             variables[key] = layer, variable
-            if module in file.heads and key not in file.others:
+            if module in file.heads and key not in file.weights:
                 refuse_missing_tensor(layer, key)
-    for key, value in file.others.items():
+    for key, value in file.weights.items():
         if key.endswith(".base_layer.weight"):
             continue  # PEFT repeats a targeted embedding or head
         if key not in variables:

@@ -154,8 +154,8 @@ def fuse_weights(values, modules):
 def split_weights(file):
     """Splits biases and weights of fused modules into those of slices, in place."""
     for module, layout in slices.layouts(file.modules, file.modules.places).items():
-        for key in [key for key in file.others if key.startswith(f"{module}.")]:
-            value = file.others.pop(key)
+        for key in [key for key in file.weights if key.startswith(f"{module}.")]:
+            value = file.weights.pop(key)
             name = key.split(".")[-1]
             if key.endswith(".base_layer.weight"):
                 continue  # PEFT repeats a targeted head
@@ -169,4 +169,4 @@ def split_weights(file):
                 value = layout.order_inputs(value, 1 - axis, inverse=True)
             for part, values in layout.scatter(value, axis).items():
                 infix = ".base_layer" if part in file.factors else ""
-                file.others[f"{part}{infix}.{name}"] = values
+                file.weights[f"{part}{infix}.{name}"] = values

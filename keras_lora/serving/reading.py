@@ -179,11 +179,11 @@ def read(model, paths, adapter, names, most) -> Reading:
             f"The adapter has rows of {sorted(file.rows)} (trainable_token_indices), "
             "which a bank cannot hold. Load it into a model of its own."
         )
-    for module, site in file.adapted.items():
+    for module, site in file.sites.items():
         refuse_substituted(site, module)
     changed = {module: modules[module] for module in [*file.factors, *file.heads]}
     refuse_tied_head(model, names, changed)
-    for module, host in file.adapted.items():
+    for module, host in file.sites.items():
         rank = own_rank(host, file.factors[module].rank, module)
         if rank > most:
             raise ValueError(
@@ -199,17 +199,17 @@ def read(model, paths, adapter, names, most) -> Reading:
     pairs, parts = matching.values_for(file), {}
     factors = {
         id(factor)
-        for host in file.adapted.values()
+        for host in file.sites.values()
         for factor in host.lora.named_factors().values()
     }
     for variable, value in pairs:
         if id(variable) in factors:
             distribution.assign(variable, value)
-    for module, host in file.adapted.items():
+    for module, host in file.sites.items():
         alpha = tensors.own_alpha(host, file.factors[module].alpha, file.use_rslora)
         host.lora.set_alpha(alpha, file.use_rslora)
         parts[path_of[id(host)]] = Part(modules[module], host)
-    reading = Reading(parts, file.adapted, hosts, [])
+    reading = Reading(parts, file.sites, hosts, [])
     add_trained_weights(reading, pairs, modules, path_of)
     return reading
 

@@ -43,7 +43,7 @@ class Trainee(keras.layers.Layer):
         vars(self).update(parts=reading.parts, reading=reading)
         vars(self)["said"] = {key: adapter.config.get(key) for key in config.FACTS}
         self.loras = [p.lora for p in reading.parts.values() if p.lora is not None]
-        self.others = [
+        self.trained_weights = [
             variable
             for part in reading.parts.values()
             for variable in (part.bias, part.kernel)
