@@ -216,7 +216,7 @@ def layer_of(site):
 
 
 def wraps(layer) -> tuple:
-    """The layers that a wrapper of Keras runs: a rule for it means them."""
+    """Returns the layers that a wrapper of Keras runs, which a rule for it means."""
     if isinstance(layer, keras.layers.Bidirectional):
         return layer.forward_layer, layer.backward_layer
     return (layer.layer,) if isinstance(layer, keras.layers.TimeDistributed) else ()

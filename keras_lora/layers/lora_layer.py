@@ -248,7 +248,10 @@ class LoRALayer(Rematerialized, QuantizedHost, Site):
         return self.call_with_adapter(inputs, training)
 
     def call_with_adapter(self, inputs, training, **options):
-        """options: further arguments of the Keras layer's own call."""
+        """Calls the layer with its adapter or stand-in.
+
+        options: Further arguments of the Keras layer's own call.
+        """
         if hasattr(inputs, "with_flat_values"):  # TensorFlow's ragged tensors
             values = self.call_with_adapter(inputs.flat_values, training, **options)
             return inputs.with_flat_values(values)

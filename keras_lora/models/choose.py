@@ -136,7 +136,7 @@ def is_bias(site):
 
 
 def why_not_linear(site):
-    """Why "all-linear" leaves a weight out, and what to do."""
+    """Says why "all-linear" leaves a weight out, and what to do."""
     kind = type(kinds.layer_of(site)).__name__
     return (
         f'{kind} is not in "all-linear": use target="all", '

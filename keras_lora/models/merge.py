@@ -34,7 +34,7 @@ class MergedLayer(NamedTuple):
 
 
 def validate_way(hosts, way):
-    """Raises ValueError unless this is a way to merge quantized layers, if any are."""
+    """Raises ValueError if `way` is none, or is needed for quantized layers."""
     if way is not None and way not in WAYS:
         raise ValueError(
             f"`quantized` must be None, 'dequantize' or 'requantize'. Received: {way!r}"
@@ -212,7 +212,7 @@ def remove_lora(model: keras.layers.Layer):
 
 
 def _make_plain(model, model_layers):
-    """layers: all layers of the model."""
+    """Turns the LoRA layers of a model into plain ones, and compiles it again."""
     adapted = [layer for layer in model_layers if isinstance(layer, LoRALayer)]
     for layer in adapted:
         sites.make_plain(layer)

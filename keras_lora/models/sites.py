@@ -67,7 +67,7 @@ def built_sites(model):
 
 
 def sites_outside_contexts(model):
-    """As `built_sites`; raises if one is inside `merged()` or `disabled()`."""
+    """Returns `built_sites`; raises if one is inside `merged()` or `disabled()`."""
     sites = built_sites(model)
     for site in sites:
         if site.lora.stand_in is not None or not site.lora.is_on:
@@ -165,7 +165,7 @@ def class_without_adapter(cls):
 
 
 def new_adapter(site, options) -> LowRankAdapter:
-    """Creates the adapter of a site: in its dtype, without dropout if it takes none."""
+    """Creates an adapter for a site, without dropout if the site takes none."""
     if not kinds.as_site(site).takes_dropout:
         options = {**options, "dropout": 0.0}
     name = getattr(site, "adapter_attribute", "lora")
