@@ -33,21 +33,21 @@ class Family(NamedTuple):
     Attributes:
         root: Where transformers' task models keep the backbone.
         is_bare: Whether the model is the backbone itself.
-        places: Path -> Region, for layers of the backbone, and for experts' weights.
+        regions: Path -> Region, for layers of the backbone, and for experts' weights.
         heads: Path -> module, for layers beside it.
         renamed: What transformers 5 has renamed: expression -> replacement.
     """
 
     root: str
     is_bare: bool
-    places: dict
+    regions: dict
     heads: dict
     renamed: dict
 
     def modules(self, since_5=True) -> dict:
         """Path -> module in the backbone."""
         renamed = self.renamed if since_5 else {}
-        return {path: rename(p.module, renamed) for path, p in self.places.items()}
+        return {path: rename(p.module, renamed) for path, p in self.regions.items()}
 
     def written(self, since_5=True) -> dict:
         """Path -> module, as in transformers' class for the task."""
@@ -91,7 +91,7 @@ def family(model, paths, names) -> Family:
             f"model of KerasHub, `names` can be one of {known}."
         )
     try:
-        placed = regions_of(backbone, name)
+        backbone_regions = regions_of(backbone, name)
     except Exception as error:  # a converter may raise anything
         raise ValueError(
             f"KerasHub's converter for {name!r} does not work for {held}: "
@@ -101,34 +101,36 @@ def family(model, paths, names) -> Family:
     path_of = {id(layer): path for path, layer in paths.items()}
     backbone_layers = layer_paths(backbone)
     root = family_names.ROOTS.get(name, "model")
-    places = {
-        path_of[id(backbone_layers[path])]: place.without_prefix(f"{root}.")
-        for path, place in placed.items()
+    regions = {
+        path_of[id(backbone_layers[path])]: region.without_prefix(f"{root}.")
+        for path, region in backbone_regions.items()
         if path in backbone_layers
     }
-    if all(p.module.startswith("language_model.") for p in places.values()):
-        places = {  # a language model alone is a class of its own there
-            path: p.without_prefix("language_model.") for path, p in places.items()
+    if all(p.module.startswith("language_model.") for p in regions.values()):
+        regions = {  # a language model alone is a class of its own there
+            path: p.without_prefix("language_model.") for path, p in regions.items()
         }
-    places |= expert_regions(site_paths(paths), places, family_names.EXPERTS.get(name))
+    regions |= expert_regions(
+        site_paths(paths), regions, family_names.EXPERTS.get(name)
+    )
     heads = {} if backbone is model else family_names.HEADS.get(name, {})
     heads = {path: head for path, head in heads.items() if path in paths}
     return Family(
-        root, backbone is model, places, heads, family_names.SINCE_5.get(name, {})
+        root, backbone is model, regions, heads, family_names.SINCE_5.get(name, {})
     )
 
 
-def expert_regions(sites, places, experts) -> dict:
+def expert_regions(sites, regions, experts) -> dict:
     """Path -> Region, for the weights of layers of experts.
 
     Args:
         sites: Path -> site.
-        places: Path -> Region, for the layers beside the experts, which number them.
+        regions: Path -> Region, for the layers beside the experts, which number them.
         experts: What the checkpoints call the experts of a layer, or None.
     """
     blocks, weights = {}, collections.defaultdict(list)
-    for path, place in places.items():
-        block, number = BLOCK.match(path), NUMBERED.match(place.module)
+    for path, region in regions.items():
+        block, number = BLOCK.match(path), NUMBERED.match(region.module)
         if block and number:
             blocks[block[0]] = number[0]
     for path, site in sites.items():
@@ -138,13 +140,13 @@ def expert_regions(sites, places, experts) -> dict:
         )
         if experts and isinstance(site, WeightSite) and block and weight:
             weights[f"{blocks[block[0]]}{experts}.{weight}"].append((path, site))
-    regions = {}
+    of_experts = {}
     for module, parts in weights.items():
         size = parts[0][1].kernel_shape[-1]
         for index, (path, _) in enumerate(parts):
             rows = np.arange(size) + index * size
-            regions[path] = Region(module, rows, total=size * len(parts))
-    return regions
+            of_experts[path] = Region(module, rows, total=size * len(parts))
+    return of_experts
 
 
 def rename(module, rules):
@@ -200,17 +202,17 @@ def regions_of(backbone, family) -> dict:
     paths = layer_paths(copy)
     for path, layer in paths.items():
         owners |= {id(variable): path for variable in own_variables(layer)}
-    regions = collections.defaultdict(dict)
+    by_word = collections.defaultdict(dict)
 
     def count(variable, key, hook):
         sizes[key] += np.prod(variable.shape, dtype=int)
 
-    def place(variable, key, hook):
+    def add_region(variable, key, hook):
         path = owners.get(id(variable))
         module, _, word = key.rpartition(".")
         if path is not None and tensors.torch_name(paths[path], variable) == word:
-            placed = region_of(paths[path], variable, hook, sizes[key])
-            regions[path][word] = placed and Region(module, *placed[1:])
+            region = region_of(paths[path], variable, hook, sizes[key])
+            by_word[path][word] = region and Region(module, *region[1:])
 
     try:
         keras_hub.run_converter(family, copy, count)
@@ -219,23 +221,23 @@ def regions_of(backbone, family) -> dict:
             raise
         sizes.clear()
         keras_hub.run_converter(family, copy, count)
-    keras_hub.run_converter(family, copy, place)
-    places = {}
+    keras_hub.run_converter(family, copy, add_region)
+    regions = {}
     for path in paths:
-        values = list(regions[path].values())
+        values = list(by_word[path].values())
         if values and share_region(values):
-            places[path] = regions[path].get("weight", values[0])
-    return places
+            regions[path] = by_word[path].get("weight", values[0])
+    return regions
 
 
-def share_region(places):
-    """Whether all variables of a layer have their outputs at the same place."""
-    first = places[0]
+def share_region(regions):
+    """Whether all variables of a layer have the same rows of one module."""
+    first = regions[0]
     return first is not None and all(
         other is not None
         and other.module == first.module
         and np.array_equal(other.rows, first.rows)
-        for other in places
+        for other in regions
     )
 
 

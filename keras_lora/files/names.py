@@ -19,7 +19,7 @@ class Modules(dict):
     Attributes:
         sites: Module -> site. A site that is one of several in a layer is listed under
             the layer's module and the weight's name, "lstm.recurrent_kernel".
-        places: {module: Region} for layers that are part of a module, or reordered.
+        regions: {module: Region} for layers that are part of a module, or reordered.
         inputs_first: The modules that keep their weights as (in, out).
         parameters: Module -> name in PEFT, for those that it adapts as parameters:
             routers and stacks of experts.
@@ -29,7 +29,7 @@ class Modules(dict):
 
     def __init__(self):
         super().__init__()
-        self.sites, self.places = {}, {}
+        self.sites, self.regions = {}, {}
         self.parameters, self.weights = {}, {}
         self.inputs_first, self.unnamed = set(), set()
 
@@ -129,12 +129,14 @@ def names_from_converters(paths, names, model, adapter) -> Modules:
         slices[module].append(path)
     modules = Modules()
     for module, parts in slices.items():
-        places = {path: family.places[path] for path in parts if path in family.places}
-        rows = np.concatenate([[], *(place.rows for place in places.values())])
+        regions = {
+            path: family.regions[path] for path in parts if path in family.regions
+        }
+        rows = np.concatenate([[], *(region.rows for region in regions.values())])
         if len(rows) > len(np.unique(rows)):
             continue  # two layers share the weight
-        parts.sort(key=lambda path: min(places[path].rows) if places else 0)
-        is_whole = all(place.is_whole for place in places.values())
+        parts.sort(key=lambda path: min(regions[path].rows) if regions else 0)
+        is_whole = all(region.is_whole for region in regions.values())
         for index, path in enumerate(parts):
             name = module if is_whole else f"{module}[{index}/{len(parts)}]"
             if path in paths:
@@ -143,8 +145,8 @@ def names_from_converters(paths, names, model, adapter) -> Modules:
                 modules.weights[path] = name
                 modules.parameters[module] = experts.parameter_of(module)
             if not is_whole:
-                modules.places[name] = places[path]
-            if places and places[path].inputs_first:
+                modules.regions[name] = regions[path]
+            if regions and regions[path].inputs_first:
                 modules.inputs_first.add(name)
             if names != families.TRANSFORMERS_4 and family_names.ROUTER.fullmatch(name):
                 modules.parameters[name] = experts.parameter_of(name)

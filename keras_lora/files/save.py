@@ -229,7 +229,7 @@ def adapter_from(modules, adapters, trained) -> Adapter:
     use_rslora = bool(adapters) and all(s.lora.use_rslora for s in adapters.values())
     ranks = {module: site.lora.file_rank for module, site in adapters.items()}
     alphas = {m: tensors.file_alpha(s, use_rslora) for m, s in adapters.items()}
-    slice_ranks = slices.fuse(arrays, ranks, alphas, use_rslora, modules.places)
+    slice_ranks = slices.fuse(arrays, ranks, alphas, use_rslora, modules.regions)
     weights, names = {}, collections.defaultdict(set)
     for module, variable in trained:
         name = tensors.torch_name(modules[module], variable)

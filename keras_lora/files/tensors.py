@@ -117,7 +117,7 @@ def weight_from_tensor(layer, variable, value, where, inputs_first=False):
 
 def fuse_weights(values, modules):
     """Joins biases and weights of slices to those of their modules, in place."""
-    for module, layout in slices.layouts(modules, modules.places).items():
+    for module, layout in slices.layouts(modules, modules.regions).items():
         names = layout.names
         for weight in {name for part, name in values if part in names}:
             missing = [name for name in names if name not in modules]
@@ -153,7 +153,7 @@ def fuse_weights(values, modules):
 
 def split_weights(file):
     """Splits biases and weights of fused modules into those of slices, in place."""
-    for module, layout in slices.layouts(file.modules, file.modules.places).items():
+    for module, layout in slices.layouts(file.modules, file.modules.regions).items():
         for key in [key for key in file.weights if key.startswith(f"{module}.")]:
             value = file.weights.pop(key)
             name = key.split(".")[-1]
