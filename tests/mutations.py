@@ -357,7 +357,7 @@ FAULTS = {
             "test_dora.py -k 'merged-dense and outputs_are'",
         ),
         (
-            "if any(len(own) > rank for own in rows):",
+            "if any(len(row_numbers) > rank for row_numbers in rows):",
             "if False:",
             "test_adapter_files.py -k another_slice",
         ),

@@ -107,28 +107,28 @@ def gather_blocks(layer, a, blocks):
     Each row of the block form must be zero outside of one adapted slice.
     """
     groups, rank, size = layer.lora.b.shape
-    slots = list(np.flatnonzero(layer.adapted_slices))
+    adapted = list(np.flatnonzero(layer.adapted_slices))
     parts = blocks.reshape(groups * rank, -1, size)
-    rows = [[] for _ in slots]
+    rows = [[] for _ in adapted]
     zero_rows = []
     for row, used in enumerate(parts.any(axis=2)):
-        slot = np.flatnonzero(used)
-        if len(slot) == 0:
+        numbers = np.flatnonzero(used)
+        if len(numbers) == 0:
             zero_rows.append(row)
-        elif len(slot) == 1 and slot[0] in slots:
-            rows[slots.index(slot[0])].append(row)
+        elif len(numbers) == 1 and numbers[0] in adapted:
+            rows[adapted.index(numbers[0])].append(row)
         else:
             rows[0] += range(rank + 1)  # too many, which raises below
-    if any(len(own) > rank for own in rows):
+    if any(len(row_numbers) > rank for row_numbers in rows):
         raise ValueError(
             "B is not zero outside the blocks of the adapted slices "
             f"{layer.adapted_slices}: it is another layer's adapter."
         )
     for row in zero_rows:  # in their own block, if it has room
-        own = rows[row // rank]
-        if len(own) == rank:
-            own = next(other for other in rows if len(other) < rank)
-        own.append(row)
-    order = [row for own in rows for row in sorted(own)]
-    b = [parts[own, slot] for own, slot in zip(map(sorted, rows), slots, strict=True)]
-    return a[:, order], np.stack(b)
+        row_numbers = rows[row // rank]
+        if len(row_numbers) == rank:
+            row_numbers = next(other for other in rows if len(other) < rank)
+        row_numbers.append(row)
+    order = [row for row_numbers in rows for row in sorted(row_numbers)]
+    pairs = zip(map(sorted, rows), adapted, strict=True)
+    return a[:, order], np.stack([parts[pair] for pair in pairs])
