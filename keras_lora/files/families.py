@@ -44,7 +44,7 @@ class Family(NamedTuple):
     heads: dict
     renamed: dict
 
-    def modules(self, since_5=True) -> dict:
+    def modules(self, since_5) -> dict:
         """Path -> module in the backbone."""
         renamed = self.renamed if since_5 else {}
         return {path: rename(p.module, renamed) for path, p in self.regions.items()}

@@ -58,7 +58,7 @@ def name_function(names: Mapping | Callable | None, paths) -> Callable:
     return names.get
 
 
-def module_names(paths, names, model=None, adapter=None) -> Modules:
+def module_names(paths, names, model, adapter=None) -> Modules:
     """Module -> layer.
 
     model: the model with these `paths`. adapter: the adapter that is read, if any; its
@@ -88,7 +88,7 @@ def module_names(paths, names, model=None, adapter=None) -> Modules:
     return modules
 
 
-def sites_by_module(modules, sites, get=lambda path: None) -> dict:
+def sites_by_module(modules, sites, get) -> dict:
     """Module -> site, for the sites of layers that have names.
 
     Args:

@@ -96,7 +96,7 @@ def format_of(keys):
     return None, None
 
 
-def refuse_other_format(keys, where=disk.TENSORS):
+def refuse_other_format(keys):
     """Raises ValueError if the keys have a format other than PEFT's."""
     format, key = format_of(keys)
     if format is not None and format not in PEFT:
@@ -105,8 +105,8 @@ def refuse_other_format(keys, where=disk.TENSORS):
             "next to it."
         )
         raise ValueError(
-            f"{where} has the tensor {key[:200]!r}, which looks like {format.name} "
-            f"format, not like PEFT's. {step}"
+            f"{disk.TENSORS} has the tensor {key[:200]!r}, which looks like "
+            f"{format.name} format, not like PEFT's. {step}"
         )
 
 
