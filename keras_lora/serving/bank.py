@@ -107,10 +107,8 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
         self._changes, self._active = threading.RLock(), None
         self._row_names = None
         self._compiled = CompiledFunctions(model)
-        self.running, self._slots_outside = (
-            Running(self._point, barrier),
-            [directory.BASE],
-        )
+        self.running = Running(self._write_active, barrier)
+        self._slots_outside = [directory.BASE]
         self.__dict__["depends_on_base"] = {}  # name -> whether the adapter does
         self.__dict__["counted_layers"] = weakref.WeakSet()
         with_gain = any(part.has_gain for _, part in every)
@@ -193,7 +191,7 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
                     self.sources[name] = source
                     needed = any(x.depends_on_base for x in parts.values())
                     self.depends_on_base[name] = needed
-                    self.running.point_soon()
+                    self.running.write_active_soon()
         except BaseException:
             with self.running.changed:
                 if slot not in self.directory.slot_of.values():
@@ -216,7 +214,7 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
                 )
             self.directory.withdraw(name)
             del self.sources[name], self.depends_on_base[name]
-            self.running.point_soon()
+            self.running.write_active_soon()
 
     # Weights of the model.
 

@@ -58,12 +58,13 @@ class Running:
     A call inside another call of its thread never waits.
 
     Args:
-        point: A function that writes the active adapter into the variables.
+        write_active: A function that writes the active adapter into the variables.
         barrier: A function that raises unless all processes call, before each change.
     """
 
-    def __init__(self, point, barrier):
-        self.point, self.to_point, self.barrier = point, False, barrier
+    def __init__(self, write_active, barrier):
+        self.write_active, self.barrier = write_active, barrier
+        self.is_write_due = False
         self.changed = threading.Condition(threading.RLock())
         self.calls = {}  # thread -> its calls, the outermost first
         self.reads = collections.Counter()  # slot -> how many calls read it
@@ -107,8 +108,8 @@ class Running:
                 self.own_calls.remove(call)
                 if not self.own_calls:
                     del self.calls[threading.get_ident()]
-                if self.to_point:
-                    self.point_soon()
+                if self.is_write_due:
+                    self.write_active_soon()
                 self.changed.notify_all()
 
     def _wait_for_turn(self, call, patience=None):
@@ -127,20 +128,20 @@ class Running:
         before = self.queue[: self.queue.index(call)]
         if call.alone:
             return not (self.calls or self.changes or before)
-        if call.outside and self.to_point:
+        if call.outside and self.is_write_due:
             return False
         return not any(other.alone for other in [*before, *self.other_calls()])
 
     # Changes.
 
-    def point_soon(self):
+    def write_active_soon(self):
         """Writes the active adapter as soon as no call reads its slot."""
         with self.changed:
             other_calls = self.other_calls()
-            self.to_point = any(c.outside for c in [*other_calls, *self.own_calls])
-            self.to_point |= any(c.alone for c in other_calls)
-            if not self.to_point:
-                self.point()
+            self.is_write_due = any(c.outside for c in [*other_calls, *self.own_calls])
+            self.is_write_due |= any(c.alone for c in other_calls)
+            if not self.is_write_due:
+                self.write_active()
 
     @contextlib.contextmanager
     def writing(self, what):

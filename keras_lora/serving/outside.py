@@ -38,7 +38,7 @@ class OutsideCalls:
         self.running.refuse_inside("bank.activate", disturbed)
         with self.running.changed:
             self._active = self.directory.validate_name(name)
-            self.running.point_soon()
+            self.running.write_active_soon()
 
     @contextlib.contextmanager
     def rows(self, names: Sequence):
@@ -59,15 +59,15 @@ class OutsideCalls:
             if self._row_names is not None:
                 raise ValueError("The bank is already inside `rows`.")
             self._row_names = names
-            self.running.point_soon()
+            self.running.write_active_soon()
         try:
             yield self
         finally:
             with self.running.changed:
                 self._row_names = None
-                self.running.point_soon()
+                self.running.write_active_soon()
 
-    def _point(self):
+    def _write_active(self):
         """Writes the slots of the active adapter and of the rows into the variables."""
         slot_of, names = self.directory.slot_of, self._row_names
         count = None if names is None else len(names)

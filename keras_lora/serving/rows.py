@@ -114,9 +114,9 @@ class SlotChoice(keras.layers.Layer):
 
     def __init__(self, count):
         super().__init__(dtype="float32", trainable=False)
-        self.active = self.slots_variable((), "active")
+        self.active = self.add_slots_variable((), "active")
         # For each slot the one that training uses: itself, or that of a trainee.
-        self.slots_in_training = self.slots_variable((count,), "moved")
+        self.slots_in_training = self.add_slots_variable((count,), "moved")
         self.slots_in_training.assign(ops.arange(count, dtype="int32"))
         self.seed = keras.random.SeedGenerator(random.randrange(2**31))
         self._of = {}  # number of rows -> variable
@@ -125,7 +125,7 @@ class SlotChoice(keras.layers.Layer):
         self._local = threading.local()
         self.built = True
 
-    def slots_variable(self, shape, name):
+    def add_slots_variable(self, shape, name):
         return self.add_weight(
             name=name,
             shape=shape,
@@ -139,7 +139,7 @@ class SlotChoice(keras.layers.Layer):
         """Sets the number of rows; None means one slot for all rows."""
         if count is not None and count not in self._of:
             with layers.unlocked(self):
-                self._of[count] = self.slots_variable((count,), f"rows_{count}")
+                self._of[count] = self.add_slots_variable((count,), f"rows_{count}")
         self.rows = None if count is None else self._of[count]
 
     def current(self):
