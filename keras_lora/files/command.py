@@ -46,10 +46,8 @@ def show(options):
 
 def diff(options):
     one, two = map(Adapter.read, options.folders)
-    settings, tensors = (
-        analyze.settings_differences(one, two),
-        analyze.tensor_differences(one, two),
-    )
+    settings = analyze.settings_differences(one, two)
+    tensors = analyze.tensor_differences(one, two)
     if settings:
         write("Settings", ["setting", *options.folders], settings)
     if tensors:

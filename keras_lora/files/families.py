@@ -134,10 +134,8 @@ def expert_regions(sites, regions, experts) -> dict:
         if block and number:
             blocks[block[0]] = number[0]
     for path, site in sites.items():
-        block, weight = (
-            BLOCK.match(path),
-            family_names.EXPERT_WEIGHTS.get(path.split("/")[-1]),
-        )
+        block = BLOCK.match(path)
+        weight = family_names.EXPERT_WEIGHTS.get(path.split("/")[-1])
         if experts and isinstance(site, WeightSite) and block and weight:
             weights[f"{blocks[block[0]]}{experts}.{weight}"].append((path, site))
     of_experts = {}

@@ -155,10 +155,8 @@ class DoRAAdapter(DoRAFiles, LowRankAdapter):
     # What is kept.
 
     def to_file(self, suffixes):
-        magnitude, adapted = (
-            torch_layout.to_numpy(self.magnitude),
-            self.form.adapted_outputs,
-        )
+        magnitude = torch_layout.to_numpy(self.magnitude)
+        adapted = self.form.adapted_outputs
         if adapted is not None:
             norm = self.own_norm()
             norm[adapted] = magnitude

@@ -160,10 +160,8 @@ class AdapterFiles(MethodFiles):
         a, b = torch_layout.to_numpy(self.a), torch_layout.to_numpy(self.b)
         pairs = [(a, b)]
         if self.has_start:
-            a_start, b_start = (
-                torch_layout.to_numpy(self.a_start),
-                torch_layout.to_numpy(self.b_start),
-            )
+            a_start = torch_layout.to_numpy(self.a_start)
+            b_start = torch_layout.to_numpy(self.b_start)
             pairs = [(a - a_start, b), (a_start, b - b_start)]
         arrays = zip(*(self.form.to_file(*pair) for pair in pairs), strict=True)
         axes = self.form.rank_axes_in_file
