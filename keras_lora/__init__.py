@@ -6,21 +6,20 @@ import sys
 
 def is_command():
     """Whether this is `python -m keras_lora`, which reads files without Keras."""
-    given = [*sys.orig_argv, None]
-    module = given[given.index("-m") + 1] if "-m" in given else None
+    words = [*sys.orig_argv, None]
+    module = words[words.index("-m") + 1] if "-m" in words else None
     return sys.argv[:1] == ["-m"] and module == __name__  # until it is found
 
 
 if not is_command():
     from keras_lora.files.analyze import analyze, check_adapter
-    from keras_lora.files.checkpoint import AdapterCheckpoint
     from keras_lora.files.combine import combine_adapters
     from keras_lora.files.extract import extract_adapter
     from keras_lora.files.folder import Adapter
     from keras_lora.files.from_keras import load_keras_lora
     from keras_lora.files.from_loralib import load_loralib
     from keras_lora.files.load import load_adapter
-    from keras_lora.files.save import save_adapter
+    from keras_lora.files.save import AdapterCheckpoint, save_adapter
     from keras_lora.layers.conv import LoRAConv1D, LoRAConv2D, LoRAConv3D
     from keras_lora.layers.dense import LoRADense
     from keras_lora.layers.einsum_dense import LoRAEinsumDense
@@ -39,10 +38,9 @@ if not is_command():
         LoRASeparableConv1D,
         LoRASeparableConv2D,
     )
-    from keras_lora.models.apply import apply_lora
+    from keras_lora.models.apply import apply_lora, mark_only_lora_as_trainable
     from keras_lora.models.contexts import disabled, merged
     from keras_lora.models.export import export
-    from keras_lora.models.freezing import mark_only_lora_as_trainable
     from keras_lora.models.initialize import initialize_lora
     from keras_lora.models.lora_plus import LoRAPlus
     from keras_lora.models.merge import merge_lora, remove_lora

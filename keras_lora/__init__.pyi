@@ -5,13 +5,13 @@ Written by tests/typed_face.py.
 
 from keras_lora.files.analyze import analyze
 from keras_lora.files.analyze import check_adapter
-from keras_lora.files.checkpoint import AdapterCheckpoint
 from keras_lora.files.combine import combine_adapters
 from keras_lora.files.extract import extract_adapter
 from keras_lora.files.folder import Adapter
 from keras_lora.files.from_keras import load_keras_lora
 from keras_lora.files.from_loralib import load_loralib
 from keras_lora.files.load import load_adapter
+from keras_lora.files.save import AdapterCheckpoint
 from keras_lora.files.save import save_adapter
 from keras_lora.layers.conv import LoRAConv1D as _LoRAConv1D
 from keras_lora.layers.conv import LoRAConv2D as _LoRAConv2D
@@ -34,10 +34,10 @@ from keras_lora.layers.substituted_conv import LoRADepthwiseConv2D as _LoRADepth
 from keras_lora.layers.substituted_conv import LoRASeparableConv1D as _LoRASeparableConv1D
 from keras_lora.layers.substituted_conv import LoRASeparableConv2D as _LoRASeparableConv2D
 from keras_lora.models.apply import apply_lora
+from keras_lora.models.apply import mark_only_lora_as_trainable
 from keras_lora.models.contexts import disabled
 from keras_lora.models.contexts import merged
 from keras_lora.models.export import export
-from keras_lora.models.freezing import mark_only_lora_as_trainable
 from keras_lora.models.initialize import initialize_lora
 from keras_lora.models.lora_plus import LoRAPlus
 from keras_lora.models.merge import merge_lora

@@ -48,7 +48,7 @@ class Mutation(NamedTuple):
 # File -> [(text, what stands in its place, the tests that should see it)]
 FAULTS = {
     "layers/settings.py": [
-        ("min(found) < 0", "False", "test_token_rows.py -k ids_that_are_none"),
+        ("min(ids) < 0", "False", "test_token_rows.py -k ids_that_are_none"),
         (
             "math.sqrt(rank) if use_rslora else rank",
             "rank",
@@ -80,12 +80,12 @@ FAULTS = {
             "test_laws.py -k delta_is_scaling",
         ),
         (
-            "self.dropped(inputs) if training else inputs",
-            "self.dropped(inputs)",
+            "self.apply_dropout(inputs) if training else inputs",
+            "self.apply_dropout(inputs)",
             "test_laws.py -k 'unmerged and dropout'",
         ),
         (
-            "self.dropped(inputs) if training else inputs",
+            "self.apply_dropout(inputs) if training else inputs",
             "inputs",
             "test_laws.py -k 'dropout_acts and dense'",
         ),
@@ -357,7 +357,7 @@ FAULTS = {
             "test_dora.py -k 'merged-dense and outputs_are'",
         ),
         (
-            "if any(len(own) > rank for own in rows):",
+            "if any(len(row_numbers) > rank for row_numbers in rows):",
             "if False:",
             "test_adapter_files.py -k another_slice",
         ),
@@ -517,14 +517,14 @@ FAULTS = {
     ],
     "files/command.py": [
         (
-            "if os.path.realpath(folder) == os.path.realpath(options.output):",
+            "if os.path.realpath(path) == os.path.realpath(options.output):",
             "if False:",
             "test_command.py -k write_over",
         ),
     ],
     "serving/sweep.py": [
         (
-            'refuse_no_rate(own.get("learning_rate", 0.0))',
+            'validate_rate(setting.get("learning_rate", 0.0))',
             "pass",
             "test_sweep.py -k what_is_wrong",
         ),
@@ -581,7 +581,11 @@ FAULTS = {
             "[block * 1",
             "test_name_tables.py -k slices_of_other",
         ),
-        ("        if rest.any():", "        if False:", "test_name_tables.py -k fit"),
+        (
+            "        if remainder.any():",
+            "        if False:",
+            "test_name_tables.py -k fit",
+        ),
         (
             "return value.take(columns, axis)",
             "return value",
@@ -600,7 +604,7 @@ FAULTS = {
             "test_adapter_files.py -k 'bad_tensors and nan'",
         ),
         (
-            "        if set(pair) not in expected:",
+            "        if set(values) not in complete:",
             "        if False:",
             "test_adapter_files.py test_dora_files.py -k 'bad_tensors or damaged'",
         ),
@@ -612,11 +616,15 @@ FAULTS = {
     ],
     "files/matching.py": [
         (
-            "        if rank != own:",
+            "        if rank != rank_here:",
             "        if False:",
             "test_adapter_files.py -k rank",
         ),
-        ("if missing or more:", "if missing:", "test_adapter_files.py -k or_targets"),
+        (
+            "if modules != adapted:",
+            "if adapted - modules:",
+            "test_adapter_files.py -k or_targets",
+        ),
         (
             "if np.max(np.abs(value), initial=0) > limit:",
             "if False:",
@@ -628,7 +636,7 @@ FAULTS = {
             "test_other_formats.py -k prefix",
         ),
         (
-            "math.prod(form.a_shape) + math.prod(form.b_shape) > found.size",
+            "math.prod(form.a_shape) + math.prod(form.b_shape) > module_factors.size",
             "False",
             "test_hostile_files.py -k without_its_values",
         ),
@@ -640,22 +648,22 @@ FAULTS = {
     ],
     "files/combine.py": [
         (
-            "if list(found) != list(ids):",
+            "if list(other_ids) != list(ids):",
             "if False:",
             "test_token_rows.py -k combined",
         ),
         (
-            "**{checked_config.KEYWORD: ids},",
+            "**{validation.KEYWORD: ids},",
             "",
             "test_token_rows.py -k combined",
         ),
         (
-            "weight * found.scaling / first.scaling for",
-            "weight * found.scaling for",
+            "weight * term.scaling / first.scaling for",
+            "weight * term.scaling for",
             "test_combining.py -k exact",
         ),
         (
-            "not all(\n        is_number(weight) and math.isfinite(weight)",
+            "not all(\n        settings.is_number(weight) and math.isfinite(weight)",
             "not all(\n        True",
             "test_combining.py -k bad_input",
         ),
@@ -689,8 +697,8 @@ FAULTS = {
         ),
         ("[b, -other_b]", "[b, other_b]", "test_command.py -k diff"),
         (
-            "abs(found.scaling - scaling)",
-            "0 * abs(found.scaling - scaling)",
+            "abs(x.scaling - scaling)",
+            "0 * abs(x.scaling - scaling)",
             "test_check_adapter.py",
         ),
         (
@@ -706,8 +714,8 @@ FAULTS = {
             "test_expert_files.py -k 'files_of_peft and mixtral'",
         ),
         (
-            "enumerate(reversed(found))",
-            "enumerate(found)",
+            "enumerate(reversed(adapted))",
+            "enumerate(adapted)",
             "test_expert_files.py -k 'loads_ours and mixtral'",
         ),
         (
@@ -726,7 +734,7 @@ FAULTS = {
             "test_expert_files.py -k 'pair_for and mixtral'",
         ),
         (
-            "if modules and found != set(range(len(modules))):",
+            "if modules and own_depths != set(range(len(modules))):",
             "if False:",
             "test_expert_files.py -k not_fit",
         ),
@@ -736,7 +744,7 @@ FAULTS = {
             "test_expert_files.py -k not_fit",
         ),
         (
-            "if len(own) > 1:",
+            "if len(different) > 1:",
             "if False:",
             "test_expert_files.py -k no_stacks",
         ),
@@ -787,7 +795,7 @@ FAULTS = {
             "test_expert_files.py -k are_extracted",
         ),
     ],
-    "files/checked_config.py": [
+    "files/validation.py": [
         (
             'if file.get("peft_type") != "LORA":',
             "if False:",
@@ -816,12 +824,12 @@ FAULTS = {
     ],
     "files/disk.py": [
         (
-            'if metadata.get("sha256", found) != found:',
+            'if metadata.get("sha256", sha256) != sha256:',
             "if False:",
             "test_adapter_files.py -k flipped",
         ),
         (
-            "if stored.get(key) != said.get(key):",
+            "if stored.get(key) != settings.get(key):",
             "if False:",
             "test_adapter_files.py test_folders.py test_hostile_files.py"
             " -k 'belong or between_the_files or bad_settings'",
@@ -862,7 +870,7 @@ FAULTS = {
     ],
     "files/save.py": [
         (
-            "processes.on_all(model, lambda: writes and adapter.save(directory))",
+            "processes.run_on_all(model, lambda: writes and adapter.save(directory))",
             "writes and adapter.save(directory)",
             WORKERS,
         ),
@@ -880,6 +888,16 @@ FAULTS = {
             "if slices.without_slice(module) in parameters and layer.lora.keyword:",
             "if False:",
             "test_expert_files.py -k has_not",
+        ),
+        (
+            "format(epoch=epoch + 1",
+            "format(epoch=epoch",
+            "test_adapter_checkpoint.py -k epoch",
+        ),
+        (
+            "math.isnan(logs[self.monitor]) or",
+            "",
+            "test_adapter_checkpoint.py -k no_number",
         ),
     ],
     "files/tensors.py": [
@@ -925,8 +943,8 @@ FAULTS = {
     ],
     "files/other_formats.py": [
         (
-            'found.get("alpha", len(found["A"]))',
-            'len(found["A"])',
+            'parts.get("alpha", len(parts["A"]))',
+            'len(parts["A"])',
             "test_other_formats.py -k files_of_kohya",
         ),
         (
@@ -940,11 +958,11 @@ FAULTS = {
             "test_other_formats.py -k files_of_kohya",
         ),
         (
-            "if found is not None and found not in PEFT",
+            "if format is not None and format not in PEFT",
             "if False",
             "test_other_formats.py -k beside_those",
         ),
-        ("if found.next_step:", "if False:", "test_other_formats.py -k named_with"),
+        ("if format.next_step:", "if False:", "test_other_formats.py -k named_with"),
     ],
     "files/from_keras.py": [
         (
@@ -960,18 +978,6 @@ FAULTS = {
     ],
     "files/from_loralib.py": [
         ("alpha * ranks[module] / rank", "alpha", "test_loralib_files.py"),
-    ],
-    "files/checkpoint.py": [
-        (
-            "format(epoch=epoch + 1",
-            "format(epoch=epoch",
-            "test_adapter_checkpoint.py -k epoch",
-        ),
-        (
-            "math.isnan(logs[self.monitor]) or",
-            "",
-            "test_adapter_checkpoint.py -k no_number",
-        ),
     ],
     "models/targets.py": [
         (
@@ -1013,12 +1019,12 @@ FAULTS = {
             "test_every_weight.py -k means_the_weights",
         ),
         (
-            'target == "all" or (is_known(site) and kinds.in_all_linear(site))',
-            "kinds.in_all_linear",
+            'target == "all" or (is_known and kinds.as_site(site).in_all_linear)',
+            'target == "all" or True',
             "test_apply.py -k leaves_the_head_out",
         ),
         (
-            "if found and excluded.issuperset(found):",
+            "if paths_meant and excluded.issuperset(paths_meant):",
             "if False:",
             "test_apply.py -k matches_nothing",
         ),
@@ -1030,17 +1036,17 @@ FAULTS = {
             "test_apply.py -k dry_run",
         ),
         (
-            '"rank": ranks.get(path, self.rank)',
-            '"rank": self.rank',
+            '"rank": ranks.get(path, rank)',
+            '"rank": rank',
             "test_apply.py -k test_patterns",
         ),
         (
-            "    adapt.refuse_adapters(paths)\n",
+            "    sites.refuse_adapters(paths)\n",
             "",
             "test_apply.py -k applying_twice",
         ),
     ],
-    "models/freezing.py": [
+    "models/training_state.py": [
         (
             "layer.trainable = any(id(v) in kept for v in variables)",
             "layer.trainable = True",
@@ -1048,7 +1054,7 @@ FAULTS = {
         ),
         (
             '    if variable.name == "beta":\n'
-            "        return not layer_state(layer)[1]\n",
+            "        return not layers.non_trainable_variables(layer)\n",
             "",
             "test_trained_beside.py -k calls_so",
         ),
@@ -1056,6 +1062,18 @@ FAULTS = {
             "            variable.trainable = id(variable) in kept",
             "            pass",
             "test_freezing.py -k only_the_factors",
+        ),
+        (
+            "{**values, **old.base_values}",
+            "{**old.base_values, **values}",
+            "test_trained_beside.py test_freezing.py test_carriers.py"
+            " -k 'base or marked'",
+        ),
+        (
+            "    for variable, flag in zip(variables, flags, strict=True):\n"
+            "        variable.trainable = flag",
+            "    for variable in variables:\n        variable.trainable = trainable",
+            "test_trained_beside.py test_apply.py -k 'undoing or frozen'",
         ),
     ],
     "models/merge.py": [
@@ -1080,7 +1098,7 @@ FAULTS = {
             "test_merging.py -k large_kernels",
         ),
         (
-            "        for variable, value in base_values(layer):\n"
+            "        for variable, value in training_state.base_values(layer):\n"
             "            distribution.assign(variable, value)\n",
             "        pass\n",
             "test_trained_beside.py -k the_base_model_is",
@@ -1138,19 +1156,6 @@ FAULTS = {
             "if not any(map(self.is_faster, variables)):",
             "if False:",
             "test_lora_plus.py -k no_b_among",
-        ),
-    ],
-    "models/record.py": [
-        (
-            "{**base, **old.base}",
-            "{**old.base, **base}",
-            "test_trained_beside.py test_freezing.py test_carriers.py"
-            " -k 'base or marked'",
-        ),
-        (
-            "        variable.trainable = flag",
-            "        variable.trainable = trainable",
-            "test_trained_beside.py test_apply.py -k 'undoing or frozen'",
         ),
     ],
     "models/sites.py": [
@@ -1219,11 +1224,11 @@ FAULTS = {
             "test_export.py -k format_that_is_none",
         ),
         (
-            "assert_runs(new, format)",
+            "refuse_broken_artefact(new, format)",
             "pass",
             "test_quantized.py -m slow -k 'cannot_be_run and litert'",
         ),
-        ("    if others:", "    if False:", "test_folders.py -k deletes_nothing"),
+        ("    if foreign:", "    if False:", "test_folders.py -k deletes_nothing"),
     ],
     "models/keras_files.py": [
         (
@@ -1243,12 +1248,12 @@ FAULTS = {
             "test_carriers.py -k how_a_layer_merges",
         ),
         (
-            '        record.restore_trainable_state(layers_now, config["trainable"])\n',
+            '        training_state.restore_flags(layers_now, config["trainable"])\n',
             "",
             "test_carriers.py -k 'frozen_biases or only_marked'",
         ),
     ],
-    "serving/slots.py": [
+    "serving/banked.py": [
         (
             "        self.write(count - 1, b=np.nan)\n",
             "",
@@ -1260,13 +1265,20 @@ FAULTS = {
             "test_bank.py -k 'dora or lengths'",
         ),
         (
+            "if gain is not None and not backwards:",
+            "if False:",
+            "test_bank.py -k lengths_of_its_dora",
+        ),
+    ],
+    "serving/directory.py": [
+        (
             "self.id_of.pop(name) + self.capacity + 1",
             "self.id_of.pop(name)",
             "test_bank.py -k ids_that_name_nothing",
         ),
         (
-            "np.where(found[:, 0] == ids, found[:, 1], self.no_slot)",
-            "found[:, 1]",
+            "np.where(entries[:, 0] == ids, entries[:, 1], self.no_slot)",
+            "entries[:, 1]",
             "test_bank.py -k ids_that_name_nothing",
         ),
     ],
@@ -1287,7 +1299,7 @@ FAULTS = {
     ],
     "serving/per_adapter.py": [
         (
-            "list(grads), distribution.of_all_replicas(self.ids)",
+            "list(grads), distribution.gather_over_replicas(self.ids)",
             "list(grads), self.ids",
             REPLICAS,
         ),
@@ -1297,7 +1309,7 @@ FAULTS = {
             "test_bank_fit.py",
         ),
         (
-            "counted = counted * over(ops.cast(mask, values.dtype), values)",
+            "used = used * expand_to(ops.cast(mask, values.dtype), values)",
             "pass",
             "test_bank_fit.py -k masked",
         ),
@@ -1307,13 +1319,6 @@ FAULTS = {
             "ops.subtract(self.bias, self.layer.bias)",
             "ops.convert_to_tensor(self.bias)",
             "test_bank.py -k biases_and_heads",
-        ),
-    ],
-    "serving/banked.py": [
-        (
-            "if gain is not None and not backwards:",
-            "if False:",
-            "test_bank.py -k lengths_of_its_dora",
         ),
     ],
     "keras_internals/processes.py": [
@@ -1327,11 +1332,15 @@ FAULTS = {
             "test_bank_fit.py -k takes_no_step",
         ),
         (
-            "contextlib.nullcontext() if own is None else own.scope()",
+            "contextlib.nullcontext() if strategy is None else strategy.scope()",
             "contextlib.nullcontext()",
             REPLICAS,
         ),
-        ("if own is not now and isinstance(now, mirrored):", "if False:", REPLICAS),
+        (
+            "if strategy is not now and isinstance(now, mirrored):",
+            "if False:",
+            REPLICAS,
+        ),
         (
             "return context.all_gather(keras.ops.copy(rows), axis=0)",
             "return rows",
@@ -1375,7 +1384,7 @@ FAULTS = {
             "test_every_weight.py -k exported",
         ),
     ],
-    "keras_internals/compiled.py": [
+    "keras_internals/optimizers.py": [
         (
             "            learning_rate = self.faster(learning_rate)",
             "            pass",
@@ -1384,7 +1393,7 @@ FAULTS = {
     ],
     "layers/experts.py": [
         (
-            "return outputs + ops.cast(more, outputs.dtype)",
+            "return outputs + ops.cast(low_rank, outputs.dtype)",
             "return outputs",
             "test_experts.py -k 'both_paths and QwenMoe'",
         ),

@@ -124,7 +124,7 @@ def test_rows_in_half_precision(policy):
         expected[name] = to_numpy(model(inputs))
         keras_lora.remove_lora(model)
     bank = AdapterBank(model, adapters)
-    assert bank.slots[0].a.dtype == "float32"
+    assert bank.stacks[0].a.dtype == "float32"
     names = (ROWS * 4)[: len(inputs)]
     found = in_bank(bank, inputs, names)
     expected = {name: values.astype("float32") for name, values in expected.items()}

@@ -153,7 +153,7 @@ def test_plain_tensorflow_serves_each_row_with_its_adapter(tmp_path):
     folder = tmp_path / "served" / "variables"
     size = sum(file.stat().st_size for file in folder.glob("*.data-*"))
     layers = bank.hosts.layers.values()
-    stacks = [x for layer in layers for x in layer.lora.slots.stacks().values()]
+    stacks = [x for layer in layers for x in layer.lora.stacks.by_name().values()]
     factors = sum(4 * 3 * np.prod(stack.shape[1:]) for stack in stacks)
     base = 4 * sum(np.prod(weight.shape) for weight in model.weights)
     assert 0 <= size - factors - base < 8000

@@ -118,7 +118,7 @@ def assert_converted(model, family, adapter):
 
     if family == "gemma3n":  # whose converter takes images for granted
         internals.add_absent_parts(model)
-    internals.ask(family, model, port)
+    internals.run_converter(family, model, port)
     assert found == {id(layer) for layer in layers.values()}
 
 

@@ -271,7 +271,7 @@ def test_dropout_is_that_of_peft(reference, dtype, tolerance):
         drawn.append(inputs)
         return keras.ops.multiply(inputs, pair.to_ours(dropout.mask))
 
-    pair.layer.lora.dropout, pair.layer.lora.dropped = 0.5, dropped
+    pair.layer.lora.dropout, pair.layer.lora.apply_dropout = 0.5, dropped
     outputs = pair.ours(training=True)
     assert len(drawn) == 1
     assert_close(outputs, pair.to_ours(array(pair.theirs())), tolerance)

@@ -100,7 +100,10 @@ def test_failed_export_changes_nothing(moment, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("no space left on device")
 
-    for check in ("assert_runs", "refuse_format_of_other_backends"):  # of text
+    for check in (
+        "refuse_broken_artefact",
+        "refuse_format_of_other_backends",
+    ):  # of text
         monkeypatch.setattr(f"keras_lora.models.export.{check}", lambda *given: None)
     if moment == "writing":
         monkeypatch.setattr(keras.Model, "export", fail)

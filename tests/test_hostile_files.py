@@ -21,7 +21,7 @@ from layer_cases import to_numpy
 
 import keras_lora
 from keras_lora.files import patterns
-from keras_lora.files.config import CONFIG, value_of
+from keras_lora.files.config import CONFIG, values_by_module
 from keras_lora.files.disk import TENSORS
 from keras_lora.models.sites import adapted_sites
 
@@ -245,14 +245,14 @@ def test_ends_of_names_cost_little(monkeypatch):
     keys = {module.removeprefix("layers."): rank for module, rank in ranks.items()}
     monkeypatch.setattr(patterns, "LIMIT", 10_000)
     config = {"rank_pattern": keys, "r": 1000}
-    assert value_of(config, "rank_pattern", "r", ranks) == ranks
+    assert values_by_module(config, "rank_pattern", "r", ranks) == ranks
 
 
 def test_the_first_key_that_fits_decides():
     """A whole name too, which is looked up and not matched."""
     config = {"rank_pattern": {"^one": 3, "o.*": 5, "^other": 7}, "r": 8}
     with pytest.warns(UserWarning, match="'\\^other'"):
-        found = value_of(config, "rank_pattern", "r", ["one", "other"])
+        found = values_by_module(config, "rank_pattern", "r", ["one", "other"])
     assert found == {"one": 3, "other": 5}
 
 

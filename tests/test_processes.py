@@ -232,7 +232,7 @@ def banks():
     places = [os.path.join(folder, name) for name in names]
     bank = keras_lora.AdapterBank(network(), {"one": places[0], "two": places[1]}, 3)
     if kind == "across":
-        stacks = {path: layer.lora.slots for path, layer in bank.hosts.layers.items()}
+        stacks = {path: layer.lora.stacks for path, layer in bank.hosts.layers.items()}
         assert share([stacks["up"].b]) == 4 * 2 * 2 * bank.directory.slot_count
         assert share([stacks["down"].a]) == 4 * 2 * 2 * bank.directory.slot_count
         assert share([stacks["up"].gain]) == 4 * 2 * bank.directory.slot_count

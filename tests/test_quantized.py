@@ -205,7 +205,7 @@ def layer_bias(layer):
     return getattr(layer, "bias", None)
 
 
-def dequantized(layer):
+def dequantized_kernel(layer):
     """W in float64, from the layer's variables alone."""
     stored = {v.name: to_numpy(v) for v in layer.variables}
     table = "embeddings" in stored
@@ -353,7 +353,7 @@ def test_gradients_are_those_of_the_dequantized_float_layer(name, mode, compiled
     outputs = to_numpy(layer(inputs))
     weights = np.random.default_rng(2).standard_normal(outputs.shape, "float32")
     x, w, out = host.equation.replace("->", ",").split(",")
-    kernel = dequantized(layer)
+    kernel = dequantized_kernel(layer)
     of_kernel = np.einsum(f"{x},{out}->{w}", host.as_floats(inputs), weights)
     # A and B train as if each were the only factor of W + delta.
     wanted = [
@@ -526,7 +526,7 @@ def test_merging_says_what_it_loses(name, mode):
     with pytest.raises(ValueError, match="'host' is quantized"):
         keras_lora.merged(model)
     assert_unmoved(host, before)
-    wanted = dequantized(host) + delta(host)
+    wanted = dequantized_kernel(host) + delta(host)
 
     copy, *_ = model_of(HOSTS[name], mode)
     copy.set_weights(model.get_weights())
@@ -552,7 +552,7 @@ def test_merging_says_what_it_loses(name, mode):
     (row,) = keras_lora.merge_lora(model, quantized="requantize")
     assert host.quantization_mode == kind_of(mode)
     assert {v.path for v in host.variables} == before.keys()
-    found = np.linalg.norm(dequantized(host) - wanted) / np.linalg.norm(wanted)
+    found = np.linalg.norm(dequantized_kernel(host) - wanted) / np.linalg.norm(wanted)
     assert 1e-4 < found < 0.5
     np.testing.assert_allclose(row.error, found, rtol=1e-3)
 
@@ -579,9 +579,11 @@ def test_the_exported_artefact_needs_no_package_and_gives_the_live_outputs(
 @pytest.mark.parametrize("way", ["dequantize", "requantize"])
 def test_the_error_of_merging_in_half_precision_is_that_of_rounding(mode, way):
     layer = HOSTS["dense"].adapted(mode, dtype="bfloat16")
-    wanted = dequantized(layer) + delta(layer)
+    wanted = dequantized_kernel(layer) + delta(layer)
     (row,) = keras_lora.merge_lora(layer, quantized=way)
-    kernel = dequantized(layer) if way == "requantize" else to_numpy(layer.kernel)
+    kernel = (
+        dequantized_kernel(layer) if way == "requantize" else to_numpy(layer.kernel)
+    )
     found = np.linalg.norm(kernel - wanted) / np.linalg.norm(wanted)
     assert found > 1e-4
     # What Keras dequantizes is rounded itself, in half precision.
@@ -906,7 +908,7 @@ def test_int4_kernels_that_keras_quantizes_along_a_wrong_axis_are_named():
         model = keras.Sequential([keras.Input((3, 8)), layer])
         layer.kernel.assign(value)
         quantize(layer, "int4")
-        mean[equation] = np.mean(np.abs(dequantized(layer) / value - 1))
+        mean[equation] = np.mean(np.abs(dequantized_kernel(layer) / value - 1))
         if "ndh" in equation and not EARLIER:
             message = "int4 kernel of 'query'.*btd,ndh->btnh"
             with pytest.warns(UserWarning, match=message):
@@ -978,7 +980,7 @@ def test_a_quantized_head_has_the_gradient_of_its_dequantized_table(
     other = keras.layers.Dense(2, name="other")  # something to adapt
     model = keras.Model(model.input, other(model.output))
     keras_lora.apply_lora(model, rank=2, target=["host"] if adapted else ["other"])
-    kernel = dequantized(layer).T
+    kernel = dequantized_kernel(layer).T
     if not tied:
         kernel = untied(layer)
     if adapted:
@@ -1037,7 +1039,7 @@ def test_keras_own_int8_head_has_another_gradient():
     hidden = np.random.default_rng(1).standard_normal((2, 4, 5)).astype("float32")
     weights = np.random.default_rng(2).standard_normal((2, 4, 9)).astype("float32")
     found = of_inputs(Backwards(layer), hidden, weights)
-    assert cosine(found, weights @ dequantized(layer)) < 0.9
+    assert cosine(found, weights @ dequantized_kernel(layer)) < 0.9
 
 
 def cosine(one, other):
@@ -1055,7 +1057,7 @@ def test_a_head_goes_through_files_and_merges(tmp_path):
         model.save(tmp_path / "model.keras")
         again = keras.saving.load_model(tmp_path / "model.keras")
         np.testing.assert_array_equal(predict(again, ids), predict(model, ids))
-        table = dequantized(layer) + delta(layer)
+        table = dequantized_kernel(layer) + delta(layer)
         back = table.T if tied else untied(layer)
         keras_lora.merge_lora(model, quantized="dequantize")
         assert type(layer) is keras.layers.ReversibleEmbedding
@@ -1063,7 +1065,7 @@ def test_a_head_goes_through_files_and_merges(tmp_path):
         close(predict(model, ids), table[ids] @ back)
         (row,) = keras_lora.merge_lora(again, quantized="requantize")
         host = again.get_layer("host")
-        found = np.linalg.norm(dequantized(host) - table) / np.linalg.norm(table)
+        found = np.linalg.norm(dequantized_kernel(host) - table) / np.linalg.norm(table)
         np.testing.assert_allclose(row.error, found, rtol=1e-3)
 
 
@@ -1095,7 +1097,7 @@ def test_quantizing_an_adapted_model_keeps_its_adapters(mode, tmp_path):
     plain.build((None, 6))
     plain.kernel.assign(kernel)
     quantize(plain, mode)
-    np.testing.assert_array_equal(dequantized(hidden), dequantized(plain))
+    np.testing.assert_array_equal(dequantized_kernel(hidden), dequantized_kernel(plain))
     for variable, value in zip(model.trainable_variables, adapters, strict=True):
         np.testing.assert_array_equal(to_numpy(variable), value)
     assert hidden.lora.alpha == 5

@@ -14,7 +14,11 @@ from shared import EAGERLY, assert_close
 
 import keras_lora
 from keras_lora.models.sites import adapted_sites
-from keras_lora.models.start_values import LOFTQ_STEPS, allocate_ranks, largest
+from keras_lora.models.start_values import (
+    LOFTQ_STEPS,
+    allocate_ranks,
+    largest_singular_values,
+)
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Layer .* does not have a `quantize`",
@@ -340,14 +344,14 @@ def test_the_largest_singular_values_are_numpy_s():
     random = np.random.default_rng(0)
     for shape in ((9, 5), (5, 9), (3, 6, 4)):
         matrix = random.standard_normal(shape)
-        left, values, right = largest(matrix, 3)
+        left, values, right = largest_singular_values(matrix, 3)
         expected = np.linalg.svd(matrix, full_matrices=False)
         np.testing.assert_allclose(values, expected[1][..., :3])
         product = (left * values[..., None, :]) @ right
         best = expected[0][..., :3] * expected[1][..., None, :3]
         np.testing.assert_allclose(product, best @ expected[2][..., :3, :], atol=1e-9)
     flat = np.outer(np.ones(6), np.arange(1.0, 5))  # of rank 1
-    left, values, right = largest(flat, 3)
+    left, values, right = largest_singular_values(flat, 3)
     np.testing.assert_allclose((left * values) @ right, flat, atol=1e-9)
     np.testing.assert_allclose(left.T @ left, np.eye(3), atol=1e-9)
 

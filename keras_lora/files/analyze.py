@@ -2,7 +2,6 @@
 
 import math
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,7 +11,6 @@ from keras_lora.files import factors
 from keras_lora.files.folder import Adapter
 from keras_lora.layers import settings, torch_layout
 from keras_lora.models import tables
-from keras_lora.models.tables import Table
 
 if TYPE_CHECKING:
     import keras
@@ -36,7 +34,7 @@ class Update(NamedTuple):
         return effective_rank(self.singular_values, energy)
 
 
-class Analysis(Table, Sequence):
+class Analysis(tables.Rows):
     """Rows (.path .rank .norm .relative_norm .singular_values), which print as a table.
 
     Attributes:
@@ -45,12 +43,6 @@ class Analysis(Table, Sequence):
 
     def __init__(self, name, rows, notes=()):
         self.name, self.rows, self.notes = name, list(rows), list(notes)
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return self.rows[index]
 
     def __repr__(self):
         return f"<Analysis of {self.name}: {len(self)} rows>"
@@ -118,35 +110,35 @@ def analyze(source: "keras.layers.Layer | Adapter | str | os.PathLike") -> Analy
         [('dense', 8)]
     """
     if isinstance(source, (str, os.PathLike)):
-        return of_adapter(Adapter.read(source), Path(source).name)
+        return analyze_adapter(Adapter.read(source), Path(source).name)
     if isinstance(source, Adapter):
-        return of_adapter(source, "an adapter")
+        return analyze_adapter(source, "an adapter")
     import keras  # not needed to analyze a file
 
     if isinstance(source, keras.layers.Layer):
-        return of_model(source)
+        return analyze_model(source)
     raise ValueError(
         "`source` must be a model, an Adapter or a folder. Received: "
         f"{type(source).__name__}, {str(source)[:99]!r}."
     )
 
 
-def of_adapter(adapter, name):
+def analyze_adapter(adapter, name):
     file = factors.factors_of(adapter)
     rows = [
-        update(module, found.rank, *found.product(), found.scaling)
-        for module in tables.in_order(file.factors)
-        for found in [file.factors[module]]
+        update(module, x.rank, *x.product(), x.scaling)
+        for module in tables.sort_by_number(file.factors)
+        for x in [file.factors[module]]
     ]
     notes = notes_of([torch_layout.method_in(file.method)])
     return Analysis(name, rows, [*notes, *notes_of_tables(file.rows)])
 
 
-def of_model(model):
+def analyze_model(model):
     from keras_lora.layers import lora_layer, torch_layout
     from keras_lora.models import sites
 
-    sites.checked_sites(model)
+    sites.sites_outside_contexts(model)
     rows, methods, trained = [], [], []
     for path, site in sites.site_paths(sites.layer_paths(model)).items():
         if lora_layer.is_adapted(site) and site.lora.rank is None:
@@ -187,13 +179,13 @@ def notes_of(methods) -> list:
 
 def notes_of_tables(paths) -> list:
     """A note on tables of which some rows train, which are no low-rank update."""
-    names = tables.listed(list(paths))
+    names = tables.join(list(paths))
     return [f"Not shown: {names}, where only some rows train."] if paths else []
 
 
 def update(path, rank, left, right, scaling=1.0, kernel=None):
     for values in (left, right):
-        factors.assert_finite(path, values)
+        factors.refuse_not_finite(path, values)
     values = scaling * singular_values(left, right)
     norm = float(np.linalg.norm(values))
     relative = None if kernel is None else norm / kernel if kernel else math.inf
@@ -207,8 +199,8 @@ def core(left, right):
     orthonormal, so that the singular values of C are those of the product.
     """
     q_left, r_left = np.linalg.qr(left.astype("float64"))
-    q_right, r_right = np.linalg.qr(transposed(right.astype("float64")))
-    return q_left, r_left @ transposed(r_right), q_right
+    q_right, r_right = np.linalg.qr(transpose(right.astype("float64")))
+    return q_left, r_left @ transpose(r_right), q_right
 
 
 def singular_values(left, right):
@@ -225,7 +217,7 @@ def effective_rank(values, energy):
     return int(np.searchsorted(sums, energy * sums[-1])) + 1
 
 
-def cut(left, right, rank):
+def truncate(left, right, rank):
     """The nearest factors of a lower rank, and the relative error of their product.
 
     A stack of matrices gets one rank for all of them.
@@ -239,11 +231,11 @@ def cut(left, right, rank):
     root = np.sqrt(values[..., :rank])
     error = np.linalg.norm(norms[rank:]) / (np.linalg.norm(norms) or 1.0)
     new_left = (q_left @ rows[..., :rank]) * root[..., None, :]
-    new_right = root[..., None] * columns[..., :rank, :] @ transposed(q_right)
+    new_right = root[..., None] * columns[..., :rank, :] @ transpose(q_right)
     return new_left, new_right, float(error)
 
 
-def transposed(matrix):
+def transpose(matrix):
     return np.swapaxes(matrix, -1, -2)
 
 
@@ -263,26 +255,28 @@ def tensor_differences(one, two) -> list:
     names = factors.slice_names([one, two])
     files = [factors.factors_of(adapter, names) for adapter in (one, two)]
     rows = []
-    for module in tables.in_order(files[0].factors.keys() | files[1].factors.keys()):
-        if found := update_difference(*(file.factors.get(module) for file in files)):
-            pair = [file.factors.get(module) for file in files]
-            ranks = [str(own.rank if own else "-") for own in pair]
-            rows.append([module, " and ".join(dict.fromkeys(ranks)), found])
-    full = [in_full(file) for file in files]
-    for key in tables.in_order(full[0].keys() | full[1].keys()):
-        if found := array_difference(*(tensors.get(key) for tensors in full)):
-            rows.append([key, "", found])
+    for module in tables.sort_by_number(
+        files[0].factors.keys() | files[1].factors.keys()
+    ):
+        pair = [file.factors.get(module) for file in files]
+        if difference := update_difference(*pair):
+            ranks = [str(x.rank if x else "-") for x in pair]
+            rows.append([module, " and ".join(dict.fromkeys(ranks)), difference])
+    full = [other_tensors(file) for file in files]
+    for key in tables.sort_by_number(full[0].keys() | full[1].keys()):
+        if difference := array_difference(*(tensors.get(key) for tensors in full)):
+            rows.append([key, "", difference])
     return rows
 
 
-def in_full(file):
+def other_tensors(file):
     """Key -> array for everything but factors: heads, biases, DoRA's lengths."""
-    more = {
-        module + suffix: found.tensors[suffix]
-        for module, found in file.factors.items()
-        for suffix in found.more
+    arrays = {
+        module + suffix: x.tensors[suffix]
+        for module, x in file.factors.items()
+        for suffix in x.other_suffixes
     }
-    return file.others | more
+    return file.weights | arrays
 
 
 def update_difference(one, two):
@@ -351,37 +345,39 @@ def check_adapter(
     """
     if engine != "vllm":
         raise ValueError(f"`engine` must be 'vllm'. Received: engine={engine!r}.")
-    max_lora_rank = settings.checked_rank(max_lora_rank)
+    max_lora_rank = settings.validate_rank(max_lora_rank)
     adapter = adapter if isinstance(adapter, Adapter) else Adapter.read(adapter)
-    file, found = factors.factors_of(adapter, ()), []
+    file, problems = factors.factors_of(adapter, ()), []
     if heads := file.config["modules_to_save"]:
-        found.append(
+        problems.append(
             f"{VLLM} refuses modules_to_save, here {heads}: train without "
             "`also_train`, or merge and serve the whole model."
         )
     for word in file.method:
-        found.append(
+        problems.append(
             f"{VLLM} refuses {word}: serve the merged model, or the nearest plain "
             "LoRA, which extract_adapter finds."
         )
     if file.bias != "none":
-        found.append(
+        problems.append(
             f"{VLLM} refuses trained biases, here bias={file.config['bias']!r}: train "
             'with bias="none".'
         )
-    others = sorted(file.others)
-    if others and not heads and file.bias == "none":
-        found.append(f"{VLLM} refuses tensors other than A and B: {others[:5]}.")
+    other_tensors = sorted(file.weights)
+    if other_tensors and not heads and file.bias == "none":
+        problems.append(
+            f"{VLLM} refuses tensors other than A and B: {other_tensors[:5]}."
+        )
     if file.rows:
-        found.append(
+        problems.append(
             f"{VLLM} refuses rows of tables, here {sorted(file.rows)}: train without "
             "`trainable_token_indices`, or merge and serve the whole model."
         )
     if not adapter.config.get("target_modules"):
-        found.append(f"{VLLM} needs target_modules, which the file lacks.")
-    largest = max(file.factors.values(), key=lambda found: found.rank)
+        problems.append(f"{VLLM} needs target_modules, which the file lacks.")
+    largest = max(file.factors.values(), key=lambda factors: factors.rank)
     if largest.rank > max_lora_rank:
-        found.append(
+        problems.append(
             f"{VLLM} refuses ranks above max_lora_rank={max_lora_rank}, and "
             f"{largest.module!r} has {largest.rank}: start the server with a higher "
             "--max-lora-rank, or lower the rank with combine_adapters([adapter], "
@@ -391,13 +387,13 @@ def check_adapter(
     scaling = file.config["lora_alpha"] / settings.divisor(file.config["r"], rslora)
     otherwise = [
         module
-        for module, found in file.factors.items()
-        if abs(found.scaling - scaling) > 1e-6 * scaling
+        for module, x in file.factors.items()
+        if abs(x.scaling - scaling) > 1e-6 * scaling
     ]
     if otherwise:
-        found.append(
+        problems.append(
             f"{VLLM} ignores rank_pattern and alpha_pattern: it would scale "
             f"{otherwise[:5]} by {scaling:.4g}, which changes the adapter. Use one "
             "rank and one alpha for all layers, or the same ratio of the two."
         )
-    return found
+    return problems

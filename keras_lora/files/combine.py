@@ -6,12 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from keras_lora.files import analyze, checked_config, experts, factors
-from keras_lora.files.config import FACTS, settings
+from keras_lora.files import analyze, config, experts, factors, slices, validation
 from keras_lora.files.folder import Adapter
-from keras_lora.files.slices import fuse
 from keras_lora.keras_internals import warn_caller
-from keras_lora.layers.settings import alpha_at, checked_rank, divisor, is_number
+from keras_lora.layers import settings
 from keras_lora.models import tables
 
 BIASES = ("none", "lora_only", "all")  # each includes those before it
@@ -65,11 +63,11 @@ def combine_adapters(
     """
     if isinstance(adapters, (str, Path, Adapter)):
         raise ValueError(f"`adapters` must be a list. Received: {adapters!r}.")
-    given = list(adapters)
-    heads = checked_heads(heads, given)
-    opened = [x if isinstance(x, Adapter) else Adapter.read(x) for x in given]
-    weights = checked_weights(weights, opened)
-    limit = checked_limit(rank, energy)
+    adapters = list(adapters)
+    heads = validate_heads(heads, adapters)
+    opened = [x if isinstance(x, Adapter) else Adapter.read(x) for x in adapters]
+    weights = validate_weights(weights, opened)
+    limit = rank_limit(rank, energy)
     names = factors.slice_names(opened)
     files = [factors.factors_of(adapter, names) for adapter in opened]
     refuse_methods(files)
@@ -77,11 +75,11 @@ def combine_adapters(
     if len(files) > 1 and len(set(modules)) == len(modules):
         warn_caller(
             "The adapters have no module in common. The result fits a model that has "
-            f"all of their modules, {tables.listed(sorted(modules), most=4)}."
+            f"all of their modules, {tables.join(sorted(modules), most=4)}."
         )
     for file in files:
-        for found in file.factors.values():
-            found.product()  # raises if they are not matrices
+        for term in file.factors.values():
+            term.product()  # raises if they are not matrices
     use_rslora = all(file.use_rslora for file in files)
     tensors, ranks, alphas, errors = {}, {}, {}, {}
     for module in dict.fromkeys(m for file in files for m in file.factors):
@@ -91,16 +89,16 @@ def combine_adapters(
             if module in file.factors
         ]
         first, _ = terms[0]
-        assert_same_shapes(module, [found for found, _ in terms])
-        pairs = [[found.tensors[x] for x in first.low_rank] for found, _ in terms]
-        scales = [weight * found.scaling / first.scaling for found, weight in terms]
+        refuse_other_shapes(module, [term for term, _ in terms])
+        pairs = [[term.tensors[x] for x in first.low_rank] for term, _ in terms]
+        scales = [weight * term.scaling / first.scaling for term, weight in terms]
         a = np.concatenate([a for a, _ in pairs])
         b = np.concatenate(
             [b * scale for (_, b), scale in zip(pairs, scales, strict=True)], axis=1
         )
         if limit is not None:
             stack = b.shape[2] if first.is_stack else 1
-            left, right, error = analyze.cut(
+            left, right, error = analyze.truncate(
                 b.reshape(len(b), -1, stack).transpose(2, 0, 1),
                 a.reshape(len(a), stack, -1).transpose(1, 0, 2),
                 limit,
@@ -113,15 +111,17 @@ def combine_adapters(
         keys = (module + suffix for suffix in first.low_rank)
         tensors |= zip(keys, (a, b), strict=True)
         ranks[module] = len(a)
-        alphas[module] = first.scaling * divisor(len(a), use_rslora)
+        alphas[module] = first.scaling * settings.divisor(len(a), use_rslora)
         if use_rslora == first.use_rslora:  # exact if there is one adapter
-            alphas[module] = alpha_at(len(a), first.alpha, first.rank, use_rslora)
-    slices = fuse(tensors, ranks, alphas, use_rslora)
-    tensors |= in_full(files, heads)
+            alphas[module] = settings.alpha_at(
+                len(a), first.alpha, first.rank, use_rslora
+            )
+    slice_ranks = slices.fuse(tensors, ranks, alphas, use_rslora)
+    tensors |= combine_full_weights(files, heads)
     ids = {m: list(own) for file in files for m, (own, _) in file.rows.items()}
     bias = max((file.bias for file in files), key=BIASES.index)
-    said = {key: {x.config.get(key) for x in opened} for key in FACTS}
-    config = settings(
+    said = {key: {x.config.get(key) for x in opened} for key in config.FACTS}
+    new_config = config.make_config(
         ranks,
         alphas,
         use_rslora,
@@ -132,10 +132,10 @@ def combine_adapters(
         parameters=experts.parameters_in(
             ranks, {x for f in files for x in f.config["target_parameters"]}
         ),
-        **{key: found.pop() for key, found in said.items() if len(found) == 1},
-        **{checked_config.KEYWORD: ids},
+        **{key: values.pop() for key, values in said.items() if len(values) == 1},
+        **{validation.KEYWORD: ids},
     )
-    return Adapter(tensors, config, slices, errors)
+    return Adapter(tensors, new_config, slice_ranks, errors)
 
 
 def refuse_methods(files):
@@ -147,14 +147,14 @@ def refuse_methods(files):
         )
 
 
-def checked_weights(weights, adapters):
+def validate_weights(weights, adapters):
     if not adapters:
         raise ValueError("`adapters` is empty: there is nothing to combine.")
-    if is_number(weights):
+    if settings.is_number(weights):
         weights = [weights]
     weights = [1.0] * len(adapters) if weights is None else list(weights)
     if len(weights) != len(adapters) or not all(
-        is_number(weight) and math.isfinite(weight) for weight in weights
+        settings.is_number(weight) and math.isfinite(weight) for weight in weights
     ):
         raise ValueError(
             f"`weights` must be one finite number for each of {len(adapters)} "
@@ -163,7 +163,7 @@ def checked_weights(weights, adapters):
     return weights
 
 
-def assert_same_shapes(module, pairs):
+def refuse_other_shapes(module, pairs):
     """Raises if shapes differ in more than the rank, A's first axis and B's second."""
     first = pairs[0]
     for pair in pairs:
@@ -175,14 +175,14 @@ def assert_same_shapes(module, pairs):
             both = (pair.tensors[suffix], first.tensors[suffix])
             shapes = [np.delete(value.shape, place) for value in both]
             if not np.array_equal(*shapes):
-                own, other = (value.shape for value in both)
+                shape, other_shape = (value.shape for value in both)
                 raise ValueError(
-                    f"The factors of {module!r} have shapes {own} and {other}: they "
-                    "belong to different models."
+                    f"The factors of {module!r} have shapes {shape} and {other_shape}: "
+                    "they belong to different models."
                 )
 
 
-def checked_limit(rank, energy):
+def rank_limit(rank, energy):
     """Returns a function from singular values to the rank to keep, or None."""
     if rank is not None and energy is not None:
         raise ValueError(
@@ -190,9 +190,9 @@ def checked_limit(rank, energy):
             f"energy={energy!r}."
         )
     if energy is None:
-        rank = None if rank is None else checked_rank(rank)
+        rank = None if rank is None else settings.validate_rank(rank)
         return None if rank is None else lambda values: rank
-    if not is_number(energy) or not 0 < energy <= 1:
+    if not settings.is_number(energy) or not 0 < energy <= 1:
         raise ValueError(
             "`energy` must be a number in (0, 1], the share of the squares of an "
             f"update's singular values to keep. Received: energy={energy!r}."
@@ -200,12 +200,12 @@ def checked_limit(rank, energy):
     return lambda values: max(1, analyze.effective_rank(values, energy))
 
 
-def in_full(files, heads) -> dict:
+def combine_full_weights(files, heads) -> dict:
     """Key -> what trained in full, where the adapters agree or `heads` decides."""
     tensors = {}
-    found = [file.others | token_rows(file, files) for file in files]
-    for key in dict.fromkeys(key for own in found for key in own):
-        values = {n: own[key] for n, own in enumerate(found) if key in own}
+    weights = [file.weights | token_rows(file, files) for file in files]
+    for key in dict.fromkeys(key for own in weights for key in own):
+        values = {n: own[key] for n, own in enumerate(weights) if key in own}
         tensors[key], *others = values.values()
         if all(np.array_equal(value, tensors[key]) for value in others):
             continue
@@ -232,31 +232,33 @@ def token_rows(file, files) -> dict:
     """Key -> the rows of a table that a file trains, the same ones in all files."""
     for module, (ids, _) in file.rows.items():
         for other in files:
-            found, _ = other.rows.get(module, (ids, None))
-            if list(found) != list(ids):
+            other_ids, _ = other.rows.get(module, (ids, None))
+            if list(other_ids) != list(ids):
                 raise ValueError(
                     f"The adapters train different rows of {module!r}: {list(ids)} and "
-                    f"{list(found)}. Only adapters that train the same rows, in the "
-                    "same order, can be combined."
+                    f"{list(other_ids)}. Only adapters that train the same rows, in "
+                    "the same order, can be combined."
                 )
-    suffix = checked_config.SUFFIX
+    suffix = validation.SUFFIX
     return {module + suffix: rows for module, (_, rows) in file.rows.items()}
 
 
-def checked_heads(heads, adapters):
+def validate_heads(heads, adapters):
     """Returns None, "average", or a position."""
     if heads is None or heads == "average":
         return heads
     folders = {n: Path(x) for n, x in enumerate(adapters) if not isinstance(x, Adapter)}
     if isinstance(heads, (str, Path)):
         meant = {Path(heads)}
-        found = [n for n, x in folders.items() if meant & {x, Path(x.name)}]
+        positions = [n for n, x in folders.items() if meant & {x, Path(x.name)}]
     else:
-        found = [n for n in range(len(adapters)) if type(heads) is int and n == heads]
-    if len(found) != 1:
+        positions = [
+            n for n in range(len(adapters)) if type(heads) is int and n == heads
+        ]
+    if len(positions) != 1:
         raise ValueError(
             '`heads` must be "average", a position in `adapters`, counted from 0, or '
             f"the name of one folder there. Received: heads={heads!r}, folders "
             f"{[str(x) for x in folders.values()]}."
         )
-    return found[0]
+    return positions[0]

@@ -11,13 +11,7 @@ import rich.console
 import rich.table
 from rich.text import Text
 
-from keras_lora.files import factors
-from keras_lora.files.analyze import (
-    analyze,
-    check_adapter,
-    settings_differences,
-    tensor_differences,
-)
+from keras_lora.files import analyze, factors, folder
 from keras_lora.files.combine import combine_adapters
 from keras_lora.files.folder import Adapter
 from keras_lora.models import atomic, tables
@@ -38,13 +32,13 @@ def main(arguments=None) -> int:
 
 
 def show(options):
-    for folder in options.folders:
-        adapter = Adapter.read(folder)
+    for path in options.folders:
+        adapter = Adapter.read(path)
         said = [[k, str(v)] for k, v in sorted(adapter.config.items()) if v is not None]
-        write(folder, ["setting", "value"], said)
-        write(*factors.parts_of(adapter))
+        write(path, ["setting", "value"], said)
+        write(*folder.parts_of(adapter))
         try:
-            write(*analyze(adapter).parts())
+            write(*analyze.analyze(adapter).parts())
         except ValueError as error:
             write_lines([f"No spectrum: {error}"])
     return 0
@@ -52,7 +46,8 @@ def show(options):
 
 def diff(options):
     one, two = map(Adapter.read, options.folders)
-    settings, tensors = settings_differences(one, two), tensor_differences(one, two)
+    settings = analyze.settings_differences(one, two)
+    tensors = analyze.tensor_differences(one, two)
     if settings:
         write("Settings", ["setting", *options.folders], settings)
     if tensors:
@@ -64,10 +59,10 @@ def diff(options):
 
 
 def combine(options):
-    for folder in options.folders:
-        if os.path.realpath(folder) == os.path.realpath(options.output):
+    for path in options.folders:
+        if os.path.realpath(path) == os.path.realpath(options.output):
             raise ValueError(
-                f"OUT is {folder}, one of the adapters to combine, which would be "
+                f"OUT is {path}, one of the adapters to combine, which would be "
                 "overwritten. Give another folder."
             )
 
@@ -79,7 +74,7 @@ def combine(options):
         heads=options.heads,
     )
     combined.save(options.output)
-    write(*factors.parts_of(combined))
+    write(*folder.parts_of(combined))
     return 0
 
 
@@ -104,7 +99,7 @@ def merge(options):
     with atomic.replacing(options.output) as new:
         model.save(new)
     write_lines(
-        [f"Merged {tables.counted(len(report), 'layer')} into {options.output}."]
+        [f"Merged {tables.plural(len(report), 'layer')} into {options.output}."]
     )
     return 0
 
@@ -126,24 +121,24 @@ def without_first_logs():
 
 def check(options):
     wrong = 0
-    for folder in options.folders:
+    for path in options.folders:
         refused = []
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                adapter = Adapter.read(folder)
+                adapter = Adapter.read(path)
                 file = factors.factors_of(adapter)
-                factors.checked_starts(adapter.starts, file.factors)
-                said = f"good: {factors.in_words(adapter)}"
+                factors.validate_starts(adapter.starts, file.factors)
+                said = f"good: {folder.in_words(adapter)}"
                 if options.engine:
                     rank = options.max_lora_rank
-                    refused = check_adapter(adapter, options.engine, rank)
+                    refused = analyze.check_adapter(adapter, options.engine, rank)
                     wrong = wrong or int(bool(refused))
             except (ValueError, OSError) as error:
                 wrong, said = 1, f"wrong: {error}"
         notes = [f"note: {warning.message}" for warning in caught]
         notes += [f"{options.engine}: {sentence}" for sentence in refused]
-        write_lines([f"{folder}: {in_one_line(line)}" for line in [said, *notes]])
+        write_lines([f"{path}: {in_one_line(line)}" for line in [said, *notes]])
     return wrong
 
 
@@ -267,27 +262,31 @@ def say(text):
 
 
 def in_one_line(text):
-    return tables.printable(" ".join(text.split()))[:2000]
+    return tables.make_printable(" ".join(text.split()))[:2000]
 
 
 def console():
-    found = rich.console.Console(highlight=False)
-    if not found.is_terminal:
-        found.width = 10_000  # no line breaks in a file or a pipe
-    return found
+    terminal = rich.console.Console(highlight=False)
+    if not terminal.is_terminal:
+        terminal.width = 10_000  # no line breaks in a file or a pipe
+    return terminal
 
 
 def write(title, head, rows, lines=()):
-    table = rich.table.Table(title=Text(tables.printable(title)), title_justify="left")
+    table = rich.table.Table(
+        title=Text(tables.make_printable(title)), title_justify="left"
+    )
     for place, name in enumerate(head):
         justify = "left" if place < 2 else "right"
-        table.add_column(Text(tables.printable(name)), justify=justify, overflow="fold")
+        table.add_column(
+            Text(tables.make_printable(name)), justify=justify, overflow="fold"
+        )
     for row in rows:
-        table.add_row(*(Text(tables.printable(cell)) for cell in row))
+        table.add_row(*(Text(tables.make_printable(cell)) for cell in row))
     console().print(table)
     write_lines(lines)
 
 
 def write_lines(lines):
     for line in lines:
-        console().print(Text(tables.printable(line)), soft_wrap=True)
+        console().print(Text(tables.make_printable(line)), soft_wrap=True)

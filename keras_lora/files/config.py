@@ -9,8 +9,7 @@ from types import MappingProxyType
 from keras_lora.files import slices
 from keras_lora.files.patterns import Budget, Pattern
 from keras_lora.keras_internals import warn_caller
-from keras_lora.layers import torch_layout
-from keras_lora.layers.settings import checked_alpha
+from keras_lora.layers import settings, torch_layout
 
 CONFIG = "adapter_config.json"
 # Settings that decide how the tensors are read; the tensors' metadata has them too.
@@ -32,22 +31,24 @@ def remember_file(model, config):
     _loaded_facts[model] = {key: config.get(key) for key in FACTS}
 
 
-def model_facts(model, given):
+def model_facts(model, facts):
     """Returns the facts about the base model: those given, else those loaded."""
-    for key, value in given.items():
+    for key, value in facts.items():
         if not isinstance(value, (str, type(None))):
             raise ValueError(f"`{key}` must be a name. Received: {key}={value!r}.")
     loaded = _loaded_facts.get(model, dict.fromkeys(FACTS))
-    return {key: given[key] or loaded[key] for key in FACTS}
+    return {key: facts[key] or loaded[key] for key in FACTS}
 
 
-def settings(ranks, alphas, use_rslora, parameters=None, **others):
+def make_config(ranks, alphas, use_rslora, parameters=None, **options):
     """The configuration of an adapter with these ranks and alphas per module.
 
     parameters: module -> name of the parameter that PEFT adapts there.
     """
     parameters = parameters or {}
-    alphas = {module: checked_alpha(alpha) for module, alpha in alphas.items()}
+    alphas = {
+        module: settings.validate_alpha(alpha) for module, alpha in alphas.items()
+    }
     config = {
         "peft_type": "LORA",
         "task_type": None,
@@ -64,7 +65,7 @@ def settings(ranks, alphas, use_rslora, parameters=None, **others):
         "rank_pattern": pattern(ranks, config["r"], parameters),
         "alpha_pattern": pattern(alphas, config["lora_alpha"], parameters),
         "use_rslora": use_rslora,
-        **others,
+        **options,
     }
     return config | {key: value for key, value in optional.items() if value}
 
@@ -90,7 +91,7 @@ def pattern(values, usual, parameters: Mapping = MappingProxyType({})):
     }
 
 
-def value_of(config, pattern_key, default_key, found, warns=True):
+def values_by_module(config, pattern_key, default_key, modules, warns=True):
     """Module -> rank or alpha, by the first key that matches the end of its name.
 
     warns: Boolean, whether to warn about keys that match no module.
@@ -103,7 +104,7 @@ def value_of(config, pattern_key, default_key, found, warns=True):
         else:
             expressions.append((place, key, Pattern(key, budget)))
     values, used = {}, set()
-    for module in found:
+    for module in modules:
         name = slices.without_slice(module)
         place, first = names.get(name, (len(config[pattern_key]), None))
         for other_place, key, expression in expressions:
@@ -127,10 +128,10 @@ def ends_of(name) -> list:
     return [name[place:] for place in [0, *(x.end() for x in re.finditer(r"\.", name))]]
 
 
-def check_targets(config, found):
+def refuse_unmatched_targets(config, modules_with_tensors):
     """Raises unless `target_modules` or `target_parameters` match the tensors."""
     targets, parameters = config["target_modules"], config["target_parameters"]
-    modules = [slices.without_slice(module) for module in found]
+    modules = [slices.without_slice(module) for module in modules_with_tensors]
     ends = {end for module in modules for end in ends_of(module)}
     if isinstance(targets, str):
         expression = Pattern(targets, Budget())

@@ -47,15 +47,15 @@ def matching_config(directory):
     """Returns adapter_config.json in bytes, or None if it does not fit the tensors."""
     try:
         config = read_config(directory)
-        if belonging(config, {}) is config:
+        if settings_of_tensors(config, {}) is config:
             return (directory / CONFIG).read_bytes()
         _, metadata = read_tensors(directory / TENSORS)
-        return json.dumps(belonging(config, metadata)).encode()
+        return json.dumps(settings_of_tensors(config, metadata)).encode()
     except (OSError, ValueError):
         return None
 
 
-def belonging(config, metadata):
+def settings_of_tensors(config, metadata):
     """Returns the settings of the tensors, also after an interrupted save."""
     if not isinstance(config, dict) or config.get("peft_type") != INTERRUPTED:
         return config
@@ -69,7 +69,7 @@ def read_together(directory):
         config = read_config(directory)
         tensors, metadata = read_all(directory)
         if read_config(directory) == config:
-            return belonging(config, metadata), tensors, metadata
+            return settings_of_tensors(config, metadata), tensors, metadata
     raise OSError(
         f"{directory / CONFIG} keeps changing: another process is writing it."
     )
@@ -93,8 +93,8 @@ def read_all(directory):
         )
     tensors = {}
     for name in sorted(set(parts.values())):
-        found, _ = read_tensors(directory / name)
-        tensors |= {key: found[key] for key in found if parts.get(key) == name}
+        arrays, _ = read_tensors(directory / name)
+        tensors |= {key: arrays[key] for key in arrays if parts.get(key) == name}
     missing = sorted(parts.keys() - tensors.keys())
     if missing:
         raise ValueError(f"{INDEX} lists tensors that no part has: {missing[:5]}.")
@@ -103,21 +103,21 @@ def read_all(directory):
 
 def read_config(directory, name=CONFIG):
     path = directory / name
-    assert_readable(path, limit=2**24)
+    refuse_unreadable_file(path, limit=2**24)
     try:
-        return parsed(path.read_text(encoding="utf-8"))
+        return parse(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
-def parsed(text):
+def parse(text):
     try:
         return json.loads(text)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 
 
-def assert_readable(path, limit=math.inf):
+def refuse_unreadable_file(path, limit=math.inf):
     """Raises for pipes and devices, which may never end."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
@@ -129,7 +129,7 @@ def assert_readable(path, limit=math.inf):
 
 
 def read_tensors(path):
-    assert_readable(path)
+    refuse_unreadable_file(path)
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             for key in file.keys():  # noqa: SIM118
@@ -170,13 +170,10 @@ def adapter_name(tensors):
     return names.pop() if names else None
 
 
-def checked_tensors(tensors):
+def standardize_tensors(tensors):
     """Module and suffix -> float32 or float64."""
-    floats, more, adapter = (
-        {},
-        tuple(torch_layout.more_suffixes()),
-        adapter_name(tensors),
-    )
+    floats, adapter = {}, adapter_name(tensors)
+    suffixes = tuple(torch_layout.more_suffixes())
     for key, value in tensors.items():
         if len(key) > patterns.LONGEST:
             raise ValueError(
@@ -190,7 +187,7 @@ def checked_tensors(tensors):
             name = NAMED.sub(lambda match: match[0][: -len(match[1]) - 1], key)
         name = name.replace(f".modules_to_save.{adapter}.", ".")
         name = name.removeprefix(PREFIX).replace(".modules_to_save.", ".")
-        if name.removesuffix(".weight").endswith(more):  # a parameter or a module
+        if name.removesuffix(".weight").endswith(suffixes):  # a parameter or a module
             name = name.removesuffix(".weight")
         value = value if value.dtype == "float64" else value.astype("float32")
         if not np.array_equal(floats.setdefault(name, value), value, equal_nan=True):
@@ -214,25 +211,27 @@ def repeats_untrained(key, adapter, tensors):
 
 def digest(tensors, metadata):
     """SHA-256 of the tensors and of what the metadata says about them."""
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for key in sorted(tensors):
         value = tensors[key]
-        found.update(f"{key} {value.dtype} {value.shape}\n".encode())
-        found.update(np.ascontiguousarray(value).tobytes())
+        sha256.update(f"{key} {value.dtype} {value.shape}\n".encode())
+        sha256.update(np.ascontiguousarray(value).tobytes())
     for key in ("settings", "slices", "starts"):
-        found.update(metadata.get(key, "").encode())
-    return found.hexdigest()
+        sha256.update(metadata.get(key, "").encode())
+    return sha256.hexdigest()
 
 
-def checked_metadata(metadata, config, tensors):
+def validate_metadata(metadata, config, tensors):
     """Metadata of files of keras_lora: the ranks of slices, and starts."""
     if "settings" not in metadata:
         return {}, []
-    found = digest(tensors, metadata)
-    if metadata.get("sha256", found) != found:
+    sha256 = digest(tensors, metadata)
+    if metadata.get("sha256", sha256) != sha256:
         raise ValueError(f"{TENSORS} is damaged: its checksum does not match.")
-    stored, slices = (stated_in(metadata, key, {}) for key in ("settings", "slices"))
-    starts = stated_in(metadata, "starts", [])
+    stored, slices = (
+        read_metadata(metadata, key, {}) for key in ("settings", "slices")
+    )
+    starts = read_metadata(metadata, "starts", [])
     if not all(isinstance(module, str) for module in starts):
         raise ValueError(
             f"{TENSORS}: starts must be a list of modules. Received: {starts!r}."
@@ -244,20 +243,20 @@ def checked_metadata(metadata, config, tensors):
             raise ValueError(
                 f"{TENSORS}: slices must have lists of ranks. Received: {ranks!r}."
             )
-    said = reading_settings(config)
-    for key in stored | said:
-        if stored.get(key) != said.get(key):
+    settings = reading_settings(config)
+    for key in stored | settings:
+        if stored.get(key) != settings.get(key):
             raise ValueError(
                 f"{CONFIG} and {TENSORS} do not belong together: {key} is "
-                f"{said.get(key)!r} and {stored.get(key)!r}."
+                f"{settings.get(key)!r} and {stored.get(key)!r}."
             )
     return slices, starts
 
 
-def stated_in(metadata, key, default):
+def read_metadata(metadata, key, default):
     """Returns a value of the metadata, checked to have the default's type."""
     try:
-        value = parsed(metadata.get(key, json.dumps(default)))
+        value = parse(metadata.get(key, json.dumps(default)))
     except ValueError as error:
         raise ValueError(f"{TENSORS} is damaged: {key}: {error}.") from error
     if type(value) is not type(default):

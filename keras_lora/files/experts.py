@@ -18,14 +18,12 @@ factors for each.
 
 import collections
 import dataclasses
+import itertools
 import re
 
 import numpy as np
 
-from keras_lora.files import disk
-from keras_lora.files.checked_config import checked_config
-from keras_lora.files.config import check_targets, ends_of, pattern, value_of
-from keras_lora.files.slices import fuse, without_slice
+from keras_lora.files import config, disk, slices, validation
 from keras_lora.layers import torch_layout
 
 PARAMETERS = ("gate_up_proj", "down_proj")  # in the order of registration
@@ -51,26 +49,26 @@ def parameter_of(module) -> str:
 
 def parameters_in(modules, entries) -> dict:
     """{module: parameter} for the modules that match `target_parameters`."""
-    entries, found = set(entries), {}
+    entries, parameters = set(entries), {}
     for module in modules:
-        parameter = parameter_of(without_slice(module))
-        if not entries.isdisjoint(ends_of(parameter)):
-            found[module] = parameter
-    return found
+        parameter = parameter_of(slices.without_slice(module))
+        if not entries.isdisjoint(config.ends_of(parameter)):
+            parameters[module] = parameter
+    return parameters
 
 
 def wrapped_modules(owner, parameters) -> dict:
     """{parameter: the module under which a file has it}."""
-    found = [
+    adapted = [
         f"{owner}.{name}" for name in PARAMETERS if f"{owner}.{name}" in parameters
     ]
     return {
         parameter: owner + ".base_layer" * depth
-        for depth, parameter in enumerate(reversed(found))
+        for depth, parameter in enumerate(reversed(adapted))
     }
 
 
-def from_wrapped(tensors, config) -> dict:
+def unwrap(tensors, settings) -> dict:
     """The tensors of a file, with stacks under the names of their parameters.
 
     config: checked.
@@ -80,15 +78,15 @@ def from_wrapped(tensors, config) -> dict:
         if match := WRAPPED.fullmatch(key):
             depths[match[1]].add(match[2].count("."))
     names = [f"{owner}.{name}" for owner in depths for name in PARAMETERS]
-    meant = parameters_in(names, config["target_parameters"])
-    ranks = value_of(config, "rank_pattern", "r", meant, warns=False)
+    meant = parameters_in(names, settings["target_parameters"])
+    ranks = config.values_by_module(settings, "rank_pattern", "r", meant, warns=False)
     tensors = dict(tensors)
-    for owner, found in depths.items():
+    for owner, own_depths in depths.items():
         modules = wrapped_modules(owner, meant)
-        if modules and found != set(range(len(modules))):
+        if modules and own_depths != set(range(len(modules))):
             raise ValueError(
                 f"target_parameters means {sorted(modules)}, but {disk.TENSORS} has "
-                f"factors for {len(found)} parameters of {owner!r}."
+                f"factors for {len(own_depths)} parameters of {owner!r}."
             )
         for parameter, module in modules.items():
             keys = [module + suffix for suffix in torch_layout.LINEAR]
@@ -109,7 +107,7 @@ def from_wrapped(tensors, config) -> dict:
     return tensors
 
 
-def to_wrapped(tensors, entries) -> dict:
+def wrap(tensors, entries) -> dict:
     """The inverse; entries: the file's `target_parameters`."""
     modules = (
         k.removesuffix(torch_layout.LINEAR[0])
@@ -127,28 +125,28 @@ def to_wrapped(tensors, entries) -> dict:
     return tensors
 
 
-def as_parameter(key):
+def stack_key(key):
     """Returns the key of the stack for that of one expert, and other keys unchanged."""
     match = EXPERT.match(key)
     if match is None:
         return key
-    return f"{match[1]}.{without_slice(HALVES[match[3]])}{key[match.end() :]}"
+    return f"{match[1]}.{slices.without_slice(HALVES[match[3]])}{key[match.end() :]}"
 
 
-def with_stacks(adapter, parameters):
+def stack_experts(adapter, parameters):
     """Converts an adapter with a pair of factors for each expert into one of stacks.
 
     parameters: The stacks that the model has; other tensors are unchanged.
     """
     owners = {match[1] for x in parameters if (match := STACK.fullmatch(x))}
-    found = collections.defaultdict(lambda: collections.defaultdict(dict))
-    rest, modules = {}, {}
+    values = collections.defaultdict(lambda: collections.defaultdict(dict))
+    other_tensors, modules = {}, {}
     for key, value in adapter.tensors.items():
         suffix = next((x for x in torch_layout.LINEAR if key.endswith(x)), "")
         module = key.removesuffix(suffix)
         match = EXPERT.match(module)
         if match is None or match[1] not in owners:
-            rest[key] = value
+            other_tensors[key] = value
         elif not suffix or match[0] != module:
             raise ValueError(
                 f"The tensor {key!r} belongs to one expert, for which only A and B are "
@@ -156,71 +154,72 @@ def with_stacks(adapter, parameters):
             )
         else:
             stack = f"{match[1]}.{HALVES[match[3]]}"
-            found[stack][suffix][int(match[2])] = value
+            values[stack][suffix][int(match[2])] = value
             modules.setdefault(stack, {})[module] = None
-    if not found:
+    if not values:
         return adapter
-    return stacked(adapter, rest, found, modules)
+    return build_stacks(adapter, other_tensors, values, modules)
 
 
-def stacked(adapter, tensors, found, modules):
-    """The second half of `with_stacks`.
+def build_stacks(adapter, tensors, values, modules):
+    """The second half of `stack_experts`.
 
     Args:
         adapter: The adapter as it was read.
         tensors: The tensors that belong to no single expert.
-        found: Half of a stack -> {suffix: {expert: value}}.
+        values: Half of a stack -> {suffix: {expert: value}}.
         modules: Half of a stack -> the linear modules of its experts.
     """
-    config = checked_config(adapter.config)
-    others = [
+    in_file = validation.validate_config(adapter.config)
+    other_modules = [
         key.removesuffix(torch_layout.LINEAR[0])
         for key in tensors
         if key.endswith(torch_layout.LINEAR[0])
     ]
-    every = [*others, *(module for own in modules.values() for module in own)]
-    check_targets(config, every)
-    said = [
-        value_of(config, *keys, every)
+    every = [*other_modules, *itertools.chain(*modules.values())]
+    config.refuse_unmatched_targets(in_file, every)
+    settings = [
+        config.values_by_module(in_file, *keys, every)
         for keys in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
     ]
-    ranks, alphas = ({module: values[module] for module in others} for values in said)
-    for stack, pairs in found.items():
-        for values, of_stack in zip(said, (ranks, alphas), strict=True):
-            own = {values[module] for module in modules[stack]}
-            if len(own) > 1:
+    ranks, alphas = ({m: setting[m] for m in other_modules} for setting in settings)
+    for stack, pairs in values.items():
+        for setting, of_stack in zip(settings, (ranks, alphas), strict=True):
+            different = {setting[module] for module in modules[stack]}
+            if len(different) > 1:
                 raise ValueError(
-                    f"The experts of {without_slice(stack)!r} have different ranks or "
-                    f"alphas, {sorted(own)}; a stack of experts has one for all."
+                    f"The experts of {slices.without_slice(stack)!r} have different "
+                    f"ranks or alphas, {sorted(different)}; a stack of experts has one "
+                    "for all."
                 )
-            of_stack[stack] = own.pop()
-        a, b = (in_order(stack, pairs[suffix]) for suffix in torch_layout.LINEAR)
+            of_stack[stack] = different.pop()
+        a, b = (sort_by_expert(stack, pairs[suffix]) for suffix in torch_layout.LINEAR)
         tensors[stack + torch_layout.LINEAR[0]] = np.stack(a, 1)
         tensors[stack + torch_layout.LINEAR[1]] = np.stack(b, 2)
-    slices = fuse(tensors, ranks, alphas, config["use_rslora"])
-    names = {without_slice(stack) for stack in found}
-    said = {
-        "target_modules": sorted(others),
-        "target_parameters": sorted({*config["target_parameters"], *names}),
-        "rank_pattern": pattern(ranks, config["r"]),
-        "alpha_pattern": pattern(alphas, config["lora_alpha"]),
+    slice_ranks = slices.fuse(tensors, ranks, alphas, in_file["use_rslora"])
+    names = {slices.without_slice(stack) for stack in values}
+    changed = {
+        "target_modules": sorted(other_modules),
+        "target_parameters": sorted({*in_file["target_parameters"], *names}),
+        "rank_pattern": config.pattern(ranks, in_file["r"]),
+        "alpha_pattern": config.pattern(alphas, in_file["lora_alpha"]),
     }
     return dataclasses.replace(
         adapter,
         tensors=tensors,
-        config=adapter.config | said,
-        slices=adapter.slices | slices,
+        config=adapter.config | changed,
+        slices=adapter.slices | slice_ranks,
     )
 
 
-def in_order(stack, values):
+def sort_by_expert(stack, values):
     """The values of all experts, by their numbers."""
     shapes = {value.shape for value in values.values()}
     every = values.keys() == set(range(len(values)))
     if not every or [len(shape) for shape in shapes] != [2]:
         raise ValueError(
-            f"The experts of {without_slice(stack)!r} need factors of one shape each. "
-            f"The file has factors of the experts {sorted(values)[:9]}, with shapes "
-            f"{sorted(shapes)[:3]}."
+            f"The experts of {slices.without_slice(stack)!r} need factors of one shape "
+            f"each. The file has factors of the experts {sorted(values)[:9]}, with "
+            f"shapes {sorted(shapes)[:3]}."
         )
     return [values[expert] for expert in range(len(values))]

@@ -1,7 +1,6 @@
 """The difference of two models as an adapter, as far as its rank allows."""
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Mapping
 
 import keras
@@ -13,7 +12,7 @@ from keras_lora.files.names import module_names
 from keras_lora.keras_internals import distribution, layers
 from keras_lora.layers import kinds, settings, torch_layout
 from keras_lora.layers.substituted import WeightSite
-from keras_lora.models import change, sites
+from keras_lora.models import apply, sites
 
 
 def extract_adapter(
@@ -50,7 +49,7 @@ def extract_adapter(
         >>> adapter.config["r"]
         4
     """
-    rank = settings.checked_rank(rank)
+    rank = settings.validate_rank(rank)
     for model in (base_model, tuned_model):
         if sites.adapted_sites(model):
             raise ValueError(
@@ -72,15 +71,15 @@ def extract_adapter(
         for module, site in base.sites.items()
         if site.built and is_of_kind(site) and module not in base.unnamed
     }
-    for module, (_, variables) in paired_layers(base, tuned).items():
+    for module, (_, variables) in pair_layers(base, tuned).items():
         changed = [(v, other) for v, other in variables if differ(v, other)]
         pairs = {kernels[id(v)]: (v, x) for v, x in changed if id(v) in kernels}
-        rest = [(v, other) for v, other in changed if id(v) not in kernels]
+        unadapted = [(v, other) for v, other in changed if id(v) not in kernels]
         able = all(kinds.obstacle(base.sites[name]) is None for name in pairs)
-        if not able or {v.name for v, _ in rest} - {"bias"}:
+        if not able or {v.name for v, _ in unadapted} - {"bias"}:
             trained += [(module, other) for _, other in variables]  # the whole layer
             continue
-        trained += [(module, other) for _, other in rest]
+        trained += [(module, other) for _, other in unadapted]
         for name, (own, other) in pairs.items():
             delta = torch_layout.to_numpy(other) - torch_layout.to_numpy(own)
             site = base.sites[name]
@@ -91,7 +90,7 @@ def extract_adapter(
         raise ValueError(
             "No kernel that can be adapted differs between the two models."
         )
-    with change.adapting(base_model, paths, adapters):
+    with apply.adapt_layers(base_model, paths, adapters):
         for module, (a, b) in updates.items():
             lora = base.sites[module].lora
             distribution.assign(lora.a, a)
@@ -100,7 +99,7 @@ def extract_adapter(
     return dataclasses.replace(adapter, errors=errors)
 
 
-def paired_layers(base, tuned):
+def pair_layers(base, tuned):
     """{module: (layer, [(variable, the tuned one)])}."""
     if base.keys() != tuned.keys():
         raise ValueError(
@@ -109,18 +108,16 @@ def paired_layers(base, tuned):
         )
     pairs = {}
     for module, layer in base.items():
-        own, other = (
-            list(itertools.chain(*layers.layer_state(x)))
-            for x in (layer, tuned[module])
-        )
-        if [(v.name, v.shape) for v in own] != [(v.name, v.shape) for v in other]:
+        both = [layers.layer_variables(x) for x in (layer, tuned[module])]
+        names = [[(v.name, v.shape) for v in variables] for variables in both]
+        if names[0] != names[1]:
             raise ValueError(f"The variables of {module!r} differ in name or shape.")
-        pairs[module] = layer, list(zip(own, other, strict=True))
+        pairs[module] = layer, list(zip(*both, strict=True))
     return pairs
 
 
-def differ(own, other):
-    return not np.array_equal(torch_layout.to_numpy(own), torch_layout.to_numpy(other))
+def differ(one, two):
+    return not np.array_equal(torch_layout.to_numpy(one), torch_layout.to_numpy(two))
 
 
 def is_of_kind(site):

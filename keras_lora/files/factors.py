@@ -1,16 +1,12 @@
 """The factors of an adapter by module, with their ranks and alphas, without a model."""
 
 import dataclasses
-import math
-import warnings
 
 import numpy as np
 
-from keras_lora.files import disk, experts, slices
-from keras_lora.files.checked_config import checked_config, checked_rows, take_rows
-from keras_lora.files.config import CONFIG, check_targets, value_of
+from keras_lora.files import disk, experts, slices, validation
+from keras_lora.files.config import CONFIG, refuse_unmatched_targets, values_by_module
 from keras_lora.layers import settings, torch_layout
-from keras_lora.models import tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +32,7 @@ class Factors:
         return next((pair for pair in both if pair[0] in self.tensors), ())
 
     @property
-    def more(self) -> list:
+    def other_suffixes(self) -> list:
         """The suffixes of a method's arrays other than A and B."""
         return sorted(
             self.tensors.keys() - {*torch_layout.LINEAR, *torch_layout.EMBEDDING}
@@ -78,7 +74,7 @@ class FileFactors:
     """The arrays of a file, grouped by their use."""
 
     factors: dict  # module -> Factors
-    others: dict  # key -> array, for weights that trained in full
+    weights: dict  # key -> array, for those that trained in full
     unadapted: dict  # slice of an adapted module -> {suffix: array}, without A and B
     config: dict  # checked
     rows: dict  # module -> (ids of tokens, their rows)
@@ -105,7 +101,7 @@ def slice_names(adapters) -> list:
     ]
 
 
-def assert_finite(name, values):
+def refuse_not_finite(name, values):
     if not np.isfinite(values).all():
         raise ValueError(f"The tensor {name!r} holds values that are not finite.")
 
@@ -116,23 +112,16 @@ def factors_of(adapter, modules=None) -> FileFactors:
     modules: Names that may mean slices, as in `keras_lora.files.slices`; by default
         those of the slices that the adapter itself has.
     """
-    config = checked_config(adapter.config)
+    settings_in_file = validation.validate_config(adapter.config)
     modules = slice_names([adapter]) if modules is None else modules
     tensors = dict(adapter.tensors)
     for key, value in tensors.items():
-        assert_finite(key, value)
+        refuse_not_finite(key, value)
     shares = slices.split(tensors, modules, adapter.slices)
-    factors, others = {}, {}
-    method = torch_layout.method_in(config["method"])
-    known = (*torch_layout.LINEAR, *torch_layout.EMBEDDING, *method.more_suffixes)
-    for name, value in tensors.items():
-        suffix = next((s for s in known if name.endswith(s)), None)
-        if suffix is None:
-            others[name] = value
-        else:
-            factors.setdefault(name.removesuffix(suffix), {})[suffix] = value
-    rows = take_rows(others)
-    if not factors and not rows:
+    method = torch_layout.method_in(settings_in_file["method"])
+    arrays, weights = group_by_module(tensors, method)
+    rows = validation.take_rows(weights)
+    if not arrays and not rows:
         keys = ", ".join(map(repr, [*tensors][:3])) or "nothing"
         raise ValueError(
             f"{disk.TENSORS} holds no factors of an adapter (tensors named lora_A and "
@@ -141,63 +130,83 @@ def factors_of(adapter, modules=None) -> FileFactors:
         )
     fused = {slices.without_slice(name) for name in shares}
     unadapted = {
-        name: factors.pop(name)
-        for name in [name for name in factors if name not in shares]
+        name: arrays.pop(name)
+        for name in [name for name in arrays if name not in shares]
         if name != slices.without_slice(name) and slices.without_slice(name) in fused
     }
-    for module, pair in factors.items():
-        expected = [
-            set(method.suffixes_for(kind))
-            for kind in (torch_layout.LINEAR, torch_layout.EMBEDDING)
-        ]
-        if set(pair) not in expected:
+    refuse_incomplete(arrays, method)
+    if arrays:
+        refuse_unmatched_targets(settings_in_file, arrays)
+    ranks, alphas = ranks_and_alphas(settings_in_file, arrays, shares)
+    parameters = experts.parameters_in(arrays, settings_in_file["target_parameters"])
+    factors = {
+        module: Factors(
+            module,
+            values,
+            ranks[module],
+            alphas[module],
+            settings_in_file["use_rslora"],
+            parameters.get(module),
+        )
+        for module, values in arrays.items()
+    }
+    rows = validation.validate_rows(rows, settings_in_file["tokens"])
+    return FileFactors(factors, weights, unadapted, settings_in_file, rows)
+
+
+def group_by_module(tensors, method) -> tuple:
+    """Returns {module: {suffix: array}} of a method's factors, and other tensors."""
+    suffixes = (*torch_layout.LINEAR, *torch_layout.EMBEDDING, *method.more_suffixes)
+    arrays, others = {}, {}
+    for key, value in tensors.items():
+        suffix = next((x for x in suffixes if key.endswith(x)), None)
+        if suffix is None:
+            others[key] = value
+        else:
+            arrays.setdefault(key.removesuffix(suffix), {})[suffix] = value
+    return arrays, others
+
+
+def refuse_incomplete(arrays, method):
+    """Raises if a module has not all arrays that its method needs."""
+    complete = [
+        set(method.suffixes_for(kind))
+        for kind in (torch_layout.LINEAR, torch_layout.EMBEDDING)
+    ]
+    for module, values in arrays.items():
+        if set(values) not in complete:
             raise ValueError(
-                f"The adapter of {module!r} needs A and B, as {sorted(expected[0])}; "
-                f"the file has {sorted(pair)}."
+                f"The adapter of {module!r} needs A and B, as {sorted(complete[0])}; "
+                f"the file has {sorted(values)}."
             )
-    if factors:
-        check_targets(config, factors)
-    ranks = value_of(config, "rank_pattern", "r", factors)
-    alphas = value_of(config, "alpha_pattern", "lora_alpha", factors)
-    for module, pair in factors.items():
-        low_rank = [
-            pair[suffix]
-            for suffix in torch_layout.LINEAR + torch_layout.EMBEDDING
-            if suffix in pair
-        ]
-        if any(x.ndim < 2 or ranks[module] > x.size for x in low_rank):
-            shapes = [value.shape for value in pair.values()]
+
+
+def ranks_and_alphas(config, arrays, shares) -> tuple:
+    """Returns {module: rank} and {module: alpha}, of slices where there are some."""
+    ranks = values_by_module(config, "rank_pattern", "r", arrays)
+    alphas = values_by_module(config, "alpha_pattern", "lora_alpha", arrays)
+    low_rank = torch_layout.LINEAR + torch_layout.EMBEDDING
+    for module, values in arrays.items():
+        factors = [values[suffix] for suffix in low_rank if suffix in values]
+        if any(x.ndim < 2 or ranks[module] > x.size for x in factors):
+            shapes = [value.shape for value in values.values()]
             raise ValueError(
                 f"{module!r} has rank {ranks[module]} in {CONFIG}, but factors of "
                 f"shapes {shapes}."
             )
-    for module, (rank, total) in shares.items():
-        if ranks[module] != total:
+    for name, (rank, total) in shares.items():
+        if ranks[name] != total:
             raise ValueError(
-                f"The rank of {slices.without_slice(module)!r} is {ranks[module]} in "
+                f"The rank of {slices.without_slice(name)!r} is {ranks[name]} in "
                 f"{CONFIG}, but {total} in {disk.TENSORS}."
             )
-        ranks[module] = rank
-        alphas[module] = settings.alpha_at(
-            rank, alphas[module], total, config["use_rslora"]
-        )
-    parameters = experts.parameters_in(factors, config["target_parameters"])
-    modules = {
-        name: Factors(
-            name,
-            pair,
-            ranks[name],
-            alphas[name],
-            config["use_rslora"],
-            parameters.get(name),
-        )
-        for name, pair in factors.items()
-    }
-    rows = checked_rows(rows, config["tokens"])
-    return FileFactors(modules, others, unadapted, config, rows)
+        ranks[name] = rank
+        use_rslora = config["use_rslora"]
+        alphas[name] = settings.alpha_at(rank, alphas[name], total, use_rslora)
+    return ranks, alphas
 
 
-def checked_starts(starts, factors):
+def validate_starts(starts, factors):
     for module in starts:
         if module not in factors or factors[module].rank % 2:
             raise ValueError(
@@ -205,87 +214,3 @@ def checked_starts(starts, factors):
                 "even rank. Load it with the same `names` with which it was saved."
             )
     return starts
-
-
-def quiet_factors(adapter):
-    """`factors_of` without its warnings, which were given when the file was read."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return factors_of(adapter)
-
-
-def parts_of(adapter, most=math.inf):
-    """Title, head, rows and lines below, as a `Table` has them.
-
-    most: the largest number of rows.
-    """
-    try:
-        file = quiet_factors(adapter)
-    except ValueError as error:  # printing must not raise
-        return "Adapter", ["module"], [], [f"It cannot be loaded: {error}"]
-    head = ["module", "A, B", "rank", "alpha", "parameters", "size"]
-    head += ["error"] if adapter.errors else []
-    rows = []
-    for module in tables.in_order(file.factors)[: min(most, len(file.factors))]:
-        found = file.factors[module]
-        shapes = [found.tensors[x].shape for x in (*found.low_rank, *found.more)]
-        row = [
-            module,
-            " ".join(map(str, shapes)),
-            f"{found.rank}",
-            f"{found.alpha:g}",
-            f"{found.size:,}",
-            size(found.tensors.values()),
-        ]
-        if adapter.errors:
-            row.append(f"{adapter.errors.get(module, 0):.2g}")
-        rows.append(row)
-    more = len(file.factors) - len(rows)
-    lines = [f"and {tables.counted(more, 'module')} more"] if more else []
-    return "Adapter", head, rows, [*lines, *totals(adapter, file)]
-
-
-def totals(adapter, file):
-    """The lines below the rows."""
-    method = ", ".join(["LoRA", *file.method])
-    lines = [f"{method}: {in_words(adapter)}"]
-    if file.others:
-        sizes = sum(value.size for value in file.others.values())
-        names = ", ".join(tables.in_order(file.others))
-        lines.append(f"In full, {tables.counted(sizes, 'parameter')}: {names}")
-    if file.rows:
-        count = sum(len(ids) for ids, _ in file.rows.values())
-        names = ", ".join(tables.in_order(file.rows))
-        lines.append(f"{tables.counted(count, 'row')} of {names}")
-    return lines
-
-
-def in_words(adapter):
-    """1 module, rank 8, alpha 16, 1,234 parameters, 4.9 kB."""
-    try:
-        file = quiet_factors(adapter)
-    except ValueError:
-        return (
-            f"{tables.counted(len(adapter.tensors), 'tensor')}, which cannot be loaded"
-        )
-    parameters = sum(value.size for value in adapter.tensors.values())
-    errors = adapter.errors.values()
-    return ", ".join(
-        [
-            tables.counted(len(file.factors), "module"),
-            f"rank {reach([x.rank for x in file.factors.values()])}",
-            f"alpha {reach([x.alpha for x in file.factors.values()])}",
-            tables.counted(parameters, "parameter"),
-            size(adapter.tensors.values()),
-            *([f"errors up to {max(errors):.2g}"] if errors else []),
-        ]
-    )
-
-
-def reach(values):
-    low, high = (f"{bound(values):g}" for bound in (min, max))
-    return low if low == high else f"{low} to {high}"
-
-
-def size(arrays):
-    return tables.in_bytes(sum(value.nbytes for value in arrays))

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from keras_lora.files import family_names, tensors
-from keras_lora.files.experts import as_parameter
+from keras_lora.files.experts import stack_key
 from keras_lora.keras_internals import keras_hub
 from keras_lora.keras_internals.layers import own_variables
 from keras_lora.layers import kinds
@@ -33,21 +33,21 @@ class Family(NamedTuple):
     Attributes:
         root: Where transformers' task models keep the backbone.
         is_bare: Whether the model is the backbone itself.
-        places: Path -> Region, for layers of the backbone, and for experts' weights.
+        regions: Path -> Region, for layers of the backbone, and for experts' weights.
         heads: Path -> module, for layers beside it.
         renamed: What transformers 5 has renamed: expression -> replacement.
     """
 
     root: str
     is_bare: bool
-    places: dict
+    regions: dict
     heads: dict
     renamed: dict
 
-    def modules(self, since_5=True) -> dict:
+    def modules(self, since_5) -> dict:
         """Path -> module in the backbone."""
         renamed = self.renamed if since_5 else {}
-        return {path: rename(p.module, renamed) for path, p in self.places.items()}
+        return {path: rename(p.module, renamed) for path, p in self.regions.items()}
 
     def written(self, since_5=True) -> dict:
         """Path -> module, as in transformers' class for the task."""
@@ -58,7 +58,7 @@ class Family(NamedTuple):
     def read(self, keys) -> dict:
         """Path -> module, with the names and the prefix of most keys of a file."""
         votes, styles = collections.Counter(), [self.modules(x) for x in (True, False)]
-        keys = [as_parameter(key) for key in keys]
+        keys = [stack_key(key) for key in keys]
         for style, known in enumerate(set(style.values()) for style in styles):
             prefixes = (prefix_of(key, known) for key in keys)
             votes.update((style, x) for x in prefixes if x is not None)
@@ -91,7 +91,7 @@ def family(model, paths, names) -> Family:
             f"model of KerasHub, `names` can be one of {known}."
         )
     try:
-        placed = placed_layers(backbone, name)
+        backbone_regions = regions_of(backbone, name)
     except Exception as error:  # a converter may raise anything
         raise ValueError(
             f"KerasHub's converter for {name!r} does not work for {held}: "
@@ -99,52 +99,52 @@ def family(model, paths, names) -> Family:
             "paths to module names."
         ) from error
     path_of = {id(layer): path for path, layer in paths.items()}
-    own = layer_paths(backbone)
+    backbone_layers = layer_paths(backbone)
     root = family_names.ROOTS.get(name, "model")
-    places = {
-        path_of[id(own[path])]: place.without_prefix(f"{root}.")
-        for path, place in placed.items()
-        if path in own
+    regions = {
+        path_of[id(backbone_layers[path])]: region.without_prefix(f"{root}.")
+        for path, region in backbone_regions.items()
+        if path in backbone_layers
     }
-    if all(p.module.startswith("language_model.") for p in places.values()):
-        places = {  # a language model alone is a class of its own there
-            path: p.without_prefix("language_model.") for path, p in places.items()
+    if all(p.module.startswith("language_model.") for p in regions.values()):
+        regions = {  # a language model alone is a class of its own there
+            path: p.without_prefix("language_model.") for path, p in regions.items()
         }
-    places |= expert_places(site_paths(paths), places, family_names.EXPERTS.get(name))
+    regions |= expert_regions(
+        site_paths(paths), regions, family_names.EXPERTS.get(name)
+    )
     heads = {} if backbone is model else family_names.HEADS.get(name, {})
     heads = {path: head for path, head in heads.items() if path in paths}
     return Family(
-        root, backbone is model, places, heads, family_names.SINCE_5.get(name, {})
+        root, backbone is model, regions, heads, family_names.SINCE_5.get(name, {})
     )
 
 
-def expert_places(sites, places, experts) -> dict:
+def expert_regions(sites, regions, experts) -> dict:
     """Path -> Region, for the weights of layers of experts.
 
     Args:
         sites: Path -> site.
-        places: Path -> Region, for the layers beside the experts, which number them.
+        regions: Path -> Region, for the layers beside the experts, which number them.
         experts: What the checkpoints call the experts of a layer, or None.
     """
     blocks, weights = {}, collections.defaultdict(list)
-    for path, place in places.items():
-        block, number = BLOCK.match(path), NUMBERED.match(place.module)
+    for path, region in regions.items():
+        block, number = BLOCK.match(path), NUMBERED.match(region.module)
         if block and number:
             blocks[block[0]] = number[0]
     for path, site in sites.items():
-        block, weight = (
-            BLOCK.match(path),
-            family_names.EXPERT_WEIGHTS.get(path.split("/")[-1]),
-        )
+        block = BLOCK.match(path)
+        weight = family_names.EXPERT_WEIGHTS.get(path.split("/")[-1])
         if experts and isinstance(site, WeightSite) and block and weight:
             weights[f"{blocks[block[0]]}{experts}.{weight}"].append((path, site))
-    found = {}
+    of_experts = {}
     for module, parts in weights.items():
         size = parts[0][1].kernel_shape[-1]
         for index, (path, _) in enumerate(parts):
             rows = np.arange(size) + index * size
-            found[path] = Region(module, rows, total=size * len(parts))
-    return found
+            of_experts[path] = Region(module, rows, total=size * len(parts))
+    return of_experts
 
 
 def rename(module, rules):
@@ -188,7 +188,7 @@ class Region(NamedTuple):
         return self.columns is None and np.array_equal(self.rows, np.arange(self.total))
 
 
-def placed_layers(backbone, family) -> dict:
+def regions_of(backbone, family) -> dict:
     """Path in the backbone -> Region, for the layers that are modules there."""
     # Where the backbone is quantized or adapted, the kernels that the converter means
     # are not there.
@@ -200,63 +200,62 @@ def placed_layers(backbone, family) -> dict:
     paths = layer_paths(copy)
     for path, layer in paths.items():
         owners |= {id(variable): path for variable in own_variables(layer)}
-    found = collections.defaultdict(dict)
+    by_word = collections.defaultdict(dict)
 
     def count(variable, key, hook):
         sizes[key] += np.prod(variable.shape, dtype=int)
 
-    def place(variable, key, hook):
+    def add_region(variable, key, hook):
         path = owners.get(id(variable))
         module, _, word = key.rpartition(".")
         if path is not None and tensors.torch_name(paths[path], variable) == word:
-            placed = place_of(paths[path], variable, hook, sizes[key])
-            found[path][word] = placed and Region(module, *placed[1:])
+            region = region_of(paths[path], variable, hook, sizes[key])
+            by_word[path][word] = region and Region(module, *region[1:])
 
     try:
-        keras_hub.ask(family, copy, count)
+        keras_hub.run_converter(family, copy, count)
     except Exception:  # of a converter that takes images for granted, say
         if not keras_hub.add_absent_parts(copy):
             raise
         sizes.clear()
-        keras_hub.ask(family, copy, count)
-    keras_hub.ask(family, copy, place)
-    places = {}
+        keras_hub.run_converter(family, copy, count)
+    keras_hub.run_converter(family, copy, add_region)
+    regions = {}
     for path in paths:
-        values = list(found[path].values())
-        if values and agree(values):
-            first = found[path].get("weight", values[0])
-            places[path] = first
-    return places
+        values = list(by_word[path].values())
+        if values and share_region(values):
+            regions[path] = by_word[path].get("weight", values[0])
+    return regions
 
 
-def agree(places):
-    """Whether all variables of a layer have their outputs at the same place."""
-    first = places[0]
+def share_region(regions):
+    """Whether all variables of a layer have the same rows of one module."""
+    first = regions[0]
     return first is not None and all(
         other is not None
         and other.module == first.module
         and np.array_equal(other.rows, first.rows)
-        for other in places
+        for other in regions
     )
 
 
-def place_of(layer, variable, hook, size):
+def region_of(layer, variable, hook, size):
     """Returns a variable's Region; None if a converter does more than cut and permute.
 
     size: of the tensor there, of which several variables may be parts.
     """
     kind, shape = kinds.kind_of(layer), tuple(variable.shape)
     if kind is LoRALayer or tensors.torch_name(layer, variable) != "weight":
-        return vector_place(shape, hook, size)
+        return vector_region(shape, hook, size)
     form = kinds.form_of(layer, 1)
     if form.batch_axes:
         return None
     matrix, back = form.as_matrix(np.broadcast_to(np.int32(0), shape))
     probes = [back(x) for x in indices(*matrix.shape)]
     if form.looks_up or kind.weight_to_file(layer, probes[0]).ndim != 2:
-        ends = (converted(kind.weight_to_file(layer, x), hook, shape) for x in probes)
+        ends = (convert(kind.weight_to_file(layer, x), hook, shape) for x in probes)
         if all(map(np.array_equal, ends, probes)):
-            return whole(matrix.shape[1])
+            return whole_region(matrix.shape[1])
         return None
     inputs = len(matrix)
     for total, inputs_first in itertools.product(
@@ -265,13 +264,16 @@ def place_of(layer, variable, hook, size):
         sources = indices(total, inputs)
         if inputs_first:
             sources = [source.T for source in sources]
-        ends = [converted(source, hook, shape) for source in sources]
+        ends = [convert(source, hook, shape) for source in sources]
         if any(end is None for end in ends):
             continue
         rows, columns = (form.as_matrix(end)[0] for end in ends)
         if is_constant(rows, 0) and is_constant(columns, 1):
             rows, columns = rows[0], columns[:, 0]
-            if not (is_choice(rows, total) and is_choice(columns, inputs)):
+            if not (
+                are_distinct_indices(rows, total)
+                and are_distinct_indices(columns, inputs)
+            ):
                 return None
             in_order = np.array_equal(columns, np.arange(inputs))
             return Region("", rows, None if in_order else columns, total, inputs_first)
@@ -284,30 +286,30 @@ def indices(*shape):
     return [np.broadcast_to(x, shape) for x in (rows[:, None], columns)]
 
 
-def whole(size):
+def whole_region(size):
     return Region("", np.arange(size), total=size)
 
 
-def vector_place(shape, hook, size):
+def vector_region(shape, hook, size):
     """Returns the `Region` of a bias, a norm or a table of positions."""
     length = np.prod(shape, dtype=int)
     sources = [np.arange(size)]
     if size == length:
         sources.append(sources[0].reshape(shape))
     for source in sources:
-        rows = converted(source, hook, shape)
-        if rows is not None and is_choice(rows, size):
+        rows = convert(source, hook, shape)
+        if rows is not None and are_distinct_indices(rows, size):
             return Region("", rows.reshape(-1), total=int(size))
     return None
 
 
-def is_choice(rows, size):
+def are_distinct_indices(rows, size):
     """Whether rows are distinct indices below `size`: they were only permuted."""
     ordered = np.unique(rows)
     return len(ordered) == rows.size and ordered[0] >= 0 and ordered[-1] < size
 
 
-def converted(source, hook, shape):
+def convert(source, hook, shape):
     """Returns a tensor as the converter transforms it; None if it does not fit."""
     try:
         value = source.view(Indices)

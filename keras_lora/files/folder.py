@@ -3,16 +3,17 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
 import safetensors.numpy
 
-from keras_lora.files import disk, experts, factors, other_formats
-from keras_lora.files.checked_config import checked_config, warn_of_unknown
+from keras_lora.files import disk, experts, factors, other_formats, validation
 from keras_lora.files.config import CONFIG, reading_settings
-from keras_lora.models import atomic
+from keras_lora.models import atomic, tables
 from keras_lora.models.tables import Table
 
 CONVERT = (
@@ -61,21 +62,21 @@ class Adapter(Table):
     def __eq__(self, other):
         if not isinstance(other, Adapter):
             return NotImplemented
-        own, others = (
+        settings, other_settings = (
             (x.config, x.slices, sorted(x.starts), x.tensors.keys())
             for x in (self, other)
         )
-        return own == others and all(
+        return settings == other_settings and all(
             value.dtype == other.tensors[key].dtype
             and np.array_equal(value, other.tensors[key], equal_nan=True)
             for key, value in self.tensors.items()
         )
 
     def __repr__(self):
-        return f"<Adapter: {factors.in_words(self)}>"
+        return f"<Adapter: {in_words(self)}>"
 
     def parts(self):
-        return factors.parts_of(self, most=20)
+        return parts_of(self, most=20)
 
     @classmethod
     def read(cls, directory: str | os.PathLike) -> "Adapter":
@@ -94,19 +95,19 @@ class Adapter(Table):
                 f"Give the path of an adapter's folder. Received: {directory!r}."
             )
         if other := other_formats.read_other_format(directory):
-            config, tensors = other
-            checked_config(config)
-            return cls(disk.checked_tensors(tensors), config)
+            file_config, tensors = other
+            validation.validate_config(file_config)
+            return cls(disk.standardize_tensors(tensors), file_config)
         folder = adapter_folder(Path(directory))
         if not disk.has_tensors(folder):
             refuse_pickles(folder, sorted(folder.iterdir()))
-        config, tensors, metadata = disk.read_together(folder)
+        file_config, tensors, metadata = disk.read_together(folder)
         other_formats.refuse_other_format(tensors)
-        checked = checked_config(config)
-        warn_of_unknown(config)
-        slices, starts = disk.checked_metadata(metadata, config, tensors)
-        tensors = experts.from_wrapped(disk.checked_tensors(tensors), checked)
-        return cls(tensors, config, slices, starts=starts)
+        settings = validation.validate_config(file_config)
+        validation.warn_of_unknown(file_config)
+        slices, starts = disk.validate_metadata(metadata, file_config, tensors)
+        tensors = experts.unwrap(disk.standardize_tensors(tensors), settings)
+        return cls(tensors, file_config, slices, starts=starts)
 
     def save(self, directory: str | os.PathLike):
         """Writes the two files. If it is interrupted, the old or new adapter is intact.
@@ -125,10 +126,8 @@ class Adapter(Table):
         """
         atomic.refuse_file_name(directory, "an adapter")
         for key, value in self.tensors.items():
-            factors.assert_finite(key, value)
-        wrapped = experts.to_wrapped(
-            self.tensors, self.config.get("target_parameters") or ()
-        )
+            factors.refuse_not_finite(key, value)
+        wrapped = experts.wrap(self.tensors, self.config.get("target_parameters") or ())
         tensors = {
             disk.PREFIX + key: np.ascontiguousarray(value)
             for key, value in wrapped.items()
@@ -192,3 +191,90 @@ def adapter_folder(directory):
             "one; nothing is downloaded here."
         )
     return inside[0]
+
+
+def quiet_factors(adapter):
+    """`factors_of` without its warnings, which were given when the file was read."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return factors.factors_of(adapter)
+
+
+def parts_of(adapter, most=math.inf):
+    """Title, head, rows and lines below, as a `Table` has them.
+
+    most: the largest number of rows.
+    """
+    try:
+        file = quiet_factors(adapter)
+    except ValueError as error:  # printing must not raise
+        return "Adapter", ["module"], [], [f"It cannot be loaded: {error}"]
+    head = ["module", "A, B", "rank", "alpha", "parameters", "size"]
+    head += ["error"] if adapter.errors else []
+    rows = []
+    for module in tables.sort_by_number(file.factors)[: min(most, len(file.factors))]:
+        factors = file.factors[module]
+        shapes = [
+            factors.tensors[x].shape
+            for x in (*factors.low_rank, *factors.other_suffixes)
+        ]
+        row = [
+            module,
+            " ".join(map(str, shapes)),
+            f"{factors.rank}",
+            f"{factors.alpha:g}",
+            f"{factors.size:,}",
+            size(factors.tensors.values()),
+        ]
+        if adapter.errors:
+            row.append(f"{adapter.errors.get(module, 0):.2g}")
+        rows.append(row)
+    left_out = len(file.factors) - len(rows)
+    lines = [f"and {tables.plural(left_out, 'module')} more"] if left_out else []
+    return "Adapter", head, rows, [*lines, *totals(adapter, file)]
+
+
+def totals(adapter, file):
+    """The lines below the rows."""
+    method = ", ".join(["LoRA", *file.method])
+    lines = [f"{method}: {in_words(adapter)}"]
+    if file.weights:
+        sizes = sum(value.size for value in file.weights.values())
+        names = ", ".join(tables.sort_by_number(file.weights))
+        lines.append(f"In full, {tables.plural(sizes, 'parameter')}: {names}")
+    if file.rows:
+        count = sum(len(ids) for ids, _ in file.rows.values())
+        names = ", ".join(tables.sort_by_number(file.rows))
+        lines.append(f"{tables.plural(count, 'row')} of {names}")
+    return lines
+
+
+def in_words(adapter):
+    """1 module, rank 8, alpha 16, 1,234 parameters, 4.9 kB."""
+    try:
+        file = quiet_factors(adapter)
+    except ValueError:
+        return (
+            f"{tables.plural(len(adapter.tensors), 'tensor')}, which cannot be loaded"
+        )
+    parameters = sum(value.size for value in adapter.tensors.values())
+    errors = adapter.errors.values()
+    return ", ".join(
+        [
+            tables.plural(len(file.factors), "module"),
+            f"rank {reach([x.rank for x in file.factors.values()])}",
+            f"alpha {reach([x.alpha for x in file.factors.values()])}",
+            tables.plural(parameters, "parameter"),
+            size(adapter.tensors.values()),
+            *([f"errors up to {max(errors):.2g}"] if errors else []),
+        ]
+    )
+
+
+def reach(values):
+    low, high = (f"{bound(values):g}" for bound in (min, max))
+    return low if low == high else f"{low} to {high}"
+
+
+def size(arrays):
+    return tables.format_bytes(sum(value.nbytes for value in arrays))

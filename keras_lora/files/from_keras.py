@@ -50,23 +50,23 @@ def load_keras_lora(
     """
     paths = sites.layer_paths(model)
     if isinstance(source, (str, Path)):
-        found = read_factors(model, source)
+        factors = read_factors(model, source)
     elif not isinstance(source, keras.layers.Layer):
         raise ValueError(
             "`source` must be a .lora.h5 file or a Keras model. Received: "
             f"{type(source).__name__}."
         )
     else:
-        found = factors_of_model(paths, source)
+        factors = factors_of_model(paths, source)
     path_of = {id(layer): path for path, layer in paths.items()}
     tensors, ranks, alphas = {}, {}, {}
-    for layer, a, b, scaling in found:
+    for layer, a, b, scaling in factors:
         module = path_of[id(layer)].replace("/", ".")
         suffixes = kinds.kind_of(layer).file_suffixes
-        a, b = converted(layer, a, b, module)
+        a, b = convert(layer, a, b, module)
         tensors[module + suffixes[0]], tensors[module + suffixes[1]] = a, b
         ranks[module], alphas[module] = len(a), scaling * len(a)
-    adapter = Adapter(tensors, config.settings(ranks, alphas, False))
+    adapter = Adapter(tensors, config.make_config(ranks, alphas, False))
     return load.load_into(model, paths, adapter)
 
 
@@ -89,7 +89,7 @@ def factors_of_file(model, path):
         and layer.weights
         and not isinstance(layer, LowRankAdapter)
     ]
-    disk.assert_readable(path)
+    disk.refuse_unreadable_file(path)
     try:
         import h5py
     except ImportError as error:
@@ -97,7 +97,7 @@ def factors_of_file(model, path):
             f"{path} is an HDF5 file: install h5py to read it, or load it into a model "
             "of KerasHub and give that model."
         ) from error
-    found = []
+    factors_by_layer = []
     with h5py.File(path, "r") as file:
         lora = member(file, "lora", h5py.Group) if "lora" in file else {}
         for index in lora:
@@ -115,10 +115,10 @@ def factors_of_file(model, path):
                 values_of(member(group, f"lora_kernel_{x}", h5py.Dataset), path)
                 for x in "ab"
             ]
-            found.append((layers[int(index)], *factors, 1.0))
-    if not found:
+            factors_by_layer.append((layers[int(index)], *factors, 1.0))
+    if not factors_by_layer:
         raise ValueError(f"{path} is not a .lora.h5 file: it has no factors.")
-    return found
+    return factors_by_layer
 
 
 def member(group, name, kind):
@@ -146,29 +146,29 @@ def values_of(dataset, path):
     return dataset[()]
 
 
-def factors_of_model(own, source):
+def factors_of_model(paths, source):
     """[(layer, A, B, scaling)] for what `enable_lora` made in another model.
 
     own: path -> layer of the model that gets them.
     """
-    found = []
+    factors = []
     for path, layer in sites.layer_paths(source).items():
         if not getattr(layer, "lora_enabled", False):
             continue
-        if path not in own:
+        if path not in paths:
             raise ValueError(f"The model has no layer {path!r}.")
         name = kinds.kind_of(layer).kernel_name
         a, b = (getattr(layer, f"lora_{name}_{factor}") for factor in "ab")
         scaling = layer.lora_alpha / layer.lora_rank
-        found.append(
-            (own[path], torch_layout.to_numpy(a), torch_layout.to_numpy(b), scaling)
+        factors.append(
+            (paths[path], torch_layout.to_numpy(a), torch_layout.to_numpy(b), scaling)
         )
-    if not found:
+    if not factors:
         raise ValueError(f"No layer of {source.name!r} has Keras's `enable_lora`.")
-    return found
+    return factors
 
 
-def converted(layer, a, b, module):
+def convert(layer, a, b, module):
     """Keras's A (*kernel axes but the last, r) and B (r, last), as a file has them."""
     kind = kinds.kind_of(layer)
     kernel = getattr(layer, kind.kernel_name, None)

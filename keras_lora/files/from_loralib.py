@@ -8,11 +8,10 @@ import keras
 import numpy as np
 
 from keras_lora.files import disk, load
-from keras_lora.files.config import settings
+from keras_lora.files.config import make_config
 from keras_lora.files.folder import Adapter
 from keras_lora.files.names import module_names
-from keras_lora.layers import kinds
-from keras_lora.layers.settings import checked_alpha, checked_rank
+from keras_lora.layers import kinds, settings
 from keras_lora.models import sites
 from keras_lora.models.report import Report
 
@@ -68,7 +67,7 @@ def load_loralib(
         >>> [(row.path, row.rank) for row in report]
         [('dense', 4)]
     """
-    rank, alpha = checked_rank(rank), checked_alpha(alpha)
+    rank, alpha = settings.validate_rank(rank), settings.validate_alpha(alpha)
     if isinstance(state_dict, (str, Path)):
         state_dict = read_state_dict(Path(state_dict))
     if not isinstance(state_dict, Mapping):
@@ -78,7 +77,7 @@ def load_loralib(
         )
     paths = sites.layer_paths(model)
     modules = module_names(paths, names, model)
-    arrays = {key: as_array(key, value) for key, value in state_dict.items()}
+    arrays = {key: to_array(key, value) for key, value in state_dict.items()}
     tensors, ranks = {}, {}
     for key in [key for key in arrays if key.endswith(".lora_A")]:
         module = key.removesuffix(".lora_A")
@@ -118,14 +117,14 @@ def load_loralib(
     bias = "lora_only" if biases else None
     if any(".base_layer." not in key for key in biases):
         bias = "all"
-    config = settings(ranks, alphas, use_rslora=False, bias=bias)
+    config = make_config(ranks, alphas, use_rslora=False, bias=bias)
     return load.load_into(model, paths, Adapter(tensors | biases, config), names)
 
 
 def read_state_dict(path):
     if path.suffix == ".safetensors":
         return disk.read_tensors(path)[0]
-    disk.assert_readable(path)
+    disk.refuse_unreadable_file(path)
     try:
         import torch
     except ImportError as error:
@@ -152,7 +151,7 @@ def read_state_dict(path):
     return state
 
 
-def as_array(key, value):
+def to_array(key, value):
     """A torch tensor or an array, as float32 or float64."""
     try:
         if hasattr(value, "detach"):

@@ -11,11 +11,11 @@ from keras_lora.files import config, disk, matching, tensors
 from keras_lora.files.folder import Adapter
 from keras_lora.files.names import module_names, refuse_tied_head
 from keras_lora.keras_internals import compiled, distribution, processes
+from keras_lora.keras_internals.layers import layer_variables
 from keras_lora.layers import lora_layer, token_rows
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.settings import Settings
-from keras_lora.models import adapt, freezing, record, sites
-from keras_lora.models.change import adapting
+from keras_lora.models import apply, sites, training_state
 from keras_lora.models.report import Report
 
 OTHER_FILES = (
@@ -71,7 +71,7 @@ def load_adapter(
         [8]
     """
     paths = sites.layer_paths(model)
-    adapt.refuse_unbuilt(model)
+    sites.refuse_unbuilt(model)
     return load_into(model, paths, read_for(model, directory), names, trainable)
 
 
@@ -83,8 +83,8 @@ def read_for(model, directory) -> Adapter:
             return directory
         return Adapter.read(directory)
 
-    processes.meet(model)
-    return processes.on_all(model, read, fingerprint, OTHER_FILES)
+    processes.barrier(model)
+    return processes.run_on_all(model, read, fingerprint, OTHER_FILES)
 
 
 def fingerprint(adapter) -> str:
@@ -103,34 +103,37 @@ def load_into(model, paths, adapter, names=None, trainable=True) -> Report:
 
     paths: Path -> layer, of all its layers.
     """
-    file = matching.contents(adapter, module_names(paths, names, model, adapter))
-    refuse_tied_head(model, names, file.adapted | file.heads)
+    file = matching.match(adapter, module_names(paths, names, model, adapter))
+    refuse_tied_head(model, names, file.sites | file.heads)
     layers, notes = sites.with_model(model, paths), []
     if any(map(lora_layer.has_adapters, layers.values())):
-        sites.checked_sites(model)
+        sites.sites_outside_contexts(model)
         matching.refuse_other_modules(file)
-        values = matching.checked_values(file)
+        values = matching.values_for(file)
     else:
         adapters = {
-            site: adapter_options(file, module) for module, site in file.adapted.items()
+            site: adapter_options(file, module) for module, site in file.sites.items()
         }
         for module, site in file.tables.items():
             adapters[site] = {token_rows.KEYWORD: file.rows[module][0]}
-        with adapting(model, paths, adapters) as change:
-            values = matching.checked_values(file)
-            freezing.freeze_all_but_lora(model, file.bias, list(file.heads.values()))
-            notes += change.keep()
+        with apply.adapt_layers(model, paths, adapters) as change:
+            values = matching.values_for(file)
+            heads = list(file.heads.values())
+            training_state.freeze_all_but_lora(model, file.bias, heads)
+            notes += change.commit()
     config.remember_file(model, adapter.config)
     values += unread_base_values(layers, values)
     for variable, value in values:
         distribution.assign(variable, value)
-    for module, layer in file.adapted.items():
+    for module, layer in file.sites.items():
         alpha = tensors.own_alpha(layer, file.factors[module].alpha, file.use_rslora)
         layer.lora.set_alpha(alpha, file.use_rslora)
-    before = record.trainable_state(layers)
-    set_trainable = freezing.train_adapters if trainable else freezing.freeze_adapters
-    set_trainable(layers)
-    if record.trainable_state(layers) != before:
+    flags = training_state.trainable_flags(layers)
+    if trainable:
+        training_state.train_adapters(layers)
+    else:
+        training_state.freeze_adapters(layers)
+    if training_state.trainable_flags(layers) != flags:
         notes += compiled.compile_again(model)
     return Report(model, paths, notes=notes)
 
@@ -141,19 +144,19 @@ def unread_base_values(layers, values):
     unread = []
     for layer in layers.values():
         if not isinstance(layer, LowRankAdapter):
-            record.remember_base(
-                layer, [v for v in record.state_of(layer) if id(v) in read]
+            variables = layer_variables(layer)
+            training_state.remember_base_values(
+                layer, [v for v in variables if id(v) in read]
             )
-            unread += [
-                (v, x) for v, x in record.base_values(layer) if id(v) not in read
-            ]
+            base_values = training_state.base_values(layer)
+            unread += [(v, x) for v, x in base_values if id(v) not in read]
     return unread
 
 
 def adapter_options(file, module) -> dict:
     """The arguments of the adapter that a file has for a module."""
-    found = file.factors[module]
-    settings = Settings(found.rank, found.alpha, found.use_rslora)
+    factors = file.factors[module]
+    settings = Settings(factors.rank, factors.alpha, factors.use_rslora)
     if module in file.starts:
         settings = settings.at(settings.rank // 2)
     return {

@@ -3,21 +3,20 @@
 import collections
 import dataclasses
 import difflib
-import itertools
 import math
 
 import ml_dtypes
 import numpy as np
 
 from keras_lora.files import experts, other_formats, tensors
-from keras_lora.files.factors import FileFactors, checked_starts, factors_of
-from keras_lora.files.slices import layouts, outputs_axis, without_slice
+from keras_lora.files.factors import FileFactors, factors_of, validate_starts
+from keras_lora.files.slices import without_slice
 from keras_lora.keras_internals import layers
 from keras_lora.layers import kinds, lora_layer, token_rows, torch_layout
 
 
 @dataclasses.dataclass(frozen=True)
-class Contents(FileFactors):
+class MatchedFile(FileFactors):
     """A file's arrays, under the names of a model's modules."""
 
     modules: dict  # module -> layer, for all of the model
@@ -25,7 +24,7 @@ class Contents(FileFactors):
     starts: list  # modules whose factors have a second, frozen half
 
     @property
-    def adapted(self):
+    def sites(self):
         """Module -> site, for the modules that have factors in the file."""
         sites = self.modules.sites.items()
         return {module: site for module, site in sites if module in self.factors}
@@ -41,27 +40,27 @@ class Contents(FileFactors):
         return {**self.method, **start}
 
 
-def contents(adapter, modules) -> Contents:
-    adapter = experts.with_stacks(adapter, modules.parameters)
-    found = factors_of(adapter, modules)
-    for name in [*found.factors]:
+def match(adapter, modules) -> MatchedFile:
+    adapter = experts.stack_experts(adapter, modules.parameters)
+    contents = factors_of(adapter, modules)
+    for name in [*contents.factors]:
         module = other_formats.module_of(name, modules)
-        own = dataclasses.replace(found.factors.pop(name), module=module)
-        found.factors[module] = own
-    refuse_unknown_modules(found.factors, modules)
-    refuse_unknown_modules(found.rows, modules)
-    refuse_ranks_without_values(found.factors, modules)
-    file = Contents(
-        **vars(found),
+        renamed = dataclasses.replace(contents.factors.pop(name), module=module)
+        contents.factors[module] = renamed
+    refuse_unknown_modules(contents.factors, modules)
+    refuse_unknown_modules(contents.rows, modules)
+    refuse_ranks_without_values(contents.factors, modules)
+    file = MatchedFile(
+        **vars(contents),
         modules=modules,
-        heads=heads_of(found.config["modules_to_save"], modules, found.others),
-        starts=checked_starts(adapter.starts, found.factors),
+        heads=heads_of(contents.config["modules_to_save"], modules, contents.weights),
+        starts=validate_starts(adapter.starts, contents.factors),
     )
-    split_others(file)
+    tensors.split_weights(file)
     return file
 
 
-def heads_of(names, modules, others):
+def heads_of(names, modules, tensors):
     """{module: layer} for `modules_to_save`: names, or ends of names."""
     heads, slices = {}, collections.defaultdict(list)
     for module in modules:
@@ -70,7 +69,7 @@ def heads_of(names, modules, others):
         meant = [
             m for m in slices if f".{name}." in f".{m}."
         ]  # itself, or what it holds
-        stored = [m for m in meant if any(key.startswith(f"{m}.") for key in others)]
+        stored = [m for m in meant if any(key.startswith(f"{m}.") for key in tensors)]
         for module in stored:
             heads |= {part: modules[part] for part in slices[module]}
     if names and not heads:  # PEFT also lists heads of other models, such as "score"
@@ -80,27 +79,6 @@ def heads_of(names, modules, others):
             "the layer to that name with `names`."
         )
     return heads
-
-
-def split_others(file):
-    """Splits biases and weights of fused modules into those of slices, in place."""
-    for module, layout in layouts(file.modules, file.modules.places).items():
-        for key in [key for key in file.others if key.startswith(f"{module}.")]:
-            value = file.others.pop(key)
-            name = key.split(".")[-1]
-            if key.endswith(".base_layer.weight"):
-                continue  # PEFT repeats a targeted head
-            axis = outputs_axis(value, file.config["fan_in_fan_out"])
-            if not layout.fits(value, axis):
-                raise ValueError(
-                    f"The tensor {key!r} has shape {value.shape}, which does not "
-                    f"divide into {len(layout.names)} slices."
-                )
-            if value.ndim > 1:
-                value = layout.order_inputs(value, 1 - axis, inverse=True)
-            for part, values in layout.scatter(value, axis).items():
-                infix = ".base_layer" if part in file.factors else ""
-                file.others[f"{part}{infix}.{name}"] = values
 
 
 def refuse_unknown_modules(factors, modules):
@@ -145,18 +123,18 @@ def prefix_between(factors, able) -> str:
 
 def refuse_ranks_without_values(factors, modules):
     """Refuses ranks without values, so that a small file cannot make large factors."""
-    for module, found in factors.items():
-        if not found.low_rank:
+    for module, module_factors in factors.items():
+        if not module_factors.low_rank:
             continue
         site = modules.sites[module]
         updates = kinds.form_of(site, 1).file_rank or 1  # side by side
-        form = kinds.form_of(site, max(found.rank // updates, 1))
-        if math.prod(form.a_shape) + math.prod(form.b_shape) > found.size:
-            shapes = " and ".join(str(x.shape) for x in found.tensors.values())
+        form = kinds.form_of(site, max(module_factors.rank // updates, 1))
+        if math.prod(form.a_shape) + math.prod(form.b_shape) > module_factors.size:
+            shapes = " and ".join(str(x.shape) for x in module_factors.tensors.values())
             raise ValueError(
                 f"The file's factors of {module!r}, with shapes {shapes}, are smaller "
-                f"than rank {found.rank} needs for this model's kernel of shape "
-                f"{kinds.shape_of(site)}: the adapter belongs to another model."
+                f"than rank {module_factors.rank} needs for this model's kernel of "
+                f"shape {kinds.shape_of(site)}: the adapter belongs to another model."
             )
 
 
@@ -166,22 +144,29 @@ def can_hold(site):
 
 def refuse_other_modules(file):
     """Raises if the file does not adapt the layers that the model adapts."""
-    sites = {m: s for m, s in file.modules.sites.items() if lora_layer.is_adapted(s)}
-    refuse_other_rows(sites, file)
-    own = {m for m, site in sites.items() if site.lora.keyword != token_rows.KEYWORD}
-    missing, more = sorted(own - set(file.factors)), sorted(set(file.factors) - own)
-    if missing or more:
+    adapted_sites = {
+        m: s for m, s in file.modules.sites.items() if lora_layer.is_adapted(s)
+    }
+    refuse_other_rows(adapted_sites, file)
+    modules = set(file.factors)
+    adapted = {
+        m for m, s in adapted_sites.items() if s.lora.keyword != token_rows.KEYWORD
+    }
+    if modules != adapted:
         raise ValueError(
             "The file and the model adapt different layers. Only in the model: "
-            f"{missing}. Only in the file: {more}. Call remove_lora(model) first, and "
-            "the file's adapters are created."
+            f"{sorted(adapted - modules)}. Only in the file: "
+            f"{sorted(modules - adapted)}. Call remove_lora(model) first, and the "
+            "file's adapters are created."
         )
-    for module, layer in file.adapted.items():
-        found = {word for word, on in file.method_of(module).items() if on}
-        own = {layer.lora.keyword} - {None}
-        own |= {"frozen_start"} if layer.lora.has_start else set()
-        if own != found:
-            said, read = (" and ".join(sorted(x)) or "LoRA" for x in (own, found))
+    for module, layer in file.sites.items():
+        in_file = {word for word, on in file.method_of(module).items() if on}
+        in_model = {layer.lora.keyword} - {None}
+        in_model |= {"frozen_start"} if layer.lora.has_start else set()
+        if in_model != in_file:
+            said, read = (
+                " and ".join(sorted(x)) or "LoRA" for x in (in_model, in_file)
+            )
             raise ValueError(
                 f"The adapter of {module!r} is {said} in the model and {read} in the "
                 "file. Call remove_lora(model) first, and the file's is created."
@@ -190,16 +175,16 @@ def refuse_other_modules(file):
 
 def refuse_other_rows(sites, file):
     """Raises if the file does not train the rows that the model trains."""
-    own = {
+    in_model = {
         m: s.lora.indices
         for m, s in sites.items()
         if s.lora.keyword == token_rows.KEYWORD
     }
-    found = {module: ids for module, (ids, _) in file.rows.items()}
-    if own != found:
+    in_file = {module: ids for module, (ids, _) in file.rows.items()}
+    if in_model != in_file:
         raise ValueError(
-            f"The model has {token_rows.KEYWORD}={own}, but the file has {found}. Call "
-            "remove_lora(model) first, and the file's are used."
+            f"The model has {token_rows.KEYWORD}={in_model}, but the file has "
+            f"{in_file}. Call remove_lora(model) first, and the file's are used."
         )
 
 
@@ -222,23 +207,42 @@ def refuse_changed_slices(file):
                 )
 
 
-def checked_values(file):
+def values_for(file) -> list:
     """[(variable, value)] for the whole file; raises if a shape does not fit."""
+    values = [*factor_values(file), *row_values(file)]
+    refuse_changed_slices(file)
+    values += weight_values(file)
+    for variable, value in values:
+        limit = float(ml_dtypes.finfo(variable.dtype).max)
+        if np.max(np.abs(value), initial=0) > limit:
+            raise ValueError(
+                f"A value for {variable.path!r} is finite in the file and infinite in "
+                f"{variable.dtype}: it is above {limit:.3g}."
+            )
+    return values
+
+
+def factor_values(file) -> list:
     values = []
-    for module, found in file.factors.items():
-        layer = file.adapted[module]
-        rank, own = found.rank, layer.lora.file_rank
-        if rank != own:
-            cut = (
+    for module, factors in file.factors.items():
+        site = file.sites[module]
+        rank, rank_here = factors.rank, site.lora.file_rank
+        if rank != rank_here:
+            lower = (
                 " Or lower the file's rank: combine_adapters([adapter], "
-                f"rank={own}) is the nearest adapter of the model's rank."
+                f"rank={rank_here}) is the nearest adapter of the model's rank."
             )
             raise ValueError(
-                f"The rank of {module!r} is {rank} in the file and {own} in the model. "
-                "Call remove_lora(model) first, and the file's adapters are created."
-                f"{cut if rank > own else ''}"
+                f"The rank of {module!r} is {rank} in the file and {rank_here} in the "
+                "model. Call remove_lora(model) first, and the file's adapters are "
+                f"created.{lower if rank > rank_here else ''}"
             )
-        values += tensors.from_tensors(layer, found.tensors, module)
+        values += tensors.from_tensors(site, factors.tensors, module)
+    return values
+
+
+def row_values(file) -> list:
+    values = []
     for module, site in file.tables.items():
         _, rows = file.rows[module]
         expected = tuple(site.lora.rows.shape)
@@ -248,41 +252,41 @@ def checked_values(file):
                 f"needs {expected}."
             )
         values.append((site.lora.rows, rows))
-    refuse_changed_slices(file)
-    index = {}
+    return values
+
+
+def weight_values(file) -> list:
+    """[(variable, value)] for biases, and for layers that trained in full."""
+    variables, values = {}, []
     for module, layer in file.modules.items():
         infix = ".base_layer" if module in file.factors else ""
-        for variable in itertools.chain(*layers.layer_state(layer)):
+        for variable in layers.layer_variables(layer):
             key = f"{module}{infix}.{tensors.torch_name(layer, variable)}"
-            index[key] = layer, variable
-            if module in file.heads and key not in file.others:
-                hint = ""
-                if layer.quantization_mode is not None:
-                    hint = (
-                        " The layer is quantized, but the file has its float values, "
-                        "trained in full: leave it out with `filters` of "
-                        "`Model.quantize`."
-                    )
-                raise ValueError(f"The file has no tensor {key!r}.{hint}")
-    for key, value in file.others.items():
+            variables[key] = layer, variable
+            if module in file.heads and key not in file.weights:
+                refuse_missing_tensor(layer, key)
+    for key, value in file.weights.items():
         if key.endswith(".base_layer.weight"):
             continue  # PEFT repeats a targeted embedding or head
-        if key not in index:
-            close = difflib.get_close_matches(key, index, n=3)
+        if key not in variables:
+            close = difflib.get_close_matches(key, variables, n=3)
             hint = f" The closest are {close}." if close else ""
             raise ValueError(f"Unexpected tensor {key!r}.{hint}")
-        layer, variable = index[key]
+        layer, variable = variables[key]
         # A model with transformers' Conv1D may have a Linear head.
         linear = tensors.weight_to_tensor(layer, variable).shape
         is_linear = value.shape == linear and linear != linear[::-1]
         inputs_first = file.config["fan_in_fan_out"] and not is_linear
         value = tensors.weight_from_tensor(layer, variable, value, key, inputs_first)
         values.append((variable, value))
-    for variable, value in values:
-        limit = float(ml_dtypes.finfo(variable.dtype).max)
-        if np.max(np.abs(value), initial=0) > limit:
-            raise ValueError(
-                f"A value for {variable.path!r} is finite in the file and infinite in "
-                f"{variable.dtype}: it is above {limit:.3g}."
-            )
     return values
+
+
+def refuse_missing_tensor(layer, key):
+    hint = ""
+    if layer.quantization_mode is not None:
+        hint = (
+            " The layer is quantized, but the file has its float values, trained in "
+            "full: leave it out with `filters` of `Model.quantize`."
+        )
+    raise ValueError(f"The file has no tensor {key!r}.{hint}")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from keras_lora.files import experts, families, family_names
-from keras_lora.keras_internals.layers import layer_state
+from keras_lora.keras_internals.layers import layer_variables
 from keras_lora.layers import kinds, lora_layer
 from keras_lora.models import targets
 from keras_lora.models.sites import site_paths
@@ -19,7 +19,7 @@ class Modules(dict):
     Attributes:
         sites: Module -> site. A site that is one of several in a layer is listed under
             the layer's module and the weight's name, "lstm.recurrent_kernel".
-        places: {module: Region} for layers that are part of a module, or reordered.
+        regions: {module: Region} for layers that are part of a module, or reordered.
         inputs_first: The modules that keep their weights as (in, out).
         parameters: Module -> name in PEFT, for those that it adapts as parameters:
             routers and stacks of experts.
@@ -29,7 +29,7 @@ class Modules(dict):
 
     def __init__(self):
         super().__init__()
-        self.sites, self.places = {}, {}
+        self.sites, self.regions = {}, {}
         self.parameters, self.weights = {}, {}
         self.inputs_first, self.unnamed = set(), set()
 
@@ -58,7 +58,7 @@ def name_function(names: Mapping | Callable | None, paths) -> Callable:
     return names.get
 
 
-def module_names(paths, names, model=None, adapter=None) -> Modules:
+def module_names(paths, names, model, adapter=None) -> Modules:
     """Module -> layer.
 
     model: the model with these `paths`. adapter: the adapter that is read, if any; its
@@ -66,8 +66,8 @@ def module_names(paths, names, model=None, adapter=None) -> Modules:
     """
     sites = site_paths(paths)
     if isinstance(names, str):
-        modules = derived_names(paths, names, model, adapter)
-        modules.sites = named_sites(modules, sites, modules.weights.get)
+        modules = names_from_converters(paths, names, model, adapter)
+        modules.sites = sites_by_module(modules, sites, modules.weights.get)
         named = {*modules, *modules.weights.values()}
         modules.unnamed |= modules.sites.keys() - named
         return modules
@@ -84,11 +84,11 @@ def module_names(paths, names, model=None, adapter=None) -> Modules:
             modules[module] = layer
         elif holds_weights(layer):
             raise ValueError(f"`names` gives two layers the name {module!r}.")
-    modules.sites = named_sites(modules, sites, get)
+    modules.sites = sites_by_module(modules, sites, get)
     return modules
 
 
-def named_sites(modules, sites, get=lambda path: None) -> dict:
+def sites_by_module(modules, sites, get) -> dict:
     """Module -> site, for the sites of layers that have names.
 
     Args:
@@ -112,29 +112,31 @@ def named_sites(modules, sites, get=lambda path: None) -> dict:
 
 def holds_weights(layer):
     """Whether a layer has weights itself: an InputLayer or a container has none."""
-    return lora_layer.has_adapters(layer) or any(layer_state(layer))
+    return lora_layer.has_adapters(layer) or bool(layer_variables(layer))
 
 
-def derived_names(paths, names, model, adapter) -> Modules:
+def names_from_converters(paths, names, model, adapter) -> Modules:
     """Returns the modules under the names from KerasHub's converters."""
-    found = families.family(model, paths, names)
+    family = families.family(model, paths, names)
     if adapter is None:
-        named = found.written(since_5=names != families.TRANSFORMERS_4)
+        named = family.written(since_5=names != families.TRANSFORMERS_4)
         if names == families.TRANSFORMERS_4:  # where each expert has its own modules
             named = {path: module for path, module in named.items() if path in paths}
     else:
-        named = found.read(adapter.tensors)
+        named = family.read(adapter.tensors)
     slices = collections.defaultdict(list)
     for path, module in named.items():
         slices[module].append(path)
     modules = Modules()
     for module, parts in slices.items():
-        places = {path: found.places[path] for path in parts if path in found.places}
-        rows = np.concatenate([[], *(place.rows for place in places.values())])
+        regions = {
+            path: family.regions[path] for path in parts if path in family.regions
+        }
+        rows = np.concatenate([[], *(region.rows for region in regions.values())])
         if len(rows) > len(np.unique(rows)):
             continue  # two layers share the weight
-        parts.sort(key=lambda path: min(places[path].rows) if places else 0)
-        is_whole = all(place.is_whole for place in places.values())
+        parts.sort(key=lambda path: min(regions[path].rows) if regions else 0)
+        is_whole = all(region.is_whole for region in regions.values())
         for index, path in enumerate(parts):
             name = module if is_whole else f"{module}[{index}/{len(parts)}]"
             if path in paths:
@@ -143,8 +145,8 @@ def derived_names(paths, names, model, adapter) -> Modules:
                 modules.weights[path] = name
                 modules.parameters[module] = experts.parameter_of(module)
             if not is_whole:
-                modules.places[name] = places[path]
-            if places and places[path].inputs_first:
+                modules.regions[name] = regions[path]
+            if regions and regions[path].inputs_first:
                 modules.inputs_first.add(name)
             if names != families.TRANSFORMERS_4 and family_names.ROUTER.fullmatch(name):
                 modules.parameters[name] = experts.parameter_of(name)
@@ -182,4 +184,29 @@ def refuse_tied_head(model, names, layers):
                 "file would mean another adapter there. Leave the embedding out, save "
                 "only the backbone, or leave out `names` for a file that only "
                 "keras_lora reads."
+            )
+
+
+# Parts of PEFT's keys that are not module names.
+PARTS = ["lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "base_layer"]
+PARTS += ["lora_magnitude_vector", "modules_to_save", "original_module"]
+
+
+def refuse_ambiguous_names(adapted, weights):
+    """Raises ValueError for modules whose keys would be read as another module's.
+
+    Args:
+        adapted: The modules that have factors.
+        weights: (module, name) of the variables that trained with them.
+    """
+    whole = {module for module, _ in weights} - adapted.keys()
+    for module in [*adapted, *whole]:
+        inner = module.split(".")[1:]
+        if "modules_to_save" in inner or (
+            inner and module in whole and inner[-1] in PARTS
+        ):
+            raise ValueError(
+                f"{module!r} has a name like a part of PEFT's keys, so its tensors "
+                "would be read as another module's. Give it another name with "
+                "`names`, when you save and when you load."
             )

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from keras_lora.files import disk
-from keras_lora.files.config import CONFIG, settings
-from keras_lora.layers.settings import checked_alpha, checked_dropout, is_number
+from keras_lora.files.config import CONFIG, make_config
+from keras_lora.layers import settings
 
 
 class Format(NamedTuple):
@@ -89,24 +89,24 @@ PEFT = FORMATS[-2:]
 
 def format_of(keys):
     """Returns the format of the keys, and the key that shows it; else None, None."""
-    for found in FORMATS:
+    for format in FORMATS:
         for key in keys:
-            if re.search(found.key, key):
-                return found, key
+            if re.search(format.key, key):
+                return format, key
     return None, None
 
 
-def refuse_other_format(keys, where=disk.TENSORS):
+def refuse_other_format(keys):
     """Raises ValueError if the keys have a format other than PEFT's."""
-    found, key = format_of(keys)
-    if found is not None and found not in PEFT:
-        step = found.next_step or (
+    format, key = format_of(keys)
+    if format is not None and format not in PEFT:
+        step = format.next_step or (
             "Such a file is read only if no adapter_config.json with a peft_type is "
             "next to it."
         )
         raise ValueError(
-            f"{where} has the tensor {key[:200]!r}, which looks like {found.name} "
-            f"format, not like PEFT's. {step}"
+            f"{disk.TENSORS} has the tensor {key[:200]!r}, which looks like "
+            f"{format.name} format, not like PEFT's. {step}"
         )
 
 
@@ -126,49 +126,49 @@ def read_other_format(path):
     if not isinstance(config, dict) or "peft_type" in config:
         return None
     tensors, _ = disk.read_tensors(file)
-    found, key = format_of(tensors)
-    if found is None:
+    format, key = format_of(tensors)
+    if format is None:
         raise ValueError(
             f"{file} holds no adapter: its tensors are called {sorted(tensors)[:3]}. "
             "PEFT's end with .lora_A.weight and .lora_B.weight."
         )
-    if found.next_step:
+    if format.next_step:
         raise ValueError(
-            f"{file} has the tensor {key[:200]!r}, which looks like {found.name} "
-            f"format. {found.next_step}"
+            f"{file} has the tensor {key[:200]!r}, which looks like {format.name} "
+            f"format. {format.next_step}"
         )
-    if found.name == "mlx's":
+    if format.name == "mlx's":
         return from_mlx(file, tensors, config)
     return from_kohya(file, tensors)
 
 
 def tensors_in(folder):
     """Returns the one .safetensors of a folder, unless it has PEFT's name."""
-    found = sorted(folder.glob("*.safetensors"))
-    others = [x for x in found if x.name == "adapters.safetensors"] or found  # mlx
-    if len(others) == 1 and others[0].name != disk.TENSORS:
-        return others[0]
+    files = sorted(folder.glob("*.safetensors"))
+    candidates = [x for x in files if x.name == "adapters.safetensors"] or files  # mlx
+    if len(candidates) == 1 and candidates[0].name != disk.TENSORS:
+        return candidates[0]
     return None
 
 
-def modules_of(file, tensors, parts) -> dict:
+def group_by_module(file, tensors, parts) -> dict:
     """Module -> {part: array}; parts: the ending of a key -> the part it holds."""
-    modules, others = collections.defaultdict(dict), []
+    modules, other_keys = collections.defaultdict(dict), []
     for key, value in tensors.items():
         ending = next((x for x in parts if key.endswith(x)), None)
         if ending is None:
-            others.append(key)
+            other_keys.append(key)
         else:
             modules[key.removesuffix(ending)][parts[ending]] = value
-    if others:
+    if other_keys:
         raise ValueError(
-            f"{file} has {sorted(others)[:3]} besides its factors, which a LoRA cannot "
-            "store. Leave them out, or merge the adapter with its own library."
+            f"{file} has {sorted(other_keys)[:3]} besides its factors, which a LoRA "
+            "cannot store. Leave them out, or merge the adapter with its own library."
         )
-    for module, found in modules.items():
-        if not {"A", "B"} <= found.keys():
+    for module, arrays in modules.items():
+        if not {"A", "B"} <= arrays.keys():
             raise ValueError(
-                f"{file} has only {sorted(found)} of {module!r}: A and B are needed."
+                f"{file} has only {sorted(arrays)} of {module!r}: A and B are needed."
             )
     return modules
 
@@ -187,14 +187,14 @@ def from_kohya(file, tensors):
 
     If there is none, alpha is the rank, as in sd-scripts.
     """
-    modules = modules_of(file, tensors, KOHYA)
+    modules = group_by_module(file, tensors, KOHYA)
     alphas = {}
-    for module, found in modules.items():
-        alpha = np.ravel(found.get("alpha", len(found["A"])))
+    for module, parts in modules.items():
+        alpha = np.ravel(parts.get("alpha", len(parts["A"])))
         if alpha.size != 1:
             raise ValueError(f"{file}: the alpha of {module!r} must be one number.")
         alphas[module] = float(alpha[0])
-    return in_words_of_peft(modules, alphas)
+    return to_peft(modules, alphas)
 
 
 MLX = {".lora_a": "A", ".lora_b": "B", ".m": "m"}
@@ -205,45 +205,45 @@ def from_mlx(file, tensors, config):
     said = config.get("lora_parameters")
     scale = said.get("scale") if isinstance(said, dict) else None
     kind = config.get("fine_tune_type", "lora")
-    modules = modules_of(file, tensors, MLX)
-    if kind != "lora" or any("m" in found for found in modules.values()):
+    modules = group_by_module(file, tensors, MLX)
+    if kind != "lora" or any("m" in parts for parts in modules.values()):
         raise ValueError(
             f"{file} is an adapter of mlx ({kind!r}) with tensors other than A and B. "
             "Fuse it with mlx_lm.fuse, or train it with fine_tune_type lora."
         )
-    if not is_number(scale) or "alpha" in said:
+    if not settings.is_number(scale) or "alpha" in said:
         raise ValueError(
             f"In {CONFIG} of mlx, lora_parameters must have a number for `scale` "
             "without `alpha`, by which mlx_lm of early 2024 multiplied it. Received: "
             f"{said!r}. Set `scale` to the factor in front of A @ B."
         )
-    for module, found in modules.items():
-        if found["A"].ndim != 2 or found["B"].ndim != 2:
+    for module, parts in modules.items():
+        if parts["A"].ndim != 2 or parts["B"].ndim != 2:
             raise ValueError(
                 f"{file} adapts {module!r}, a stack of kernels (experts), which cannot "
                 "be read from mlx's files."
             )
     pairs = {m: {"A": x["A"].T, "B": x["B"].T} for m, x in modules.items()}
     alphas = {m: scale * len(x["A"]) for m, x in pairs.items()}
-    dropout = checked_dropout(said.get("dropout", 0.0))
-    return in_words_of_peft(pairs, alphas, lora_dropout=dropout)
+    dropout = settings.validate_dropout(said.get("dropout", 0.0))
+    return to_peft(pairs, alphas, lora_dropout=dropout)
 
 
-def in_words_of_peft(modules, alphas, **more):
+def to_peft(modules, alphas, **options):
     tensors = {
-        f"{module}.lora_{part}.weight": np.ascontiguousarray(found[part])
-        for module, found in modules.items()
+        f"{module}.lora_{part}.weight": np.ascontiguousarray(parts[part])
+        for module, parts in modules.items()
         for part in "AB"
     }
-    ranks = {module: len(found["A"]) for module, found in modules.items()}
-    for module, found in modules.items():
-        if found["B"].ndim < 2 or found["B"].shape[1] != ranks[module]:
-            shapes = found["A"].shape, found["B"].shape
+    ranks = {module: len(parts["A"]) for module, parts in modules.items()}
+    for module, parts in modules.items():
+        if parts["B"].ndim < 2 or parts["B"].shape[1] != ranks[module]:
+            shapes = parts["A"].shape, parts["B"].shape
             raise ValueError(
                 f"A and B of {module!r} have shapes {shapes}, with different ranks."
             )
-        checked_alpha(alphas[module])
-    return settings(ranks, alphas, False, **more), tensors
+        settings.validate_alpha(alphas[module])
+    return make_config(ranks, alphas, False, **options), tensors
 
 
 # kohya's names have underscores for dots: lora_unet_down_blocks_0_attn_to_q.

@@ -1,27 +1,25 @@
-"""Writes a model's adapter as PEFT's files."""
+"""Writes a model's adapter as PEFT's files, once or after each epoch."""
 
 import collections
-import itertools
+import math
 import os
+import string
 from collections.abc import Callable, Mapping
 
 import keras
 
-from keras_lora.files import checked_config, slices
-from keras_lora.files.config import model_facts, settings
+from keras_lora.files import config, slices, tensors, validation
 from keras_lora.files.folder import Adapter
-from keras_lora.files.names import module_names, refuse_tied_head, refuse_unnamed
-from keras_lora.files.tensors import (
-    file_alpha,
-    kernel_to_tensor,
-    to_tensors,
-    torch_name,
-    weight_to_tensor,
+from keras_lora.files.names import (
+    module_names,
+    refuse_ambiguous_names,
+    refuse_tied_head,
+    refuse_unnamed,
 )
 from keras_lora.keras_internals import layers, processes, warn_caller
 from keras_lora.layers import lora_layer, token_rows
 from keras_lora.layers.adapter import LowRankAdapter
-from keras_lora.models import record, sites
+from keras_lora.models import sites, training_state
 
 
 def save_adapter(
@@ -65,14 +63,124 @@ def save_adapter(
         >>> sorted(os.listdir("adapter"))
         ['adapter_config.json', 'adapter_model.safetensors']
     """
-    given = {
+    adapter = adapter_of(model, names)
+    facts = {
         "task_type": task_type,
         "base_model_name_or_path": base_model_name_or_path,
     }
-    adapter = adapter_of(model, names)
-    adapter.config.update(model_facts(model, given))
+    adapter.config.update(config.model_facts(model, facts))
     writes = processes.is_writer(model)
-    processes.on_all(model, lambda: writes and adapter.save(directory))
+    processes.run_on_all(model, lambda: writes and adapter.save(directory))
+
+
+class AdapterCheckpoint(keras.callbacks.Callback):
+    """Saves the adapter at the end of each epoch, as `save_adapter` does.
+
+    Args:
+        directory: Folder for the adapter; each save replaces the last one. As in
+            Keras's ModelCheckpoint, it may contain "{epoch}", counted from 1, and
+            names from the logs: "adapters/{epoch:02d}-{val_loss:.2f}".
+        save_best_only: Boolean, save only when the monitored value is the best so
+            far. NaN is never the best.
+        monitor: Name of the value in the logs.
+        mode: "min", "max" or "auto". "auto" asks the compiled metric of that name;
+            for other values it means "max" for accuracies and areas, else "min".
+        names: As in `save_adapter`.
+        verbose: 0, or 1 to print each save and its folder.
+
+    Raises:
+        ValueError: If `mode` is another word or `directory` is not a valid format
+            string; at the end of an epoch, if a value is missing from the logs.
+
+    Examples:
+        >>> checkpoint = keras_lora.AdapterCheckpoint("adapter")
+        >>> history = model.fit(x, y, callbacks=[checkpoint], verbose=0)
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        save_best_only: bool = False,
+        monitor: str = "val_loss",
+        mode: str = "auto",
+        names: str | Mapping | Callable | None = None,
+        verbose: int = 0,
+    ):
+        super().__init__()
+        try:
+            list(string.Formatter().parse(os.fspath(directory)))
+        except ValueError as error:
+            raise ValueError(
+                f"`directory` is not a valid format string: {error}. Received: "
+                f"{str(directory)!r}. Double the braces that are part of the name: "
+                '"{{".'
+            ) from error
+        if mode not in ("auto", "min", "max"):
+            raise ValueError(
+                f"`mode` must be 'auto', 'min' or 'max'. Received: mode={mode!r}."
+            )
+        self.directory = directory
+        self.save_best_only = save_best_only
+        self.monitor = monitor
+        self.mode = mode
+        self.best = None
+        self.names = names
+        self.verbose = verbose
+        self._watch = None
+
+    def on_epoch_end(self, epoch, logs=None):
+        logs, before = logs or {}, self.best
+        if self.save_best_only:
+            if self.monitor not in logs:
+                raise ValueError(
+                    f"`monitor` {self.monitor!r} is not in the logs, which have "
+                    f"{sorted(logs)}."
+                )
+            if math.isnan(logs[self.monitor]) or not self._is_best(logs):
+                self._say(epoch, f"{self.monitor} did not improve from {self.best}")
+                return
+        directory = self._directory(epoch, logs)
+        save_adapter(self.model, directory, names=self.names)
+        why = f"{self.monitor} improved from {before} to {self.best}, "
+        why = why if self.save_best_only else ""
+        self._say(epoch, f"{why}adapter saved to {directory}")
+
+    def _directory(self, epoch, logs):
+        """The folder of an epoch."""
+        try:
+            return os.fspath(self.directory).format(epoch=epoch + 1, **logs)
+        except (LookupError, AttributeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"`directory` {str(self.directory)!r} uses a value that is not in the "
+                f"logs: {error}. Possible are {['epoch', *sorted(logs)]}."
+            ) from error
+
+    def _say(self, epoch, what):
+        if self.verbose:
+            print(f"\nEpoch {epoch + 1}: {what}")
+
+    def _is_best(self, logs):
+        """Whether the value is the best so far; Keras knows the metrics' direction."""
+        if self._watch is None:
+            self._watch = self._watcher(self.mode)
+        try:
+            self._watch.on_epoch_end(0, logs)
+        except ValueError:  # not a metric of the model: decide by its name
+            self._watch = self._watcher("max" if is_rising(self.monitor) else "min")
+            self._watch.on_epoch_end(0, logs)
+        before, self.best = self.best, self._watch.best
+        return self.best != before
+
+    def _watcher(self, mode):
+        watcher = keras.callbacks.EarlyStopping(self.monitor, 0, math.inf, mode=mode)
+        watcher.set_model(self.model)
+        watcher.on_train_begin()
+        return watcher
+
+
+def is_rising(monitor):
+    words = ("acc", "auc", "precision", "recall")
+    return any(word in monitor for word in words)
 
 
 def adapter_of(model, names=None, trained=None) -> Adapter:
@@ -88,7 +196,7 @@ def adapter_of(model, names=None, trained=None) -> Adapter:
         m: site for m, site in modules.sites.items() if lora_layer.is_adapted(site)
     }
     if trained is None:
-        trained = trained_beside(modules, adapters)
+        trained = variables_to_save(modules, adapters)
     changed = {
         **{module: modules[module] for module, _ in trained},
         # A tied head uses the trained rows, in PEFT too.
@@ -109,77 +217,49 @@ def adapter_from(modules, adapters, trained) -> Adapter:
     tables = {m: s for m, s in adapters.items() if s.lora.keyword == token_rows.KEYWORD}
     adapters = {m: s for m, s in adapters.items() if m not in tables}
     refuse_unnamed(modules, tables)
+    refuse_unnamed(modules, adapters)
     stacks = modules.parameters.keys() & {slices.without_slice(m) for m in adapters}
     parameters = {module: modules.parameters[module] for module in sorted(stacks)}
     refuse_parameters(adapters, parameters)
-    tensors = checked_config.row_tensors(tables)
-    for module, layer in adapters.items():
-        tensors |= {module + suffix: x for suffix, x in to_tensors(layer).items()}
-    tensors |= of_unadapted_slices(modules, adapters)
-    refuse_unnamed(modules, adapters)
-    use_rslora = all(layer.lora.use_rslora for layer in adapters.values())
-    use_rslora = use_rslora and bool(adapters)
-    ranks = {module: layer.lora.file_rank for module, layer in adapters.items()}
-    alphas = {m: file_alpha(layer, use_rslora) for m, layer in adapters.items()}
-    layout = slices.fuse(tensors, ranks, alphas, use_rslora, modules.places)
-    others = {
-        (module, torch_name(modules[module], variable)): weight_to_tensor(
-            modules[module], variable, module in modules.inputs_first
-        )
-        for module, variable in trained
-    }
-    refuse_unreadable(ranks, others)
-    fuse_others(others, modules)
-    for (module, name), value in others.items():
-        infix = ".base_layer" if module in ranks else ""
-        tensors[f"{module}{infix}.{name}"] = value
-    names_of = collections.defaultdict(list)
+    arrays = validation.row_tensors(tables)
+    for module, site in adapters.items():
+        factors = tensors.to_tensors(site)
+        arrays |= {module + suffix: value for suffix, value in factors.items()}
+    arrays |= tensors_of_unadapted_slices(modules, adapters)
+    use_rslora = bool(adapters) and all(s.lora.use_rslora for s in adapters.values())
+    ranks = {module: site.lora.file_rank for module, site in adapters.items()}
+    alphas = {m: tensors.file_alpha(s, use_rslora) for m, s in adapters.items()}
+    slice_ranks = slices.fuse(arrays, ranks, alphas, use_rslora, modules.regions)
+    weights, names = {}, collections.defaultdict(set)
     for module, variable in trained:
-        names_of[module].append(torch_name(modules[module], variable))
-    biases = {
-        slices.without_slice(m) for m, found in names_of.items() if found == ["bias"]
-    }
+        name = tensors.torch_name(modules[module], variable)
+        inputs_first = module in modules.inputs_first
+        weights[module, name] = tensors.weight_to_tensor(
+            modules[module], variable, inputs_first
+        )
+        names[module].add(name)
+    refuse_ambiguous_names(ranks, weights)
+    tensors.fuse_weights(weights, modules)
+    for (module, name), value in weights.items():
+        infix = ".base_layer" if module in ranks else ""
+        arrays[f"{module}{infix}.{name}"] = value
+    biases = {slices.without_slice(m) for m, own in names.items() if own == {"bias"}}
     bias = "all" if biases - ranks.keys() else "lora_only"
-    config = settings(
+    heads = {module for module, _ in weights} - ranks.keys() - biases
+    settings = config.make_config(
         ranks,
         alphas,
         use_rslora,
         lora_dropout=file_dropout(adapters, parameters),
         bias=bias if biases else None,
-        modules_to_save=sorted(
-            {module for module, _ in others} - ranks.keys() - biases
-        ),
+        modules_to_save=sorted(heads),
         fan_in_fan_out=bool(modules.inputs_first),
         parameters=parameters,
         **method_of(adapters),
         **{token_rows.KEYWORD: {m: list(s.lora.indices) for m, s in tables.items()}},
     )
-    starts = sorted(m for m, layer in adapters.items() if layer.lora.has_start)
-    return Adapter(tensors, config, layout, starts=starts)
-
-
-# Parts of PEFT's keys that are not module names.
-PARTS = ["lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "base_layer"]
-PARTS += ["lora_magnitude_vector", "modules_to_save", "original_module"]
-
-
-def refuse_unreadable(adapted, others):
-    """Raises ValueError for modules whose keys would be read as another module's.
-
-    adapted: The modules that have factors. others: (module, name) of the variables
-    that trained with them.
-    """
-    whole = {module for module, _ in others} - adapted.keys()
-    for module in [*adapted, *whole]:
-        inner = module.split(".")[1:]
-        if "modules_to_save" in inner or (
-            inner and module in whole and inner[-1] in PARTS
-        ):
-            raise ValueError(
-                f"{module!r} has a name like a part of PEFT's keys, so its tensors "
-                "would be read as another module's. Give it another name with "
-                "`names`, when you save and when you load."
-            )
+    starts = sorted(m for m, site in adapters.items() if site.lora.has_start)
+    return Adapter(arrays, settings, slice_ranks, starts=starts)
 
 
 def refuse_parameters(adapters, parameters):
@@ -218,9 +298,9 @@ def method_of(adapters) -> dict:
     return {word: True for word in words if word}
 
 
-def of_unadapted_slices(modules, adapters) -> dict:
+def tensors_of_unadapted_slices(modules, adapters) -> dict:
     """Returns the tensors of slices without adapters, for methods that need them."""
-    tensors = {}
+    arrays = {}
     for module, (names, _) in slices.layouts(adapters).items():
         method = next(type(adapters[name].lora) for name in names if name in adapters)
         if not method.more_suffixes:
@@ -231,56 +311,22 @@ def of_unadapted_slices(modules, adapters) -> dict:
                     f"{module!r} is written as one module: `names` has no layer for "
                     f"{name!r}."
                 )
-            values = method.of_plain_layer(kernel_to_tensor(modules[name]))
-            tensors |= {name + suffix: value for suffix, value in values.items()}
-    return tensors
+            values = method.of_plain_layer(tensors.kernel_to_tensor(modules[name]))
+            arrays |= {name + suffix: value for suffix, value in values.items()}
+    return arrays
 
 
-def trained_beside(modules, adapters):
+def variables_to_save(modules, adapters):
     """(module, variable) that train with the factors; for heads, all variables."""
     trained = []
     for module, layer in modules.items():
         if isinstance(layer, LowRankAdapter):
             continue
-        found = record.trained_variables(layer)
-        if module not in adapters and {torch_name(layer, v) for v in found} - {"bias"}:
-            known = set(map(id, found))
-            found += [v for v in layers.layer_state(layer)[1] if id(v) not in known]
-        trained += [(module, variable) for variable in found]
+        variables = training_state.trained_variables(layer)
+        names = {tensors.torch_name(layer, variable) for variable in variables}
+        if module not in adapters and names - {"bias"}:
+            known = set(map(id, variables))
+            statistics = layers.non_trainable_variables(layer)
+            variables += [v for v in statistics if id(v) not in known]
+        trained += [(module, variable) for variable in variables]
     return trained
-
-
-def fuse_others(others, modules):
-    """Joins biases and weights of slices to those of their modules, in place."""
-    for module, layout in slices.layouts(modules, modules.places).items():
-        names = layout.names
-        for weight in {name for part, name in others if part in names}:
-            missing = [name for name in names if name not in modules]
-            if missing:
-                raise ValueError(
-                    f"Only part of the {weight} of {module!r} trains: `names` has no "
-                    f"layer for {missing}."
-                )
-            untrained = {
-                name: weight_to_tensor(
-                    modules[name], variable, name in modules.inputs_first
-                )
-                for name in names
-                for variable in itertools.chain(*layers.layer_state(modules[name]))
-                if torch_name(modules[name], variable) == weight
-            }
-            parts = {
-                name: others.pop((name, weight), untrained[name]) for name in names
-            }
-            first = parts[names[0]]
-            axis = slices.outputs_axis(first, names[0] in modules.inputs_first)
-            sizes = sum(part.shape[axis] for part in parts.values())
-            if sizes != layout.total(first.shape[axis]):
-                raise ValueError(
-                    f"The {weight} of {module!r} trains, but the model has only part "
-                    "of it."
-                )
-            value = layout.gather(parts, axis)
-            if value.ndim > 1:
-                value = layout.order_inputs(value, 1 - axis)
-            others[module, weight] = value

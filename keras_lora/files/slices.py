@@ -9,7 +9,7 @@ A fused module has one A for all slices; the layers of the model have one each:
 Both are exact. Values for each output, such as DoRA's m, are joined and sliced. The
 ranks of the slices are in the file's metadata, so that they can be separated again.
 
-Slices whose outputs are in another order have a Region, which lists them: `places` is
+Slices whose outputs are in another order have a Region, which lists them: `regions` is
 {name: Region}. `module[0/1]` is a whole module in another order.
 """
 
@@ -34,11 +34,11 @@ class Layout(NamedTuple):
     """Which outputs and inputs of a module belong to which slice."""
 
     names: list  # of the slices
-    places: dict
+    regions: dict
 
     def total(self, size):
         """Returns the number of the module's outputs; size: that of one slice."""
-        first = self.places.get(self.names[0])
+        first = self.regions.get(self.names[0])
         return first.total if first else size * len(self.names)
 
     def fits(self, whole, axis=0):
@@ -47,8 +47,8 @@ class Layout(NamedTuple):
 
     def rows(self, name, total):
         """The indices of a slice's outputs among those of its module."""
-        if name in self.places:
-            return self.places[name].rows
+        if name in self.regions:
+            return self.regions[name].rows
         size = total // len(self.names)
         return np.arange(size) + self.names.index(name) * size
 
@@ -70,14 +70,14 @@ class Layout(NamedTuple):
 
     def order_inputs(self, value, axis, inverse=False):
         """Reorders the axis of a module's inputs, to the model's order or back."""
-        first = self.places.get(self.names[0])
+        first = self.regions.get(self.names[0])
         if first is None or first.columns is None:
             return value
         columns = first.columns if inverse else np.argsort(first.columns)
         return value.take(columns, axis)
 
 
-def layouts(modules, places=None) -> dict:
+def layouts(modules, regions=None) -> dict:
     """{module: Layout} for the modules of `module[i/n]` names."""
     counts = {}
     for name in modules:
@@ -91,7 +91,7 @@ def layouts(modules, places=None) -> dict:
                 f"{counts.get(module, count)} slices."
             )
     return {
-        module: Layout(slices_of(module, count), places or {})
+        module: Layout(slices_of(module, count), regions or {})
         for module, count in counts.items()
     }
 
@@ -111,16 +111,16 @@ def outputs_axis(value, inputs_first):
     return 1 if inputs_first and value.ndim == 2 else 0
 
 
-def fuse(tensors, ranks, alphas, use_rslora, places=None) -> dict:
+def fuse(tensors, ranks, alphas, use_rslora, regions=None) -> dict:
     """Puts the factors of slices together, in place: {module: ranks of its slices}."""
     stacked = {}
-    for module, layout in layouts(ranks, places).items():
-        own = [name for name in layout.names if name in ranks]
+    for module, layout in layouts(ranks, regions).items():
+        adapted = [name for name in layout.names if name in ranks]
         a, b = (
-            [tensors.pop(name + suffix) for name in own]
+            [tensors.pop(name + suffix) for name in adapted]
             for suffix in torch_layout.LINEAR
         )
-        if not layout.places.keys() & own and len({len(block) for block in b}) > 1:
+        if not layout.regions.keys() & adapted and len({len(block) for block in b}) > 1:
             raise ValueError(
                 f"The slices of {module!r} have different numbers of outputs."
             )
@@ -129,20 +129,22 @@ def fuse(tensors, ranks, alphas, use_rslora, places=None) -> dict:
             if parts[layout.names[0]] is not None:
                 tensors[module + suffix] = layout.gather(parts)
         scaling = [
-            alphas[name] / settings.divisor(ranks[name], use_rslora) for name in own
+            alphas[name] / settings.divisor(ranks[name], use_rslora) for name in adapted
         ]
         b = [block * (s / scaling[0]) for block, s in zip(b, scaling, strict=True)]
         shared = all(np.array_equal(a[0], other) for other in a)
-        if len(own) < len(layout.names) or not shared:
+        if len(adapted) < len(layout.names) or not shared:
             stacked[module] = [ranks.get(name, 0) for name in layout.names]
             a, b = [np.concatenate(a)], side_by_side(b)
         fused_a = layout.order_inputs(a[0], 1)
-        fused_b = layout.gather(dict(zip(own, b, strict=True)))
+        fused_b = layout.gather(dict(zip(adapted, b, strict=True)))
         for suffix, value in zip(torch_layout.LINEAR, (fused_a, fused_b), strict=True):
             tensors[module + suffix] = np.ascontiguousarray(value)
         total = len(fused_a)
-        alpha = settings.alpha_at(total, alphas[own[0]], ranks[own[0]], use_rslora)
-        for name in own:
+        alpha = settings.alpha_at(
+            total, alphas[adapted[0]], ranks[adapted[0]], use_rslora
+        )
+        for name in adapted:
             del ranks[name], alphas[name]
         ranks[module], alphas[module] = total, alpha
     return stacked
@@ -160,8 +162,8 @@ def side_by_side(blocks):
 
 def split(tensors, modules, stacked) -> dict:
     """The inverse, in place: {slice: Share} for the slices that are adapted."""
-    shares, places = {}, getattr(modules, "places", {})
-    for module, layout in layouts(getattr(modules, "sites", modules), places).items():
+    shares, regions = {}, getattr(modules, "regions", {})
+    for module, layout in layouts(getattr(modules, "sites", modules), regions).items():
         keys = [module + suffix for suffix in torch_layout.LINEAR]
         if not all(key in tensors for key in keys):
             continue
@@ -188,17 +190,17 @@ def split(tensors, modules, stacked) -> dict:
         ):
             raise ValueError(f"{module!r} has rank {len(a)} and slices of {ranks}.")
         a = layout.order_inputs(a, 1, inverse=True)
-        column, rest = 0, b.copy()
+        column, remainder = 0, b.copy()
         for name, rank in zip(layout.names, ranks, strict=True):
             rows = layout.rows(name, len(b))
             columns = slice(column, column + rank)
             column += rank if module in stacked else 0
-            rest[rows, columns] = 0
+            remainder[rows, columns] = 0
             if rank:
                 tensors[name + torch_layout.LINEAR[0]] = a[columns].copy()
                 tensors[name + torch_layout.LINEAR[1]] = b[rows, columns].copy()
                 shares[name] = Share(rank, len(a))
-        if rest.any():
+        if remainder.any():
             raise ValueError(
                 f"B of {module!r} is not zero outside the blocks of slices of {ranks}."
             )

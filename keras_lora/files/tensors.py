@@ -13,6 +13,8 @@ convolution. Suffixes follow the module's name in a file.
 
 import numpy as np
 
+from keras_lora.files import slices
+from keras_lora.keras_internals import layers
 from keras_lora.layers import kinds, saved_values, settings, torch_layout
 from keras_lora.layers.settings import Settings
 
@@ -48,10 +50,10 @@ def from_tensors(layer, arrays, where):
             f"{where!r} is a {type(layer).__name__}, which needs {sorted(expected)}; "
             f"the file has {sorted(arrays)}."
         )
-    for suffix, found in arrays.items():
-        if found.shape != expected[suffix].shape:
+    for suffix, array in arrays.items():
+        if array.shape != expected[suffix].shape:
             raise ValueError(
-                f"{suffix[1:]} of {where!r} has shape {found.shape} in the file; the "
+                f"{suffix[1:]} of {where!r} has shape {array.shape} in the file; the "
                 f"layer needs {expected[suffix].shape}.{layer.form.file_note}"
             )
     try:
@@ -111,3 +113,60 @@ def weight_from_tensor(layer, variable, value, where, inputs_first=False):
     if variable.name == kind.kernel_name:
         value = kind.weight_from_file(layer, value, inputs_first)
     return value.reshape(variable.shape)
+
+
+def fuse_weights(values, modules):
+    """Joins biases and weights of slices to those of their modules, in place."""
+    for module, layout in slices.layouts(modules, modules.regions).items():
+        names = layout.names
+        for weight in {name for part, name in values if part in names}:
+            missing = [name for name in names if name not in modules]
+            if missing:
+                raise ValueError(
+                    f"Only part of the {weight} of {module!r} trains: `names` has no "
+                    f"layer for {missing}."
+                )
+            untrained = {
+                name: weight_to_tensor(
+                    modules[name], variable, name in modules.inputs_first
+                )
+                for name in names
+                for variable in layers.layer_variables(modules[name])
+                if torch_name(modules[name], variable) == weight
+            }
+            parts = {
+                name: values.pop((name, weight), untrained[name]) for name in names
+            }
+            first = parts[names[0]]
+            axis = slices.outputs_axis(first, names[0] in modules.inputs_first)
+            sizes = sum(part.shape[axis] for part in parts.values())
+            if sizes != layout.total(first.shape[axis]):
+                raise ValueError(
+                    f"The {weight} of {module!r} trains, but the model has only part "
+                    "of it."
+                )
+            value = layout.gather(parts, axis)
+            if value.ndim > 1:
+                value = layout.order_inputs(value, 1 - axis)
+            values[module, weight] = value
+
+
+def split_weights(file):
+    """Splits biases and weights of fused modules into those of slices, in place."""
+    for module, layout in slices.layouts(file.modules, file.modules.regions).items():
+        for key in [key for key in file.weights if key.startswith(f"{module}.")]:
+            value = file.weights.pop(key)
+            name = key.split(".")[-1]
+            if key.endswith(".base_layer.weight"):
+                continue  # PEFT repeats a targeted head
+            axis = slices.outputs_axis(value, file.config["fan_in_fan_out"])
+            if not layout.fits(value, axis):
+                raise ValueError(
+                    f"The tensor {key!r} has shape {value.shape}, which does not "
+                    f"divide into {len(layout.names)} slices."
+                )
+            if value.ndim > 1:
+                value = layout.order_inputs(value, 1 - axis, inverse=True)
+            for part, values in layout.scatter(value, axis).items():
+                infix = ".base_layer" if part in file.factors else ""
+                file.weights[f"{part}{infix}.{name}"] = values

@@ -8,7 +8,7 @@ from keras_lora.keras_internals import private_names, probes
 
 
 def was_called(layer):
-    """Whether a layer was ever called, also symbolically; `built` does not tell."""
+    """Whether a layer was ever called, if only symbolically; `built` does not tell."""
     return layer._called
 
 
@@ -58,7 +58,7 @@ def is_traced(flag):
 
 
 def inside_checkpoint() -> bool:
-    """Whether torch saves tensors with hooks, as under `keras.remat`."""
+    """Whether the code runs inside `keras.remat` on torch, which saves by hooks."""
     if keras.backend.backend() != "torch":
         return False
     import torch
@@ -75,7 +75,7 @@ def inside_checkpoint() -> bool:
 def drawn_in_checkpoint() -> int:
     """Draws a number that is the same when torch repeats a function.
 
-    torch resets its generator for that.
+    torch resets its generator before it repeats one.
     """
     import torch
 
@@ -83,9 +83,10 @@ def drawn_in_checkpoint() -> int:
 
 
 def recording_is_stopped(variable) -> bool:
-    """Whether no TensorFlow tape is recording.
+    """Whether no TensorFlow tape records operations on a variable.
 
-    So it is in the first run of a function under `keras.remat`, not in the second.
+    Under `keras.remat`, none does in a function's first run, and one does in its
+    second.
     """
     import tensorflow as tf
 
@@ -104,8 +105,8 @@ def tensorflow_graph():
 def next_seed(generator):
     """Returns the next seed of a generator.
 
-    JAX traces a function under `keras.remat` separately, and the generator's state must
-    not become a value of that trace.
+    Under `keras.remat`, JAX traces a function separately. The generator's new state
+    must not be a value of that trace, so it is computed outside of it.
     """
     if keras.backend.backend() != "jax" or not in_stateless_scope():
         return generator.next()
@@ -130,10 +131,10 @@ def in_stateless_scope():
 
 
 def traced_for_xla():
-    """Whether TensorFlow is compiling the running code with XLA.
+    """Whether TensorFlow is tracing the running code for XLA.
 
-    A variable that is created there cannot start from another's value. (In a stateless
-    scope, where Keras builds a model symbolically, it is created later.)
+    A variable that is created there cannot start from the value of another one. In a
+    stateless scope, where Keras builds a model symbolically, it is created later.
     """
     if in_stateless_scope() or not in_tensorflow_graph():
         return False
@@ -164,8 +165,8 @@ def synchronize(model):
             return
 
 
-def lies_outside(variable) -> bool:
-    """Whether a loop of Keras's on JAX has taken the value out of a variable."""
+def is_emptied(variable) -> bool:
+    """Whether one of Keras's loops on JAX has taken the value out of a variable."""
     try:
         value = variable.value
     except TypeError:  # no initializer is left to create a value
@@ -177,22 +178,23 @@ def lies_outside(variable) -> bool:
 
 @contextlib.contextmanager
 def keeping_weights(model):
-    """Keeps the model's weights if one of Keras's loops raises on JAX.
+    """Restores a model's weights if a loop of Keras's raises inside the context.
 
-    On JAX, loops take them out of the variables, and Keras does not restore them after
-    an error. They get the loop's last values, or else those from its beginning.
+    On JAX, these loops take the values out of the variables, and Keras does not put
+    them back after an error. The variables get the loop's last values, or else those
+    from its beginning.
     """
     if keras.backend.backend() != "jax":
         yield
         return
     vars(model).pop("_jax_state", None)  # left by a loop that failed
-    values = [(v, v.value) for v in model.variables if not lies_outside(v)]
+    values = [(v, v.value) for v in model.variables if not is_emptied(v)]
     try:
         yield
     except BaseException:
         synchronize(model)
         for variable, value in values:
-            if lies_outside(variable) and not value.is_deleted():
+            if is_emptied(variable) and not value.is_deleted():
                 type(variable).assign(variable, value)
         raise
 
@@ -202,7 +204,7 @@ def legacy_format():
     return probes.global_state.get_global_attribute("use_legacy_config", False)
 
 
-def made_by(tensor):
+def operation_of(tensor):
     """Returns the operation that made a symbolic tensor, and its input tensors.
 
     Keras's public `Model.operations` do not show which of them makes the outputs.
@@ -212,11 +214,12 @@ def made_by(tensor):
 
 
 def node_of(tensor):
+    """Returns Keras's record of the call that made a symbolic tensor."""
     history = tensor._keras_history
     return history.operation._inbound_nodes[history.node_index]
 
 
-def computed(outputs, values, run):
+def compute(outputs, values, run):
     """Computes the values of symbolic tensors, operation by operation.
 
     Args:
@@ -230,10 +233,10 @@ def computed(outputs, values, run):
             return x
         if id(x) not in values:
             node = node_of(x)
-            given = node.arguments.args, node.arguments.kwargs
-            args, kwargs = keras.tree.map_structure(value, given)
-            found = keras.tree.flatten(run(node.operation, args, kwargs))
-            values.update(zip(map(id, node.outputs), found, strict=True))
+            arguments = node.arguments.args, node.arguments.kwargs
+            args, kwargs = keras.tree.map_structure(value, arguments)
+            results = keras.tree.flatten(run(node.operation, args, kwargs))
+            values.update(zip(map(id, node.outputs), results, strict=True))
         return values[id(x)]
 
     return keras.tree.map_structure(value, outputs)

@@ -25,15 +25,16 @@ def change_class(layer, new_class):
 
 
 def rebind_wrapped_methods(layer, new_class):
-    """Makes methods that Keras wraps for each instance call those of a class.
+    """Makes the wrappers that Keras puts on a layer call the methods of a class.
 
-    `Layer.__new__` puts a function in front of `build` (and of `quantize`, before
-    Keras 3.16) that holds the method in its closure.
+    `Layer.__new__` wraps `build` (and `quantize`, before Keras 3.16) for each layer, in
+    a function that holds the method in its closure.
     """
     for name, wrapper in vars(layer).items():
         method = getattr(wrapper, "__wrapped__", None)
-        own = getattr(method, "__self__", None) is layer
-        if not own or method.__name__ != name:  # such as KerasHub's generate_function
+        is_bound = getattr(method, "__self__", None) is layer
+        # Other functions are not wrappers, such as KerasHub's generate_function.
+        if not is_bound or method.__name__ != name:
             continue
         new = getattr(new_class, name).__get__(layer)
         for cell in wrapper.__closure__:
@@ -44,7 +45,7 @@ def rebind_wrapped_methods(layer, new_class):
 
 @functools.cache
 def derived_from_class(cls) -> dict:
-    """Returns the attributes that `Layer.__init__` sets, if they can be compared.
+    """Returns the comparable attributes that `Layer.__init__` sets for a class.
 
     Some of them are derived from the signature of `call`.
     """
@@ -54,18 +55,18 @@ def derived_from_class(cls) -> dict:
     return {n: v for n, v in vars(sample).items() if isinstance(v, comparable)}
 
 
-def seen_as(layer, cls):
+def view_as(layer, cls):
     """Returns a view of a layer under another class, with the same attributes.
 
-    Its methods, such as `get_config`, can be called while other threads use the layer,
-    which does not change.
+    So a method of that class, such as `get_config`, can be called while other threads
+    use the layer, which does not change.
     """
     view = object.__new__(cls)
     object.__setattr__(view, "__dict__", vars(layer))
     return view
 
 
-def twin(layer, cls, changed):
+def view_with(layer, cls, changed):
     """Returns a view of a layer under a class, with some attributes changed."""
     view = object.__new__(cls)
     object.__setattr__(view, "__dict__", {**vars(layer), **changed})
@@ -73,11 +74,11 @@ def twin(layer, cls, changed):
 
 
 def bound_functions(layer) -> list:
-    """Names of attributes that run a method of the layer: `keras.remat(self.f)`.
+    """Names of attributes that hold a function over a method: `keras.remat(self.f)`.
 
-    Keras's own wrappers, which have the methods' names, are left out.
+    Keras's own wrappers are left out; they have the names of the methods.
     """
-    found = []
+    names = []
     for name, value in vars(layer).items():
         cells = getattr(value, "__closure__", None) or ()
         inside = [value, getattr(value, "__wrapped__", None)]
@@ -85,14 +86,14 @@ def bound_functions(layer) -> list:
             inside += [cell.cell_contents for cell in cells]
         methods = [x for x in inside if isinstance(x, types.MethodType)]
         if any(x.__self__ is layer and x.__name__ != name for x in methods):
-            found.append(name)
-    return found
+            names.append(name)
+    return names
 
 
 def calls_remat(layer) -> bool:
     """Whether methods of a user's class call `keras.remat`."""
-    own = [c for c in type(layer).__mro__ if not c.__module__.startswith("keras")]
-    functions = [x for c in own for x in vars(c).values()]
+    classes = [c for c in type(layer).__mro__ if not c.__module__.startswith("keras")]
+    functions = [x for c in classes for x in vars(c).values()]
     return any(
         "remat" in x.__code__.co_names
         for x in functions
@@ -101,17 +102,17 @@ def calls_remat(layer) -> bool:
 
 
 def call_with(layer, cls, values, args, kwargs):
-    """Runs a layer's call under a class, with other values at some places.
+    """Runs the call of a class on a layer, with other values for some weights.
 
-    The call runs on a view of the layer, and on views of the objects that lead to a
-    place. Attributes that it sets on them, such as `supports_jit` of Keras's LSTM, are
-    set on the layers too.
+    The call runs on a view of the layer, in which the weights and the objects that hold
+    them are replaced. Attributes that it sets on such a view, as Keras's LSTM sets
+    `supports_jit`, are then set on the layer too.
 
-    values: keys -> value, with the keys of `weight_places`. A value for `call` of an
-        inner layer is a function of that layer's view and the call's arguments.
+    values: keys -> value, with the keys of `weight_places`. The value for the `call` of
+        an inner layer is a function of that layer's view and the call's arguments.
     """
     seen = []
-    outputs = cls.call(changed_view(layer, values, seen, cls), *args, **kwargs)
+    outputs = cls.call(view_with_values(layer, values, seen, cls), *args, **kwargs)
     for held, view, before in seen:
         for name, value in vars(view).items():
             if value is not before.get(name, seen):
@@ -119,10 +120,11 @@ def call_with(layer, cls, values, args, kwargs):
     return outputs
 
 
-def changed_view(held, values, seen, cls=None):
+def view_with_values(held, values, seen, cls=None):
     """Returns a view of a layer, or a copy of a list or dict, with other values.
 
-    seen: a list that gets each layer, its view and the view's first attributes.
+    seen: A list to which each layer is added, with its view and a copy of the view's
+        attributes.
     """
     if () in values:
         return values[()]
@@ -131,24 +133,27 @@ def changed_view(held, values, seen, cls=None):
         inside.setdefault(key, {})[tuple(rest)] = value
     if isinstance(held, keras.layers.Layer):
         changed = {
-            key: changed_view(getattr(held, key), own, seen)
-            for key, own in inside.items()
+            key: view_with_values(getattr(held, key), inner_values, seen)
+            for key, inner_values in inside.items()
         }
         # Rematerialized again inside a rematerialized layer, a cell would have no
         # gradient for values that are not variables (on TensorFlow).
-        view = twin(held, cls or type(held), {**changed, "_remat_mode": None})
+        view = view_with(held, cls or type(held), {**changed, "_remat_mode": None})
         if "call" in changed:
             vars(view)["call"] = changed["call"].__get__(view)
         seen.append((held, view, dict(vars(view))))
         return view
     copied = dict(held) if isinstance(held, dict) else list(held)
-    for key, own in inside.items():
-        copied[key] = changed_view(held[key], own, seen)
+    for key, inner_values in inside.items():
+        copied[key] = view_with_values(held[key], inner_values, seen)
     return copied
 
 
 def value_at(layer, keys):
-    """Returns the innermost layer on the way to a value, and the value."""
+    """Returns the innermost layer that holds a value, and the value.
+
+    keys: The keys that lead to it, as in `weight_places`.
+    """
     owner, value = layer, layer
     for key in keys:
         if isinstance(value, keras.layers.Layer):
@@ -158,7 +163,7 @@ def value_at(layer, keys):
     return owner, value
 
 
-def like_method(method, plain):
+def with_signature_of(method, plain):
     """Returns a method with the signature of another one, which Keras reads."""
 
     @functools.wraps(plain)

@@ -15,7 +15,10 @@ REPLICATED_BYTES = 2**20  # of a value that may be whole on a device for a momen
 
 
 def layout_of(variable):
-    """The layout that a model's distribution gives a variable; None without axes."""
+    """Returns the layout of a variable under `keras.distribution`.
+
+    None without a distribution, or if the layout names no axis of the mesh.
+    """
     distribution = keras.distribution.distribution()
     if distribution is None or keras.backend.backend() != "jax":
         return None
@@ -27,74 +30,75 @@ def layout_of(variable):
 
 @contextlib.contextmanager
 def laid_out_by(axes_of, like):
-    """Lays out variables that are made inside, unless the layout map names them.
+    """Context in which new variables get a layout, unless the layout map has one.
 
-    `add_weight` asks the distribution for a layout before the variable has values, so
+    `add_weight` asks the distribution for the layout before a variable has values, so
     no device ever holds it whole.
 
-    axes_of: the name of a variable -> the axes of the mesh that its own are cut over.
-    like: a layout over this mesh, or None: nothing is cut.
+    Args:
+        axes_of: Name of a variable -> the mesh axis for each of its own axes, or None.
+        like: A layout over the same mesh. None: the context does nothing.
     """
     if like is None:
         yield
         return
-    own = keras.distribution.distribution()
+    outer = keras.distribution.distribution()
 
     def get_variable_layout(variable):
         axes = axes_of.get(variable.name)
         if not axes or not any(axes) or len(axes) != len(variable.shape):
-            return own.get_variable_layout(variable)
-        named = own.get_tensor_layout(variable.path)
+            return outer.get_variable_layout(variable)
+        named = outer.get_tensor_layout(variable.path)
         if named is not None:
             return named
-        axes = dividing(variable, axes, like.device_mesh, own)
+        axes = divisible_axes(variable, axes, like.device_mesh, outer)
         return keras.distribution.TensorLayout(axes, like.device_mesh)
 
-    inside = copy.copy(own)
+    inside = copy.copy(outer)
     inside.get_variable_layout = get_variable_layout
     keras.distribution.set_distribution(inside)
     try:
         yield
     finally:
-        keras.distribution.set_distribution(own)
+        keras.distribution.set_distribution(outer)
 
 
-def dividing(variable, axes, mesh, distribution):
-    """Returns the axes of a mesh, with None where a size is not divisible."""
+def divisible_axes(variable, axes, mesh, distribution):
+    """Returns the axes, with None where they do not divide a variable's size."""
     parts = dict(zip(mesh.axis_names, mesh.shape, strict=True))
     sizes = zip(axes, variable.shape, strict=True)
-    found = [None if axis and size % parts[axis] else axis for axis, size in sizes]
-    if found != list(axes) and distribution not in warned:
+    divisible = [None if axis and size % parts[axis] else axis for axis, size in sizes]
+    if divisible != list(axes) and distribution not in warned:
         warned.add(distribution)
         warn_caller(
             f"{variable.path!r} of shape {tuple(variable.shape)} does not divide over "
             f"the mesh axes {tuple(axes)} of its kernel's layout: it lies whole on "
             "every device there, as do others like it."
         )
-    return found
+    return divisible
 
 
 def fetch(value):
-    """Returns the whole of a variable or tensor as NumPy.
+    """Returns the whole value of a variable or tensor as a NumPy array.
 
-    If it is sharded over several processes, all of them must call. The hosts get it
-    part by part, so that no device holds a large value whole.
+    If it is sharded over several processes, all of them must call. The hosts get a
+    large value part by part, so that no device holds it whole.
     """
     value = keras.ops.convert_to_tensor(value)
     if getattr(value, "is_fully_addressable", True) or value.is_fully_replicated:
         return keras.ops.convert_to_numpy(value)
-    processes.exchange(None, processes.MEETING_SECONDS)
+    processes.exchange(None, processes.BARRIER_SECONDS)
     multihost = probes.module("jax.experimental.multihost_utils")
     if value.nbytes <= REPLICATED_BYTES:
         return multihost.process_allgather(value, tiled=True)
     here = probes.module("jax").process_index()
-    own = {str(x.index): x.data for x in value.addressable_shards}
+    own_parts = {str(x.index): x.data for x in value.addressable_shards}
     whole, bits = np.empty(value.shape, value.dtype), f"u{value.dtype.itemsize}"
     places = value.sharding.devices_indices_map(value.shape).items()
     first = {str(index): device for device, index in reversed(places)}
     for place, index in {str(index): index for _, index in places}.items():
         is_source = first[place].process_index == here
-        part = own[place] if is_source else np.empty_like(whole[index])
+        part = own_parts[place] if is_source else np.empty_like(whole[index])
         part = np.ascontiguousarray(part).view(bits)  # which are added to zeros
         part = multihost.broadcast_one_to_all(part, is_source)
         whole[index] = np.asarray(part).view(whole.dtype)
@@ -108,14 +112,14 @@ def is_sharded(variable) -> bool:
 
 
 def assign(variable, value):
-    """Assigns a value that every process has whole; each device gets its own part."""
+    """Assigns a value that every process holds whole; each device gets its shard."""
     if isinstance(value, np.ndarray) and value.shape == tuple(variable.shape):
-        value = sharded_like(variable, value)
+        value = shard_like(variable, value)
     variable.assign(value)
 
 
-def sharded_like(variable, value):
-    """Puts NumPy values on devices with the sharding of a variable of their shape."""
+def shard_like(variable, value):
+    """Returns a NumPy value on devices, sharded like a variable of its shape."""
     sharding = getattr(variable.value, "sharding", None)
     if sharding is None or len(sharding.device_set) == 1:
         return value
@@ -126,24 +130,25 @@ def sharded_like(variable, value):
 
 
 def variable_like(variable, values, **options):
-    """Returns a new variable with the layout of another one of its shape."""
+    """Creates a variable with the layout of another one of the same shape."""
     distribution = keras.distribution.distribution()
     if keras.backend.backend() == "jax" and distribution:
         options["layout"] = distribution.get_variable_layout(variable)
         if isinstance(values, np.ndarray):
-            values = sharded_like(variable, values)
-    with strategy_of([variable], variable.path):
+            values = shard_like(variable, values)
+    with scope_of_variables([variable], variable.path):
         return keras.Variable(values, **options)
 
 
 @contextlib.contextmanager
 def whole_on_host(model):
-    """Yields whether this process is the one that writes files.
+    """Context in which a model's variables have whole values in host memory.
 
-    Inside, all variables have whole values, in the memory of its host.
+    Yields whether this process is the one that writes files; only there are the values
+    kept.
     """
     is_writer, pairs = processes.is_writer(model), []
-    if processes.strategy_over(model) or not processes.is_shared(model):
+    if processes.worker_strategy(model) or not processes.is_shared(model):
         yield is_writer
         return
     with on_host():
@@ -158,7 +163,7 @@ def whole_on_host(model):
 
 @contextlib.contextmanager
 def on_host():
-    """Inside, JAX creates arrays whole, in the host's memory."""
+    """Context in which JAX creates arrays whole, in the host's memory."""
     jax, distribution = probes.module("jax"), keras.distribution.distribution()
     keras.distribution.set_distribution(None)
     try:
@@ -168,10 +173,10 @@ def on_host():
         keras.distribution.set_distribution(distribution)
 
 
-def as_input(batch):
+def lay_out_batch(batch):
     """Lays out a batch as `fit` does: each process passes its own rows.
 
-    Processes that hold the same rows must pass equal ones, which `rows_given` shows.
+    Processes that hold the same rows must pass equal ones: see `digests_of_rows`.
     """
     jax, distribution = probes.module("jax"), keras.distribution.distribution()
 
@@ -184,76 +189,76 @@ def as_input(batch):
     return keras.tree.map_structure(place, batch)
 
 
-def rows_given(batch) -> dict:
-    """Returns {rows: digest} of a batch that `as_input` gives, for other processes."""
-    found = {}
+def digests_of_rows(batch) -> dict:
+    """Returns {rows: digest} of a batch from `lay_out_batch`, for other processes."""
+    digests = {}
     for number, x in enumerate(keras.tree.flatten(batch)):
-        found[f"shape {number}"] = str(x.shape)
+        digests[f"shape {number}"] = str(x.shape)
         for part in x.addressable_shards:
             digest = hashlib.sha256(np.asarray(part.data).tobytes()).hexdigest()
-            found[f"{number} {part.index}"] = digest
-    return found
+            digests[f"{number} {part.index}"] = digest
+    return digests
 
 
-def own_strategy(model):
-    """Creates variables in the same strategy as the model's.
+def strategy_scope(model):
+    """Context in which variables are created under a model's strategy.
 
-    Keras trains a model by the strategy of `tf.distribute` that it was built in.
+    Keras trains a model under the strategy of `tf.distribute` that it was built in.
 
     Raises:
         ValueError: If another strategy's scope is entered than the model's.
     """
-    return strategy_of(model.variables, model.name)
+    return scope_of_variables(model.variables, model.name)
 
 
 @contextlib.contextmanager
-def strategy_of(variables, name):
-    """Enters the strategy of `tf.distribute` that variables were made in."""
+def scope_of_variables(variables, name):
+    """The same for the strategy under which variables were made; name: for errors."""
     if keras.backend.backend() != "tensorflow":
         yield
         return
     tf = probes.module("tensorflow").distribute
     now = tf.get_strategy() if tf.has_strategy() else None
-    own = processes.strategy_that_made(variables)
+    strategy = processes.strategy_of(variables)
     mirrored = tf.MirroredStrategy, tf.MultiWorkerMirroredStrategy, tf.TPUStrategy
-    if own is not now and isinstance(now, mirrored):
+    if strategy is not now and isinstance(now, mirrored):
         raise ValueError(
             f"{name!r} was not built in the scope of this "
             f"{type(now).__name__}: its weights lie elsewhere, and what is made here "
             "would not train with them. Build the model in the scope, or make this "
             "call outside of it. Nothing was changed."
         )
-    with contextlib.nullcontext() if own is None else own.scope():
+    with contextlib.nullcontext() if strategy is None else strategy.scope():
         yield
 
 
 def replica_context():
-    """The context of one of several replicas of `tf.distribute`, or None."""
+    """Returns the replica's context of `tf.distribute`; None without other replicas."""
     if keras.backend.backend() != "tensorflow":
         return None
     context = probes.module("tensorflow").distribute.get_replica_context()
     return context if context and context.num_replicas_in_sync > 1 else None
 
 
-def is_between_replicas() -> bool:
-    """Whether a strategy of `tf.distribute` is entered, and none of its replicas."""
+def in_cross_replica_context() -> bool:
+    """Whether the code runs under a strategy of `tf.distribute`, but in no replica."""
     if keras.backend.backend() != "tensorflow":
         return False
     tf = probes.module("tensorflow").distribute
     return tf.has_strategy() and tf.in_cross_replica_context()
 
 
-def of_all_replicas(rows):
-    """What all replicas of `tf.distribute` have of a batch, in one tensor."""
+def gather_over_replicas(rows):
+    """Returns the rows of all replicas of `tf.distribute`, one after the other."""
     context = replica_context()
     if context is None:
         return rows
-    # A copy: what is one object on all replicas would come once.
+    # A copy, because one object that all replicas share would be gathered once.
     return context.all_gather(keras.ops.copy(rows), axis=0)
 
 
 def assign_unless(condition, variables, values):
-    """Assigns values unless a condition holds, which is the same on all replicas."""
+    """Assigns values unless a condition holds, which all replicas must agree on."""
 
     def assign(variable, value, kept):
         now = keras.ops.convert_to_tensor(variable)

@@ -1,4 +1,4 @@
-"""Variables that layers read but that are not weights; TensorFlow has to find them."""
+"""Variables that layers read but that are none of their weights."""
 
 import json
 
@@ -8,9 +8,9 @@ from keras import ops
 
 
 class HiddenVariable:
-    """A variable that a layer reads, but that is not one of its weights.
+    """Holds a variable that a layer reads, but that is not one of its weights.
 
-    Keras tracks what attributes hold; it does not look into this object.
+    Keras tracks variables that are attributes of a layer, but not those of this object.
     """
 
     def __init__(self):
@@ -29,22 +29,22 @@ class HiddenVariable:
     def assign(self, value):
         """Assigns a NumPy value of the variable's dtype.
 
-        TensorFlow's own `assign` takes half as long, which a thousand layers feel.
+        By TensorFlow's own `assign`, which takes half as long as Keras's.
         """
         on_tensorflow = keras.backend.backend() == "tensorflow"
         variable = self.variable.value if on_tensorflow else self.variable
         variable.assign(value)
 
 
-def passed_by_jax(variables) -> list:
-    """The variables, if JAX has to pass them; otherwise they would become constants."""
+def variables_for_jax(variables) -> list:
+    """Returns the variables on JAX, where they would become constants otherwise."""
     if keras.backend.backend() != "jax":
         return []
     return [variable for variable in variables if variable is not None]
 
 
 class DrawnSeeds(keras.random.SeedGenerator):
-    """Seeds that follow from one that was drawn before. There is no state to write."""
+    """Generates seeds from one that was drawn before, without a state to write."""
 
     _initial_seed = 0  # torch's dropout asks whether there is one
 
@@ -58,10 +58,10 @@ class DrawnSeeds(keras.random.SeedGenerator):
 
 
 def hold_resource(layer, name, variable):
-    """Lets TensorFlow find a variable that Keras does not track.
+    """Makes TensorFlow track a variable that Keras does not track.
 
-    tf.saved_model.save refuses functions that read one that no object holds. It is
-    TensorFlow's own variable that the layer holds: Keras would take its for a weight.
+    tf.saved_model.save refuses functions that read an untracked one. The attribute
+    holds TensorFlow's variable, because Keras would track its own as a weight.
     """
     if keras.backend.backend() == "tensorflow":
         setattr(layer, f"{name}_resource", variable.value)
@@ -73,10 +73,10 @@ def release_resource(layer, name):
 
 
 def hold_state(layer, name, variable, get, put):
-    """Lets TensorFlow find a variable that may get its value when a call has ended.
+    """Makes TensorFlow track a variable that may get its value after a call.
 
-    TensorFlow's own checkpoints take for it what `get` gives, any JSON value, and hand
-    it to `put`.
+    In TensorFlow's own checkpoints, it is stored as the JSON value that `get` returns,
+    which `put` gets when a checkpoint is restored.
     """
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf

@@ -1,9 +1,10 @@
-"""KerasHub's converters: the tensor of transformers for each variable.
+"""Asks KerasHub's converters which tensor of transformers a variable is.
 
-There is no public way to use them for this. Each is a module with `backbone_cls` and
+A converter is a module with `backbone_cls` and
 `convert_weights(backbone, loader, transformers_config)`, which calls
 `loader.port_weight(variable, key, hook)` for most variables and assigns the others
-itself. They are called with a loader that has no file, on a copy of the model.
+itself. It is called on a copy of the model, with a loader that has no file. There is no
+public way to ask.
 """
 
 import contextlib
@@ -68,10 +69,10 @@ def uninitialized_copy(backbone_class, config):
 
 
 def add_absent_parts(copy):
-    """Adds absent parts that some converters read without checking for them.
+    """Replaces parts that are None, which some converters read without a check.
 
     Returns:
-        Whether there was anything.
+        Whether there were any.
     """
     parts = vars(copy).items()
     missing = [x for x, part in parts if part is None and not x.startswith("_")]
@@ -80,7 +81,7 @@ def add_absent_parts(copy):
     return bool(missing)
 
 
-def ask(family, backbone, port):
+def run_converter(family, backbone, port):
     """Calls `port(variable, key, hook)` for each variable of the family's converter."""
     loader, config = Loader(port), Config(family, backbone)
     with (
@@ -139,7 +140,7 @@ class Loader:
 
 
 class Config(dict):
-    """Replaces transformers' config.json with what the backbone says about itself."""
+    """Replaces transformers' config.json by the attributes of the backbone."""
 
     def __init__(self, family, backbone):
         if getattr(backbone, "vision_encoder", self) is None:

@@ -1,4 +1,4 @@
-"""The state of built layers: variables, sublayers, classes."""
+"""The state of built layers: variables, sublayers, policies."""
 
 import collections
 import contextlib
@@ -33,7 +33,7 @@ def unlocked(layer):
 
 
 def freeze(layer, variable):
-    """Moves a variable to the layer's non-trainable ones.
+    """Moves a variable to the layer's non-trainable ones; returns its old place.
 
     There `layer.trainable = True` does not reach it. It is not created with
     trainable=False, because such a TensorFlow variable could never train later.
@@ -61,7 +61,7 @@ def is_frozen_kernel(variable) -> bool:
 
 
 def assign_outside_calls(variable, value):
-    """Replaces a frozen kernel's `assign`: wrappers must not change W in a call."""
+    """Replaces a frozen kernel's `assign`, so that no wrapper changes W in a call."""
     if calls.in_a_call():
         raise ValueError(
             f"A layer assigns in its call to {variable.path!r}, the frozen kernel of a "
@@ -89,18 +89,16 @@ def assign_if_trainable(kernel, variable, value):
 
 
 def guard_assign(variable, refuse):
-    """Calls refuse(path) before the variable is assigned outside calls."""
-    own = vars(variable).get("assign")
-    guarded = functools.partial(assign_guarded, variable, own, refuse)
+    """Makes a variable's `assign` call refuse(path) first, outside of calls."""
+    assign = vars(variable).get("assign")
+    guarded = functools.partial(assign_guarded, variable, assign, refuse)
     variable.assign = guarded
 
 
-def assign_guarded(variable, own, refuse, value):
-    if not (
-        calls.in_a_call() or calls.lies_outside(variable) or value is variable.value
-    ):
+def assign_guarded(variable, assign, refuse, value):
+    if not (calls.in_a_call() or calls.is_emptied(variable) or value is variable.value):
         refuse(variable.path)
-    return type(variable).assign(variable, value) if own is None else own(value)
+    return type(variable).assign(variable, value) if assign is None else assign(value)
 
 
 def release_assign(variable):
@@ -127,7 +125,7 @@ def unfreeze(layer, variable, place):
     tracked.insert(place.position, tracked.pop())
 
 
-def checked_model(model):
+def validate_model(model):
     """Raises if this is not a model, or Keras lacks what adapters need."""
     probes.require(private_names.MODELS)
     if not isinstance(model, keras.layers.Layer):
@@ -160,16 +158,16 @@ def flatten_layers(model):
     Keras's public `layers` exists only for models and has one level. The order is that
     of Keras's own walk, by which KerasHub's files number layers.
     """
-    checked_model(model)
+    validate_model(model)
     refuse_other_copy(model)
-    found, waiting = {id(model): model}, collections.deque(model._layers)
+    layers, waiting = {id(model): model}, collections.deque(model._layers)
     while waiting:
         layer = waiting.popleft()
-        if id(layer) not in found:
+        if id(layer) not in layers:
             refuse_other_copy(layer)
-            found[id(layer)] = layer
+            layers[id(layer)] = layer
             waiting.extendleft(layer._layers)
-    return list(found.values())
+    return list(layers.values())
 
 
 def attach(layer, name, sublayer):
@@ -198,9 +196,9 @@ def take_own_policy(layer):
 
 
 class Leaf:
-    """Mixin of a layer that Keras's walks see as one without sublayers.
+    """Mixin of a layer in which Keras finds no sublayers.
 
-    Before Keras 3.16, `Model.quantize` skips every layer that holds another.
+    Before Keras 3.16, `Model.quantize` skips every layer that has one.
     """
 
     is_leaf = True  # False if a layer holds others than its adapter
@@ -253,10 +251,14 @@ def name_scopes(path):
         yield
 
 
-def layer_state(layer):
-    """Returns a layer's own variables: those that can train, those that never do."""
-    others = [v for v in layer._non_trainable_variables if not is_frozen_kernel(v)]
-    return list(layer._trainable_variables), others
+def layer_variables(layer) -> list:
+    """Returns a layer's own variables, without the frozen kernels of adapters."""
+    return [*layer._trainable_variables, *non_trainable_variables(layer)]
+
+
+def non_trainable_variables(layer) -> list:
+    """Returns a layer's own variables that never train, such as moving statistics."""
+    return [v for v in layer._non_trainable_variables if not is_frozen_kernel(v)]
 
 
 # Attributes in which Keras lists variables and layers without names.
@@ -276,9 +278,9 @@ def bookkeeping() -> set:
 
 
 def attributes_of(parent):
-    """(name, layer) for the layers that a layer holds by attribute or container.
+    """Yields (name, layer) for layers in attributes, or in containers there.
 
-    Keras keeps the layers that it tracks without the names of the attributes.
+    Keras tracks layers without the names of their attributes.
     """
     attributes = dict(vars(parent))
     attributes |= attributes.pop("_modules", {})  # submodules on torch
@@ -298,13 +300,14 @@ def attributes_of(parent):
 
 
 def weight_places(layer) -> dict:
-    """Name -> the keys that lead to it, for a layer's own weights of two axes or more.
+    """Name -> keys, for a layer's own weights of two axes or more.
 
-    A key is the name of an attribute, or a position or key in a list or dict. Weights
-    that never train and weights of sublayers are left out.
+    The keys lead from the layer to the weight: names of attributes, and positions or
+    keys in lists or dicts. Weights that never train and weights of sublayers are left
+    out.
     """
     train, seen = set(map(id, layer._trainable_variables)), set()
-    found: dict = {}
+    places: dict = {}
     held: dict = {}
 
     def is_weight(variable):
@@ -316,9 +319,9 @@ def weight_places(layer) -> dict:
             if is_weight(value) and id(value) not in seen:
                 seen.add(id(value))
                 name, count = value.name, 1
-                while name in found:
+                while name in places:
                     name, count = f"{value.name}_{count}", count + 1
-                found[name], held[name] = keys, value
+                places[name], held[name] = keys, value
         elif isinstance(value, dict):
             for key, each in value.items():
                 look(each, (*keys, key))
@@ -329,18 +332,18 @@ def weight_places(layer) -> dict:
     for name, value in vars(layer).items():
         if not (name in VARIABLE_LISTS or name.startswith("_self_")):  # TensorFlow's
             look(value, (name,))
-    if not found:
-        return found
+    if not places:
+        return places
     # A wrapper may hold the weights of its layer too.
     parts = [part for part in flatten_layers(layer) if part is not layer]
     theirs = {id(v) for part in parts for v in part.variables}
-    return {n: keys for n, keys in found.items() if id(held[n]) not in theirs}
+    return {n: keys for n, keys in places.items() if id(held[n]) not in theirs}
 
 
 def kernel_variables(layer) -> dict:
-    """Attribute -> variable of a layer itself, all but its bias.
+    """Attribute -> variable, for all of a layer's own variables but its bias.
 
-    Those of a layer that is quantized: its integers, scales, zeros and groups.
+    A quantized layer has integers, scales, zeros and groups.
     """
     return {
         name: value
@@ -363,7 +366,7 @@ def exchange_variables(layer, other):
 
 
 def drop_float_kernel(layer):
-    """Ends Keras's calibration: the integers alone are left of a kernel."""
+    """Ends Keras's calibration: deletes the float kernel beside the integers."""
     variables = kernel_variables(layer).items()
     with unlocked(layer):
         for name in [
@@ -378,7 +381,7 @@ def drop_float_kernel(layer):
 
 @contextlib.contextmanager
 def listed_instead(layer, old, new):
-    """Makes a layer list another variable among its weights, for a while."""
+    """Context in which a layer lists one variable instead of another as a weight."""
     lists = (layer._trainable_variables, layer._non_trainable_variables)
     tracked = next(x for x in lists if any(v is old for v in x))
     replace(tracked, old, new)
@@ -395,7 +398,7 @@ def replace(tracked, old, new):
 
 @contextlib.contextmanager
 def unlisted(layer, sublayer):
-    """A layer does not list one of the layers that it holds."""
+    """Context in which a layer does not list one of its sublayers."""
     place = next(n for n, inner in enumerate(layer._layers) if inner is sublayer)
     list.pop(layer._layers, place)
     try:

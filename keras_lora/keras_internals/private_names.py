@@ -26,7 +26,7 @@ IN_FUNCTIONS = "layers with `use_dora` that are built inside a compiled function
 
 
 class PrivateName(NamedTuple):
-    """One name: what needs it, why no public way serves, and whether it is there."""
+    """A private name: what needs it, why nothing public serves, and its probe."""
 
     name: str
     needed_by: str
@@ -241,7 +241,7 @@ TABLE = [
 
 
 def probe():
-    """Looks for every name once; an ImportError where all layers need one."""
+    """Runs all probes; raises ImportError if a name that all layers need is missing."""
     version, oldest = (x.split(".")[:2] for x in (keras.__version__, probes.OLDEST))
     if list(map(int, version)) < list(map(int, oldest)):
         raise ImportError(
@@ -262,10 +262,10 @@ def probe_package(package):
         if row.package != package:
             continue
         try:
-            found = row.is_there()
+            is_there = row.is_there()
         except Exception:  # whatever another version raises
-            found = False
-        if not found:
+            is_there = False
+        if not is_there:
             probes.MISSING.setdefault(row.needed_by, []).append(row)
 
 

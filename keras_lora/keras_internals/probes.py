@@ -64,9 +64,9 @@ masking = module("keras.src.backend.common.masking")
 
 
 def mentions(owner, word) -> bool:
-    """Whether code of a class, of those that it extends, or of a module has a word.
+    """Whether a word is in the code of a module, or of a class and its bases.
 
-    Attributes that a constructor sets are found so without making an object.
+    This finds attributes that a constructor sets, without making an object.
     """
     owners = getattr(owner, "__mro__", (owner,))
     held = [x for each in owners for x in vars(each).values()]
@@ -119,12 +119,12 @@ def class_changes() -> bool:
         def call(self, inputs, training=None):
             return inputs
 
-    layer, made = Before(name="sample"), After(name="sample")
+    layer, new_layer = Before(name="sample"), After(name="sample")
     classes.change_class(layer, After)
     layer.build((1,))
     parameters = [
         [list(x.parameters) for x in vars(each).values() if hasattr(x, "parameters")]
-        for each in (layer, made)
+        for each in (layer, new_layer)
     ]
     return hasattr(layer, "was_built") and parameters[0] == parameters[1] != []
 
@@ -136,7 +136,7 @@ def has_tensor_history() -> bool:
 
 
 def can_unfreeze_variable() -> bool:
-    """Whether a variable of TensorFlow's that was made frozen can train later."""
+    """Whether a TensorFlow variable that was created frozen can train later."""
     tf = module("tensorflow")
     with tf.Graph().as_default():
         variable = tf.Variable(0.0, trainable=False)
@@ -158,12 +158,12 @@ def converter_names(package) -> list:
 
 
 def converters_are_there() -> bool:
-    """Whether each converter can be asked with a loader that has no file."""
-    found = [module(name) for name in converter_names(module(CONVERTERS))]
-    return bool(found) and all(
+    """Whether each converter can be called with a loader that has no file."""
+    converters = [module(name) for name in converter_names(module(CONVERTERS))]
+    return bool(converters) and all(
         hasattr(x, "backbone_cls")
         and len(inspect.signature(x.convert_weights).parameters) == 3
-        for x in found
+        for x in converters
     )
 
 

@@ -5,6 +5,7 @@ On JAX these are processes of `keras.distribution`, on TensorFlow the workers of
 """
 
 import json
+import types
 
 import keras
 import numpy as np
@@ -17,33 +18,30 @@ from keras_lora.keras_internals import (
     warn_caller,
 )
 
-MEETING_SECONDS = 30  # how long a process waits for the others
+BARRIER_SECONDS = 30  # how long a process waits for the others
 WORKING_SECONDS = 600  # the same, while one of them reads or writes a file
 
 
-class Meetings:
-    """Counts the exchanges in which all processes have taken part."""
-
-    count = 0
+EXCHANGES = types.SimpleNamespace(count=0)  # in which all processes took part
 
 
-def strategy_that_made(variables):
-    """The strategy of `tf.distribute` in whose scope variables were made, or None."""
+def strategy_of(variables):
+    """Returns the `tf.distribute` strategy under which variables were made, or None."""
     values = (getattr(x.value, "distribute_strategy", None) for x in variables)
     return next(filter(None, values), None)
 
 
-def strategy_over(model):
-    """The strategy by which several processes hold a model on TensorFlow, or None."""
+def worker_strategy(model):
+    """Returns the strategy over several TensorFlow processes of a model, or None."""
     if keras.backend.backend() != "tensorflow":
         return None
-    strategy = strategy_that_made(model.variables)
+    strategy = strategy_of(model.variables)
     kind = probes.module("tensorflow").distribute.MultiWorkerMirroredStrategy
     return strategy if isinstance(strategy, kind) and len(tasks(strategy)) > 1 else None
 
 
 def tasks(strategy) -> list:
-    """(type, number) of each process that trains, the chief first."""
+    """Returns (type, number) of each process that trains, the chief first."""
     jobs = strategy.cluster_resolver.cluster_spec().as_dict()
     return [
         (job, n) for job in ("chief", "worker") for n in range(len(jobs.get(job, ())))
@@ -53,13 +51,16 @@ def tasks(strategy) -> list:
 def is_shared(model) -> bool:
     """Whether a model's weights lie on devices of several processes."""
     if keras.backend.backend() != "jax":
-        return strategy_over(model) is not None
-    values = (v.value for v in model.variables if not calls.lies_outside(v))
+        return worker_strategy(model) is not None
+    values = (v.value for v in model.variables if not calls.is_emptied(v))
     return any(not calls.is_traced(x) and not x.is_fully_addressable for x in values)
 
 
 def process_index(strategy) -> int:
-    """The number of this process. strategy: On TensorFlow; None on JAX."""
+    """Returns the number of this process.
+
+    strategy: The strategy on TensorFlow; None on JAX.
+    """
     if strategy is None:
         return probes.module("jax").process_index()
     resolver = strategy.cluster_resolver
@@ -68,7 +69,7 @@ def process_index(strategy) -> int:
 
 def is_writer(model) -> bool:
     """Whether this process writes the files of a model."""
-    return not is_shared(model) or process_index(strategy_over(model)) == 0
+    return not is_shared(model) or process_index(worker_strategy(model)) == 0
 
 
 def exchange(message, seconds, strategy=None) -> list:
@@ -82,11 +83,11 @@ def exchange(message, seconds, strategy=None) -> list:
     text, process = json.dumps(message), process_index(strategy)
     try:
         if strategy is None:
-            found = published(text, process, seconds)
+            texts = publish(text, process, seconds)
         else:
             codes = [*text.encode(), ord("\n")]
-            codes = gathered(np.array(codes, "int32"), strategy, seconds)
-            found = bytes(codes.tolist()).decode().splitlines()
+            codes = gather(np.array(codes, "int32"), strategy, seconds)
+            texts = bytes(codes.tolist()).decode().splitlines()
     except timeout_error(strategy) as error:
         raise RuntimeError(
             f"Process {process} has waited up to {seconds} seconds for the others, or "
@@ -94,69 +95,70 @@ def exchange(message, seconds, strategy=None) -> list:
             "all of them have to make each call of keras_lora, in the same order. "
             "Nothing was changed."
         ) from error
-    return [json.loads(each) for each in found]
+    return [json.loads(each) for each in texts]
 
 
 def timeout_error(strategy):
-    """The class that a backend raises if the other processes do not call in time."""
+    """Returns the error class for processes that do not call in time."""
     if strategy is None:
         return probes.module("jax").errors.JaxRuntimeError
     return probes.module("tensorflow").errors.OpError
 
 
-def published(text, process, seconds) -> list:
-    """The texts of all processes of JAX.
+def publish(text, process, seconds) -> list:
+    """Returns the texts of all JAX processes, in their order.
 
-    Not by a collective of devices, which may wait for ever for a missing process.
+    They go through the coordinator. A collective of devices might wait for ever for a
+    missing process.
     """
     probes.require(private_names.PROCESSES)
     client = probes.module("jax._src.distributed").global_state.client
-    meeting = f"keras_lora/{Meetings.count}"
-    key = f"{meeting}/{process:08}"
+    name = f"keras_lora/{EXCHANGES.count}"
+    key = f"{name}/{process:08}"
     client.key_value_set(key, text)
     try:
-        client.wait_at_barrier(meeting, round(1000 * seconds))
+        client.wait_at_barrier(name, round(1000 * seconds))
     except timeout_error(None):
         client.key_value_delete(key)  # so that the exchange can be repeated
         raise
-    Meetings.count += 1
-    texts = dict(client.key_value_dir_get(f"{meeting}/"))
+    EXCHANGES.count += 1
+    texts = dict(client.key_value_dir_get(f"{name}/"))
     return [texts[key] for key in sorted(texts)]
 
 
-def gathered(values, strategy, seconds):
-    """Arrays of all processes of TensorFlow, one after the other along the first axis.
+def gather(values, strategy, seconds):
+    """Joins the arrays of all TensorFlow processes along the first axis.
 
-    After a timeout the process cannot train with the others any more.
+    After a timeout, this process cannot train with the others any more.
     """
     tf = probes.module("tensorflow")
     options = tf.distribute.experimental.CommunicationOptions(timeout_seconds=seconds)
 
-    def gather():
+    def gather_on_replica():
         context, own = tf.distribute.get_replica_context(), tf.constant(values)
         if context.replica_id_in_sync_group % replicas:
             own = own[:0]  # only the first device of a process contributes
         return context.all_gather(own, axis=0, options=options)
 
     replicas = strategy.num_replicas_in_sync // len(tasks(strategy))
-    found = strategy.experimental_local_results(strategy.run(gather))
-    return found[0].numpy()
+    gathered = strategy.experimental_local_results(strategy.run(gather_on_replica))
+    return gathered[0].numpy()
 
 
-def summed(values, model):
+def sum_over_processes(values, model):
     """Sums an array over all processes of TensorFlow that hold a model."""
-    strategy = strategy_over(model)
-    return gathered(values[None], strategy, MEETING_SECONDS).sum(axis=0)
+    strategy = worker_strategy(model)
+    return gather(values[None], strategy, BARRIER_SECONDS).sum(axis=0)
 
 
-def meet(model):
+def barrier(model):
     """Raises RuntimeError unless all processes that hold a model make this call."""
-    layers.checked_model(model)
+    layers.validate_model(model)
     if is_shared(model):
-        exchange(None, MEETING_SECONDS, strategy_over(model))
+        exchange(None, BARRIER_SECONDS, worker_strategy(model))
 
 
-def on_all(model, function, identity=None, differ=""):
+def run_on_all(model, function, identity=None, differ=""):
     """Returns function(); if it raises on one process, it raises on all.
 
     Args:
@@ -179,7 +181,7 @@ def on_all(model, function, identity=None, differ=""):
         "text": str(error),
         "identity": identity(result) if identity and error is None else None,
     }
-    messages = exchange(message, WORKING_SECONDS, strategy_over(model))
+    messages = exchange(message, WORKING_SECONDS, worker_strategy(model))
     if error is not None:
         raise error
     for process, other in enumerate(messages):
@@ -191,19 +193,20 @@ def on_all(model, function, identity=None, differ=""):
             )
     known: dict = {}
     for other in messages:
-        found = other["identity"]
-        for key, text in (found if isinstance(found, dict) else {"": found}).items():
+        texts = other["identity"]
+        texts = texts if isinstance(texts, dict) else {"": texts}
+        for key, text in texts.items():
             if known.setdefault(key, text) != text:
                 raise ValueError(f"{differ} Nothing was changed on any process.")
     return result
 
 
 def in_step(model, items, identity, differ):
-    """Yields this process's items.
+    """Yields this process's items, while all processes yield theirs.
 
-    All processes raise if the numbers of items, or the identities of two, differ.
+    All of them raise if their numbers of items differ, or the identities of items.
 
-    model, identity, differ: As in `on_all`, for each item.
+    model, identity, differ: As in `run_on_all`, for each item.
     """
     items, end = iter(items), object()
 
@@ -211,7 +214,7 @@ def in_step(model, items, identity, differ):
         return {"more": "no"} if item is end else {"more": "yes", **identity(item)}
 
     while True:
-        item = on_all(model, lambda: next(items, end), item_identity, differ)
+        item = run_on_all(model, lambda: next(items, end), item_identity, differ)
         if item is end:
             return
         yield item

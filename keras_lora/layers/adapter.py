@@ -10,9 +10,9 @@ from keras import ops
 from keras_lora.keras_internals import hidden_state
 from keras_lora.keras_internals.hidden_state import HiddenVariable
 from keras_lora.keras_internals.layers import Place
-from keras_lora.layers import merged_training, rematerialized
+from keras_lora.layers import merged_training, rematerialized, settings
 from keras_lora.layers.saved_values import AdapterFiles
-from keras_lora.layers.settings import Settings, checked_dropout
+from keras_lora.layers.settings import Settings
 
 
 @keras.saving.register_keras_serializable(package="keras_lora")
@@ -81,7 +81,7 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
         super().__init__(**kwargs)
         self.has_start = bool(frozen_start)
         self.settings = Settings(rank, alpha, use_rslora)
-        self.dropout = checked_dropout(dropout)
+        self.dropout = settings.validate_dropout(dropout)
         self.a_initializer = keras.initializers.get(a_initializer)
         self.b_initializer = keras.initializers.get(b_initializer)
         self.seed_generator = None
@@ -121,8 +121,8 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
 
     def factor_axes(self, form, axes) -> dict:
         """Maps the names of factors to their axes in the layout of W."""
-        found = form.factor_axes(axes)
-        return found | {f"{name}_start": own for name, own in found.items()}
+        by_name = form.factor_axes(axes)
+        return by_name | {f"{name}_start": own for name, own in by_name.items()}
 
     def start_from_kernel(self):
         """Resets values that start from W, after W was assigned; LoRA has none."""
@@ -142,7 +142,7 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
     @property
     def variables(self):
         hidden = [self._scaling.variable, getattr(self.stand_in, "kernel", None)]
-        return [*super().variables, *hidden_state.passed_by_jax(hidden)]
+        return [*super().variables, *hidden_state.variables_for_jax(hidden)]
 
     def named_factors(self) -> dict:
         """Name -> variable, for files, reports and checks."""
@@ -200,7 +200,7 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
         a, b = self.factors(dtype)
         if training and merged_training.merging_pays(host, self, inputs):
             return merged_training.linear_with_update(host, inputs, a, b)
-        dropped = self.dropped(inputs) if training else inputs
+        dropped = self.apply_dropout(inputs) if training else inputs
         outputs = ops.cast(host.frozen_linear(inputs), dtype)
         # Not ops.add, which on TensorFlow mistakes an empty batch for a bias.
         return outputs + ops.cast(host.form.bypass(dropped, a, b), dtype)
@@ -216,7 +216,7 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
             raise ValueError(f"{type(self).__name__} cannot be used in an AdapterBank.")
         return (*self.factors(self.variable_dtype), None)
 
-    def dropped(self, inputs):
+    def apply_dropout(self, inputs):
         """Dropout on the adapter's inputs."""
         if self.seed_generator is None:
             return inputs

@@ -90,25 +90,25 @@ def refusing_foreign_keywords(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        check_keywords(function, kwargs)
+        validate_keywords(function, kwargs)
         return function(*args, **kwargs)
 
     return call
 
 
-def check_keywords(function, kwargs):
+def validate_keywords(function, kwargs):
     """Raises for an unknown keyword, with the right or similar ones."""
     refuse_foreign_keywords(function.__name__, kwargs, MODEL_KEYWORDS)
-    own = inspect.signature(function).parameters
-    for keyword in kwargs.keys() - own.keys():
-        close = difflib.get_close_matches(keyword, own, n=3)
+    parameters = inspect.signature(function).parameters
+    for keyword in kwargs.keys() - parameters.keys():
+        close = difflib.get_close_matches(keyword, parameters, n=3)
         hint = f"Did you mean {' or '.join(close)}?" if close else ""
         raise TypeError(f"{function.__name__} has no `{keyword}`. {hint}".strip())
 
 
 def with_defaults(function, *args, **kwargs) -> dict:
     """Returns all arguments of a call by name, with defaults."""
-    check_keywords(function, kwargs)
+    validate_keywords(function, kwargs)
     bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
     return bound.arguments
@@ -141,8 +141,8 @@ def full_signature(cls, mixin):
     ]
     parameters = {"lora_rank": None, "lora_alpha": None}  # Keras's own, refused here
     for constructor in constructors:
-        _, *found = inspect.signature(constructor).parameters.values()
-        for parameter in found:
+        _, *own_parameters = inspect.signature(constructor).parameters.values()
+        for parameter in own_parameters:
             if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                 parameters.setdefault(parameter.name, parameter)
     shown, optional = [], False
@@ -152,5 +152,5 @@ def full_signature(cls, mixin):
             parameter = parameter.replace(kind=parameter.KEYWORD_ONLY)
         optional |= not required
         shown.append(parameter)
-    rest = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
-    return inspect.Signature([*sorted(shown, key=lambda p: p.kind), rest])
+    keywords = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
+    return inspect.Signature([*sorted(shown, key=lambda p: p.kind), keywords])

@@ -19,7 +19,7 @@ class LoRAConv(LoRALayer):
 
     def __init__(self, *args, factorization: str = "standard", **kwargs):
         super().__init__(*args, **kwargs)
-        self.factorization = loralib.checked_factorization(factorization)
+        self.factorization = loralib.validate_factorization(factorization)
 
     def linear(self, inputs, kernel):
         padding = self.padding
@@ -67,7 +67,7 @@ class LoRAConv(LoRALayer):
     def read_loralib(cls, layer, a, b, rank, mask, module):
         if getattr(layer, "factorization", None) == "loralib":
             return a, b
-        return loralib.standard_convolution(layer, a, b, rank, module)
+        return loralib.convert_convolution(layer, a, b, rank, module)
 
     def get_config(self):
         return {**super().get_config(), "factorization": self.factorization}

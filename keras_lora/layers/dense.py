@@ -58,4 +58,4 @@ class LoRADense(LoRALayer, keras.layers.Dense):
 
     @classmethod
     def read_loralib(cls, layer, a, b, rank, mask, module):
-        return loralib.merged_linear(layer, a, b, rank, mask, module)
+        return loralib.convert_merged_linear(layer, a, b, rank, mask, module)

@@ -92,10 +92,10 @@ class DoRAAdapter(DoRAFiles, LowRankAdapter):
         with_a = ops.einsum(f"{of_a}X,{of_a}Y->{batch}XY", a, a)
         with_a = ops.einsum(f"{batch}XY,{of_b}->{batch}X{new}", with_a, b)
         with_kernel = ops.einsum(f"{of_a}Y,{axes}->{of_b}", a, kernel)
-        more = ops.sum(b * (2 * with_kernel + with_a), axis=len(batch))
-        more = ops.transpose(more, [(batch + new).index(axis) for axis in others])
+        update = ops.sum(b * (2 * with_kernel + with_a), axis=len(batch))
+        update = ops.transpose(update, [(batch + new).index(axis) for axis in others])
         squares = ops.sum(ops.square(kernel), axis=form.input_axes)
-        return ops.sqrt(ops.maximum(squares + more, 0))
+        return ops.sqrt(ops.maximum(squares + update, 0))
 
     def gain(self, kernel):
         """m / n for each output; 1 where there is no length, and in `disabled()`."""
@@ -139,11 +139,11 @@ class DoRAAdapter(DoRAFiles, LowRankAdapter):
         if not training or self.dropout == 0:
             outputs = super().low_rank_outputs(host, inputs, training)
             return ops.cast(self.times(outputs, gain), outputs.dtype)
-        dropped = self.dropped(inputs)  # once: one mask for both terms
+        dropped = self.apply_dropout(inputs)  # once: one mask for both terms
         bypass = host.form.bypass(dropped, *self.factors(host.compute_dtype))
-        more = self.times(host.frozen_linear(dropped), gain - 1)
-        more = ops.add(more, self.times(bypass, gain))
-        return ops.add(host.frozen_linear(inputs), ops.cast(more, bypass.dtype))
+        update = self.times(host.frozen_linear(dropped), gain - 1)
+        update = ops.add(update, self.times(bypass, gain))
+        return ops.add(host.frozen_linear(inputs), ops.cast(update, bypass.dtype))
 
     def for_bank(self):
         return (*self.factors(self.variable_dtype), self.gain(self.read_kernel()))
@@ -155,10 +155,8 @@ class DoRAAdapter(DoRAFiles, LowRankAdapter):
     # What is kept.
 
     def to_file(self, suffixes):
-        magnitude, adapted = (
-            torch_layout.to_numpy(self.magnitude),
-            self.form.adapted_outputs,
-        )
+        magnitude = torch_layout.to_numpy(self.magnitude)
+        adapted = self.form.adapted_outputs
         if adapted is not None:
             norm = self.own_norm()
             norm[adapted] = magnitude

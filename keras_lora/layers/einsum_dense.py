@@ -83,10 +83,10 @@ class SplitEquation(NamedTuple):
     def over_kernel(self, value, sizes):
         """Reshapes a value laid out like the outputs so that it can multiply W."""
         size = dict(zip(self.kernel, sizes, strict=True))
-        found = [axis for axis in self.outputs if axis in self.kernel]
-        value = ops.reshape(value, [size[axis] for axis in found])
-        own = [axis for axis in self.kernel if axis in found]
-        value = ops.transpose(value, [found.index(axis) for axis in own])
+        axes = [axis for axis in self.outputs if axis in self.kernel]
+        value = ops.reshape(value, [size[axis] for axis in axes])
+        order = [axes.index(axis) for axis in self.kernel if axis in axes]
+        value = ops.transpose(value, order)
         for place in sorted(self.axes(self.contracted)):
             value = ops.expand_dims(value, place)
         return value

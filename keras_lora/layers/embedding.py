@@ -59,14 +59,14 @@ class LoRAEmbedding(LoRALayer, keras.layers.Embedding):
 
     def quantized_linear(self, inputs):
         if quantized_host.in_artefact():
-            return classes.twin(self, self.plain_class, {}).quantized_call(inputs)
+            return classes.view_with(self, self.plain_class, {}).quantized_call(inputs)
         ids = ops.reshape(ops.cast(inputs, "int32"), (-1,))
         rows = {
             name: ops.take(variable, ids, axis=0)
             for name, variable in layers.kernel_variables(self).items()
             if name.strip("_").startswith(self.kernel_name)
         }
-        plain = classes.twin(self, self.plain_class, rows)
+        plain = classes.view_with(self, self.plain_class, rows)
         outputs = plain.quantized_call(ops.arange(ops.shape(ids)[0]))
         shape = (*ops.shape(inputs), self.output_dim)
         return ops.stop_gradient(ops.reshape(outputs, shape))

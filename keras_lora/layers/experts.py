@@ -86,11 +86,11 @@ class Stack(products.AdaptedWeight):
             outputs = ops.matmul(inputs, kernel)
         else:
             outputs = ops.einsum(equation, inputs, kernel)
-        more = ops.einsum(up, ops.einsum(down, inputs, a), b)
-        return outputs + ops.cast(more, outputs.dtype)
+        low_rank = ops.einsum(up, ops.einsum(down, inputs, a), b)
+        return outputs + ops.cast(low_rank, outputs.dtype)
 
 
-def split(equation):
+def split_equation(equation):
     """Splits an equation into the axes of inputs, kernel and outputs."""
     operands, _, outputs = equation.replace(" ", "").partition("->")
     inputs, _, kernel = operands.partition(",")
@@ -102,7 +102,7 @@ def low_rank_equations(equation):
 
     None unless it sums over exactly the second of the kernel's three axes.
     """
-    inputs, kernel, outputs = split(equation)
+    inputs, kernel, outputs = split_equation(equation)
     if len(kernel) != 3 or "." in kernel:
         return None
     stack, rows, columns = kernel
@@ -123,7 +123,7 @@ def low_rank_equations(equation):
 
 def is_matmul(equation):
     """Whether a product with a stack equals `matmul`."""
-    inputs, (stack, rows, columns), outputs = split(equation)
+    inputs, (stack, rows, columns), outputs = split_equation(equation)
     return len(outputs) == 3 and (
         outputs == f"{stack}{outputs[1]}{columns}"
         and inputs in (f"{outputs[1]}{rows}", f"{stack}{outputs[1]}{rows}")

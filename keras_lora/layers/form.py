@@ -33,10 +33,10 @@ def unchanged(a, b):
     return a, b
 
 
-def padded(value, shape):
+def pad(value, shape):
     """Pads a value with zeros at the ends of its axes."""
-    more = [(0, size - own) for size, own in zip(shape, value.shape, strict=True)]
-    return ops.pad(value, more)
+    widths = [(0, new - old) for new, old in zip(shape, value.shape, strict=True)]
+    return ops.pad(value, widths)
 
 
 def merging_size(kernel_size, inputs, outputs):
@@ -154,16 +154,16 @@ class LowRankForm:
     def bypass_by_row(self, inputs, a, b, slots, training=False):
         """`bypass` in which row i uses a[slots[i]] and b[slots[i]]."""
         if self.down_by_row is None:
-            return mapped_by_row(self.bypass, inputs, a, b, slots, training)
+            return map_by_row(self.bypass, inputs, a, b, slots, training)
         return self.up_by_row(self.down_by_row(inputs, a, slots), b, slots)
 
-    def widened(self, a, b, rank, wider):
+    def widen(self, a, b, rank, wider):
         """Pads A and B with zeros to the shapes of a form of a higher rank."""
         parts = (self.file_rank or rank) // rank  # updates side by side in A
         lead, wide = list(a.shape[:-1]), list(wider.a_shape[:-1])
         a = ops.reshape(a, (*lead, parts, a.shape[-1] // parts))
-        a = padded(a, (*wide, parts, wider.a_shape[-1] // parts))
-        return ops.reshape(a, wider.a_shape), padded(b, wider.b_shape)
+        a = pad(a, (*wide, parts, wider.a_shape[-1] // parts))
+        return ops.reshape(a, wider.a_shape), pad(b, wider.b_shape)
 
     def is_product(self, sizes):
         """Whether the update of a kernel of these sizes is A @ spread(B)."""
@@ -238,9 +238,9 @@ def matmul_by_row(inputs, stack, slots, transpose=False):
         factors = ops.transpose(factors, (0, 2, 1))
     if len(inputs.shape) == 3:
         return ops.matmul(inputs, factors)
-    rows, *others, size = ops.shape(inputs)
-    outputs = ops.matmul(ops.reshape(inputs, (rows, math.prod(others), size)), factors)
-    return ops.reshape(outputs, (rows, *others, factors.shape[-1]))
+    rows, *lead, size = ops.shape(inputs)
+    outputs = ops.matmul(ops.reshape(inputs, (rows, math.prod(lead), size)), factors)
+    return ops.reshape(outputs, (rows, *lead, factors.shape[-1]))
 
 
 def take_by_row(ids, stack, slots):
@@ -257,12 +257,12 @@ def take_by_row(ids, stack, slots):
 
 def einsum_by_row(equation, row, inputs, stack, slots):
     """einsum(equation, inputs[i], stack[slots[i]]); row: the letter of axis i."""
-    operand, _, rest = equation.partition(",")
+    operand, _, remainder = equation.partition(",")
     factors = ops.cast(ops.take(stack, slots, axis=0), inputs.dtype)
-    return ops.einsum(f"{operand},{row}{rest}", inputs, factors)
+    return ops.einsum(f"{operand},{row}{remainder}", inputs, factors)
 
 
-def mapped_by_row(bypass, inputs, a, b, slots, training=False):
+def map_by_row(bypass, inputs, a, b, slots, training=False):
     """The bypass of any kind, row by row."""
     a, b = (ops.take(stack, slots, axis=0) for stack in (a, b))
     if "int" not in str(inputs.dtype):

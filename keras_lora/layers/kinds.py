@@ -1,5 +1,6 @@
 """The table of kinds: layer class -> LoRA class."""
 
+import collections
 import functools
 from collections.abc import Mapping
 
@@ -99,7 +100,7 @@ def register_lora_layer(lora_class: type, weights: Mapping | None = None) -> typ
                 "With `weights`, register_lora_layer takes a layer class. Received: "
                 f"{lora_class!r}."
             )
-        AXES[lora_class] = {w: checked_axes(w, axes) for w, axes in weights.items()}
+        AXES[lora_class] = {w: validate_axes(w, axes) for w, axes in weights.items()}
         substituted_class.cache_clear()
         return lora_class
     plain_class = getattr(lora_class, "plain_class", None)
@@ -113,19 +114,19 @@ def register_lora_layer(lora_class: type, weights: Mapping | None = None) -> typ
     return lora_class
 
 
-def checked_axes(weight, axes) -> Axes:
+def validate_axes(weight, axes) -> Axes:
     """Checks the axes that a user gives for a weight."""
     named = dict(axes) if isinstance(axes, Mapping) else {"input_axes": axes}
-    found = [tuple(named.pop(name, ())) for name in ("input_axes", "batch_axes")]
-    every = [axis for own in found for axis in own]
+    groups = [tuple(named.pop(name, ())) for name in ("input_axes", "batch_axes")]
+    every = [axis for group in groups for axis in group]
     whole = all(type(axis) is int and axis >= 0 for axis in every)
-    if named or not found[0] or not whole or len(set(every)) < len(every):
+    if named or not groups[0] or not whole or len(set(every)) < len(every):
         raise ValueError(
             f"The axes of {weight!r} must be a tuple of the axes of its inputs, or a "
             "dict of `input_axes` and `batch_axes`: different whole numbers >= 0. "
             f"Received: {axes!r}."
         )
-    return Axes(*found)
+    return Axes(*groups)
 
 
 def kind_of(layer):
@@ -171,19 +172,19 @@ def substituted_class(cls, weight):
         "plain_class": cls,
         "kernel_name": weight,
         "adapted_weights": (),
-        "weight_axes": {name: own for each in axes for name, own in each.items()},
+        "weight_axes": dict(collections.ChainMap(*reversed(axes))),
         "constructs": False,
     }
     return type(f"LoRA{cls.__name__}", (mixin, cls), attributes)
 
 
-def adapting_class(layer):
+def class_with_adapter(layer):
     """The LoRA class that a layer gets with an adapter; None without such a weight."""
     if isinstance(layer, LoRALayer):
         return type(layer)
-    found = lora_class_of(type(layer))
-    if found is not None or isinstance(layer, (keras.Model, LowRankAdapter)):
-        return found
+    lora_class = lora_class_of(type(layer))
+    if lora_class is not None or isinstance(layer, (keras.Model, LowRankAdapter)):
+        return lora_class
     names = list(layers.weight_places(layer))
     if not names:
         return None
@@ -195,18 +196,18 @@ def sites_of(layer) -> dict:
 
     A layer with one kernel is its own site, also while it is plain.
     """
-    kind = adapting_class(layer)
+    kind = class_with_adapter(layer)
     if kind is None:
         return {}
     if kind.kernel_name is None:
-        own, places = {}, kind.places_of(layer)
+        itself, places = {}, kind.places_of(layer)
     else:
-        own, places = {kind.kernel_name: layer}, {}
+        itself, places = {kind.kernel_name: layer}, {}
         if kind.more_weights:
-            found = layers.weight_places(layer)
-            places = {w: found[w] for w in kind.more_weights if w in found}
+            all_places = layers.weight_places(layer)
+            places = {w: all_places[w] for w in kind.more_weights if w in all_places}
     sites = {w: WeightSite(layer, w, keys, kind) for w, keys in places.items()}
-    return own | sites
+    return itself | sites
 
 
 def layer_of(site):
@@ -215,26 +216,16 @@ def layer_of(site):
 
 
 def wraps(layer) -> tuple:
-    """The layers that a wrapper of Keras runs: a rule for it means them."""
+    """Returns the layers that a wrapper of Keras runs, which a rule for it means."""
     if isinstance(layer, keras.layers.Bidirectional):
         return layer.forward_layer, layer.backward_layer
     return (layer.layer,) if isinstance(layer, keras.layers.TimeDistributed) else ()
-
-
-def takes_dropout(site):
-    """Whether an adapter at a site has its own inputs, to which dropout can apply."""
-    return as_site(site).takes_dropout
 
 
 def looks_up(site):
     """Whether a layer picks rows of its kernel by ids."""
     is_table = not isinstance(site, WeightSite)  # not an untied head
     return is_table and issubclass(kind_of(site), LoRAEmbedding)
-
-
-def in_all_linear(site):
-    """Whether the target "all-linear" means a site."""
-    return as_site(site).in_all_linear
 
 
 def out_of_reach(layer) -> dict:
@@ -245,7 +236,7 @@ def out_of_reach(layer) -> dict:
             "it belongs to the model itself, and only weights of layers can have "
             "adapters.",
         )
-    lora_class = adapting_class(layer)
+    lora_class = class_with_adapter(layer)
     if lora_class is None or issubclass(lora_class, SubstitutedLayer):
         return {}
     kernel = lora_class.kernel_name
@@ -274,7 +265,7 @@ def obstacle(site):
                 site.lora_layer(), f"{site.weight_name}_constraint", constraint
             )
         else:
-            adapting_class(site).check_host(site)
+            class_with_adapter(site).check_host(site)
     except ValueError as error:
         return str(error)
     return None
@@ -284,7 +275,7 @@ def as_site(site):
     """Returns a plain layer seen as a site; a site is returned unchanged."""
     if isinstance(site, Site):
         return site
-    return classes.seen_as(site, adapting_class(site) or kind_of(site))
+    return classes.view_as(site, class_with_adapter(site) or kind_of(site))
 
 
 def form_of(site, rank):

@@ -23,7 +23,7 @@ from keras_lora.layers.site import (
     Site,
     refuse_constraint,
     refuse_keras_adapter,
-    watched,
+    watch_kernel,
 )
 
 
@@ -70,7 +70,7 @@ class LoRALayer(Rematerialized, QuantizedHost, Site):
             cls.__signature__ = arguments.full_signature(cls, LoRALayer)
             kernel = getattr(cls.plain_class, cls.kernel_name or "", None)
             if isinstance(kernel, property):
-                setattr(cls, cls.kernel_name, watched(kernel))
+                setattr(cls, cls.kernel_name, watch_kernel(kernel))
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class LoRALayer(Rematerialized, QuantizedHost, Site):
             kwargs["name"] = arguments.default_name(type(self))
         super().__init__(*args, **kwargs)
         self.merge_weights = bool(merge_weights)
-        if settings.checked_rank(rank, lowest=0):
+        if settings.validate_rank(rank, lowest=0):
             self.check_host(self)
             options = {
                 "rank": rank,
@@ -184,7 +184,7 @@ class LoRALayer(Rematerialized, QuantizedHost, Site):
     def base_kernel(self, dtype):
         """W as a value."""
         if self.is_quantized:
-            return self.dequantized(dtype)
+            return self.dequantized_kernel(dtype)
         return super().base_kernel(dtype)
 
     def frozen_linear(self, inputs):
@@ -224,7 +224,7 @@ class LoRALayer(Rematerialized, QuantizedHost, Site):
         self.attach_adapter(methods.make_adapter(options, self.variable_dtype))
 
     def refuse_dropout(self, options):
-        if settings.checked_dropout(options["dropout"]) > 0 and not self.takes_dropout:
+        if settings.validate_dropout(options["dropout"]) > 0 and not self.takes_dropout:
             raise ValueError(
                 f"`dropout` must be 0 for {type(self).__name__}: the adapter has no "
                 f"inputs that could be dropped. Received: dropout={options['dropout']}."
@@ -245,12 +245,15 @@ class LoRALayer(Rematerialized, QuantizedHost, Site):
                 variable.trainable = False
 
     def call(self, inputs, training=None):
-        return self.adapted_call(inputs, training)
+        return self.call_with_adapter(inputs, training)
 
-    def adapted_call(self, inputs, training, **options):
-        """options: further arguments of the Keras layer's own call."""
+    def call_with_adapter(self, inputs, training, **options):
+        """Calls the layer with its adapter or stand-in.
+
+        options: Further arguments of the Keras layer's own call.
+        """
         if hasattr(inputs, "with_flat_values"):  # TensorFlow's ragged tensors
-            values = self.adapted_call(inputs.flat_values, training, **options)
+            values = self.call_with_adapter(inputs.flat_values, training, **options)
             return inputs.with_flat_values(values)
         host = None if self.lora is None else self.host(**options)
         if host is None:
@@ -259,8 +262,8 @@ class LoRALayer(Rematerialized, QuantizedHost, Site):
         if calls.is_traced(training):
             return ops.cond(
                 training,
-                lambda: self.adapted_call(inputs, True, **options),
-                lambda: self.adapted_call(inputs, False, **options),
+                lambda: self.call_with_adapter(inputs, True, **options),
+                lambda: self.call_with_adapter(inputs, False, **options),
             )
         strategy = self.lora.stand_in or self.lora
         return host.finish(strategy.outputs(host, inputs, training))
@@ -343,10 +346,10 @@ class LoRALayer(Rematerialized, QuantizedHost, Site):
         sites = [site for site in self.sites().values() if site.lora.kernel_place]
         moved = {id(site.frozen_kernel) for site in sites}
         moved |= {id(v) for lora in self.loras.values() for v in lora.weights}
-        found = [v for v in self.weights if id(v) not in moved]
+        variables = [v for v in self.weights if id(v) not in moved]
         for site in reversed(sites):  # in the reverse order of freezing
-            found.insert(site.lora.kernel_place.position, site.frozen_kernel)
-        return found
+            variables.insert(site.lora.kernel_place.position, site.frozen_kernel)
+        return variables
 
 
 def has_adapters(layer):

@@ -9,7 +9,7 @@ from keras_lora.layers import form
 from keras_lora.layers.form import LowRankForm
 
 
-def checked_factorization(factorization):
+def validate_factorization(factorization):
     if factorization not in ("standard", "loralib"):
         raise ValueError(
             '`factorization` must be "standard" (a convolution to rank channels, then '
@@ -22,7 +22,7 @@ def checked_factorization(factorization):
 def loralib_convolution(layer, rank):
     """The form of a convolution with microsoft/LoRA's factors."""
     *kernel_size, group_channels, filters = layer.kernel_shape
-    last, others = kernel_size[-1], math.prod(kernel_size[:-1])
+    last, other_sizes = kernel_size[-1], math.prod(kernel_size[:-1])
     channels = group_channels * layer.groups
 
     def compose(a, b):
@@ -34,7 +34,7 @@ def loralib_convolution(layer, rank):
 
     return LowRankForm(
         a_shape=(rank * last, channels * last),
-        b_shape=(filters // layer.groups * others, rank * last),
+        b_shape=(filters // layer.groups * other_sizes, rank * last),
         fan_in=channels * last,
         compose=compose,
         # The reshape mixes channels with positions, so the kernel has to be formed.
@@ -48,7 +48,7 @@ def loralib_convolution(layer, rank):
     )
 
 
-def standard_convolution(layer, a, b, rank, module):
+def convert_convolution(layer, a, b, rank, module):
     """Converts loralib's factors to a convolution of rank r * prod(k) and a 1x1.
 
     delta[f] = (B @ A)[f*m : (f+1)*m] in a row, m = prod(k[:-1]): with m copies of A
@@ -59,8 +59,8 @@ def standard_convolution(layer, a, b, rank, module):
             f"The convolution of {module!r} has groups: loralib's factors fit it with "
             "factorization='loralib' only."
         )
-    *others, last = layer.kernel_size
-    copies, channels = math.prod(others), layer.kernel.shape[-2]
+    *other_sizes, last = layer.kernel_size
+    copies, channels = math.prod(other_sizes), layer.kernel.shape[-2]
     expected = (rank * last, channels * last), (layer.filters * copies, rank * last)
     if (a.shape, b.shape) != expected:
         raise ValueError(
@@ -73,7 +73,7 @@ def standard_convolution(layer, a, b, rank, module):
     return a, b.reshape(*b.shape, *[1] * len(layer.kernel_size))
 
 
-def checked_mask(enable_lora, units):
+def validate_mask(enable_lora, units):
     mask = tuple(enable_lora) if isinstance(enable_lora, (list, tuple)) else ()
     if not mask or not all(isinstance(enabled, (bool, np.bool_)) for enabled in mask):
         raise ValueError(
@@ -93,7 +93,7 @@ def checked_mask(enable_lora, units):
     return tuple(bool(enabled) for enabled in mask)
 
 
-def merged_linear(layer, a, b, rank, mask, module):
+def convert_merged_linear(layer, a, b, rank, mask, module):
     """Converts loralib's factors of a MergedLinear or Linear to one linear module.
 
     Its rank is G * r: A is unchanged, B is in blocks.
@@ -106,7 +106,7 @@ def merged_linear(layer, a, b, rank, mask, module):
         )
     if groups == 1 and len(b) == layer.units:
         return a, b  # of a Linear
-    mask = checked_mask(mask or (True,) * groups, layer.units)
+    mask = validate_mask(mask or (True,) * groups, layer.units)
     size = layer.units // len(mask)
     if sum(mask) != groups or len(b) != groups * size:
         raise ValueError(

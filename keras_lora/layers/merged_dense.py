@@ -47,7 +47,7 @@ class LoRAMergedDense(LoRALayer, keras.layers.Dense):
 
     def __init__(self, units, *args, enable_lora: tuple = (True,), **kwargs):
         super().__init__(units, *args, **kwargs)
-        self.adapted_slices = loralib.checked_mask(enable_lora, units)
+        self.adapted_slices = loralib.validate_mask(enable_lora, units)
 
     def linear(self, inputs, kernel):
         return ops.matmul(inputs, kernel)
@@ -76,7 +76,7 @@ class LoRAMergedDense(LoRALayer, keras.layers.Dense):
             ),
             up_by_row=self._up_by_row,
             to_file=lambda a, b: (a.T, ops.convert_to_numpy(self.spread(b)).T),
-            from_file=lambda a, b: gathered(self, a.T, b.T),
+            from_file=lambda a, b: gather_blocks(self, a.T, b.T),
             file_rank=adapted * rank,
             one_rank=False,
         )
@@ -93,40 +93,42 @@ class LoRAMergedDense(LoRALayer, keras.layers.Dense):
 
     @classmethod
     def read_loralib(cls, layer, a, b, rank, mask, module):
-        return loralib.merged_linear(layer, a, b, rank, layer.adapted_slices, module)
+        return loralib.convert_merged_linear(
+            layer, a, b, rank, layer.adapted_slices, module
+        )
 
     def get_config(self):
         return {**super().get_config(), "enable_lora": list(self.adapted_slices)}
 
 
-def gathered(layer, a, blocks):
+def gather_blocks(layer, a, blocks):
     """Returns A and B of a layer from A and B in block form, in any order of ranks.
 
     Each row of the block form must be zero outside of one adapted slice.
     """
     groups, rank, size = layer.lora.b.shape
-    slots = list(np.flatnonzero(layer.adapted_slices))
+    adapted = list(np.flatnonzero(layer.adapted_slices))
     parts = blocks.reshape(groups * rank, -1, size)
-    rows = [[] for _ in slots]
+    rows = [[] for _ in adapted]
     zero_rows = []
     for row, used in enumerate(parts.any(axis=2)):
-        slot = np.flatnonzero(used)
-        if len(slot) == 0:
+        numbers = np.flatnonzero(used)
+        if len(numbers) == 0:
             zero_rows.append(row)
-        elif len(slot) == 1 and slot[0] in slots:
-            rows[slots.index(slot[0])].append(row)
+        elif len(numbers) == 1 and numbers[0] in adapted:
+            rows[adapted.index(numbers[0])].append(row)
         else:
             rows[0] += range(rank + 1)  # too many, which raises below
-    if any(len(own) > rank for own in rows):
+    if any(len(row_numbers) > rank for row_numbers in rows):
         raise ValueError(
             "B is not zero outside the blocks of the adapted slices "
             f"{layer.adapted_slices}: it is another layer's adapter."
         )
     for row in zero_rows:  # in their own block, if it has room
-        own = rows[row // rank]
-        if len(own) == rank:
-            own = next(other for other in rows if len(other) < rank)
-        own.append(row)
-    order = [row for own in rows for row in sorted(own)]
-    b = [parts[own, slot] for own, slot in zip(map(sorted, rows), slots, strict=True)]
-    return a[:, order], np.stack(b)
+        row_numbers = rows[row // rank]
+        if len(row_numbers) == rank:
+            row_numbers = next(other for other in rows if len(other) < rank)
+        row_numbers.append(row)
+    order = [row for row_numbers in rows for row in sorted(row_numbers)]
+    pairs = zip(map(sorted, rows), adapted, strict=True)
+    return a[:, order], np.stack([parts[pair] for pair in pairs])

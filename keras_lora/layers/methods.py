@@ -19,8 +19,8 @@ register_method(TokenRows)
 
 def take_method(keywords) -> dict:
     """Removes the keyword of a method from a constructor's, and returns it."""
-    given = {word: keywords.pop(word, False) for word in torch_layout.METHODS if word}
-    chosen = {word: value for word, value in given.items() if value}
+    values = {word: keywords.pop(word, False) for word in torch_layout.METHODS if word}
+    chosen = {word: value for word, value in values.items() if value}
     if len(chosen) > 1:
         raise ValueError(f"{' and '.join(chosen)} cannot be used together.")
     return chosen

@@ -50,7 +50,7 @@ def call_with_products(layer, cls, weights, args, kwargs):
     }
     outputs = classes.call_with(layer, cls, symbols, args, kwargs)
     values = {id(symbols[keys]): weight for keys, weight in weights.items()}
-    return calls.computed(outputs, values, run)
+    return calls.compute(outputs, values, run)
 
 
 def run(operation, args, kwargs):

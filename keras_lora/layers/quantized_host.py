@@ -91,7 +91,7 @@ class QuantizedHost(Leaf):
             return calibrated_integers(self)
         return getattr(self.plain_class, self.kernel_name).fget(self)
 
-    def dequantized(self, dtype):
+    def dequantized_kernel(self, dtype):
         """Returns W as Keras's quantized operation uses it."""
         scale, zero, groups = quantization(self, self.kernel_name)
         values = self.from_integers(self.kernel_values(), scale, zero, groups)
@@ -135,7 +135,7 @@ class QuantizedHost(Leaf):
             inputs,
             lambda plain, inputs: plain.quantized_call(inputs),
             lambda own, upstream: own.linear_back(
-                upstream, own.dequantized(upstream.dtype)
+                upstream, own.dequantized_kernel(upstream.dtype)
             ),
         )
 
@@ -252,21 +252,23 @@ def straight_through(layer, inputs, forward, backward):
     The layer itself does not change, and only these values are kept for the gradient.
     """
     if in_artefact():
-        return forward(classes.twin(layer, layer.plain_class, WITHOUT_FINISH), inputs)
+        return forward(
+            classes.view_with(layer, layer.plain_class, WITHOUT_FINISH), inputs
+        )
     names, variables = zip(*layers.kernel_variables(layer).items(), strict=True)
 
     def seen(cls, values, tensor):
-        values = [ordered_after(tensor, value) for value in values]
+        values = [order_after(tensor, value) for value in values]
         values = dict(zip(names, values, strict=True))
-        return classes.twin(layer, cls, {**WITHOUT_FINISH, **values})
+        return classes.view_with(layer, cls, {**WITHOUT_FINISH, **values})
 
     @ops.custom_gradient
     def call(inputs, *values):
         def gradient(*args, upstream=None):
             if upstream is None:  # torch passes it as an argument
                 (upstream,) = args
-            found = backward(seen(type(layer), values, upstream), upstream)
-            return (ops.cast(found, dtype), *[None] * len(values))
+            gradient_of_inputs = backward(seen(type(layer), values, upstream), upstream)
+            return (ops.cast(gradient_of_inputs, dtype), *[None] * len(values))
 
         inputs = ops.stop_gradient(inputs)
         return forward(seen(layer.plain_class, values, inputs), inputs), gradient
@@ -276,7 +278,7 @@ def straight_through(layer, inputs, forward, backward):
     return call(inputs, *map(ops.convert_to_tensor, variables))
 
 
-def ordered_after(tensor, value):
+def order_after(tensor, value):
     """Makes a value depend on a tensor, so that no compiler computes it earlier.
 
     Otherwise it would form the float kernels of all layers at the start, or keep them

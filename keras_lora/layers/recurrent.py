@@ -35,17 +35,17 @@ class RecurrentLayer(SeveralWeights):
 
     @classmethod
     def places_of(cls, layer):
-        found = layers.weight_places(layer)
+        places = layers.weight_places(layer)
 
         def walk(cell, keys, prefix):
             if isinstance(cell, keras.layers.Layer):
-                for name, own in layers.weight_places(cell).items():
-                    found[prefix + name] = (*keys, *own)
+                for name, inner_keys in layers.weight_places(cell).items():
+                    places[prefix + name] = (*keys, *inner_keys)
             for place, inner in enumerate(getattr(cell, "cells", ())):
                 walk(inner, (*keys, "cells", place), f"{prefix}cells/{place}/")
 
         walk(layer.cell, ("cell",), "")
-        return found
+        return places
 
     def calls_inside(self, kernels, training):
         """Calls of cells whose products have gradients of rank r.
@@ -54,13 +54,13 @@ class RecurrentLayer(SeveralWeights):
         """
         if training is not True or not calls.in_tensorflow_graph():
             return {}
-        found: dict = {}
+        weights_of: dict = {}
         for site in self.sites().values():
             *keys, name = site.kernel_keys
             if computes_symbolically(classes.value_at(self, keys)[1]):
                 weight = CellWeight(site, kernels[site.kernel_keys])
-                found.setdefault((*keys, "call"), {})[(name,)] = weight
-        return {keys: call_of_cell(weights) for keys, weights in found.items()}
+                weights_of.setdefault((*keys, "call"), {})[(name,)] = weight
+        return {keys: call_of_cell(weights) for keys, weights in weights_of.items()}
 
     @classmethod
     def axes_of(cls, weight, ndim):

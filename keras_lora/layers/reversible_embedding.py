@@ -109,7 +109,7 @@ class LoRAReversibleEmbedding(LoRAEmbedding, keras.layers.ReversibleEmbedding):
         probes.require(private_names.MASKS)
 
     def call(self, inputs, reverse=False, training=None):
-        outputs = self.adapted_call(inputs, training, reverse=reverse)
+        outputs = self.call_with_adapter(inputs, training, reverse=reverse)
         if not reverse and not self.is_quantized:  # then Keras has no mask
             mask = keras.layers.Embedding.compute_mask(self, inputs)
             if mask is not None:

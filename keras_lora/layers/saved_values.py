@@ -160,18 +160,16 @@ class AdapterFiles(MethodFiles):
         a, b = torch_layout.to_numpy(self.a), torch_layout.to_numpy(self.b)
         pairs = [(a, b)]
         if self.has_start:
-            a_start, b_start = (
-                torch_layout.to_numpy(self.a_start),
-                torch_layout.to_numpy(self.b_start),
-            )
+            a_start = torch_layout.to_numpy(self.a_start)
+            b_start = torch_layout.to_numpy(self.b_start)
             pairs = [(a - a_start, b), (a_start, b - b_start)]
-        found = zip(*(self.form.to_file(*pair) for pair in pairs), strict=True)
+        arrays = zip(*(self.form.to_file(*pair) for pair in pairs), strict=True)
         axes = self.form.rank_axes_in_file
         return {
             suffix: np.ascontiguousarray(
                 np.concatenate(parts, axis) if self.has_start else parts[0]
             )
-            for suffix, axis, parts in zip(suffixes, axes, found, strict=True)
+            for suffix, axis, parts in zip(suffixes, axes, arrays, strict=True)
         }
 
     def from_file(self, arrays, suffixes) -> dict:

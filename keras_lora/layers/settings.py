@@ -29,8 +29,8 @@ class Settings:
     use_rslora: bool = False
 
     def __post_init__(self):
-        rank = checked_rank(self.rank)
-        alpha = checked_alpha(rank if self.alpha is None else self.alpha)
+        rank = validate_rank(self.rank)
+        alpha = validate_alpha(rank if self.alpha is None else self.alpha)
         for name, value in (
             ("rank", rank),
             ("alpha", alpha),
@@ -61,7 +61,7 @@ def alpha_at(new_rank, alpha, rank, use_rslora):
     return alpha * (new_rank / rank) ** (0.5 if use_rslora else 1)
 
 
-def checked_rank(rank, lowest=1):
+def validate_rank(rank, lowest=1):
     if (
         isinstance(rank, bool)
         or not isinstance(rank, numbers.Integral)
@@ -74,7 +74,7 @@ def checked_rank(rank, lowest=1):
     return int(rank)
 
 
-def checked_alpha(alpha):
+def validate_alpha(alpha):
     if not is_number(alpha) or not math.isfinite(alpha) or alpha <= 0:
         raise ValueError(
             "`alpha` must be a finite number > 0, or None for alpha=rank. "
@@ -83,7 +83,7 @@ def checked_alpha(alpha):
     return int(alpha) if alpha == int(alpha) else float(alpha)
 
 
-def checked_dropout(dropout):
+def validate_dropout(dropout):
     if not is_number(dropout) or not 0 <= dropout < 1:
         raise ValueError(
             "`dropout` must be a number in [0, 1), the share of the adapter's "
@@ -92,7 +92,7 @@ def checked_dropout(dropout):
     return float(dropout)
 
 
-def checked_bias(bias):
+def validate_bias(bias):
     if bias not in BIASES:
         raise ValueError(
             f"`bias` must be one of {', '.join(map(repr, BIASES))}. "
@@ -100,28 +100,28 @@ def checked_bias(bias):
         )
 
 
-def checked_indices(indices) -> tuple:
+def validate_indices(indices) -> tuple:
     """Checks the token ids that a user gives, and returns them as a tuple."""
     try:
-        found = list(indices)
+        ids = list(indices)
     except TypeError:
-        found = [None]
+        ids = [None]
     whole = all(
         isinstance(i, (numbers.Integral, np.integer)) and not isinstance(i, bool)
-        for i in found
+        for i in ids
     )
-    if not found or not whole or min(found) < 0:
+    if not ids or not whole or min(ids) < 0:
         raise ValueError(
             "`trainable_token_indices` must be ids of tokens, whole numbers >= 0. "
             f"Received: {indices!r}."
         )
-    twice = sorted({int(i) for i in found if found.count(i) > 1})
+    twice = sorted({int(i) for i in ids if ids.count(i) > 1})
     if twice:
         raise ValueError(
             f"`trainable_token_indices` has {twice[:5]} more than once. Give each id "
             "once."
         )
-    return tuple(int(i) for i in found)
+    return tuple(int(i) for i in ids)
 
 
 def is_number(value):

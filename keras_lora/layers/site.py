@@ -56,7 +56,7 @@ def refuse_remat_of_weights(layer):
         )
 
 
-def watched(kernel):
+def watch_kernel(kernel):
     """Wraps the kernel's property, to warn if another layer computes with the kernel.
 
     This package reads W by `frozen_kernel`. A layer that reads the property inside a

@@ -231,9 +231,9 @@ class SubstitutedLayer(SubstitutedSite, LoRALayer):
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if "plain_class" in cls.__dict__:  # Keras reads both signatures
-            cls.call = classes.like_method(cls.call, cls.plain_class.call)
+            cls.call = classes.with_signature_of(cls.call, cls.plain_class.call)
             if cls.constructs:
-                cls.build = classes.like_method(
+                cls.build = classes.with_signature_of(
                     SubstitutedLayer.build, cls.plain_class.build
                 )
 
@@ -343,9 +343,9 @@ class SeveralWeights(SubstitutedLayer):
 
     def attach_adapters(self, options):
         self.refuse_dropout(options)
-        own = options.pop("adapters")
+        own_options = options.pop("adapters")
         for weight in self.adapted_weights:
-            chosen = own.get(weight, options)
+            chosen = own_options.get(weight, options)
             if chosen is not None:
                 name = attribute(weight)
                 layers.attach(

@@ -41,7 +41,7 @@ class TokenRows(TokenRowsFiles, LowRankAdapter):
 
     def __init__(self, trainable_token_indices, dtype=None, name=None, **others):
         super().__init__(1, dtype=dtype, name=name)
-        self.indices = settings.checked_indices(trainable_token_indices)
+        self.indices = settings.validate_indices(trainable_token_indices)
 
     def build_factors(self, form, regularizer, read_kernel):
         self.axis = 0 if form.looks_up else 1

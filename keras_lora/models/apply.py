@@ -1,21 +1,26 @@
-"""apply_lora: layers of an existing model become LoRA layers, in place."""
+"""apply_lora: layers of an existing model become LoRA layers, all of them or none."""
 
 import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import keras
 
-from keras_lora.keras_internals import processes, warn_caller
+from keras_lora.keras_internals import (
+    classes,
+    compiled,
+    distribution,
+    processes,
+    warn_caller,
+)
+from keras_lora.keras_internals.layers import flatten_layers, refresh_torch_parameters
 from keras_lora.layers import arguments, kinds, settings, token_rows
 from keras_lora.layers.adapter import LowRankAdapter
-from keras_lora.models import adapt, freezing, targets
-from keras_lora.models.change import adapting
+from keras_lora.layers.lora_layer import LoRALayer
+from keras_lora.models import keras_files, quantized, sites, targets, training_state
 from keras_lora.models.choose import choose
 from keras_lora.models.report import Report
-from keras_lora.models.sites import layer_paths, site_paths
-from keras_lora.models.tables import listed
+from keras_lora.models.tables import join
 
 
 @arguments.refusing_foreign_keywords
@@ -94,92 +99,171 @@ def apply_lora(
         [LoRA: Hu et al., 2021](https://arxiv.org/abs/2106.09685);
         [DoRA: Liu et al., 2024](https://arxiv.org/abs/2402.09353)
     """
-    request = Request(
-        rank=rank,
-        alpha=alpha,
-        dropout=dropout,
-        target=target,
-        exclude=exclude,
-        rank_pattern=rank_pattern,
-        alpha_pattern=alpha_pattern,
-        use_rslora=use_rslora,
-        use_dora=use_dora,
-        bias=bias,
-        also_train=also_train,
-        trainable_token_indices=trainable_token_indices,
-    )
-    with applied(model, request) as (report, change):
+    parameters = dict(locals())
+    del parameters["dry_run"]
+    with apply_tentatively(**parameters) as (report, change):
         report.is_dry_run = bool(dry_run)
         if not dry_run:
             processes.warn_of_process_group()
-            report.notes += change.keep()
+            report.notes += change.commit()
     return report
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """Arguments of `apply_lora`, without the model and `dry_run`."""
-
-    rank: int
-    alpha: float | None
-    dropout: float
-    target: Any
-    exclude: Any
-    rank_pattern: Mapping | None
-    alpha_pattern: Mapping | None
-    use_rslora: bool
-    use_dora: bool
-    bias: str
-    also_train: Any
-    trainable_token_indices: Any
-
-    def options(self, ranks, alphas, path) -> dict:
-        """The arguments of the adapter at a path."""
-        return {
-            "rank": ranks.get(path, self.rank),
-            "alpha": alphas.get(path, self.alpha),
-            "dropout": self.dropout,
-            "use_rslora": self.use_rslora,
-            "use_dora": self.use_dora,
-        }
-
-
 @contextlib.contextmanager
-def applied(model, request: Request):
-    """Yields the adapted model's report; the change is undone unless it is kept."""
-    settings.checked_bias(request.bias)
-    LowRankAdapter(  # checks the arguments
-        request.rank, request.alpha, request.dropout, request.use_rslora
+def apply_tentatively(
+    model,
+    rank,
+    alpha,
+    dropout,
+    target,
+    exclude,
+    rank_pattern,
+    alpha_pattern,
+    use_rslora,
+    use_dora,
+    bias,
+    also_train,
+    trainable_token_indices,
+):
+    """Adapts a model inside the context; yields the report and the `Change`.
+
+    The arguments are those of `apply_lora`. Without a commit, the change is undone.
+    """
+    settings.validate_bias(bias)
+    LowRankAdapter(rank, alpha, dropout, use_rslora)  # checks the arguments
+    paths = sites.layer_paths(model)
+    sites.refuse_unbuilt(model)
+    sites.refuse_adapters(paths)
+    trained = (
+        targets.matching_paths(also_train, paths, "also_train") if also_train else []
     )
-    paths = layer_paths(model)
-    adapt.refuse_unbuilt(model)
-    adapt.refuse_adapters(paths)
-    also_train = request.also_train
-    trained = targets.matching(also_train, paths, "also_train") if also_train else []
-    tokens = token_sites(paths, request.trainable_token_indices, trained)
+    tokens = token_sites(paths, trainable_token_indices, trained)
     chosen, skipped, notes = {}, {}, []
-    if request.target is not None or not tokens:
-        chosen, skipped, notes = choose(
-            model, paths, request.target, request.exclude, trained
-        )
+    if target is not None or not tokens:
+        chosen, skipped, notes = choose(model, paths, target, exclude, trained)
     refuse_both(tokens, chosen)
-    ranks = targets.pattern_values(request.rank_pattern, chosen, "rank_pattern")
-    alphas = targets.pattern_values(request.alpha_pattern, chosen, "alpha_pattern")
+    ranks = targets.pattern_values(rank_pattern, chosen, "rank_pattern")
+    alphas = targets.pattern_values(alpha_pattern, chosen, "alpha_pattern")
     adapters = {
-        site: request.options(ranks, alphas, path) for path, site in chosen.items()
+        site: {
+            "rank": ranks.get(path, rank),
+            "alpha": alphas.get(path, alpha),
+            "dropout": dropout,
+            "use_rslora": use_rslora,
+            "use_dora": use_dora,
+        }
+        for path, site in chosen.items()
     }
     adapters |= {
         site: {token_rows.KEYWORD: indices} for site, indices in tokens.values()
     }
     heads = [paths[path] for path in trained]
-    without = [path for path, site in chosen.items() if not kinds.takes_dropout(site)]
-    if request.dropout and without:
-        notes = [*notes, f"No dropout: {listed(without)} (the adapter has no inputs)"]
-    with adapting(model, paths, adapters) as change:
+    without = [
+        path for path, site in chosen.items() if not kinds.as_site(site).takes_dropout
+    ]
+    if dropout and without:
+        notes = [
+            *notes,
+            f"No dropout: {join(without)} (the adapter has no inputs)",
+        ]
+    with adapt_layers(model, paths, adapters) as change:
         warn_of_high_ranks(chosen)
-        freezing.freeze_all_but_lora(model, request.bias, heads)
+        training_state.freeze_all_but_lora(model, bias, heads)
         skipped = {p: why for p, why in skipped.items() if p not in tokens}
         yield Report(model, paths, skipped, notes), change
+
+
+@contextlib.contextmanager
+def adapt_layers(model, paths, adapters):
+    """Adapts a model inside the context, and for good if `commit()` is called.
+
+    Otherwise, or if anything fails, everything is restored: classes, order of weights,
+    flags, records, the optimizer and compiled functions.
+
+    Args:
+        model: A Keras model or layer.
+        paths: Path -> layer, for the whole model.
+        adapters: Site -> the arguments of its adapter.
+    """
+    compiled.restore_jax_weights(model)
+    processes.barrier(model)
+    by_path = sites.with_model(model, paths)
+    with distribution.strategy_scope(model), contextlib.ExitStack() as undo:
+        new = {
+            site: sites.new_adapter(site, options) for site, options in adapters.items()
+        }
+        undo.callback(refresh_torch_parameters, flatten_layers(model))
+        undo.callback(
+            training_state.restore_flags,
+            by_path,
+            training_state.trainable_flags(by_path),
+        )
+        for layer in by_path.values():
+            record = training_state.record_of(layer)
+            undo.callback(training_state.set_record, layer, record)
+            if adapters:
+                training_state.remember_flags(layer)
+        for layer in dict.fromkeys(map(kinds.layer_of, new)):
+            undo.callback(make_plain_again, layer)
+        for site, adapter in new.items():
+            sites.add_adapter(site, adapter)
+        for layer in quantized.fix_quantized(by_path.values()):
+            undo.callback(sites.make_plain, layer)
+        refresh_torch_parameters(flatten_layers(model))
+        yield Change(model, undo)
+
+
+def make_plain_again(layer):
+    if isinstance(layer, LoRALayer):
+        sites.make_plain(layer)
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """Changes that can be undone until `commit()` is called."""
+
+    model: object
+    undo: contextlib.ExitStack
+
+    def commit(self) -> list:
+        """Makes the changes permanent; returns notes about optimizers."""
+        for layer in list(keras_files.layers_to_carry(self.model)):
+            self.undo.callback(classes.change_class, layer, type(layer))
+            cls = keras_files.carrier_class(type(layer))  # type: ignore[arg-type]
+            classes.change_class(layer, cls)
+        notes = compiled.compile_again(self.model)
+        self.undo.pop_all()
+        return notes
+
+
+def mark_only_lora_as_trainable(model: keras.layers.Layer, bias: str = "none"):
+    """Freezes everything except A, B and the chosen biases.
+
+    Layers in which nothing trains are frozen as layers, so that batch
+    normalization keeps its moving statistics. A model that was compiled is
+    compiled again with the same settings; its optimizer starts afresh.
+
+    Args:
+        model: Any Keras model that holds LoRA layers.
+        bias: "none": no bias trains. "lora_only": the biases of adapted layers
+            train. "all": all biases train, also beta of normalization layers, but
+            not of batch normalization.
+
+    Raises:
+        ValueError: If `bias` has another value, or there is no LoRA layer.
+
+    Examples:
+        >>> keras_lora.mark_only_lora_as_trainable(model, bias="lora_only")
+        >>> len(model.trainable_variables)  # A, B and the bias
+        3
+    """
+    settings.validate_bias(bias)
+    sites.built_sites(model)
+    with adapt_layers(model, sites.layer_paths(model), {}) as change:
+        training_state.freeze_all_but_lora(model, bias)
+        notes = change.commit()
+    for note in notes:
+        warn_caller(note)
 
 
 def warn_of_high_ranks(layers):
@@ -189,7 +273,7 @@ def warn_of_high_ranks(layers):
     if high:
         warn_caller(
             "The rank is higher than any kernel of this size can have, which wastes "
-            f"parameters, in {listed(high)}. Give a lower `rank`, or set the rank of "
+            f"parameters, in {join(high)}. Give a lower `rank`, or set the rank of "
             "these layers with `rank_pattern`."
         )
 
@@ -198,35 +282,35 @@ def warn_of_high_ranks(layers):
 TOKEN_TABLES = ("token_embedding", "embed_tokens", "word_embeddings", "tokens")
 
 
-def token_sites(paths, given, trained) -> dict:
+def token_sites(paths, ids, trained) -> dict:
     """Path -> (site, indices), for the tables and heads of which some rows train.
 
     Args:
         paths: Path -> layer, of the whole model.
-        given: Ids of tokens, or {path: ids}, or None.
+        ids: Ids of tokens, or {path: ids}, or None.
         trained: Paths of layers that train in full.
     """
-    if given is None:
+    if ids is None:
         return {}
-    sites = site_paths(paths)
-    tables = {p: s for p, s in sites.items() if kinds.looks_up(s)}
-    if isinstance(given, Mapping):
+    by_path = sites.site_paths(paths)
+    tables = {p: s for p, s in by_path.items() if kinds.looks_up(s)}
+    if isinstance(ids, Mapping):
         chosen = {}
-        for rule, indices in given.items():
-            found = targets.matching(
-                [rule], {**sites, **paths}, token_rows.KEYWORD, tables
+        for rule, indices in ids.items():
+            matches = targets.matching_paths(
+                [rule], {**by_path, **paths}, token_rows.KEYWORD, tables
             )
-            if len(found) != 1:
+            if len(matches) != 1:
                 raise ValueError(
                     f"`{token_rows.KEYWORD}` {rule!r} must mean one table, and means "
-                    f"{listed(found)}."
+                    f"{join(matches)}."
                 )
-            chosen[found[0]] = indices
+            chosen[matches[0]] = indices
     else:
-        chosen = {token_table(tables): given}
+        chosen = {token_table(tables): ids}
     tokens = {}
     for path, indices in chosen.items():
-        site = sites.get(path)
+        site = by_path.get(path)
         if site is None or not (kinds.looks_up(site) or is_head(site)):
             raise ValueError(
                 f"`{token_rows.KEYWORD}` names {path!r}, which is neither an embedding "
@@ -236,7 +320,7 @@ def token_sites(paths, given, trained) -> dict:
             raise ValueError(
                 f"{path!r} is in `{token_rows.KEYWORD}` and in `also_train`."
             )
-        indices = settings.checked_indices(indices)
+        indices = settings.validate_indices(indices)
         token_rows.refuse_outside(
             indices, kinds.shape_of(site)[0 if kinds.looks_up(site) else 1]
         )
@@ -253,14 +337,14 @@ def is_head(site):
 def token_table(tables):
     """Returns the path of the model's token embedding."""
     named = [p for p in tables if p.rpartition("/")[2] in TOKEN_TABLES]
-    found = named if len(named) == 1 else list(tables)
-    if len(found) != 1:
+    candidates = named if len(named) == 1 else list(tables)
+    if len(candidates) != 1:
         raise ValueError(
-            f"The model has {len(found)} embeddings"
-            f"{f', {listed(found)}' if found else ''}: give `{token_rows.KEYWORD}` as "
-            "a dict from the path of a table to ids."
+            f"The model has {len(candidates)} embeddings"
+            f"{f', {join(candidates)}' if candidates else ''}: give "
+            f"`{token_rows.KEYWORD}` as a dict from the path of a table to ids."
         )
-    return found[0]
+    return candidates[0]
 
 
 def refuse_both(tokens, chosen):
@@ -268,7 +352,7 @@ def refuse_both(tokens, chosen):
     both = sorted(tokens.keys() & chosen.keys())
     if both:
         raise ValueError(
-            f"{listed(both)} is in `{token_rows.KEYWORD}` and in `target`: a table "
+            f"{join(both)} is in `{token_rows.KEYWORD}` and in `target`: a table "
             "cannot have both an update and rows that train. Leave it out with "
             "exclude=."
         )

@@ -20,7 +20,7 @@ TEMPORARY = re.compile(rf"\.keras_lora-(\d{{1,9}})-(\w+)-\w+@{NODE}")
 
 @contextlib.contextmanager
 def temporary_folder(parent):
-    """A folder for a while; those that killed processes left there are cleared."""
+    """Context with a temporary folder; removes those that killed processes left."""
     clear_left_over(parent)
     with tempfile.TemporaryDirectory(
         prefix=f".keras_lora-{os.getpid()}-{TOKEN}-", suffix=f"@{NODE}", dir=parent
@@ -60,7 +60,7 @@ NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES)
 
 
 def raise_as_os_error(error, path):
-    """Raises OSError for what a runtime has raised in its own class for a full disk."""
+    """Raises OSError for another error whose text is that of, say, a full disk."""
     for number in NUMBERS:
         text = os.strerror(number)
         if not isinstance(error, OSError) and text in str(error):
@@ -71,7 +71,7 @@ FILES = (".keras", ".h5", ".json", ".safetensors", ".bin", ".onnx", ".zip")
 
 
 def refuse_file_name(path, what):
-    """Raises if a folder is to be written where a file is, or a file's name."""
+    """Raises if the path of a folder is that of a file, or looks like one."""
     if not isinstance(path, (str, os.PathLike)):
         raise ValueError(f"The path must be a string or a Path. Received: {path!r}.")
     if os.path.isdir(path):
@@ -86,12 +86,12 @@ def refuse_file_name(path, what):
 
 
 def entries(folder):
-    """Names of what is in a folder, but for temporary folders of this package."""
+    """Returns the names in a folder, without temporary folders of this package."""
     return {name for name in os.listdir(folder) if not TEMPORARY.fullmatch(name)}
 
 
 def move(source, folder, last):
-    """Moves all files into another folder; `last` goes last: readers look for it."""
+    """Moves all files to another folder; `last`, which readers look for, goes last."""
     for name in sorted(os.listdir(source), key=lambda name: name == last):
         os.replace(source / name, folder / name)
 
@@ -115,7 +115,7 @@ def exchange(new, path, aside):
 
 
 def clear_left_over(parent):
-    """Removes temporary folders of processes that are no more."""
+    """Removes temporary folders of processes that have ended."""
     for name in os.listdir(parent):
         match = TEMPORARY.fullmatch(name)
         if match is None or is_running(int(match[1]), match[2]):

@@ -25,26 +25,26 @@ def choose(model, paths, target, exclude, trained):
     }
     everything = isinstance(target, str) and target in WHOLE_MODEL
     if everything:
-        found, skipped = of_whole_model(model, sites, target)
+        paths_meant, skipped = paths_of_whole_model(model, sites, target)
         for path, layer in with_model(model, paths).items():
             if not f"{path}/".startswith(inside_trained):
                 for weight, why in kinds.out_of_reach(layer).items():
                     skipped[f"{path}/{weight}".lstrip("/")] = why
     else:
-        found, skipped = sites_named(paths, every, sites, target, trained), {}
+        paths_meant, skipped = paths_of_rule(paths, every, sites, target, trained), {}
     if exclude is not None:
         things = {**every, **paths}
-        left_out = targets.matching(exclude, things, "exclude")
+        left_out = targets.matching_paths(exclude, things, "exclude")
         excluded = {x for p in left_out for x in (p, *sites_at(p, paths, every))}
-        if found and excluded.issuperset(found):
+        if paths_meant and excluded.issuperset(paths_meant):
             raise ValueError(
                 f"`exclude` {exclude!r} leaves nothing of `target` {target!r}."
             )
-        found = [path for path in found if path not in excluded]
+        paths_meant = [path for path in paths_meant if path not in excluded]
         skipped = {p: why for p, why in skipped.items() if p not in excluded}
     by_name = isinstance(target, (list, tuple, set, frozenset))
     chosen = {}
-    for path in found:
+    for path in paths_meant:
         site, layer = sites[path], kinds.layer_of(sites[path])
         owner = owner_of(model, paths, path, layer)
         reason = kinds.obstacle(site) or reassignment_reason(owner)
@@ -62,25 +62,26 @@ def choose(model, paths, target, exclude, trained):
                 warn_caller(f"{path!r}: {no_effect}")
     if not chosen:
         raise ValueError(no_match_message(target, skipped))
-    return chosen, skipped, notes_of(model, sites, chosen) if everything else []
+    return chosen, skipped, notes_on_outputs(model, sites, chosen) if everything else []
 
 
-def of_whole_model(model, sites, target):
+def paths_of_whole_model(model, sites, target):
     """The paths that "all-linear" or "all" means, and why it leaves out others."""
     heads = targets.output_layers(model)
-    found, skipped = [], {}
+    meant, skipped = [], {}
     for path, site in sites.items():
         layer = kinds.layer_of(site)
         if id(layer) in heads or is_bias(site):
             continue
-        if target == "all" or (is_known(site) and kinds.in_all_linear(site)):
-            found.append(path)
+        is_known = kinds.lora_class_of(type(layer)) is not None
+        if target == "all" or (is_known and kinds.as_site(site).in_all_linear):
+            meant.append(path)
         else:
             skipped[path] = why_not_linear(site)
-    return found, skipped
+    return meant, skipped
 
 
-def notes_of(model, sites, chosen) -> list:
+def notes_on_outputs(model, sites, chosen) -> list:
     """Returns the report's notes on the layers that make the model's outputs."""
     heads = targets.output_layers(model)
     if not hasattr(model, "outputs") and isinstance(model, keras.Model):
@@ -100,12 +101,12 @@ def notes_of(model, sites, chosen) -> list:
     notes = []
     if adapted:
         notes.append(
-            f"Output layers, adapted: {tables.listed(list(adapted))} (leave them out "
+            f"Output layers, adapted: {tables.join(list(adapted))} (leave them out "
             "with exclude=, or train them in full with also_train)"
         )
     if frozen:
         notes.append(
-            f"Output layers, frozen: {tables.listed(list(frozen))} (use also_train)"
+            f"Output layers, frozen: {tables.join(list(frozen))} (use also_train)"
         )
     return notes
 
@@ -119,8 +120,8 @@ def reassignment_reason(owner):
 
 def no_effect_in(owner, layer):
     """Says why an adapter of this layer would have no effect in its owner, or None."""
-    others = [other for other in layers.sublayers(owner) if calls.was_called(other)]
-    if not others or calls.was_called(layer):
+    others_are_called = any(map(calls.was_called, layers.sublayers(owner)))
+    if calls.was_called(layer) or not others_are_called:
         return None
     # Gemma 4's feed-forward blocks multiply with `self.gating_ffw.kernel`.
     return (
@@ -134,12 +135,8 @@ def is_bias(site):
     return getattr(site, "weight_name", "").endswith("bias")
 
 
-def is_known(site):
-    return kinds.lora_class_of(type(kinds.layer_of(site))) is not None
-
-
 def why_not_linear(site):
-    """Why "all-linear" leaves a weight out, and what to do."""
+    """Says why "all-linear" leaves a weight out, and what to do."""
     kind = type(kinds.layer_of(site)).__name__
     return (
         f'{kind} is not in "all-linear": use target="all", '
@@ -147,20 +144,20 @@ def why_not_linear(site):
     )
 
 
-def sites_named(paths, every, sites, target, trained):
+def paths_of_rule(paths, every, sites, target, trained):
     """Returns the paths of the sites that a user's rule means, in the model's order."""
     # A list may name a layer without weights: that is then the error.
     by_name = isinstance(target, (list, tuple, set, frozenset))
     by_name = by_name or (isinstance(target, str) and target in paths)
     things = {p: x for p, x in paths.items() if by_name or sites_at(p, paths, sites)}
     things |= {path: site for path, site in sites.items() if path not in things}
-    found = set()
-    for path in targets.matching(target, things, "target", sites):
-        own = [path] if path in sites else sites_at(path, paths, sites)
-        if not own:
+    meant = set()
+    for path in targets.matching_paths(target, things, "target", sites):
+        site_paths = [path] if path in sites else sites_at(path, paths, sites)
+        if not site_paths:
             raise ValueError(unsupported_message(path, paths[path], trained, sites))
-        found |= {x for x in own if x == path or not is_bias(every[x])}
-    return [path for path in sites if path in found]
+        meant |= {x for x in site_paths if x == path or not is_bias(every[x])}
+    return [path for path in sites if path in meant]
 
 
 def sites_at(path, paths, sites) -> list:
@@ -188,15 +185,12 @@ def no_match_message(target, skipped):
     paths = collections.defaultdict(list)
     for path, why in skipped.items():
         paths[why].append(path)
-    reasons = [f"{tables.listed(found)}: {why}" for why, found in paths.items()]
-    more = (
-        f" {tables.counted(len(reasons) - 3, 'more reason')}."
-        if len(reasons) > 3
-        else ""
-    )
+    reasons = [f"{tables.join(own)}: {why}" for why, own in paths.items()]
+    further = len(reasons) - 3
+    further = f" {tables.plural(further, 'more reason')}." if further > 0 else ""
     return (
         f"`target` {target!r} matches no layer that is built and can be adapted. "
-        f"{' '.join(reasons[:3])}{more}"
+        f"{' '.join(reasons[:3])}{further}"
     )
 
 
@@ -216,7 +210,7 @@ def unsupported_message(path, layer, trained, sites):
         pattern = f"{re.escape(path)}/.*"
         return (
             f"`target` names {path!r}, a {type(layer).__name__}, which holds "
-            f"{tables.listed(inside)}: name them, or give the regular expression "
+            f"{tables.join(inside)}: name them, or give the regular expression "
             f"{pattern!r}."
         )
     if isinstance(layer, LowRankAdapter):

@@ -21,8 +21,8 @@ from keras_lora.keras_internals.layers import (
 )
 from keras_lora.layers import quantized_host, saved_values
 from keras_lora.layers.adapter import FixedKernel
-from keras_lora.models import merge, record
-from keras_lora.models.sites import built_sites, checked_sites
+from keras_lora.models import merge, training_state
+from keras_lora.models.sites import built_sites, sites_outside_contexts
 
 UNTRAINED = (
     "Adapters do not train inside `{}(model)`: they are frozen there, and heads and "
@@ -41,18 +41,18 @@ def merged(model: keras.layers.Layer):
     `disabled` can be used inside and gives the base model. The context belongs to the
     model, not to a thread: all threads that call the model see the same.
 
-    Examples:
-        >>> with keras_lora.merged(model):
-        ...     predictions = model.predict(x, verbose=0)
-
     Args:
         model: Any Keras model or layer that holds LoRA layers.
 
     Raises:
         ValueError: If there is no LoRA layer, a kernel is quantized, values are not
             finite, or the model is inside `merged` or `disabled` already.
+
+    Examples:
+        >>> with keras_lora.merged(model):
+        ...     predictions = model.predict(x, verbose=0)
     """
-    layers = checked_sites(model)
+    layers = sites_outside_contexts(model)
     for layer in layers:
         if layer.is_quantized:
             raise ValueError(
@@ -67,7 +67,7 @@ def merged(model: keras.layers.Layer):
 
 @contextlib.contextmanager
 def _merged(model):
-    sites = checked_sites(model)  # as they are at entry
+    sites = sites_outside_contexts(model)  # as they are at entry
     functions = compiled.take_compiled_functions(flatten_layers(model))
     refusing = compiled.refusing_to_train(model, UNTRAINED.format("merged"))
     try:
@@ -105,15 +105,18 @@ def disabled(model: keras.layers.Layer):
         ...     without = model.predict(x, verbose=0)
     """
     built_sites(model)
-    record.warn_of_unremembered(flatten_layers(model))
+    training_state.warn_of_variables_without_base(flatten_layers(model))
     return _disabled(model)
 
 
 @contextlib.contextmanager
 def _disabled(model):
     sites = built_sites(model)
-    layers = [layer for layer in flatten_layers(model) if record.base_values(layer)]
-    values = [pair for layer in layers for pair in record.base_values(layer)]
+    values = [
+        pair
+        for layer in flatten_layers(model)
+        for pair in training_state.base_values(layer)
+    ]
     # Inside `merged`, its kernels get the values of W too.
     kernels = [
         (site.lora.stand_in.kernel, site.frozen_kernel)
@@ -167,7 +170,7 @@ def warn_of_lost_training(values):
 def standing_in(sites):
     """Replaces adapters by fixed, merged kernels; W itself is not written."""
     stand_ins = [
-        FixedKernel(kernel_variable(site, merge.checked_merged_kernel(site)))
+        FixedKernel(kernel_variable(site, merge.finite_merged_kernel(site)))
         for site in sites
     ]
     try:
@@ -188,7 +191,7 @@ def listing_merged_kernels(model):
 
     Calls compute as before, in other threads too; only `export` sees other weights.
     """
-    sites = checked_sites(model)
+    sites = sites_outside_contexts(model)
     for site in sites:
         merge.refuse_factors_not_finite(site)
     # Quantized ones keep A and B.

@@ -51,7 +51,7 @@ def export(
         >>> keras_lora.export(model, "served")
         >>> keras_lora.export(model, "model.tflite", format="litert")  # doctest: +SKIP
     """
-    layers.checked_model(model)
+    layers.validate_model(model)
     if not model.built:
         raise ValueError(
             f"The model {model.name!r} is not built, so its input shape is unknown. "
@@ -64,7 +64,7 @@ def export(
         )
     refuse_unknown_format(format)
     refuse_format_of_other_backends(format)
-    processes.on_all(model, lambda: assert_replaceable(path, format))
+    processes.run_on_all(model, lambda: refuse_occupied_path(path, format))
     kwargs.setdefault("verbose", False)
 
     def write():
@@ -73,10 +73,10 @@ def export(
                 with atomic.replacing(path) as new:
                     model.export(str(new), format=format, **kwargs)
                     if "target_spec" not in kwargs:
-                        assert_runs(new, format)
+                        refuse_broken_artefact(new, format)
 
     with contexts.listing_merged_kernels(model):
-        processes.on_all(model, write)
+        processes.run_on_all(model, write)
 
 
 def refuse_unknown_format(format):
@@ -99,7 +99,7 @@ def refuse_format_of_other_backends(format):
         )
 
 
-def assert_replaceable(path, format):
+def refuse_occupied_path(path, format):
     """Raises unless the path is free, an empty folder or an earlier artefact."""
     if format == "tf_saved_model":
         atomic.refuse_file_name(path, "a SavedModel")
@@ -110,15 +110,16 @@ def assert_replaceable(path, format):
             f"`path` {str(path)!r} is a folder, and format={format!r} writes a file. "
             "Give the path of a file in it."
         )
-    found = atomic.entries(path)
-    others = sorted(found - SAVED_MODEL) if "saved_model.pb" in found else sorted(found)
-    if others:
+    entries = atomic.entries(path)
+    foreign = entries - SAVED_MODEL if "saved_model.pb" in entries else entries
+    if foreign:
         raise FileExistsError(
-            f"`path` {str(path)!r} is a folder that holds {', '.join(others[:5])}: an "
-            "export would replace the whole folder. Give a path inside it, such as "
+            f"`path` {str(path)!r} is a folder that holds "
+            f"{', '.join(sorted(foreign)[:5])}: an export would replace the whole "
+            "folder. Give a path inside it, such as "
             f"{str(Path(path, 'served'))!r}."
         )
-    if found and os.path.samefile(path, "."):
+    if entries and os.path.samefile(path, "."):
         raise FileExistsError(
             f"`path` {str(path)!r} is the current working directory, which the export "
             "would replace. Give a path inside it, or export from another directory."
@@ -208,7 +209,7 @@ RUNTIMES = {
 }
 
 
-def assert_runs(path, format):
+def refuse_broken_artefact(path, format):
     """Raises ValueError if the artefact cannot be opened and run on zeros.
 
     Nothing is checked if the package that runs it is not installed.

@@ -6,15 +6,10 @@ from collections.abc import Callable
 import keras
 import numpy as np
 
-from keras_lora.keras_internals import compiled, distribution, processes
-from keras_lora.keras_internals.layers import (
-    flatten_layers,
-    name_scope_of,
-    refresh_torch_parameters,
-)
+from keras_lora.keras_internals import compiled, distribution, layers, processes
 from keras_lora.layers import kinds, lora_layer, methods, torch_layout
-from keras_lora.layers.settings import checked_rank
-from keras_lora.models import adapt, merge, sites, start_values
+from keras_lora.layers.settings import validate_rank
+from keras_lora.models import merge, sites, start_values
 from keras_lora.models.report import Report
 
 OTHER_STARTS = (
@@ -76,11 +71,13 @@ def initialize_lora(
         [EVA: Paischer et al., 2024](https://arxiv.org/abs/2410.07170);
         [LoftQ: Li et al., 2023](https://arxiv.org/abs/2310.08659)
     """
-    sites.checked_sites(model)
-    checked_arguments(method, data, budget)
+    sites.sites_outside_contexts(model)
+    validate_arguments(method, data, budget)
     every = sites.site_paths(sites.with_model(model, sites.layer_paths(model)))
-    layers = {path: site for path, site in every.items() if lora_layer.is_adapted(site)}
-    for path, layer in layers.items():
+    adapted = {
+        path: site for path, site in every.items() if lora_layer.is_adapted(site)
+    }
+    for path, layer in adapted.items():
         refuse_used(path, layer)
         needs_inputs = method == "eva" and layer.form.down is None
         if isinstance(method, str) and (needs_inputs or not layer.kernel_is_matrix):
@@ -91,44 +88,44 @@ def initialize_lora(
                 "exclude=, or give a function of the layer."
             )
     if method == "eva":
-        starts = start_values.eva(model, layers, data, budget)
+        starts = start_values.eva(model, adapted, data, budget)
     elif method == "loftq":
-        starts = start_values.loftq(layers, data)
+        starts = start_values.loftq(adapted, data)
     else:
-        starts = with_bar(
-            layers, lambda path, layer: start_values.from_kernel(path, layer, method)
+        starts = map_with_progress_bar(
+            adapted, lambda path, layer: start_values.from_kernel(path, layer, method)
         )
-    for path, layer in layers.items():
+    for path, layer in adapted.items():
         refuse_unusable(path, layer, starts[path])
-    processes.on_all(model, lambda: starts, start_values.fingerprint, OTHER_STARTS)
+    processes.run_on_all(model, lambda: starts, start_values.fingerprint, OTHER_STARTS)
     options = {
         layer: options_for(layer, starts[path])
-        for path, layer in layers.items()
+        for path, layer in adapted.items()
         if starts[path].rank
     }
-    with renewed(model, options):
-        for path, layer in layers.items():
+    with replace_adapters(model, options):
+        for path, layer in adapted.items():
             starts[path].assign_to(layer)
-    for path, layer in layers.items():
+    for path, layer in adapted.items():
         if starts[path].plain is not None:
             merge.copy_kernel(layer, starts[path].plain)
         if starts[path].rank:
             layer.lora.start_from_kernel()
         else:
-            adapt.make_plain(layer)
+            sites.make_plain(layer)
             layer.trainable = False
     errors = {path: start.errors for path, start in starts.items() if start.errors}
     return Report(model, notes=compiled.compile_again(model), errors=errors)
 
 
-def checked_arguments(method, data, budget):
+def validate_arguments(method, data, budget):
     if not callable(method) and method not in STARTS:
         raise ValueError(
             f"`method` must be one of {', '.join(map(repr, STARTS))} or a function of "
             f"a layer. Received: {method!r}."
         )
     if budget is not None:
-        checked_budget(method, budget)
+        validate_budget(method, budget)
     if data is None and method in ("eva", "loftq"):
         what = "batches of inputs" if method == "eva" else "the float model"
         raise ValueError(f"{method!r} needs `data`: {what}.")
@@ -136,13 +133,13 @@ def checked_arguments(method, data, budget):
         raise ValueError(f"{method!r} uses only the kernels: leave out `data`.")
 
 
-def checked_budget(method, budget):
+def validate_budget(method, budget):
     if method != "eva":
         raise ValueError(
             f"`budget` is for 'eva', which moves ranks. Received: method={method!r}."
         )
     try:
-        checked_rank(budget)
+        validate_rank(budget)
     except ValueError:
         raise ValueError(
             "`budget` must be a whole number > 0, the sum of all ranks. Received: "
@@ -192,20 +189,24 @@ def options_for(layer, start):
     return {**layer.lora.options(), **options}
 
 
-def with_bar(layers, function):
+def map_with_progress_bar(adapted_sites, function):
     """Returns {path: function(path, layer)}; long work shows a progress bar."""
-    sizes = {path: np.sort(layer.kernel_shape)[::-1] for path, layer in layers.items()}
+    sizes = {
+        path: np.sort(layer.kernel_shape)[::-1] for path, layer in adapted_sites.items()
+    }
     work = sum(float(np.prod(size)) * size[-1] for size in sizes.values())
-    bar = keras.utils.Progbar(len(layers), verbose=int(work > 1e10), unit_name="layer")
-    found = {}
-    for path, layer in layers.items():
-        found[path] = function(path, layer)
+    bar = keras.utils.Progbar(
+        len(adapted_sites), verbose=int(work > 1e10), unit_name="layer"
+    )
+    results = {}
+    for path, layer in adapted_sites.items():
+        results[path] = function(path, layer)
         bar.add(1)
-    return found
+    return results
 
 
 @contextlib.contextmanager
-def renewed(model, options):
+def replace_adapters(model, options):
     """Replaces adapters; if anything fails inside, the old ones are put back.
 
     Args:
@@ -213,16 +214,18 @@ def renewed(model, options):
         options: Site -> the arguments of its new adapter.
     """
     compiled.restore_jax_weights(model)
-    with distribution.own_strategy(model), contextlib.ExitStack() as undo:
-        made = {
-            site: methods.make_adapter(own, site.variable_dtype, site.adapter_attribute)
-            for site, own in options.items()
+    with distribution.strategy_scope(model), contextlib.ExitStack() as undo:
+        adapters = {
+            site: methods.make_adapter(
+                site_options, site.variable_dtype, site.adapter_attribute
+            )
+            for site, site_options in options.items()
         }
-        undo.callback(refresh_torch_parameters, flatten_layers(model))
-        for site, adapter in made.items():
+        undo.callback(layers.refresh_torch_parameters, layers.flatten_layers(model))
+        for site, adapter in adapters.items():
             undo.callback(replace_adapter, site, site.lora)
             replace_adapter(site, adapter)
-            with name_scope_of(site.lora_layer()):
+            with layers.name_scope_of(site.lora_layer()):
                 site.build_factors()
         yield
         undo.pop_all()

@@ -10,21 +10,13 @@ import functools
 
 import keras
 
-from keras_lora.keras_internals import calls, classes
-from keras_lora.keras_internals.layers import (
-    flatten_layers,
-    own_variables,
-    refresh_torch_parameters,
-)
+from keras_lora.keras_internals import calls, classes, layers
 from keras_lora.layers import kinds, lora_layer, quantized_host
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.rematerialized import Rematerialized
 from keras_lora.layers.saved_values import TrainedValues
-from keras_lora.models import presets, quantized, record
-from keras_lora.models.adapt import adapt, new_adapter
-from keras_lora.models.record import Record
-from keras_lora.models.sites import adapted_sites, layer_paths
+from keras_lora.models import presets, quantized, sites, training_state
 
 # All these classes have one name, because they share `from_config`.
 register = keras.saving.register_keras_serializable("keras_lora", "Adapted")
@@ -40,13 +32,17 @@ class Carrier(Rematerialized):
     def get_config(self):
         if calls.legacy_format():
             refuse_legacy_format(self)
-        layers = {"": self, **layer_paths(self, alone=False)}
-        own = {p: x for p, x in layers.items() if not isinstance(x, LowRankAdapter)}
-        with_adapter = {
-            path: x for path, x in own.items() if lora_layer.has_adapters(x)
+        by_path = {"": self, **sites.layer_paths(self, alone=False)}
+        carried = {
+            p: x for p, x in by_path.items() if not isinstance(x, LowRankAdapter)
         }
-        records = {path: record.record_of(layer) for path, layer in own.items()}
-        view = classes.seen_as(self, presets.plain_class_of(type(self)))
+        with_adapter = {
+            path: x for path, x in carried.items() if lora_layer.has_adapters(x)
+        }
+        records = {
+            path: training_state.record_of(layer) for path, layer in carried.items()
+        }
+        view = classes.view_as(self, presets.plain_class_of(type(self)))
         plain = keras.saving.serialize_keras_object(view)
         for key in ("compile_config", "shared_object_id"):  # those of the view
             plain.pop(key, None)
@@ -62,14 +58,16 @@ class Carrier(Rematerialized):
                 p: {w: s.lora.options() for w, s in x.sites().items() if s is not x}
                 for p, x in with_adapter.items()
             },
-            "places": {path: place - 1 for place, path in enumerate(own)},
-            "quantized": quantized.quantizations(own),
+            "places": {path: place - 1 for place, path in enumerate(carried)},
+            "quantized": quantized.quantizations(carried),
             "merge_weights": {p: x.merge_weights for p, x in with_adapter.items()},
-            "trainable": record.trainable_state(layers),
+            "trainable": training_state.trainable_flags(by_path),
             "trainable_before": {
-                p: list(r.before) for p, r in records.items() if r.before is not None
+                p: list(r.flags) for p, r in records.items() if r.flags is not None
             },
-            "trained_beside": {p: list(r.base) for p, r in records.items() if r.base},
+            "trained_beside": {
+                p: list(r.base_values) for p, r in records.items() if r.base_values
+            },
         }
 
     @classmethod
@@ -79,65 +77,73 @@ class Carrier(Rematerialized):
         model = keras.saving.deserialize_keras_object(
             presets.plain_part(config), custom_objects=custom_objects
         )
-        paths = layer_paths(model, alone=False)
-        layers = {"": model, **paths}
-        own = [p for p, x in paths.items() if not isinstance(x, LowRankAdapter)]
+        paths = sites.layer_paths(model, alone=False)
+        by_path = {"": model, **paths}
+        present = [p for p, x in paths.items() if not isinstance(x, LowRankAdapter)]
         # A model may give its layers other names once it has a name itself.
-        places = {p: own[n] for p, n in config["places"].items() if 0 <= n < len(own)}
-        places |= {path: path for path in layers}
+        places = config["places"].items()
+        places = {p: present[n] for p, n in places if 0 <= n < len(present)}
+        places |= {path: path for path in by_path}
         for path, how in config.get("quantized", {}).items():
-            quantized.quantize_again(layers.get(places.get(path)), *how)
+            quantized.quantize_again(by_path.get(places.get(path)), *how)
         adapters = []
-        one = {path: {None: own} for path, own in config["adapters"].items()}
+        one = {path: {None: options} for path, options in config["adapters"].items()}
         several = config.get("weight_adapters", {})
-        for path, own in [*one.items(), *several.items()]:
-            layer = layers.get(places.get(path))
+        for path, options_by_weight in [*one.items(), *several.items()]:
+            layer = by_path.get(places.get(path))
             if layer is None or not layer.built:
                 raise ValueError(
                     f"The configuration of {model.name!r} does not build the layer "
                     f"{path!r}, so its adapter cannot be restored. Build the model as "
                     "you did originally, then `apply_lora` and `load_weights`."
                 )
-            sites = kinds.sites_of(layer)
-            for weight, options in own.items():
-                site = sites.get(weight, layer)
+            by_weight = kinds.sites_of(layer)
+            for weight, options in options_by_weight.items():
+                site = by_weight.get(weight, layer)
                 if not lora_layer.is_adapted(site):  # a LoRA layer restores its own
                     adapters.append((site, options))
         for site, options in adapters:
-            adapt(site, new_adapter(site, options))
-        quantized.fix_quantized(layers.values())
+            sites.add_adapter(site, sites.new_adapter(site, options))
+        quantized.fix_quantized(by_path.values())
         for path, merge_weights in config["merge_weights"].items():
-            layers[places[path]].merge_weights = merge_weights
-        layers_now = {"": model, **layer_paths(model, alone=False)}
-        record.restore_trainable_state(layers_now, config["trainable"])
-        beside = config.get("trained_beside", {})
+            by_path[places[path]].merge_weights = merge_weights
+        layers_now = {"": model, **sites.layer_paths(model, alone=False)}
+        training_state.restore_flags(layers_now, config["trainable"])
+        trained_beside = config.get("trained_beside", {})
         for path, place in places.items():
-            base = dict.fromkeys(beside.get(path, ()))
-            before = config["trainable_before"].get(path)
-            record.set_record(layers[place], Record(before, base))
-        use_owner_classes(model)
+            record = training_state.Record(
+                config["trainable_before"].get(path),
+                dict.fromkeys(trained_beside.get(path, ())),
+            )
+            training_state.set_record(by_path[place], record)
+        use_carrier_classes(model)
         return model
 
     def save_own_variables(self, store):
         super().save_own_variables(TrainedValues(store))
         if presets.is_saved_as_plain(self):
             return
-        for name, (layer, index) in record.base_names(self, Carrier).items():
-            if record.record_of(layer).base[index] is not None:
-                store[name] = record.record_of(layer).base[index]
+        names = training_state.base_value_names(self, Carrier)
+        for name, (layer, index) in names.items():
+            value = training_state.record_of(layer).base_values[index]
+            if value is not None:
+                store[name] = value
 
     def load_own_variables(self, store):
         values = {name: store[name] for name in store.keys()}  # noqa: SIM118
-        for name, (layer, index) in record.base_names(self, Carrier).items():
-            record.set_base(layer, index, values.get(name))
-        others = [name for name in values if not name.startswith(record.BASE)]
-        super().load_own_variables({name: values[name] for name in others})
+        names = training_state.base_value_names(self, Carrier)
+        for name, (layer, index) in names.items():
+            training_state.set_base_value(layer, index, values.get(name))
+        prefix = training_state.BASE_PREFIX
+        super().load_own_variables(
+            {name: x for name, x in values.items() if not name.startswith(prefix)}
+        )
 
     def quantize(self, mode=None, config=None, **kwargs):
-        for layer in adapted_sites(self):
+        for layer in sites.adapted_sites(self):
             quantized_host.refuse_quantizing(layer, mode)  # before any change
         super().quantize(mode, config=config, **kwargs)
-        quantized.fix_quantized(flatten_layers(self))
+        quantized.fix_quantized(layers.flatten_layers(self))
 
     def build_from_config(self, config):
         """Does nothing: `from_config` has built the layers, to attach the adapters."""
@@ -149,24 +155,26 @@ class Carrier(Rematerialized):
 
 
 @functools.cache
-def adapted_class(cls):
+def carrier_class(cls):
     """The subclass of a layer's class that carries adapters.
 
     It has the plain class's name, which decides where weights lie in files, and a
     module of this package: if that is not imported, Keras says so instead of using the
     plain class.
     """
-    own = {"__module__": __name__, "plain_owner": cls}
+    members = {"__module__": __name__, "plain_owner": cls}
     for method in (save, presets.save_to_preset, make_train_function):
         if hasattr(cls, method.__name__):
-            own[method.__name__] = method
-    own |= {name: protected(getattr(cls, name)) for name in LOOPS if hasattr(cls, name)}
-    adapted = type(cls.__name__, (Carrier, cls), own)
-    register(adapted)
+            members[method.__name__] = method
+    members |= {
+        name: protect(getattr(cls, name)) for name in LOOPS if hasattr(cls, name)
+    }
+    carrier = type(cls.__name__, (Carrier, cls), members)
+    register(carrier)
     # The mixin keeps the name: KerasHub would find a registered subclass when it looks
     # for the task of a preset.
     register(Carrier)
-    return adapted
+    return carrier
 
 
 LOOPS = (
@@ -175,7 +183,7 @@ LOOPS = (
 )
 
 
-def protected(loop):
+def protect(loop):
     """Wraps a method that runs a model, so that an error cannot lose its weights.
 
     On JAX, Keras takes the weights out of the model before a call can raise.
@@ -191,7 +199,9 @@ def protected(loop):
 
 def save(self, filepath, *args, **kwargs):
     """Refuses what cannot be saved before Keras opens the file, which empties it."""
-    flatten_layers(self)  # refuses layers that another copy of this package adapted
+    layers.flatten_layers(
+        self
+    )  # refuses layers that another copy of this package adapted
     if str(filepath).endswith((".h5", ".hdf5")):
         refuse_legacy_format(self)
     self.plain_owner.save(self, filepath, *args, **kwargs)
@@ -202,8 +212,8 @@ def make_train_function(self, force=False):
     begins = force or self.train_function is None
     self.plain_owner.make_train_function(self, force)
     if begins:
-        record.remember_what_trains(flatten_layers(self))
-        use_owner_classes(self)
+        training_state.remember_what_trains(layers.flatten_layers(self))
+        use_carrier_classes(self)
 
 
 def refuse_legacy_format(model):
@@ -213,13 +223,13 @@ def refuse_legacy_format(model):
     )
 
 
-def carriers(model):
+def layers_to_carry(model):
     """The layers whose own configuration cannot restore them.
 
     They hold adapted layers, have a class that was made at run time, or train together
     with A and B.
     """
-    for layer in flatten_layers(model):
+    for layer in layers.flatten_layers(model):
         if isinstance(layer, Carrier):
             continue
         if isinstance(layer, LoRALayer):
@@ -228,26 +238,21 @@ def carriers(model):
             if flags or not presets.is_registered(type(layer)):
                 yield layer
         elif (
-            record.record_of(layer).base
-            or any(map(lora_layer.has_adapters, flatten_layers(layer)))
-            or has_mixed_flags(layer)
+            training_state.record_of(layer).base_values
+            or any(map(lora_layer.has_adapters, layers.flatten_layers(layer)))
+            or any(v.trainable != layer.trainable for v in layers.own_variables(layer))
         ):
             yield layer
 
 
-def has_mixed_flags(layer):
-    """Whether some variables have another flag than their layer."""
-    return any(v.trainable != layer.trainable for v in own_variables(layer))
-
-
 def parts(layer):
     """The layers inside a LoRA layer, such as a cell, but not its adapters."""
-    inside = [x for x in flatten_layers(layer) if x is not layer]
+    inside = [x for x in layers.flatten_layers(layer) if x is not layer]
     return [x for x in inside if not isinstance(x, LowRankAdapter)]
 
 
-def use_owner_classes(model):
+def use_carrier_classes(model):
     """Gives layers the class that carries adapters where they need it."""
-    for layer in list(carriers(model)):
-        classes.change_class(layer, adapted_class(type(layer)))
-    refresh_torch_parameters(flatten_layers(model))
+    for layer in list(layers_to_carry(model)):
+        classes.change_class(layer, carrier_class(type(layer)))
+    layers.refresh_torch_parameters(layers.flatten_layers(model))

@@ -5,15 +5,14 @@ import math
 
 import keras
 
-from keras_lora.keras_internals import compiled, private_names, probes
-from keras_lora.keras_internals.compiled import TwoRates
+from keras_lora.keras_internals import optimizers, private_names, probes
 from keras_lora.layers import settings
 
 register = keras.saving.register_keras_serializable(package="keras_lora")
 
 
 @register
-class LoRAPlus(TwoRates):
+class LoRAPlus(optimizers.TwoRates):
     """Gives every B a learning rate that is `ratio` times as high.
 
         A <- update(A, learning_rate)            also biases, DoRA's magnitude, heads
@@ -54,8 +53,8 @@ class LoRAPlus(TwoRates):
     def __new__(cls, optimizer, ratio=16.0):
         probes.require(private_names.LORA_PLUS)
         optimizer = keras.optimizers.get(optimizer)
-        checked_ratio(ratio)
-        checked_optimizer(optimizer)
+        validate_ratio(ratio)
+        validate_optimizer(optimizer)
         optimizer.__class__ = lora_plus_class(type(optimizer))
         return optimizer  # Python calls __init__ on it
 
@@ -81,9 +80,7 @@ class LoRAPlus(TwoRates):
         return learning_rate * self.lora_plus_ratio
 
     def get_config(self):
-        optimizer = keras.saving.serialize_keras_object(
-            compiled.as_plain_optimizer(self)
-        )
+        optimizer = keras.saving.serialize_keras_object(optimizers.plain_view(self))
         return {"optimizer": optimizer, "ratio": self.lora_plus_ratio}
 
     @classmethod
@@ -97,7 +94,7 @@ class LoRAPlus(TwoRates):
 @functools.cache
 def lora_plus_class(plain_class):
     """Returns LoRAPlus over an optimizer's class; all have one name in files."""
-    bases = (LoRAPlus, compiled.optimizer_class(plain_class))
+    bases = (LoRAPlus, optimizers.optimizer_class(plain_class))
     members = {"plain_class": plain_class, "__module__": __name__}
     new_class = type("LoRAPlus", bases, members)
     register(new_class)
@@ -105,7 +102,7 @@ def lora_plus_class(plain_class):
     return new_class
 
 
-def checked_ratio(ratio):
+def validate_ratio(ratio):
     if not settings.is_number(ratio) or not math.isfinite(ratio) or ratio <= 0:
         raise ValueError(
             "`ratio` must be a finite number > 0, B's learning rate over A's. "
@@ -113,7 +110,7 @@ def checked_ratio(ratio):
         )
 
 
-def checked_optimizer(optimizer):
+def validate_optimizer(optimizer):
     name = type(optimizer).__name__
     if optimizer is None:
         raise ValueError("`optimizer` must be a Keras optimizer. Received: None.")
@@ -121,7 +118,7 @@ def checked_optimizer(optimizer):
         raise ValueError(
             "`optimizer` is a LoRAPlus already. Give the optimizer inside it."
         )
-    if compiled.optimizer_class(type(optimizer)).update_step is UPDATE_STEP:
+    if optimizers.optimizer_class(type(optimizer)).update_step is UPDATE_STEP:
         raise ValueError(
             f"`optimizer` is a {name}, which has no update of its own but wraps "
             "optimizers that do. Wrap the other way round, as in "

@@ -12,33 +12,14 @@ from keras_lora.keras_internals import (
     classes,
     compiled,
     distribution,
+    layers,
     warn_caller,
-)
-from keras_lora.keras_internals.layers import (
-    exchange_variables,
-    flatten_layers,
-    kernel_variables,
-    name_scopes,
 )
 from keras_lora.layers import lora_layer, quantized_host, torch_layout
 from keras_lora.layers.lora_layer import LoRALayer
-from keras_lora.models import adapt
+from keras_lora.models import sites, training_state
 from keras_lora.models.keras_files import Carrier
 from keras_lora.models.quantized import quantization_config, renew_policy_maps
-from keras_lora.models.record import (
-    EMPTY,
-    base_values,
-    record_of,
-    set_flags,
-    set_record,
-    trainable_state,
-    warn_of_unremembered,
-)
-from keras_lora.models.sites import (
-    adapted_sites,
-    checked_sites,
-    layer_paths,
-)
 
 WAYS = ("dequantize", "requantize")
 SMALL = 2**16  # size up to which a merged kernel is kept from its check on
@@ -52,16 +33,16 @@ class MergedLayer(NamedTuple):
     error: float
 
 
-def check_way(layers, way):
-    """Raises ValueError unless this is a way to merge quantized layers, if any are."""
+def validate_way(hosts, way):
+    """Raises ValueError if `way` is none, or is needed for quantized layers."""
     if way is not None and way not in WAYS:
         raise ValueError(
             f"`quantized` must be None, 'dequantize' or 'requantize'. Received: {way!r}"
         )
-    if layers and way is None:
-        names = ", ".join(repr(layer.name) for layer in layers[:5])
+    if hosts and way is None:
+        names = ", ".join(repr(layer.name) for layer in hosts[:5])
         raise ValueError(
-            f"The kernels of {len(layers)} adapted layers are quantized ({names}), and "
+            f"The kernels of {len(hosts)} adapted layers are quantized ({names}), and "
             "no integers represent W + delta exactly. Choose how to merge: "
             'quantized="dequantize" gives float layers with the dequantized W + delta, '
             'which need the memory of float kernels; quantized="requantize" quantizes '
@@ -69,12 +50,12 @@ def check_way(layers, way):
             "the quantized kernels, with A and B as they are."
         )
     if way == "requantize":
-        refuse_calibrating("requantize", layers)
+        refuse_calibrating("requantize", hosts)
 
 
-def refuse_calibrating(word, layers):
+def refuse_calibrating(word, hosts):
     """Raises ValueError where quantizing a kernel again would need calibration data."""
-    for layer in layers:
+    for layer in hosts:
         if layer.quantization_mode in quantized_host.CALIBRATED:
             raise ValueError(
                 f"{word!r} quantizes kernels again, but the inputs that Keras has "
@@ -84,24 +65,24 @@ def refuse_calibrating(word, layers):
             )
 
 
-def merged_plain(layer, kernel, way):
+def make_merged_layer(layer, kernel, way):
     """Makes a plain layer with this kernel, in float or quantized again."""
-    config = classes.seen_as(layer, layer.plain_class).get_config()
+    config = classes.view_as(layer, layer.plain_class).get_config()
     config["dtype"] = float_policy(layer).name
     config.pop("quantization_config", None)
     plain = layer.plain_class.from_config(config)
     requantize = way == "requantize"
     owner = layer.path.removesuffix(layer.name)
     with contextlib.ExitStack() as scopes:
-        scopes.enter_context(distribution.own_strategy(layer))
-        scopes.enter_context(name_scopes(owner))  # layout maps go by paths
+        scopes.enter_context(distribution.strategy_scope(layer))
+        scopes.enter_context(layers.name_scopes(owner))  # layout maps go by paths
         values = {layer.kernel_name: kernel, **layer.other_kernels()}
         if requantize and distribution.is_sharded(layer.frozen_kernel):
             # Keras quantizes on the host.
             values = {name: distribution.fetch(value) for name, value in values.items()}
             scopes.enter_context(distribution.on_host())
         plain.build_from_config(layer.get_build_config())
-        for variable in kernel_variables(plain).values():
+        for variable in layers.kernel_variables(plain).values():
             distribution.assign(variable, values[variable.name])
         if requantize:
             config, mode = quantization_config(layer), layer.quantization_mode
@@ -112,27 +93,27 @@ def merged_plain(layer, kernel, way):
 def relative_error(layer, plain):
     """Returns the relative error of a merged kernel, computed in A's dtype."""
     dtype = layer.lora.variable_dtype
-    kernel = classes.twin(plain, type(layer), {}).base_kernel(dtype)
-    found, wanted = (
+    kernel = classes.view_with(plain, type(layer), {}).base_kernel(dtype)
+    merged, exact = (
         torch_layout.to_numpy(x).astype("float64")
         for x in (kernel, layer.merged_kernel(dtype))
     )
-    return float(np.linalg.norm(found - wanted) / (np.linalg.norm(wanted) or 1.0))
+    return float(np.linalg.norm(merged - exact) / (np.linalg.norm(exact) or 1.0))
 
 
 def copy_kernel(layer, plain):
     """Gives a layer the kernel, scales and policy of a plain layer of its kind."""
     if plain.quantization_mode is not None:
-        own = kernel_variables(layer)
-        for name, variable in kernel_variables(plain).items():
+        variables = layers.kernel_variables(layer)
+        for name, variable in layers.kernel_variables(plain).items():
             distribution.assign(
-                own[name],
+                variables[name],
                 distribution.fetch(variable)
-                if distribution.is_sharded(own[name])
+                if distribution.is_sharded(variables[name])
                 else variable,
             )
         return
-    exchange_variables(layer, plain)
+    layers.exchange_variables(layer, plain)
     layer.dtype_policy = float_policy(layer)
 
 
@@ -178,29 +159,29 @@ def merge_lora(
         >>> type(model.layers[0]).__name__
         'Dense'
     """
-    sites = checked_sites(model)
-    hosts = [site for site in sites if site.is_quantized]
-    check_way(hosts, quantized)
-    paths = layer_paths(model) if hosts else {}
+    adapted = sites.sites_outside_contexts(model)
+    hosts = [site for site in adapted if site.is_quantized]
+    validate_way(hosts, quantized)
+    paths = sites.layer_paths(model) if hosts else {}
     path_of = {id(layer): path for path, layer in paths.items()}
-    report, made, small = [], {}, {}
-    for site in sites:
-        kernel = checked_merged_kernel(site)
+    report, merged, small = [], {}, {}
+    for site in adapted:
+        kernel = finite_merged_kernel(site)
         if site.is_quantized:
-            made[site] = plain = merged_plain(site, kernel, quantized)
+            merged[site] = plain = make_merged_layer(site, kernel, quantized)
             error = relative_error(site, plain)
             report.append(MergedLayer(path_of[id(site)], site, error))
         elif math.prod(kernel.shape) <= SMALL:
             small[site] = kernel
-    for site in sites:
+    for site in adapted:
         if site.is_quantized:
-            copy_kernel(site, made[site])
+            copy_kernel(site, merged[site])
         else:
             kernel = small.get(site)
             if kernel is None:
                 kernel = site.merged_kernel(site.kernel_dtype)
             site.frozen_kernel.assign(kernel)
-    _make_plain(model, flatten_layers(model))
+    _make_plain(model, layers.flatten_layers(model))
     return report
 
 
@@ -221,32 +202,32 @@ def remove_lora(model: keras.layers.Layer):
         >>> type(model.layers[0]).__name__
         'Dense'
     """
-    checked_sites(model)
-    layers = flatten_layers(model)
-    warn_of_unremembered(layers)
-    for layer in layers:
-        for variable, value in base_values(layer):
+    sites.sites_outside_contexts(model)
+    model_layers = layers.flatten_layers(model)
+    training_state.warn_of_variables_without_base(model_layers)
+    for layer in model_layers:
+        for variable, value in training_state.base_values(layer):
             distribution.assign(variable, value)
-    _make_plain(model, layers)
+    _make_plain(model, model_layers)
 
 
-def _make_plain(model, layers):
-    """layers: all layers of the model."""
-    adapted = [layer for layer in layers if isinstance(layer, LoRALayer)]
+def _make_plain(model, model_layers):
+    """Turns the LoRA layers of a model into plain ones, and compiles it again."""
+    adapted = [layer for layer in model_layers if isinstance(layer, LoRALayer)]
     for layer in adapted:
-        adapt.make_plain(layer)
-    found = compiled.models_sharing_layers(model)
-    held = held_by_adapted(found, layers)
+        sites.make_plain(layer)
+    models = compiled.models_sharing_layers(model)
+    held = shared_with_adapted_models(models, model_layers)
     for layer in adapted:
         if id(layer) in held:
             layer.trainable = False
-    restore_models(layers, held)
-    renew_policy_maps(layers)
-    for note in compiled.compile_all_again(found):
+    restore_models(model_layers, held)
+    renew_policy_maps(model_layers)
+    for note in compiled.compile_all_again(models):
         warn_caller(note)
 
 
-def checked_merged_kernel(layer):
+def finite_merged_kernel(layer):
     """Returns W + delta in the kernel's dtype; raises if it is not finite."""
     kernel = layer.merged_kernel(layer.kernel_dtype)
     if not is_finite(kernel):
@@ -278,39 +259,40 @@ def refuse_not_finite(layer, arrays):
             )
 
 
-def held_by_adapted(found, layers) -> set:
+def shared_with_adapted_models(models, model_layers) -> set:
     """Ids of layers that other adapted models hold too, where W stays frozen.
 
     Args:
-        found: The result of `models_sharing_layers` for a model.
-        layers: All layers of that model.
+        models: The result of `models_sharing_layers` for a model.
+        model_layers: All layers of that model.
     """
-    own = set(map(id, layers))
+    in_model = set(map(id, model_layers))
     return {
         id(layer)
-        for other in found
-        if id(other) not in own and record_of(other).before and adapted_sites(other)
-        for layer in flatten_layers(other)
+        for other in models
+        if id(other) not in in_model
+        and training_state.record_of(other).flags
+        and sites.adapted_sites(other)
+        for layer in layers.flatten_layers(other)
     }
 
 
-def restore_models(layers, held):
+def restore_models(model_layers, held):
     """Restores classes and flags that `apply_lora` had changed on other layers.
 
     held: Ids of those that stay frozen.
     """
-    for layer in layers:
+    for layer in model_layers:
         if isinstance(layer, Carrier) and not any(
-            lora_layer.has_adapters(part) for part in flatten_layers(layer)
+            lora_layer.has_adapters(part) for part in layers.flatten_layers(layer)
         ):
             classes.change_class(layer, layer.plain_owner)
-    kept = [layer for layer in layers if id(layer) in held]
-    flags = list(trainable_state(dict(enumerate(kept))).values())
-    for layer in layers:
-        record = record_of(layer)
-        if record.before is not None:
-            set_flags(layer, *record.before)  # of all layers inside too
+    kept = [layer for layer in model_layers if id(layer) in held]
+    flags = training_state.trainable_flags(dict(enumerate(kept)))
+    for layer in model_layers:
+        record = training_state.record_of(layer)
+        if record.flags is not None:
+            training_state.set_flags(layer, *record.flags)  # of all layers inside too
         if id(layer) not in held:
-            set_record(layer, EMPTY)
-    for layer, own in zip(kept, flags, strict=True):
-        set_flags(layer, *own)
+            training_state.set_record(layer, training_state.EMPTY)
+    training_state.restore_flags(dict(enumerate(kept)), flags)

@@ -10,7 +10,7 @@ from keras_lora.keras_internals import classes, warn_caller
 from keras_lora.keras_internals.layers import flatten_layers
 from keras_lora.layers import lora_layer
 from keras_lora.layers.lora_layer import LoRALayer
-from keras_lora.models import record, sites, tables
+from keras_lora.models import sites, tables, training_state
 
 # Ids of layers that are being saved as those of a plain KerasHub task.
 _plain: contextvars.ContextVar = contextvars.ContextVar("_plain", default=frozenset())
@@ -35,7 +35,7 @@ def save_to_preset(self, preset_dir, *args, **kwargs):
         layers = sites.layer_paths(self)
         outside = {p: x for p, x in layers.items() if id(x) not in carried}
         refuse_adapters_outside(outside)
-        view = classes.seen_as(self, plain_class_of(type(self)))
+        view = classes.view_as(self, plain_class_of(type(self)))
     with as_plain_layers(outside.values()):
         plain_class_of(type(self)).save_to_preset(view, preset_dir, *args, **kwargs)
     if view is self and not os.path.exists(os.path.join(preset_dir, "task.json")):
@@ -44,10 +44,14 @@ def save_to_preset(self, preset_dir, *args, **kwargs):
             f"{name}.from_preset cannot load this preset; `from_preset` of a task of "
             "its family can. To load the backbone alone, save a .keras file."
         )
-    trained = [path for path, layer in outside.items() if record.record_of(layer).base]
+    trained = [
+        path
+        for path, layer in outside.items()
+        if training_state.record_of(layer).base_values
+    ]
     if trained:
         warn_caller(
-            f"The preset has the trained values of {tables.listed(trained)}, not those "
+            f"The preset has the trained values of {tables.join(trained)}, not those "
             "from before training, so `remove_lora` on the loaded model cannot restore "
             "them. A .keras file keeps both."
         )
@@ -95,8 +99,8 @@ FIELDS = {
 def plain_part(config):
     """Returns the plain class's configuration, with additions of KerasHub (a dtype)."""
     plain = config.get("layer") or config["model"]
-    more = {key: value for key, value in config.items() if key not in FIELDS}
-    return {**plain, "config": {**plain["config"], **more}}
+    additions = {key: value for key, value in config.items() if key not in FIELDS}
+    return {**plain, "config": {**plain["config"], **additions}}
 
 
 def plain_float_config(config):
@@ -114,9 +118,9 @@ def plain_float_config(config):
     elif name.startswith("keras_lora>LoRA"):
         plain = {**config["config"], "rank": 0, "frozen": []}
         config = {**config, "config": plain}
-    found = {key: plain_float_config(part) for key, part in config.items()}
-    if "class_name" in found and "dtype" in (found.get("config") or {}):
-        found["config"] |= {"dtype": "float32"}
-        if "quantization_config" in found["config"]:
-            found["config"]["quantization_config"] = None
-    return found
+    plain = {key: plain_float_config(part) for key, part in config.items()}
+    if "class_name" in plain and "dtype" in (plain.get("config") or {}):
+        plain["config"] |= {"dtype": "float32"}
+        if "quantization_config" in plain["config"]:
+            plain["config"]["quantization_config"] = None
+    return plain

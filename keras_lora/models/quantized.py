@@ -1,5 +1,7 @@
 """Quantized layers of a model: corrected where Keras is wrong, and kept in files."""
 
+import itertools
+
 import keras
 
 from keras_lora.keras_internals import classes
@@ -32,11 +34,11 @@ def renew_policy_maps(layers):
     """
     policies = [layer.dtype_policy for layer in layers]
     is_map = [isinstance(x, keras.dtype_policies.DTypePolicyMap) for x in policies]
-    maps = {id(x): x for x, found in zip(policies, is_map, strict=True) if found}
+    maps = {id(x): x for x in itertools.compress(policies, is_map)}
     for policy_map in maps.values():
-        for layer, policy, found in zip(layers, policies, is_map, strict=True):
+        for layer, policy, has_map in zip(layers, policies, is_map, strict=True):
             path, mode = layer.path, policy.quantization_mode
-            if found or path is None or policy_map[path].quantization_mode == mode:
+            if has_map or path is None or policy_map[path].quantization_mode == mode:
                 continue
             if path in policy_map:
                 del policy_map[path]

@@ -2,7 +2,6 @@
 
 import collections
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import keras
@@ -10,9 +9,8 @@ import keras
 from keras_lora.keras_internals import layers
 from keras_lora.layers import lora_layer
 from keras_lora.layers.adapter import LowRankAdapter
-from keras_lora.models import record, tables
+from keras_lora.models import tables, training_state
 from keras_lora.models.sites import layer_paths, site_paths, with_model
-from keras_lora.models.tables import Table
 
 
 class Row(NamedTuple):
@@ -36,7 +34,7 @@ class Row(NamedTuple):
         return self.layer.loras[self.weight]
 
 
-class Report(Table, Sequence):
+class Report(tables.Rows):
     """The adapted layers of a model as rows (.path .layer .rank .alpha).
 
     `print(report)` gives the table of `keras_lora.summary`.
@@ -57,9 +55,9 @@ class Report(Table, Sequence):
         self.errors = dict(errors)
         sites = {p: s for p, s in site_paths(paths).items() if lora_layer.is_adapted(s)}
         self.rows = [adapted_row(path, site) for path, site in sites.items()]
-        others = {path: parameters_beside(layer) for path, layer in paths.items()}
-        self.also_trained = [path for path, found in others.items() if found]
-        self.trained_beside = sum(map(count, others.values()))
+        trained = {path: trained_parameters(layer) for path, layer in paths.items()}
+        self.also_trained = [path for path, variables in trained.items() if variables]
+        self.trained_beside = sum(map(count, trained.values()))
         built = [site for site in sites.values() if site.lora.built]
         self.adapted = sum(
             count(s.lora.weights) if s.lora.rank is None else math.prod(s.kernel_shape)
@@ -80,15 +78,9 @@ class Report(Table, Sequence):
         """Parameters of the model without its adapters."""
         return self.total - self.added
 
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return self.rows[index]
-
     def __repr__(self):
         what = "dry run" if self.is_dry_run else "LoRA report"
-        adapted = tables.counted(len(self), "adapted layer")
+        adapted = tables.plural(len(self), "adapted layer")
         return f"<{what} of {self.model_name}: {adapted}>"
 
     def parts(self):
@@ -106,27 +98,24 @@ class Report(Table, Sequence):
             ]
             for row in self
         ]
-        where = f" in {tables.listed(self.also_trained)}" if self.also_trained else ""
+        where = f" in {tables.join(self.also_trained)}" if self.also_trained else ""
         parameters = self.plain + self.packed
         reasons = collections.defaultdict(list)
         for path, why in self.skipped.items():
             reasons[why].append(path)
         lines = [
-            f"{tables.counted(len(self), 'adapter')}: "
-            f"{tables.counted(adapters, 'parameter')}",
-            f"Also trained: {tables.counted(self.trained_beside, 'parameter')}{where}",
+            f"{tables.plural(len(self), 'adapter')}: "
+            f"{tables.plural(adapters, 'parameter')}",
+            f"Also trained: {tables.plural(self.trained_beside, 'parameter')}{where}",
             f"Trained: {self.trained:,} of {self.total:,} "
             f"({percent(self.trained / max(self.total, 1))})",
             "Optimizer memory (two moments, float32): "
-            f"{tables.in_bytes(8 * self.trained)}, full fine-tuning "
-            f"{tables.in_bytes(8 * self.plain)}",
-            *(
-                f"Skipped {tables.listed(paths)}: {why}"
-                for why, paths in reasons.items()
-            ),
+            f"{tables.format_bytes(8 * self.trained)}, full fine-tuning "
+            f"{tables.format_bytes(8 * self.plain)}",
+            *(f"Skipped {tables.join(paths)}: {why}" for why, paths in reasons.items()),
             *self.notes,
             f"Adapted: weights with {percent(self.adapted / max(parameters, 1))} of "
-            f"the model's {tables.counted(parameters, 'parameter')}",
+            f"the model's {tables.plural(parameters, 'parameter')}",
         ]
         title = f"LoRA in {self.model_name}"
         if self.is_dry_run:
@@ -173,14 +162,14 @@ def adapted_row(path, site):
     )
 
 
-def parameters_beside(layer):
+def trained_parameters(layer):
     """The parameters of a layer that train together with A and B, or did."""
     if isinstance(layer, LowRankAdapter):
         return []
     parameters = set(map(id, layers.own_variables(layer)))
     return [
         variable
-        for variable in record.trained_variables(layer)
+        for variable in training_state.trained_variables(layer)
         if id(variable) in parameters
     ]
 

@@ -1,4 +1,4 @@
-"""The layers of a model and the sites among them, by their paths."""
+"""The layers and sites of a model, by their paths, and adapters at sites."""
 
 import collections
 import functools
@@ -6,16 +6,9 @@ import re
 
 import keras
 
-from keras_lora.keras_internals import compiled, processes
-from keras_lora.keras_internals.layers import (
-    attributes_of,
-    checked_model,
-    flatten_layers,
-    refuse_other_copy,
-    sublayers,
-)
-from keras_lora.layers import arguments
-from keras_lora.layers.kinds import lora_class_of, sites_of
+from keras_lora.keras_internals import classes, compiled, layers, processes
+from keras_lora.layers import arguments, kinds, lora_layer, methods
+from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.lora_layer import LoRALayer
 
 
@@ -28,39 +21,30 @@ def site_paths(paths) -> dict:
 
     paths: path -> layer.
     """
-    found, of_cells = {}, set()
+    sites, of_cells = {}, set()
     for path, layer in paths.items():
         if id(layer) in of_cells:
             continue
-        for weight, site in sites_of(layer).items():
+        for weight, site in kinds.sites_of(layer).items():
             if site is layer:
-                found[path] = layer
+                sites[path] = layer
             else:
-                found[f"{path}/{weight}" if path else weight] = site
+                sites[f"{path}/{weight}" if path else weight] = site
                 if site.kernel_owner() is not layer:
                     of_cells.add(id(site.kernel_owner()))
-    return found
+    return sites
 
 
 def adapted_sites(model) -> list:
     """The sites of a model that have an adapter, each once."""
-    layers = [x for x in flatten_layers(model) if isinstance(x, LoRALayer)]
-    return [site for layer in layers for site in layer.sites().values()]
-
-
-def refuse_banked(site, path):
-    """Raises ValueError for a layer whose adapters are a bank's."""
-    if site.lora.is_bank:
-        raise ValueError(
-            f"The layer {path!r} holds the adapters of an AdapterBank, and only the "
-            f"bank may change them. Call {site.lora.removal_hint} first."
-        )
+    lora_layers = [x for x in layers.flatten_layers(model) if isinstance(x, LoRALayer)]
+    return [site for layer in lora_layers for site in layer.sites().values()]
 
 
 def built_sites(model):
     """Returns a model's sites with adapters; raises if there are none, or not built."""
     compiled.restore_jax_weights(model)
-    processes.meet(model)
+    processes.barrier(model)
     sites = adapted_sites(model)
     if not sites:
         raise ValueError(
@@ -69,7 +53,11 @@ def built_sites(model):
             "`remove_lora` remove adapters: save them before.)"
         )
     for site in sites:
-        refuse_banked(site, site.name)
+        if site.lora.is_bank:
+            raise ValueError(
+                f"The layer {site.name!r} holds the adapters of an AdapterBank, and "
+                f"only the bank may change them. Call {site.lora.removal_hint} first."
+            )
         if not site.lora.built:
             raise ValueError(
                 f"The LoRA layer {site.name!r} is not built yet. Build the model "
@@ -78,8 +66,8 @@ def built_sites(model):
     return sites
 
 
-def checked_sites(model):
-    """As `built_sites`; raises if one is inside `merged()` or `disabled()`."""
+def sites_outside_contexts(model):
+    """Returns `built_sites`; raises if one is inside `merged()` or `disabled()`."""
     sites = built_sites(model)
     for site in sites:
         if site.lora.stand_in is not None or not site.lora.is_on:
@@ -100,20 +88,20 @@ def layer_paths(model, alone=True) -> dict:
 
     alone: Whether a single layer that can be adapted is among its own paths.
     """
-    checked_model(model)
-    refuse_other_copy(model)
+    layers.validate_model(model)
+    layers.refuse_other_copy(model)
     paths, seen = {}, {id(model)}
 
     def walk(parent, prefix, owners):
         if isinstance(parent, keras.Model):
             owners = sorted((f"{parent.name}_", *owners), key=len, reverse=True)
         used = collections.Counter()
-        attributes = {id(layer): name for name, layer in attributes_of(parent)}
-        for layer in sublayers(parent):
+        attributes = {id(layer): name for name, layer in layers.attributes_of(parent)}
+        for layer in layers.sublayers(parent):
             if id(layer) in seen:
                 continue
             seen.add(id(layer))
-            refuse_other_copy(layer)
+            layers.refuse_other_copy(layer)
             part = (
                 given_name(layer, owners, parent)
                 or attributes.get(id(layer))
@@ -125,7 +113,7 @@ def layer_paths(model, alone=True) -> dict:
             paths[prefix + part] = layer
             walk(layer, f"{prefix}{part}/", owners)
 
-    prefix, kind = "", lora_class_of(type(model))  # type: ignore[arg-type]
+    prefix, kind = "", kinds.lora_class_of(type(model))  # type: ignore[arg-type]
     if alone and (kind is not None or isinstance(model, LoRALayer)):
         name = given_name(model, (), None) or kind_in_words(type(model))
         paths[name], prefix = model, f"{name}/"
@@ -157,17 +145,81 @@ def automatic_names(cls):
     They are the same for a layer with and without an adapter.
     """
     lora = [base for base in cls.__mro__ if getattr(base, "plain_class", None)]
-    words = {arguments.snake_case(x.__name__) for x in (*lora, *plain(cls).__mro__)}
+    words = {
+        arguments.snake_case(x.__name__)
+        for x in (*lora, *class_without_adapter(cls).__mro__)
+    }
     return frozenset(words | {f"lora_{kind_in_words(cls)}"})
 
 
 def kind_in_words(cls):
     """The kind of a layer class in snake case, the same with and without an adapter."""
-    return arguments.snake_case(plain(cls).__name__)
+    return arguments.snake_case(class_without_adapter(cls).__name__)
 
 
-def plain(cls):
+def class_without_adapter(cls):
     """The class of a layer without its adapter."""
     while issubclass(cls, LoRALayer):
         cls = cls.plain_class
     return cls
+
+
+def new_adapter(site, options) -> LowRankAdapter:
+    """Creates an adapter for a site, without dropout if the site takes none."""
+    if not kinds.as_site(site).takes_dropout:
+        options = {**options, "dropout": 0.0}
+    name = getattr(site, "adapter_attribute", "lora")
+    return methods.make_adapter(options, site.variable_dtype, name)
+
+
+def add_adapter(site, adapter):
+    """Gives a site an adapter; the site's layer becomes a LoRA layer."""
+    layer = kinds.layer_of(site)
+    if not isinstance(layer, LoRALayer):
+        classes.change_class(layer, kinds.class_with_adapter(layer))
+    site.attach_adapter(adapter)
+    with layers.name_scope_of(layer):
+        site.build_adapter()
+
+
+def make_plain(layer):
+    """Turns a LoRA layer into the Keras layer that it extends, with W as kernel."""
+    for site in reversed(layer.sites().values()):
+        lora = site.lora
+        lora.switch(on=False)  # for functions that still hold the adapter
+        site.detach_adapter()
+        site.release_kernel(lora.kernel_place)
+    for name in class_attributes(type(layer)) & vars(layer).keys():
+        delattr(layer, name)
+    classes.change_class(layer, layer.plain_class)
+
+
+@functools.cache
+def class_attributes(lora_class) -> set:
+    """Returns attributes with a default in a LoRA class but not in its Keras class."""
+    return {
+        name
+        for cls in lora_class.__mro__
+        if issubclass(cls, LoRALayer)
+        for name, default in vars(cls).items()
+        if not (name.startswith("__") or callable(default) or hasattr(default, "fget"))
+    }
+
+
+def refuse_unbuilt(model):
+    """Raises ValueError for a model without weights."""
+    if not model.built and not model.weights:
+        raise ValueError(
+            f"The model {model.name!r} is not built yet: its layers have no kernels. "
+            "Call it once, or `model.build(input_shape)`, first."
+        )
+
+
+def refuse_adapters(paths):
+    """Raises if a layer of a model has an adapter already, or is in a bank."""
+    for path, layer in paths.items():
+        if lora_layer.has_adapters(layer):
+            lora = next(iter(layer.loras.values()))
+            raise ValueError(
+                f"The layer {path!r} has an adapter. Call {lora.removal_hint} first."
+            )

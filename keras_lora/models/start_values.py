@@ -46,20 +46,20 @@ class Start:
 
 def fingerprint(starts) -> str:
     """Returns a text that is equal for equal starts."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for path in sorted(starts):
         for value in (starts[path].a, starts[path].b):
-            found.update(f"{path} {starts[path].rank}".encode())
-            found.update(b"" if value is None else value.tobytes())
-    return found.hexdigest()
+            digest.update(f"{path} {starts[path].rank}".encode())
+            digest.update(b"" if value is None else value.tobytes())
+    return digest.hexdigest()
 
 
-def in_shape(layer, rank, a, b, **others):
+def make_start(layer, rank, a, b, **options):
     form = layer.low_rank_form(rank)
-    return Start(rank, a.reshape(form.a_shape), b.reshape(form.b_shape), **others)
+    return Start(rank, a.reshape(form.a_shape), b.reshape(form.b_shape), **options)
 
 
-def checked_matrix(path, layer, kernel):
+def finite_matrix(path, layer, kernel):
     """Returns a kernel as a matrix or a stack of them, and the function back."""
     if not np.isfinite(kernel).all():
         raise ValueError(f"The kernel of {path!r} holds values that are not finite.")
@@ -82,12 +82,12 @@ def from_kernel(path, layer, method: str | Callable) -> Start:
         a, b = (torch_layout.to_numpy(value) for value in method(layer))
         return Start(rank, a, b)
     kernel = torch_layout.to_numpy(layer.base_kernel(layer.lora.variable_dtype))
-    matrix, _ = checked_matrix(path, layer, kernel.astype("float64"))
+    matrix, _ = finite_matrix(path, layer, kernel.astype("float64"))
     try:
         a, b = KERNEL_STARTS[method](matrix, rank, layer.lora.scaling)
     except ValueError as error:
         raise ValueError(f"{path!r}: {error}") from error
-    return in_shape(layer, rank, a, b)
+    return make_start(layer, rank, a, b)
 
 
 def eva(model, layers, data, budget) -> dict:
@@ -99,25 +99,26 @@ def eva(model, layers, data, budget) -> dict:
                 "axes of its kernel. Leave it out with exclude=."
             )
     moments = layer_moments(model, layers.values(), data)
-    found = {}
+    directions = {}
     for group in dict.fromkeys(moments.values()):
-        own = [path for path, layer in layers.items() if moments[layer] is group]
-        most = max(layers[path].lora.rank for path in own) * (2 if budget else 1)
-        for path in own:
+        paths = [path for path, layer in layers.items() if moments[layer] is group]
+        most = max(layers[path].lora.rank for path in paths) * (2 if budget else 1)
+        for path in paths:
             rows = min(group.count, layers[path].form.fan_in)
             refuse_rank(path, layers[path].lora.rank, rows)
-        found |= dict.fromkeys(own, group.principal(most))
+        directions |= dict.fromkeys(paths, group.principal(most))
     ranks = {path: layer.lora.rank for path, layer in layers.items()}
     if budget is not None:
         ranks = allocate_ranks(
-            {path: found[path][1][: 2 * rank] for path, rank in ranks.items()}, budget
+            {path: directions[path][1][: 2 * rank] for path, rank in ranks.items()},
+            budget,
         )
     starts = {}
     for path, layer in layers.items():
         rank = ranks[path]
         if rank:
             b = np.zeros(layer.low_rank_form(rank).b_shape)
-            starts[path] = in_shape(layer, rank, found[path][0][:, :rank], b)
+            starts[path] = make_start(layer, rank, directions[path][0][:, :rank], b)
         else:
             starts[path] = Start(rank)
     return starts
@@ -171,17 +172,17 @@ def quantized_start(path, layer, kernel) -> Start:
     plain, seen, tried, nearest = None, layer, [], 0.0
     for step in range(LOFTQ_STEPS):
         if step:
-            rest = (kernel - nearest).astype(dtype)
-            plain = merge.merged_plain(layer, rest, "requantize")
-            seen = classes.twin(plain, type(layer), {})
+            remainder = (kernel - nearest).astype(dtype)
+            plain = merge.make_merged_layer(layer, remainder, "requantize")
+            seen = classes.view_with(plain, type(layer), {})
         lost = kernel - torch_layout.to_numpy(seen.base_kernel(dtype))
-        matrix, back = checked_matrix(path, layer, lost)
+        matrix, back = finite_matrix(path, layer, lost)
         a, b = pissa(matrix, rank, layer.lora.scaling)
         nearest = back(layer.lora.scaling * a @ b)
         error = float(np.linalg.norm(lost - nearest) / length)
         before = tried[0].errors[0] if tried else float(np.linalg.norm(lost) / length)
-        found = {"plain": plain, "errors": (before, error)}
-        tried.append(in_shape(layer, rank, a, b, keeps_outputs=False, **found))
+        options = {"plain": plain, "errors": (before, error)}
+        tried.append(make_start(layer, rank, a, b, keeps_outputs=False, **options))
     return min(tried, key=lambda start: start.errors[1])
 
 
@@ -194,7 +195,7 @@ def pissa(kernel, rank, scaling):
 
     Reference: [Meng et al., 2024](https://arxiv.org/abs/2404.02948)
     """
-    left, values, right = largest(kernel, rank)
+    left, values, right = largest_singular_values(kernel, rank)
     root = np.sqrt(values / scaling)[..., None, :]
     return left * root, np.swapaxes(root, -1, -2) * right
 
@@ -230,7 +231,7 @@ def orthogonal(kernel, rank, scaling):
 KERNEL_STARTS = {"pissa": pissa, "olora": olora, "orthogonal": orthogonal}
 
 
-def largest(matrix, rank):
+def largest_singular_values(matrix, rank):
     """Returns the r largest singular values, with their left and right vectors.
 
     Eigenvectors of the smaller Gram matrix take a fifth of the time of a full
@@ -276,11 +277,11 @@ class Moments:
 
     def over_processes(self, model):
         """Adds up the rows of all TensorFlow processes that hold a model."""
-        found = (
-            processes.summed(np.asarray(x), model)
+        sums = (
+            processes.sum_over_processes(np.asarray(x), model)
             for x in (self.count, self.sum, self.products)
         )
-        self.count, self.sum, self.products = found
+        self.count, self.sum, self.products = sums
 
     def principal(self, most):
         """Directions (inputs, most) of largest variance, and their shares of it."""
@@ -337,26 +338,26 @@ def layer_moments(model, layers, data) -> dict:
                 )
         return [recorder.moments for recorder in recorders.values()]
 
-    if not processes.strategy_over(model):
+    if not processes.worker_strategy(model):
         return dict(zip(recorders, record(), strict=True))
-    found = processes.on_all(model, record, sharing, OTHER_ROWS)
-    for moments in dict.fromkeys(found):
+    moments_of_layers = processes.run_on_all(model, record, sharing, OTHER_ROWS)
+    for moments in dict.fromkeys(moments_of_layers):
         moments.over_processes(model)
-    return dict(zip(recorders, found, strict=True))
+    return dict(zip(recorders, moments_of_layers, strict=True))
 
 
-def sharing(found) -> str:
+def sharing(moments_of_layers) -> str:
     """Returns a text that is equal if the same layers have equal inputs."""
-    return str([found.index(moments) for moments in found])
+    return str([moments_of_layers.index(moments) for moments in moments_of_layers])
 
 
 def batches_for(model, data):
     """Returns batches of inputs; with several JAX processes, those of all of them."""
     batches = batches_of(data)
-    if processes.strategy_over(model) or not processes.is_shared(model):
+    if processes.worker_strategy(model) or not processes.is_shared(model):
         return batches
-    batches = map(distribution.as_input, batches)
-    return processes.in_step(model, batches, distribution.rows_given, OTHER_ROWS)
+    batches = map(distribution.lay_out_batch, batches)
+    return processes.in_step(model, batches, distribution.digests_of_rows, OTHER_ROWS)
 
 
 def batches_of(data):

@@ -2,6 +2,7 @@
 
 import html
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -18,41 +19,53 @@ class Table:
     def __str__(self):
         title, head, rows, lines = self.parts()
         rows = table(head, rows) if rows else []
-        return printable("\n".join([title, *rows, *lines]))
+        return make_printable("\n".join([title, *rows, *lines]))
 
     def _repr_html_(self):
         title, head, rows, lines = self.parts()
         body = "".join(map(row, rows))
-        lines = "<br>".join(map(escaped, lines))
+        lines = "<br>".join(map(escape, lines))
         return (
-            f"<p>{escaped(title)}</p><table><thead>{row(head, 'th')}</thead>"
+            f"<p>{escape(title)}</p><table><thead>{row(head, 'th')}</thead>"
             f"<tbody>{body}</tbody></table><p>{lines}</p>"
         )
 
 
+class Rows(Table, Sequence):
+    """Mixin for a sequence of `self.rows` that prints as a table."""
+
+    rows: list
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
 def row(cells, tag="td"):
-    cells = "".join(f"<{tag}>{escaped(cell)}</{tag}>" for cell in cells)
+    cells = "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells)
     return f"<tr>{cells}</tr>"
 
 
-def escaped(text):
-    return html.escape(printable(text))
+def escape(text):
+    return html.escape(make_printable(text))
 
 
-def printable(text):
+def make_printable(text):
     """Replaces control characters; names come from files that are not trusted."""
     return "".join(
         x if x.isprintable() or x == "\n" else ascii(x).strip("'") for x in text
     )
 
 
-def listed(names, most=8):
+def join(names, most=8):
     """Words such as: a, b and 3 more."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{', '.join(names[:most])}{more}"
+    further = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{further}"
 
 
-def in_bytes(number):
+def format_bytes(number):
     """12 bytes, 1.23 kB, 45 MB."""
     for unit in ("bytes", "kB", "MB"):
         if number < 1000:
@@ -61,12 +74,12 @@ def in_bytes(number):
     return f"{number:,.3g} GB"
 
 
-def counted(number, noun):
+def plural(number, noun):
     """1 adapter, 2 adapters."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def in_order(names):
+def sort_by_number(names):
     """Sorts names by their numbers: h.9 before h.10."""
     return sorted(
         names,
@@ -98,7 +111,7 @@ def draw(analysis, path):
     places = range(len(analysis))
     lengths = [row.relative_norm if over_kernel else row.norm for row in analysis]
     norms.barh(places, lengths)
-    names = [printable(row.path) for row in analysis]
+    names = [make_printable(row.path) for row in analysis]
     norms.set_yticks(places, names, fontsize=8, parse_math=False)
     norms.set_xlabel("norm of the update" + ", over that of W" * over_kernel)
     norms.set_ylim(len(analysis) - 0.5, -0.5)
@@ -129,7 +142,7 @@ def draw_sweep(sweep, path):
     """Draws the validation loss after each epoch, and after the last one."""
     figure = new_figure(len(sweep))
     curves, last = figure.subplots(1, 2)
-    names = [printable(row.name) for row in sweep]
+    names = [make_printable(row.name) for row in sweep]
     for name, row in zip(names, sweep, strict=True):
         curves.plot(range(1, len(row.losses) + 1), row.losses, "o-", label=name)
     curves.set(xlabel="epoch", ylabel="validation loss")
@@ -139,7 +152,7 @@ def draw_sweep(sweep, path):
         ", ".join(f"{key}={value}" for key, value in row.settings.items())
         for row in sweep
     ]
-    last.set_yticks(range(len(sweep)), map(printable, words), fontsize=8)
+    last.set_yticks(range(len(sweep)), map(make_printable, words), fontsize=8)
     last.set_ylim(len(sweep) - 0.5, -0.5)
     last.set_xlabel("validation loss after the last epoch")
     with atomic.replacing(path) as new:
@@ -162,8 +175,8 @@ def new_figure(rows):
 def shares(analysis):
     """Returns each row's singular values over its largest, padded with NaN."""
     widest = max(1, *(len(row.singular_values) for row in analysis))
-    found = np.full((len(analysis), widest), np.nan)
+    padded = np.full((len(analysis), widest), np.nan)
     for place, row in enumerate(analysis):
         values = row.singular_values
-        found[place, : len(values)] = values / (max(values, default=0) or 1)
-    return found
+        padded[place, : len(values)] = values / (max(values, default=0) or 1)
+    return padded

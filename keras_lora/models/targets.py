@@ -22,7 +22,7 @@ PASS_THROUGH = (
 )
 
 
-def matching(rule, paths, argument, suggested=None):
+def matching_paths(rule, paths, argument, suggested=None):
     """Returns the paths that a rule means, in the model's order.
 
     Args:
@@ -38,12 +38,12 @@ def matching(rule, paths, argument, suggested=None):
     """
     suggested = paths if suggested is None else suggested
     if isinstance(rule, str):
-        found = {p for p in paths if compiled(rule, argument).fullmatch(p)}
-        refuse_two_meanings(rule, found, paths, argument)
-        return ordered(found, paths, rule, argument, suggested)
+        matches = {p for p in paths if compile_rule(rule, argument).fullmatch(p)}
+        refuse_two_meanings(rule, matches, paths, argument)
+        return order_matches(matches, paths, rule, argument, suggested)
     if isinstance(rule, type):
-        found = {p for p, layer in paths.items() if isinstance(layer, rule)}
-        return ordered(found, paths, rule.__name__, argument, suggested)
+        matches = {p for p, layer in paths.items() if isinstance(layer, rule)}
+        return order_matches(matches, paths, rule.__name__, argument, suggested)
     if isinstance(rule, keras.layers.Layer):
         raise ValueError(
             f"`{argument}` contains the layer object {rule.name!r}: give the layer's "
@@ -51,25 +51,24 @@ def matching(rule, paths, argument, suggested=None):
         )
     if callable(rule):
         refuse_other_arguments(rule, argument)
-        found = {path for path, x in paths.items() if rule(path, kinds.layer_of(x))}
-        return ordered(found, paths, rule, argument, suggested)
+        matches = {path for path, x in paths.items() if rule(path, kinds.layer_of(x))}
+        return order_matches(matches, paths, rule, argument, suggested)
     if not isinstance(rule, (list, tuple, set, frozenset)) or not rule:
         raise ValueError(
             f"`{argument}` must be a regular expression, a list of names, a layer "
             f"class or a function of (path, layer). Received: {rule!r}."
         )
-    found = set()
+    matches = set()
     for entry in rule:
         if isinstance(entry, str):
-            hits = named(entry, paths, argument)
-            hits = set(ordered(hits, paths, entry, argument, suggested))
+            named = match_entry(entry, paths, argument)
+            matches |= {*order_matches(named, paths, entry, argument, suggested)}
         else:
-            hits = set(matching(entry, paths, argument, suggested))
-        found |= hits
-    return [path for path in paths if path in found]
+            matches |= {*matching_paths(entry, paths, argument, suggested)}
+    return [path for path in paths if path in matches]
 
 
-def named(entry, paths, argument):
+def match_entry(entry, paths, argument):
     """Paths that equal an entry, end with it, or whose layers have that name."""
     end = entry.replace(".", "/")
     hits = {p for p in paths if p == end or p.endswith(f"/{end}")}
@@ -77,20 +76,20 @@ def named(entry, paths, argument):
     return hits | {p for p, layer in paths.items() if layer.name == entry}
 
 
-def refuse_two_meanings(word, found, paths, argument):
+def refuse_two_meanings(word, by_pattern, paths, argument):
     """Raises if a word is the path of one layer and the name of another.
 
     Automatic names count instances in the process, paths those in the model.
 
     Args:
         word: The user's word.
-        found: The paths that it matches as a path or as a regular expression.
+        by_pattern: The paths that it matches as a path or as a regular expression.
         paths: Path -> layer.
         argument: The argument's name.
     """
     called = {path for path, layer in paths.items() if layer.name == word}
-    if found and called - found:
-        by_path, by_name = sorted(found)[0], sorted(called - found)[0]
+    if by_pattern and called - by_pattern:
+        by_path, by_name = sorted(by_pattern)[0], sorted(called - by_pattern)[0]
         raise ValueError(
             f"`{argument}` {word!r} means two layers: it is the path of the one at "
             f"{by_path!r}, called {paths[by_path].name!r}, and the name of the one at "
@@ -114,18 +113,18 @@ def refuse_other_arguments(rule, argument):
         ) from error
 
 
-def ordered(found, paths, rule, argument, suggested):
-    if not found:
-        more = ["all-linear"] if argument == "target" else []
-        what = hint(rule, suggested, more)
+def order_matches(matches, paths, rule, argument, suggested):
+    if not matches:
+        words = ["all-linear"] if argument == "target" else []
+        what = hint(rule, suggested, words)
         raise ValueError(f"`{argument}` {rule!r} matches no layer. {what}")
-    return [path for path in paths if path in found]
+    return [path for path in paths if path in matches]
 
 
-def hint(rule, paths, more=()):
+def hint(rule, paths, words=()):
     """Returns a sentence that suggests paths close to a rule.
 
-    more: other words that a rule can be.
+    words: Other words that a rule can be.
     """
     if rule == "all-linear":
         return 'It stands alone, not in a list: target="all-linear".'
@@ -136,7 +135,7 @@ def hint(rule, paths, more=()):
             f"expression for a whole path; give a list for a name: [{rule!r}]."
         )
     ends = [path.rsplit("/", 1)[-1] for path in paths]
-    names = dict.fromkeys([*more, *ends, *paths])  # an end may be a path too
+    names = dict.fromkeys([*words, *ends, *paths])  # an end may be a path too
     close = difflib.get_close_matches(str(rule), names, n=5, cutoff=0.5)
     if close:
         return f"Did you mean {', '.join(map(repr, close))}?"
@@ -158,7 +157,7 @@ def pattern_values(pattern, paths, argument) -> dict:
             f"of paths. Received: {pattern!r}."
         )
     rules = {
-        key: compiled(rf"(.*/)?({key.replace(chr(92) + '.', '/')})", argument)
+        key: compile_rule(rf"(.*/)?({key.replace(chr(92) + '.', '/')})", argument)
         for key in pattern
     }
     for key, rule in rules.items():
@@ -179,7 +178,7 @@ def pattern_values(pattern, paths, argument) -> dict:
     return values
 
 
-def compiled(rule, argument):
+def compile_rule(rule, argument):
     try:
         return re.compile(rule)
     except re.error as error:
@@ -190,14 +189,14 @@ def compiled(rule, argument):
 
 def output_layers(model):
     """Ids of the layers that make the model's outputs, if its graph shows them."""
-    found = set()
+    heads = set()
     for output in keras.tree.flatten(getattr(model, "outputs", None) or []):
-        found |= _makers(output, model)
-    return found
+        heads |= _makers(output, model)
+    return heads
 
 
 def _makers(tensor, model):
-    operation, inputs = calls.made_by(tensor)
+    operation, inputs = calls.operation_of(tensor)
     inner = getattr(operation, "outputs", None)
     if isinstance(operation, keras.Model) and inner:
         return {id(operation)} | output_layers(operation)
@@ -213,19 +212,19 @@ def output_layers_of_call(model, layers):
     dropped, and no layer gets a node. Empty if that fails, for example for want of
     the inputs' shapes, or if what the model returns was made by other operations.
     """
-    made, returned = {}, []  # id of a tensor -> it, and the layer that made it
+    makers, returned = {}, []  # id of a tensor -> it, and the layer that made it
 
     def watched(layer, call):
         @functools.wraps(call)
         def run(*args, **kwargs):
             outputs = call(*args, **kwargs)
-            before = made.get(id(args[0])) if args else None
+            before = makers.get(id(args[0])) if args else None
             maker = before[1] if before and isinstance(layer, PASS_THROUGH) else layer
             for x in keras.tree.flatten(outputs):
                 if layer is model:
                     returned.append(x)
                 else:  # the innermost layer comes first
-                    made.setdefault(id(x), (x, maker))
+                    makers.setdefault(id(x), (x, maker))
             return outputs
 
         return run
@@ -243,4 +242,4 @@ def output_layers_of_call(model, layers):
     finally:
         for layer in layers:
             vars(layer).pop("call", None)
-    return {id(made[id(x)][1]) for x in returned if id(x) in made}
+    return {id(makers[id(x)][1]) for x in returned if id(x) in makers}

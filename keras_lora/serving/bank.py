@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-import itertools
+import numbers
 import os
 import threading
 import weakref
@@ -15,10 +15,11 @@ from keras import ops
 from keras_lora.files.folder import Adapter
 from keras_lora.keras_internals import compiled, distribution, layers, processes
 from keras_lora.layers import settings
-from keras_lora.models import adapt, sites
-from keras_lora.serving import rows, slots, training
+from keras_lora.models import sites
+from keras_lora.serving import directory, rows, training
 from keras_lora.serving.banked import Hosts
 from keras_lora.serving.calls import Calls, Running
+from keras_lora.serving.directory import Directory
 from keras_lora.serving.export import (
     export_by_id,
     export_by_name,
@@ -28,7 +29,6 @@ from keras_lora.serving.export import (
 from keras_lora.serving.outside import CompiledFunctions, OutsideCalls
 from keras_lora.serving.reading import read, with_rows
 from keras_lora.serving.rows import SlotChoice
-from keras_lora.serving.slots import Directory
 from keras_lora.serving.training import Training
 
 
@@ -79,20 +79,21 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
         names: str | Mapping | Callable | None = None,
     ):
         paths = sites.layer_paths(model)
-        adapt.refuse_adapters(paths)
+        sites.refuse_adapters(paths)
         compiled.restore_jax_weights(model)
-        meet = functools.partial(processes.meet, model)
-        meet()
-        adapters = slots.checked_adapters(adapters, target)
-        capacity = slots.checked_capacity(capacity, adapters)
-        most = np.inf if max_rank is None else settings.checked_rank(max_rank)
-        found, sources = {}, {}
-        for name, given in adapters.items():
-            adapter, sources[name] = slots.named(name, training.source_of, model, given)
-            found[name] = slots.named(name, read, model, paths, adapter, names, most)
-        every = [item for each in found.values() for item in each.parts.items()]
+        barrier = functools.partial(processes.barrier, model)
+        barrier()
+        adapters = validate_adapters(adapters, target)
+        capacity = validate_capacity(capacity, adapters)
+        most = np.inf if max_rank is None else settings.validate_rank(max_rank)
+        readings, sources = {}, {}
+        for name, adapter in adapters.items():
+            with naming(name):
+                adapter, sources[name] = training.read_with_source(model, adapter)
+                readings[name] = read(model, paths, adapter, names, most)
+        every = [item for x in readings.values() for item in x.parts.items()]
         lora_ranks = [part.rank for _, part in every if not part.in_full]
-        with distribution.own_strategy(model):
+        with distribution.strategy_scope(model):
             super().__init__(name=f"{model.name}_bank", dtype=model.dtype_policy)
         self.autocast = False
         self.model, self.capacity, self.names_given = model, capacity, names
@@ -100,29 +101,30 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
         self.directory = Directory(capacity)
         self.choice = SlotChoice(self.directory.slot_count)
         self.hosts = Hosts(paths, self.choice, self.directory.slot_count)
-        self.__dict__[
-            "sources"
-        ] = {}  # past Keras's tracking, because some are trainees
-        self.slots = []
+        # Past Keras's tracking, because some are trainees.
+        self.__dict__["sources"] = {}
+        self.stacks = []
         self._changes, self._active = threading.RLock(), None
         self._row_names = None
         self._compiled = CompiledFunctions(model)
-        self.running, self._slots_outside = Running(self._point, meet), [slots.BASE]
+        self.running = Running(self._write_active, barrier)
+        self._slots_outside = [directory.BASE]
         self.__dict__["depends_on_base"] = {}  # name -> whether the adapter does
         self.__dict__["counted_layers"] = weakref.WeakSet()
         with_gain = any(part.has_gain for _, part in every)
         chosen = [] if target is None else with_rows(model, paths, target)
-        with distribution.own_strategy(model), contextlib.ExitStack() as undo:
+        with distribution.strategy_scope(model), contextlib.ExitStack() as undo:
             undo.callback(self.hosts.release)
             for path, layer in paths.items():
                 ranks = [part.rank for other, part in every if other == path]
                 if ranks or path in chosen:
                     rank = max([self.max_rank, *ranks])
-                    self.slots.append(self.hosts.take(path, layer, rank, with_gain))
-            rows.find_leading_axes(self, rows.made_inputs(model))
+                    self.stacks.append(self.hosts.add(path, layer, rank, with_gain))
+            rows.find_leading_axes(self, rows.sample_inputs(model))
             self.hosts.input_specs = specs_of(rows.specs_in(model))
-            for name, reading in found.items():
-                slots.named(name, self.hosts.prepared, reading.parts)
+            for name, reading in readings.items():
+                with naming(name):
+                    self.hosts.prepare(reading.parts)
                 self._put(name, reading.parts, sources[name])
             self._count_outside_calls()
             self._guard_weights()
@@ -155,7 +157,7 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
                 end within a minute. The bank is left unchanged.
             OSError: If a file cannot be read.
         """
-        slots.checked_adapters({name: adapter}, None)
+        validate_adapters({name: adapter}, None)
         self._refuse_released()
         self.running.refuse_inside("bank.add", lambda call: call.alone)
         self.directory.refuse_if_full(name)
@@ -163,16 +165,18 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
         with self.running.writing("bank.add"):
             self._put(name, parts, source)
 
-    def _read(self, name, given):
-        """Returns the parts of an adapter, checked for room, and its source."""
+    def _read(self, name, adapter):
+        """Returns the parts of an adapter, for which there is room, and its source."""
         with self.running.call(lambda: (None, ())), self._changes:
-            adapter, source = slots.named(name, training.source_of, self.model, given)
-            arguments = self.model, self.hosts.paths, adapter, self.names_given
-            reading = slots.named(name, read, *arguments, self.max_rank)
-            slots.named(name, self.hosts.prepared, reading.parts)
-            return reading.parts, source
+            with naming(name):
+                adapter, source = training.read_with_source(self.model, adapter)
+                arguments = self.model, self.hosts.paths, adapter, self.names_given
+                parts = read(*arguments, self.max_rank).parts
+                self.hosts.prepare(parts)
+            return parts, source
 
     def _put(self, name, parts, source):
+        """Writes an adapter into a free slot, and makes its name mean that slot."""
         free = self.directory.free_slots
         with self.running.changed:
             self.running.wait("bank.add", lambda: self._next_slot() is not None)
@@ -180,14 +184,14 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
             free.remove(slot)
         try:
             with self._changes:
-                self.hosts.write(slot, self.hosts.prepared(parts))
+                self.hosts.write(slot, self.hosts.prepare(parts))
                 with self.running.changed:
                     self.directory.refuse_if_full(name)
                     self.directory.publish(name, slot)
                     self.sources[name] = source
                     needed = any(x.depends_on_base for x in parts.values())
                     self.depends_on_base[name] = needed
-                    self.running.point_soon()
+                    self.running.write_active_soon()
         except BaseException:
             with self.running.changed:
                 if slot not in self.directory.slot_of.values():
@@ -202,7 +206,7 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
     def remove(self, name: str):
         """Removes an adapter. From then on, rows with its id are NaN."""
         with self.running.writing("bank.remove"), self.running.changed:
-            if self.directory.checked(name) is None:
+            if self.directory.validate_name(name) is None:
                 raise ValueError("None is the base model, which cannot be removed.")
             if name == self._active:
                 raise ValueError(
@@ -210,19 +214,19 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
                 )
             self.directory.withdraw(name)
             del self.sources[name], self.depends_on_base[name]
-            self.running.point_soon()
+            self.running.write_active_soon()
 
     # Weights of the model.
 
     def _guard_weights(self):
-        """Refuses assigning to the model while an adapter depends on its values."""
+        """Refuses assignments to the model while an adapter depends on its values."""
         for layer in self.hosts.paths.values():
-            for variable in itertools.chain(*layers.layer_state(layer)):
+            for variable in layers.layer_variables(layer):
                 layers.guard_assign(variable, self._refuse_other_weights)
 
     def _release_weights(self):
         for layer in self.hosts.paths.values():
-            for variable in itertools.chain(*layers.layer_state(layer)):
+            for variable in layers.layer_variables(layer):
                 layers.release_assign(variable)
 
     def _refuse_other_weights(self, what):
@@ -244,7 +248,7 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
         """
         self.running.refuse_inside("bank.release", lambda call: True)
         with self.running.changed:
-            self.running.wait("bank.release", lambda: not self.running.others())
+            self.running.wait("bank.release", lambda: not self.running.other_calls())
             self._stop_counting()
             self._release_weights()
             compiled.restore_jax_weights(self.model)
@@ -290,9 +294,9 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
         >>> swap = tf.saved_model.load(path).signatures["swap"]  # doctest: +SKIP
         >>> swap(**bank.swap_inputs("french", "adapters/fr-2"))  # doctest: +SKIP
         """
-        slots.checked_adapters({name: adapter}, None)
+        validate_adapters({name: adapter}, None)
         parts, _ = self._read(name, adapter)
-        arrays = swap_arrays(self, self.hosts.prepared(parts))
+        arrays = swap_arrays(self, self.hosts.prepare(parts))
         return {name: ops.convert_to_tensor(x) for name, x in arrays.items()} | {
             "adapter": ops.convert_to_tensor(name)
         }
@@ -303,3 +307,46 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
             "`bank.adapter(name).save(folder)`, the model without adapters with "
             "`bank.model.save(path)`, and all in one artefact with `bank.export(path)`."
         )
+
+
+@contextlib.contextmanager
+def naming(adapter_name):
+    """Context that names an adapter in every ValueError raised inside it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"The adapter {adapter_name!r}: {error}") from error
+
+
+def validate_adapters(adapters, target) -> dict:
+    adapters = {} if adapters is None or adapters == () else adapters
+    if not isinstance(adapters, Mapping):
+        raise ValueError(
+            "`adapters` must be a dict from names to folders or `Adapter`s. Received: "
+            f"{adapters!r}."
+        )
+    for name in adapters:
+        if not isinstance(name, str) or not name:
+            raise ValueError(
+                f"The name of an adapter must be a non-empty string. Received: {name!r}"
+            )
+    if not adapters and target is None:
+        raise ValueError(
+            "A bank needs `adapters`, or a `target` that says which layers get room "
+            'for adapters, such as "all-linear".'
+        )
+    return dict(adapters)
+
+
+def validate_capacity(capacity, adapters):
+    capacity = max(len(adapters), 1) if capacity is None else capacity
+    if (
+        isinstance(capacity, bool)
+        or not isinstance(capacity, numbers.Integral)
+        or capacity < max(len(adapters), 1)
+    ):
+        raise ValueError(
+            f"`capacity` must be a whole number >= {max(len(adapters), 1)}, as many as "
+            f"there are adapters. Received: capacity={capacity!r}."
+        )
+    return int(capacity)

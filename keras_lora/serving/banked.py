@@ -1,4 +1,4 @@
-"""The layers of a bank, and how adapters are written into them."""
+"""The layers of a bank, and the stacks of adapters in them."""
 
 import contextlib
 import functools
@@ -8,34 +8,137 @@ import numpy as np
 from keras import ops
 
 from keras_lora.keras_internals import classes, distribution
-from keras_lora.layers import kinds, torch_layout
+from keras_lora.layers import kinds, methods, torch_layout
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.serving import reading
-from keras_lora.serving.slots import Slots, WithTrainees
+
+
+class Stacks:
+    """The stacked adapters of one layer of a bank."""
+
+    a = b = bias = gain = None
+
+    def by_name(self) -> dict:
+        stacks = {"a": self.a, "b": self.b, "bias": self.bias, "gain": self.gain}
+        return {name: stack for name, stack in stacks.items() if stack is not None}
+
+
+class StackVariables(Stacks, keras.layers.Layer):
+    """Variables that stack the values of all adapters of a layer, one in each slot.
+
+        A   (slots, *A's shape)   padded with zeros to the highest rank
+        B   (slots, *B's shape)   scaling * B
+        bias, gain (slots, ...)   in the shapes in which they combine with outputs
+
+    The first slot is that of the base model: zeros, and 1 for the gain. The last one
+    has NaN in B, for unknown ids.
+
+    Args:
+        count: The number of slots.
+        rank: The highest rank.
+        form: The layer's form at that rank.
+        bias_shape: The shape of a bias for the outputs; None if no bias is kept.
+        gain_shape: The shape of a gain for the outputs; None if no gain is kept.
+        dtype: The dtype of the layer's variables; at least float32 is used.
+    """
+
+    def __init__(self, count, rank, form, bias_shape, gain_shape, dtype):
+        super().__init__(dtype=methods.wide_dtype(dtype), trainable=False)
+        self.count, self.rank = count, rank
+        self.a = self._stack("a", form.a_shape)
+        self.b = self._stack("b", form.b_shape)
+        self.write(count - 1, b=np.nan)
+        if bias_shape is not None:
+            self.bias = self._stack("bias", bias_shape)
+        if gain_shape is not None:
+            self.gain = self._stack("gain", gain_shape, "ones")
+        self.built = True
+
+    def _stack(self, name, shape, initializer="zeros"):
+        return self.add_weight(
+            name=name,
+            shape=(self.count, *shape),
+            initializer=initializer,
+            trainable=False,
+            autocast=False,
+        )
+
+    def rows(self, **values) -> dict:
+        """Name -> value for one slot, by default that of the base model."""
+        return {
+            name: np.ascontiguousarray(
+                np.broadcast_to(values.get(name, base_row(name)), stack.shape[1:]),
+                self.variable_dtype,
+            )
+            for name, stack in self.by_name().items()
+        }
+
+    def write(self, slot, **values):
+        for name, row in self.rows(**values).items():
+            write_slot(self.by_name()[name], slot, row)
+
+
+class StacksWithTrainees(Stacks):
+    """The stacks of a layer, followed by the values of each trainee."""
+
+    def __init__(self, host, adapters, trainees):
+        stacks, path = adapters.stacks, adapters.name
+        self.variable_dtype = stacks.variable_dtype
+        parts = [trainee.parts.get(path) for trainee in trainees]
+        rows = [
+            {} if part is None else part.rows(host.form, host.over_outputs)
+            for part in parts
+        ]
+        for name, stack in stacks.by_name().items():
+            shape = stack.shape[1:]
+            values = [
+                ops.broadcast_to(row[name], shape)
+                if name in row
+                else ops.full(shape, base_row(name), stack.dtype)
+                for row in rows
+            ]
+            setattr(self, name, ops.concatenate([stack, ops.stack(values)], axis=0))
+        rates = [0.0 if part is None else part.dropout for part in parts]
+        self.dropout = np.array([0.0] * stacks.count + rates, "float32")
+
+
+def base_row(name) -> float:
+    """Returns the value with which a slot gives the base model."""
+    return 1.0 if name == "gain" else 0.0
+
+
+def write_slot(stack, slot, value):
+    """Assigns stack[slot] = value; other threads read the old stack or the new one.
+
+    The whole stack is assigned, because TensorFlow copies a variable on every read once
+    it was updated in place.
+    """
+    value = ops.convert_to_tensor(value[None])
+    stack.assign(ops.scatter_update(stack, [[slot]], value))
 
 
 class BankAdapters:
-    """The adapters of a bank in one layer, instead of the layer's own adapter.
+    """The adapters of a bank in one layer, in the place of its `lora`.
 
         y = gain[s] * (linear(x, W) + linear(x, A[s]) @ B[s]) + bias[s]
 
-    where s is the slot of a row's adapter.
+    for each row of the inputs, where s is the slot of its adapter.
 
-    It is not a Keras layer and not tracked, so the plain model's files leave it out.
+    It is not a Keras layer, so that it is not in the files of the plain model.
     """
 
     removal_hint = "release() on the bank"
     is_bank = True
     stand_in = None
 
-    def __init__(self, choice, form, slots, name):
-        self.choice, self.form, self.slots, self.name = choice, form, slots, name
-        self.leading = None  # the kind of the inputs' leading axis; None: not known yet
-        self.around_call = lambda *_: contextlib.nullcontext()  # counts calls
+    def __init__(self, choice, form, stacks, name):
+        self.choice, self.form, self.stacks, self.name = choice, form, stacks, name
+        self.leading = None  # kind of the inputs' leading axis, None until it is known
+        self.around_call = lambda *_: contextlib.nullcontext()  # a context of each call
 
     @property
     def variables(self):
-        return [*self.slots.variables, *self.choice.variables]
+        return [*self.stacks.variables, *self.choice.variables]
 
     def outputs(self, host, inputs, training):
         trainees = self.choice.trainees
@@ -49,63 +152,63 @@ class BankAdapters:
             self.choice.probe.record(self, inputs)
             return host.frozen_linear(inputs)
         chosen = self.choice.current().for_layer(self, ops.shape(inputs)[0])
-        slots = self.slots
+        stacks = self.stacks
         if training:
-            slots = WithTrainees(host, self, trainees)
-        dtype = slots.variable_dtype if host.form.looks_up else host.compute_dtype
-        gain, backwards = slots.gain, host.form.input_axes != self.form.input_axes
+            stacks = StacksWithTrainees(host, self, trainees)
+        dtype = stacks.variable_dtype if host.form.looks_up else host.compute_dtype
+        gain, backwards = stacks.gain, host.form.input_axes != self.form.input_axes
         if gain is not None and backwards:
-            inputs = times(inputs, chosen.over(gain, len(inputs.shape)))
+            inputs = times(inputs, chosen.for_outputs(gain, len(inputs.shape)))
         outputs = ops.cast(host.frozen_linear(inputs), dtype)
         dropped = inputs
-        if training and slots.dropout.any():
-            dropped = chosen.dropped(inputs, slots.dropout, self.choice.seed)
-        more = chosen.bypass(host.form, dropped, slots.a, slots.b, training)
-        outputs = outputs + ops.cast(more, dtype)
+        if training and stacks.dropout.any():
+            dropped = chosen.apply_dropout(inputs, stacks.dropout, self.choice.seed)
+        low_rank = chosen.bypass(host.form, dropped, stacks.a, stacks.b, training)
+        outputs = outputs + ops.cast(low_rank, dtype)
         if gain is not None and not backwards:
-            outputs = times(outputs, chosen.over(gain, len(outputs.shape)))
-        if slots.bias is not None:
-            bias = chosen.over(slots.bias, len(outputs.shape))
+            outputs = times(outputs, chosen.for_outputs(gain, len(outputs.shape)))
+        if stacks.bias is not None:
+            bias = chosen.for_outputs(stacks.bias, len(outputs.shape))
             outputs = outputs + ops.cast(bias, dtype)
         return outputs
 
 
 def times(values, gain):
-    """Multiplies in the gain's dtype, because half precision would shift columns."""
+    """Multiplies in the gain's dtype; half precision would round whole columns."""
     return ops.cast(ops.multiply(ops.cast(values, gain.dtype), gain), values.dtype)
 
 
 class Banked:
-    """Mixin for a layer in a bank; in files the layer has its class from before."""
+    """Mixin for the class of a layer in a bank; files have its class from before."""
 
     class_before = None
 
-    def adapted_call(self, inputs, training, **options):
+    def call_with_adapter(self, inputs, training, **options):
         if hasattr(inputs, "with_flat_values"):
             raise ValueError(
                 f"{self.name!r} got a ragged tensor, whose values are not rows of the "
                 "batch, so a bank cannot tell which adapter they use."
             )
         with self.lora.around_call(self, inputs):
-            return super().adapted_call(inputs, training, **options)
+            return super().call_with_adapter(inputs, training, **options)
 
     @property
     def variables(self):
-        found = super().variables
+        variables = super().variables
         if keras.backend.backend() != "jax":
-            return found
+            return variables
         # JAX has to pass the variables; otherwise they would become constants.
-        known = set(map(id, found))
-        return found + [v for v in self.lora.variables if id(v) not in known]
+        known = set(map(id, variables))
+        return variables + [v for v in self.lora.variables if id(v) not in known]
 
     def get_config(self):
-        return classes.seen_as(self, self.class_before).get_config()
+        return classes.view_as(self, self.class_before).get_config()
 
     def save_own_variables(self, store):
-        classes.seen_as(self, self.class_before).save_own_variables(store)
+        classes.view_as(self, self.class_before).save_own_variables(store)
 
     def load_own_variables(self, store):
-        classes.seen_as(self, self.class_before).load_own_variables(store)
+        classes.view_as(self, self.class_before).load_own_variables(store)
 
     def quantize(self, *args, **kwargs):
         raise ValueError(
@@ -116,10 +219,10 @@ class Banked:
 
 @functools.cache
 def banked_class(cls):
-    """The class of a layer in a bank, under the name of its own class."""
-    own = cls if issubclass(cls, LoRALayer) else kinds.lora_class_of(cls)
+    """Returns the class of a layer in a bank, which has the name of its own class."""
+    lora_class = cls if issubclass(cls, LoRALayer) else kinds.lora_class_of(cls)
     attributes = {"__module__": cls.__module__, "class_before": cls}
-    banked = type(cls.__name__, (Banked, own), attributes)
+    banked = type(cls.__name__, (Banked, lora_class), attributes)
     package, _, name = keras.saving.get_registered_name(cls).rpartition(">")
     if package:
         for each in (banked, cls):  # the last one keeps the name
@@ -127,18 +230,8 @@ def banked_class(cls):
     return banked
 
 
-def bank_layer(layer, adapters):
-    classes.change_class(layer, banked_class(type(layer)))
-    vars(layer)["lora"] = adapters
-
-
-def unbank_layer(layer):
-    vars(layer).pop("lora", None)
-    classes.change_class(layer, type(layer).class_before)
-
-
 class Hosts:
-    """The layers of a model, and those that hold the bank's adapters.
+    """The layers of a bank's model, and those among them that hold adapters.
 
     Attributes:
         paths: Path -> layer, for the whole model.
@@ -150,7 +243,7 @@ class Hosts:
         self.paths, self.choice, self.count = paths, choice, count
         self.layers, self.input_specs = {}, None
 
-    def take(self, path, layer, rank, with_gain):
+    def add(self, path, layer, rank, with_gain):
         """Makes a layer hold the bank's adapters."""
         host = reading.as_host(layer)
         form = host.low_rank_form(rank)
@@ -168,30 +261,38 @@ class Hosts:
         axes["gain"] = axes.get("magnitude", ())
         axes = {name: [None, *own] for name, own in axes.items()}
         with distribution.laid_out_by(axes, layout):
-            slots = Slots(self.count, rank, form, bias_shape, gain_shape, dtype)
-        bank_layer(layer, BankAdapters(self.choice, form, slots, path))
+            stacks = StackVariables(
+                self.count, rank, form, bias_shape, gain_shape, dtype
+            )
+        classes.change_class(layer, banked_class(type(layer)))
+        vars(layer)["lora"] = BankAdapters(self.choice, form, stacks, path)
         self.layers[path] = layer
-        # Made again, because its functions refer to the changed layer.
+        # A new form, because its functions refer to the layer with its new class.
         layer.lora.form = layer.low_rank_form(rank)
-        return slots
+        return stacks
 
     def release(self):
         for layer in self.layers.values():
-            unbank_layer(layer)
+            vars(layer).pop("lora", None)
+            classes.change_class(layer, type(layer).class_before)
         self.layers = {}
 
-    def prepared(self, parts) -> dict:
-        """Returns {path: arguments of `Slots.write`}; raises if there is no room."""
+    def prepare(self, parts) -> dict:
+        """Returns {path: arguments of `StackVariables.write`}.
+
+        Raises:
+            ValueError: If a layer has no room for the adapter.
+        """
         no_room, prepared = {}, {}
         for path, part in parts.items():
             layer = self.layers.get(path)
             if layer is None:
                 no_room[path] = "the layer is not in the bank"
                 continue
-            slots = layer.lora.slots
-            if part.rank > slots.rank:
-                no_room[path] = f"rank {part.rank}, with room for {slots.rank}"
-            elif part.has_gain and slots.gain is None:
+            stacks = layer.lora.stacks
+            if part.rank > stacks.rank:
+                no_room[path] = f"rank {part.rank}, with room for {stacks.rank}"
+            elif part.has_gain and stacks.gain is None:
                 no_room[path] = "DoRA's lengths"
             else:
                 rows = part.rows(layer.form, layer.over_outputs)
@@ -207,18 +308,18 @@ class Hosts:
         return prepared
 
     def write(self, slot, prepared):
-        """Writes an adapter; layers that it leaves out get the base model's values."""
+        """Writes an adapter into a slot, and the base model where it has no layer."""
         for path, layer in self.layers.items():
-            layer.lora.slots.write(slot, **prepared.get(path, {}))
+            layer.lora.stacks.write(slot, **prepared.get(path, {}))
 
 
 def outputs_of(host, form):
-    """The shape of the kernel's axes that are not summed over."""
+    """Returns the sizes of the kernel's axes that are not summed over."""
     return [
         n for axis, n in enumerate(host.kernel_shape) if axis not in form.input_axes
     ]
 
 
 def laid_out(function, value):
-    """Returns a bias or gain in the shape for combining it with outputs."""
+    """Returns a bias or gain in the shape in which it combines with outputs."""
     return torch_layout.to_numpy(function(ops.convert_to_tensor(value)))

@@ -1,8 +1,9 @@
-"""The calls of a bank: their inputs, and which of them are running."""
+"""The calls of a bank, and how calls and changes wait for each other."""
 
 import collections
 import contextlib
 import dataclasses
+import itertools
 import threading
 from collections.abc import Mapping, Sequence
 
@@ -11,17 +12,10 @@ import numpy as np
 from keras import ops
 
 from keras_lora.keras_internals import calls, distribution
-from keras_lora.serving import export, rows
+from keras_lora.serving import directory, export, rows
 from keras_lora.serving.banked import Hosts
+from keras_lora.serving.directory import SLOTS, Directory, FixedIds
 from keras_lora.serving.rows import SlotChoice
-from keras_lora.serving.slots import (
-    SLOTS,
-    Directory,
-    FixedIds,
-    checked_ids,
-    refuse_names,
-    refuse_other_ids,
-)
 
 PATIENCE = 60.0  # seconds that a change waits for running calls
 
@@ -36,7 +30,7 @@ LOOPS = (
 )
 
 
-def needs_all(method):
+def empties_variables(method):
     """Whether a method empties the model's variables while it runs."""
     return keras.backend.backend() == "jax" and method in LOOPS
 
@@ -57,41 +51,50 @@ class Call:
 
 
 class Running:
-    """Counts calls, and makes changes wait for calls that they would disturb.
+    """Counts running calls; changes wait for calls that they would disturb.
 
-    A slot is written only when no call reads it. The active adapter of outside calls,
-    a variable, changes only when no such call runs; calls that begin later wait for
-    the change. A call inside another one of its thread never waits.
+    A slot is written only when no call reads it. The variables that outside calls read
+    change only when no such call runs, and calls that begin later wait for the change.
+    A call inside another call of its thread never waits.
 
     Args:
-        point: A function that writes the active adapter into the variables.
-        meet: A function that raises unless all processes call, before each change.
+        write_active: A function that writes the active adapter into the variables.
+        barrier: A function that raises unless all processes call, before each change.
     """
 
-    def __init__(self, point, meet):
-        self.point, self.to_point, self.meet = point, False, meet
+    def __init__(self, write_active, barrier):
+        self.write_active, self.barrier = write_active, barrier
+        self.is_write_due = False
         self.changed = threading.Condition(threading.RLock())
         self.calls = {}  # thread -> its calls, the outermost first
         self.reads = collections.Counter()  # slot -> how many calls read it
         self.queue, self.changes = [], 0  # waiting calls; number of running changes
 
     @property
-    def own(self) -> list:
+    def own_calls(self) -> list:
         """The calls that the current thread is in."""
         return self.calls.get(threading.get_ident(), [])
 
-    def others(self) -> list:
+    def other_calls(self) -> list:
         me = threading.get_ident()
-        return [c for thread, own in self.calls.items() if thread != me for c in own]
+        other_calls = (calls for thread, calls in self.calls.items() if thread != me)
+        return list(itertools.chain(*other_calls))
 
     # Calls.
 
     @contextlib.contextmanager
     def call(self, choose, outside=False, alone=False):
-        """Context of a call; choose() returns what it yields and the slots it reads."""
+        """Context of a call.
+
+        Args:
+            choose: A function that returns what the context yields, and the slots that
+                the call reads.
+            outside: As in `Call`.
+            alone: As in `Call`.
+        """
         call = Call(outside, alone)
         with self.changed:
-            if not self.own:
+            if not self.own_calls:
                 self._wait_for_turn(call)
             chosen, slots = choose()
             call.slots = frozenset(slots)
@@ -102,15 +105,18 @@ class Running:
         finally:
             with self.changed:
                 self.reads.subtract(call.slots)
-                self.own.remove(call)
-                if not self.own:
+                self.own_calls.remove(call)
+                if not self.own_calls:
                     del self.calls[threading.get_ident()]
-                if self.to_point:
-                    self.point_soon()
+                if self.is_write_due:
+                    self.write_active_soon()
                 self.changed.notify_all()
 
     def _wait_for_turn(self, call, patience=None):
-        """Waits for earlier calls that cannot run at the same time."""
+        """Waits for earlier calls that cannot run at the same time.
+
+        Returns whether they ended in time; without a limit, they always do.
+        """
         self.queue.append(call)
         try:
             return self.changed.wait_for(lambda: self._has_turn(call), patience)
@@ -122,24 +128,24 @@ class Running:
         before = self.queue[: self.queue.index(call)]
         if call.alone:
             return not (self.calls or self.changes or before)
-        if call.outside and self.to_point:
+        if call.outside and self.is_write_due:
             return False
-        return not any(other.alone for other in [*before, *self.others()])
+        return not any(other.alone for other in [*before, *self.other_calls()])
 
     # Changes.
 
-    def point_soon(self):
+    def write_active_soon(self):
         """Writes the active adapter as soon as no call reads its slot."""
         with self.changed:
-            others = self.others()
-            self.to_point = any(c.outside for c in [*others, *self.own])
-            self.to_point |= any(c.alone for c in others)
-            if not self.to_point:
-                self.point()
+            other_calls = self.other_calls()
+            self.is_write_due = any(c.outside for c in [*other_calls, *self.own_calls])
+            self.is_write_due |= any(c.alone for c in other_calls)
+            if not self.is_write_due:
+                self.write_active()
 
     @contextlib.contextmanager
     def writing(self, what):
-        """Context of a change of variables, which no call on JAX has emptied."""
+        """Context of a change, during which no call on JAX empties the variables."""
         self.refuse_inside(what, lambda call: call.alone)
         with self.changed:
             if not self._wait_for_turn(Call(), PATIENCE):
@@ -153,18 +159,18 @@ class Running:
                 self.changed.notify_all()
 
     def refuse_inside(self, what, test):
-        """Raises if the change comes from inside such a call, such as a callback."""
-        if any(map(test, self.own)):
+        """Raises if the change is made inside a call that `test` is true for."""
+        if any(map(test, self.own_calls)):
             raise ValueError(
                 f"{what} is not possible inside a call of the same model, for example "
                 "in a callback of its `predict`: the call keeps the adapters that it "
                 "began with. Nothing was changed. Do it before or after."
             )
-        self.meet()
+        self.barrier()
 
     def wait(self, what, test):
-        """Waits for calls of other threads, with a time limit."""
-        if any(call.slots for call in self.own) and not test():
+        """Waits until test() is true; raises if calls do not end in time."""
+        if any(call.slots for call in self.own_calls) and not test():
             raise ValueError(
                 f"{what} has to wait for running calls, but was called inside one of "
                 "them. Nothing was changed. Do it after that call."
@@ -184,7 +190,7 @@ INPUTS = {"inputs", "adapter"}, {"inputs", SLOTS}
 
 
 class Calls:
-    """Mixin of the bank: its calls, and checks of their inputs.
+    """Mixin of the bank: its calls.
 
     A call, and all batches of a `predict` or `evaluate`, keep the adapters that the ids
     meant when it began.
@@ -202,11 +208,11 @@ class Calls:
         Raises:
             ValueError: If a name is not known.
         """
-        known = self.directory.known(names)
-        return np.array([self.directory.id_of[name] for name in known], "int32")
+        names = self.directory.validate_names(names)
+        return np.array([self.directory.id_of[name] for name in names], "int32")
 
     def __call__(self, inputs, *args, **kwargs):
-        refuse_names(inputs)
+        directory.refuse_names(inputs)
         self._refuse_released()
         if calls.in_a_trace(inputs):
             return super().__call__(inputs, *args, **kwargs)
@@ -220,12 +226,12 @@ class Calls:
             slots = inputs[SLOTS]
         else:
             ids = ops.convert_to_tensor(inputs["adapter"])
-            if distribution.is_between_replicas():
+            if distribution.in_cross_replica_context():
                 # Keras infers shapes here, from what the replicas get.
                 ids = ops.cast(ids, "int32")
-            refuse_other_ids(ids)
+            directory.refuse_other_ids(ids)
             slots = self.directory.slots(ids)
-        self._look_at(inputs["inputs"])
+        self._find_leading_axes(inputs["inputs"])
         trainees = self.trainees.each if training and self.trainees else None
         with self.choice.using(slots, trainees):
             return self.model(inputs["inputs"], training=training)
@@ -233,10 +239,10 @@ class Calls:
     def compute_output_spec(self, inputs, training=False):
         return self.model.compute_output_spec(inputs["inputs"], training=training)
 
-    def _look_at(self, inputs):
+    def _find_leading_axes(self, inputs):
         if not self.choice.leading_axes_known:
             try:
-                inputs = keras.tree.map_structure(rows.as_rows, inputs)
+                inputs = keras.tree.map_structure(rows.probe_rows, inputs)
             except Exception:  # a symbolic value, inside a traced function
                 return
             rows.find_leading_axes(self, [inputs], raising=True)
@@ -249,16 +255,19 @@ class Calls:
 
     @contextlib.contextmanager
     def _reading(self, x, method="call"):
-        """Yields x with slots in the place of ids: they keep their adapters inside."""
-        refuse_names(x)
+        """Context of a call of the bank; yields x with slots instead of ids.
+
+        The slots keep their adapters inside the context.
+        """
+        directory.refuse_names(x)
         self._refuse_released()
         one = isinstance(x, Mapping) or method not in ("predict", "evaluate")
         if one and not (isinstance(x, Mapping) and set(x) in INPUTS):
             raise ValueError(unlike_inputs(x))
-        ids = checked_ids(x["adapter"]) if one and "adapter" in x else None
+        ids = directory.validate_ids(x["adapter"]) if one and "adapter" in x else None
         if ids is not None and method != "call":
             # Before: on JAX the model has no values during Keras's loops.
-            self._look_at(x["inputs"])
+            self._find_leading_axes(x["inputs"])
 
         def choose():
             fixed = FixedIds(self.directory.values(), self.directory.no_slot)
@@ -266,7 +275,7 @@ class Calls:
                 return fixed.inputs(x), fixed.slots(ids).tolist()
             return (x if one else fixed.batches(x)), self.directory.slot_of.values()
 
-        alone = needs_all(method)
+        alone = empties_variables(method)
         keeping = calls.keeping_weights(self) if alone else contextlib.nullcontext()
         with self.running.call(choose, alone=alone) as fixed, keeping:
             yield fixed

@@ -1,4 +1,4 @@
-"""One artefact that serves all adapters of a bank."""
+"""Writes one artefact that serves all adapters of a bank."""
 
 import contextlib
 import re
@@ -7,16 +7,15 @@ import keras
 
 from keras_lora.layers import quantized_host
 from keras_lora.models import atomic
-from keras_lora.models.export import assert_replaceable, assert_runs
-from keras_lora.serving import slots
-from keras_lora.serving.slots import Stacks
+from keras_lora.models.export import refuse_broken_artefact, refuse_occupied_path
+from keras_lora.serving import banked
 
 
 def export_by_name(bank, path):
     """Writes a SavedModel whose functions take names of adapters as strings.
 
-    The model's weights stand in it once, and the factors of the adapters that are in
-    the bank, without its free slots.
+    It holds the model's weights once, and stacks of the adapters in the bank, without
+    free slots.
     """
     if keras.backend.backend() != "tensorflow":
         raise ValueError(
@@ -26,17 +25,17 @@ def export_by_name(bank, path):
         )
     import tensorflow as tf
 
-    assert_replaceable(path, "tf_saved_model")
+    refuse_occupied_path(path, "tf_saved_model")
     specs, adapters = bank.hosts.input_specs, bank.names
     flat = {spec.name: spec for spec in keras.tree.flatten(specs)}
     artefact = tf.Module()
-    artefact.table = table = table_of(adapters)
-    with traced_alone(bank) as stacks:
+    artefact.table = table = make_table(adapters)
+    with compact_stacks(bank) as stacks:
         artefact.held = [variable.value for variable in bank.model.variables]
         artefact.stacks = [list(own.values()) for own in stacks.values()]
 
         def serve(inputs, adapter):
-            with bank.choice.using(slots_in(table, adapter, adapters)):
+            with bank.choice.using(look_up_slots(table, adapter, adapters)):
                 return bank.model(inputs, training=False)
 
         def serving_default(adapter, **inputs):
@@ -46,10 +45,10 @@ def export_by_name(bank, path):
             return {f"output_{place}": value for place, value in enumerate(outputs)}
 
         def swap(adapter, **arrays):
-            slot = slots_in(table, adapter[None], adapters, lowest=1)[0]
+            slot = look_up_slots(table, adapter[None], adapters, lowest=1)[0]
             for key, name in swap_names(bank).items():
                 path, factor = key
-                slots.write_slot(stacks[path][factor], slot, arrays[name])
+                banked.write_slot(stacks[path][factor], slot, arrays[name])
             return {"adapter": adapter}
 
         def spec(like, name=None, shape=None):
@@ -78,24 +77,24 @@ def export_by_name(bank, path):
 
 
 def export_by_id(bank, export, path, **kwargs):
-    """Writes a bank as Keras does a model, with ids as an input.
+    """Writes an artefact of Keras's in which ids are an input.
 
-    export: Keras's own.
+    export: The method `keras.Model.export` of the bank.
     """
-    assert_replaceable(path, kwargs["format"])
+    refuse_occupied_path(path, kwargs["format"])
     ids = keras.InputSpec(shape=(None,), dtype="int32", name="adapter")
     data = {"inputs": bank.hosts.input_specs, "adapter": ids}
     kwargs = {"verbose": False, "input_signature": [data], **kwargs}
     with atomic.replacing(path) as new, quantized_host.without_gradients():
         export(str(new), **kwargs)
-        assert_runs(new, kwargs["format"])
+        refuse_broken_artefact(new, kwargs["format"])
 
 
 def swap_names(bank) -> dict:
-    """{(path, factor): input of "swap"}, which TensorFlow wants to be a word."""
+    """{(path, factor): input of "swap"}, in letters that TensorFlow accepts."""
     names = {}
     for path, layer in bank.hosts.layers.items():
-        for factor in layer.lora.slots.stacks():
+        for factor in layer.lora.stacks.by_name():
             name = f"{re.sub('[^A-Za-z0-9]', '_', path)}_{factor}"
             while name in names.values():
                 name += "_"
@@ -104,9 +103,9 @@ def swap_names(bank) -> dict:
 
 
 def swap_arrays(bank, prepared) -> dict:
-    """{input of "swap": array}: the layers that an adapter leaves out are the base."""
+    """{input of "swap": array}, for layers that an adapter leaves out too."""
     rows = {
-        path: layer.lora.slots.rows(**prepared.get(path, {}))
+        path: layer.lora.stacks.rows(**prepared.get(path, {}))
         for path, layer in bank.hosts.layers.items()
     }
     return {
@@ -115,31 +114,31 @@ def swap_arrays(bank, prepared) -> dict:
 
 
 @contextlib.contextmanager
-def traced_alone(bank):
-    """The layers read stacks of the bank's adapters alone; yields them by path."""
+def compact_stacks(bank):
+    """Context in which layers read stacks without free slots; yields them by path."""
     import tensorflow as tf
 
     directory, hosts = bank.directory, bank.hosts.layers
     order = [directory.slot_of[name] for name in (None, *bank.names)]
-    before = {path: layer.lora.slots for path, layer in hosts.items()}
-    found = {}
+    before = {path: layer.lora.stacks for path, layer in hosts.items()}
+    stacks_of = {}
     try:
         for path, layer in hosts.items():
-            own = {
+            stacks = {
                 factor: tf.Variable(tf.gather(stack.value, order), trainable=False)
-                for factor, stack in before[path].stacks().items()
+                for factor, stack in before[path].by_name().items()
             }
-            found[path] = own
-            layer.lora.slots = stand_in = Stacks()
-            vars(stand_in).update(own, variable_dtype=before[path].variable_dtype)
-        yield found
+            stacks_of[path] = stacks
+            layer.lora.stacks = stand_in = banked.Stacks()
+            vars(stand_in).update(stacks, variable_dtype=before[path].variable_dtype)
+        yield stacks_of
     finally:
         for path, layer in hosts.items():
-            layer.lora.slots = before[path]
+            layer.lora.stacks = before[path]
 
 
-def table_of(names):
-    """From the names in an artefact to their slots in it; -1 for others."""
+def make_table(names):
+    """Returns TensorFlow's table of names and their slots; -1 for other names."""
     import tensorflow as tf
 
     return tf.lookup.StaticHashTable(
@@ -150,18 +149,18 @@ def table_of(names):
     )
 
 
-def slots_in(table, adapters, names, lowest=0):
-    """The slots of names; an InvalidArgumentError for one that is not known."""
+def look_up_slots(table, adapters, names, lowest=0):
+    """Returns the slots of names; InvalidArgumentError for an unknown one."""
     import tensorflow as tf
 
-    found = table.lookup(adapters)
-    unknown = tf.boolean_mask(adapters, found < lowest)
+    slots = table.lookup(adapters)
+    unknown = tf.boolean_mask(adapters, slots < lowest)
     check = tf.debugging.Assert(
         tf.equal(tf.size(unknown), 0),
         ["There is no adapter", unknown, f"There are: {', '.join(map(repr, names))}."],
     )
     with tf.control_dependencies([check]):
-        return tf.identity(found)
+        return tf.identity(slots)
 
 
 def specs_of(inputs):
@@ -171,12 +170,12 @@ def specs_of(inputs):
     """
     if inputs is None:
         return None
-    found = keras.tree.flatten_with_path(inputs)
+    leaves = keras.tree.flatten_with_path(inputs)
     specs = []
-    for path, x in found:
+    for path, x in leaves:
         name = "_".join(str(part) for part in path)
         if not isinstance(inputs, dict):
-            name = "inputs" if len(found) == 1 else f"inputs_{name}"
+            name = "inputs" if len(leaves) == 1 else f"inputs_{name}"
         dtype = keras.backend.standardize_dtype(x.dtype)
         specs.append(
             keras.InputSpec(shape=(None, *x.shape[1:]), dtype=dtype, name=name)

@@ -1,4 +1,4 @@
-"""Which adapters calls of a bank's model use when they do not go through the bank."""
+"""Calls of a bank's model that do not go through the bank: which adapters they use."""
 
 import contextlib
 import functools
@@ -6,16 +6,11 @@ from collections.abc import Sequence
 
 import keras
 
-from keras_lora.keras_internals import compiled, layers
-from keras_lora.keras_internals.calls import (
-    in_a_trace,
-    keeping_weights,
-    outermost_layer,
-)
+from keras_lora.keras_internals import calls, compiled, layers
 from keras_lora.serving.banked import Banked, Hosts
-from keras_lora.serving.calls import LOOPS, Running, needs_all
+from keras_lora.serving.calls import LOOPS, Running, empties_variables
+from keras_lora.serving.directory import Directory
 from keras_lora.serving.rows import SlotChoice
-from keras_lora.serving.slots import Directory
 
 TRAINING = ("fit", "train_on_batch")
 COUNTED = ("call", "generate", *LOOPS)
@@ -42,8 +37,8 @@ class OutsideCalls:
         """
         self.running.refuse_inside("bank.activate", disturbed)
         with self.running.changed:
-            self._active = self.directory.checked(name)
-            self.running.point_soon()
+            self._active = self.directory.validate_name(name)
+            self.running.write_active_soon()
 
     @contextlib.contextmanager
     def rows(self, names: Sequence):
@@ -60,20 +55,20 @@ class OutsideCalls:
         """
         self.running.refuse_inside("bank.rows", disturbed)
         with self.running.changed:
-            names = self.directory.known(names)
+            names = self.directory.validate_names(names)
             if self._row_names is not None:
                 raise ValueError("The bank is already inside `rows`.")
             self._row_names = names
-            self.running.point_soon()
+            self.running.write_active_soon()
         try:
             yield self
         finally:
             with self.running.changed:
                 self._row_names = None
-                self.running.point_soon()
+                self.running.write_active_soon()
 
-    def _point(self):
-        """Updates the slots of the active adapter and of the rows."""
+    def _write_active(self):
+        """Writes the slots of the active adapter and of the rows into the variables."""
         slot_of, names = self.directory.slot_of, self._row_names
         count = None if names is None else len(names)
         if count != self._compiled.count:
@@ -102,15 +97,15 @@ class OutsideCalls:
             self.counted_layers.add(layer)
             for name in COUNTED:
                 if hasattr(layer, name):
-                    vars(layer)[name] = self._counted(layer, name)
+                    vars(layer)[name] = self._count(layer, name)
 
     def _around_call(self, layer, inputs):
         """Returns a context for a call of a layer in the bank."""
-        if self.choice.is_inside or self.running.own:
+        if self.choice.is_inside or self.running.own_calls:
             return contextlib.nullcontext()
-        if (outermost := outermost_layer()) not in (layer, None):
+        if (outermost := calls.outermost_layer()) not in (layer, None):
             self._count_calls_of(outermost)  # a model that was made later
-        if in_a_trace(inputs):
+        if calls.in_a_trace(inputs):
             return contextlib.nullcontext()
         return self._outside_call()
 
@@ -118,13 +113,15 @@ class OutsideCalls:
         choose = lambda: (None, self._slots_outside)  # noqa: E731
         return self.running.call(choose, outside=True, alone=alone)
 
-    def _counted(self, layer, name):
-        method, alone = getattr(layer, name), needs_all(name)
+    def _count(self, layer, name):
+        method, alone = getattr(layer, name), empties_variables(name)
 
         @functools.wraps(method)
-        def counted(*args, **kwargs):
-            inside = self.choice.is_inside or (name == "call" and self.running.own)
-            if inside or in_a_trace((args, kwargs)):
+        def run(*args, **kwargs):
+            inside = self.choice.is_inside or (
+                name == "call" and self.running.own_calls
+            )
+            if inside or calls.in_a_trace((args, kwargs)):
                 return method(*args, **kwargs)
             if name in TRAINING:
                 raise ValueError(
@@ -134,10 +131,10 @@ class OutsideCalls:
             with contextlib.ExitStack() as around:
                 around.enter_context(self._outside_call(alone))
                 if alone:
-                    around.enter_context(keeping_weights(layer))
+                    around.enter_context(calls.keeping_weights(layer))
                 return method(*args, **kwargs)
 
-        return counted
+        return run
 
     def _stop_counting(self):
         for layer in self.counted_layers:
@@ -151,13 +148,16 @@ def disturbed(call):
 
 
 class CompiledFunctions:
-    """Compiled functions of all models that share layers, by number of rows."""
+    """Keeps the compiled functions of a model for each number of rows.
+
+    Also those of all models that share layers with it.
+    """
 
     def __init__(self, model):
         self.model, self.kept, self.count = model, {}, None
 
     def change_to(self, count):
-        """Replaces the present functions by those for a number of rows."""
+        """Puts back the functions for a number of rows; keeps the present ones."""
         self.kept[self.count] = compiled.take_compiled_functions(
             compiled.models_sharing_layers(self.model)
         )

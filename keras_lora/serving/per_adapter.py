@@ -7,18 +7,18 @@ from collections.abc import Mapping
 import keras
 from keras import ops
 
-from keras_lora.keras_internals import calls, compiled, distribution
+from keras_lora.keras_internals import calls, distribution, optimizers
 
 REDUCTIONS = ("sum_over_batch_size", "mean", "mean_with_sample_weight", "sum")
 
 
 class PerAdapterLoss(keras.losses.Loss):
-    """The sum of the losses of each adapter's rows alone.
+    """Sum of one loss for each adapter, over its own rows of a batch.
 
         L = sum over the adapters k in the batch of loss(y[ids == k], f(x)[ids == k])
 
-    so that the gradient of an adapter is that of training it alone, with means over its
-    own rows. Rows of the base model do not count.
+    An adapter's gradient is the one that it would have alone, with means over its own
+    rows. Rows of the base model do not count.
 
     Args:
         loss: A Keras loss, its name, or a function of targets and outputs that gives a
@@ -56,48 +56,48 @@ class PerAdapterLoss(keras.losses.Loss):
             )
         if mask is None:
             mask = calls.mask_of(values)
-        counted = ops.ones_like(values)
+        used = ops.ones_like(values)
         if mask is not None:
-            counted = counted * over(ops.cast(mask, values.dtype), values)
-        weights = counted
+            used = used * expand_to(ops.cast(mask, values.dtype), values)
+        weights = used
         if sample_weight is not None:
-            weights = weights * over(ops.cast(sample_weight, values.dtype), values)
-        values = by_row(values * weights)
+            weights = weights * expand_to(ops.cast(sample_weight, values.dtype), values)
+        values = sum_by_row(values * weights)
         if self.reduction != "sum":
             weighted = self.reduction == "mean_with_sample_weight"
-            every = distribution.of_all_replicas(ids)
+            every = distribution.gather_over_replicas(ids)
             same = ops.cast(ids[:, None] == every[None, :], values.dtype)
-            counted = by_row(weights if weighted else counted)
-            total = ops.matmul(same, distribution.of_all_replicas(counted)[:, None])
+            used = sum_by_row(weights if weighted else used)
+            total = ops.matmul(same, distribution.gather_over_replicas(used)[:, None])
             values = ops.divide_no_nan(values, total[:, 0])
         return ops.sum(ops.where(ids == 0, 0.0, values))
 
 
 class FunctionLoss(keras.losses.Loss):
-    """A function of targets and outputs as a loss, like Keras's own wrapper."""
+    """Loss that calls a function of targets and outputs, like Keras's own wrapper."""
 
     def __init__(self, function):
         super().__init__(name=getattr(function, "__name__", None))
         self.function = function
 
     def call(self, y_true, y_pred):
-        return self.function(*in_one_rank(y_true, y_pred))
+        return self.function(*match_axes(y_true, y_pred))
 
 
-def in_one_rank(*pair):
-    """Gives both the same number of axes, such as (rows,) and (rows, 1)."""
+def match_axes(*pair):
+    """Gives two tensors the same number of axes, such as (rows,) and (rows, 1)."""
     low, high = sorted((0, 1), key=lambda place: len(pair[place].shape))
-    found, ranks = list(pair), [len(pair[place].shape) for place in (low, high)]
+    matched, ranks = list(pair), [len(pair[place].shape) for place in (low, high)]
     if ranks[0] + 1 == ranks[1] and pair[high].shape[-1] == 1:
         if ranks[0] == 1:
-            found[low] = ops.expand_dims(pair[low], -1)
+            matched[low] = ops.expand_dims(pair[low], -1)
         else:
-            found[high] = ops.squeeze(pair[high], -1)
-    return found
+            matched[high] = ops.squeeze(pair[high], -1)
+    return matched
 
 
-def over(weights, values):
-    """Gives weights of rows, or of their parts, the axes of values."""
+def expand_to(weights, values):
+    """Adds or removes axes of size 1, so that weights multiply values."""
     while len(weights.shape) > len(values.shape) and weights.shape[-1] == 1:
         weights = ops.squeeze(weights, -1)
     while len(weights.shape) < len(values.shape):
@@ -105,33 +105,33 @@ def over(weights, values):
     return weights
 
 
-def by_row(values):
-    """Sums over all axes but that of the rows."""
+def sum_by_row(values):
+    """Sums over all axes but the first."""
     axes = tuple(range(1, len(values.shape)))
     return ops.sum(values, axis=axes) if axes else values
 
 
 class PerAdapterOptimizer(keras.optimizers.Optimizer):
-    """One optimizer for each trainee, all copies of the given one.
+    """Trains each trainee with a copy of an optimizer.
 
     A trainee without rows in a batch takes no step: its variables, momenta and step
     count do not change by a bit.
 
     Args:
-        given: A Keras optimizer, its name, or a dict from the adapters' names to them.
+        optimizer: A Keras optimizer or its name, or a dict {adapter's name: one}.
     """
 
-    def __init__(self, given):
+    def __init__(self, optimizer):
         super().__init__(learning_rate=0.0, name="of_each")
-        by_name = given if isinstance(given, Mapping) else {None: given}
+        by_name = optimizer if isinstance(optimizer, Mapping) else {None: optimizer}
         vars(self).update(  # past TensorFlow's tracking
-            given={name: checked(each) for name, each in by_name.items()},
+            sources={name: validate_optimizer(each) for name, each in by_name.items()},
             each=[],  # (trainee, its id in batches, its optimizer)
             ids_now=threading.local(),
         )
 
     def train(self, trainees, id_of):
-        """Trains these adapters from now on; earlier ones keep their optimizer state.
+        """Sets the trainees; those that trained before keep their optimizer state.
 
         id_of: name -> id in a batch.
         """
@@ -149,17 +149,17 @@ class PerAdapterOptimizer(keras.optimizers.Optimizer):
 
     def new(self, trainee):
         name = trainee.adapter_name
-        given = self.given.get(name, self.given.get(None))
-        if given is None:
+        optimizer = self.sources.get(name, self.sources.get(None))
+        if optimizer is None:
             raise ValueError(
-                f"The bank was compiled with optimizers for {sorted(self.given)}, but "
-                f"with none for {name!r}."
+                f"The bank was compiled with optimizers for {sorted(self.sources)}, "
+                f"but with none for {name!r}."
             )
-        return compiled.like_without_state(given, trainee.trainable_variables)
+        return optimizers.copy_for_variables(optimizer, trainee.trainable_variables)
 
     @contextlib.contextmanager
     def for_rows(self, ids):
-        """Inside, `apply` is for a batch with these ids. Each thread has its own."""
+        """Context in which `apply` gets the gradients of a batch with these ids."""
         self.ids_now.now = ids
         try:
             yield
@@ -190,32 +190,32 @@ class PerAdapterOptimizer(keras.optimizers.Optimizer):
             optimizer.learning_rate = learning_rate
 
     def apply(self, grads, trainable_variables=None):
-        grads, ids = list(grads), distribution.of_all_replicas(self.ids)
+        grads, ids = list(grads), distribution.gather_over_replicas(self.ids)
         for trainee, own_id, optimizer in self.each:
             count = len(trainee.trainable_variables)
-            own, grads = grads[:count], grads[count:]
+            gradients, grads = grads[:count], grads[count:]
             present = ops.any(ops.equal(ids, own_id))
             kept = [*trainee.trainable_variables, *optimizer.variables]
             before = [ops.copy(ops.convert_to_tensor(each)) for each in kept]
-            optimizer.apply(own)
+            optimizer.apply(gradients)
             distribution.assign_unless(present, kept, before)
         self.iterations.assign_add(1)
 
     def stateless_apply(self, optimizer_variables, grads, trainable_variables):
-        own = self.variables
+        variables = self.variables
         trained = [v for trainee, *_ in self.each for v in trainee.trainable_variables]
-        values = [*zip(own, optimizer_variables, strict=True)]
+        values = [*zip(variables, optimizer_variables, strict=True)]
         values += zip(trained, trainable_variables, strict=True)
         with keras.StatelessScope(state_mapping=values) as scope:
             self.apply(grads)
-        found = [
+        results = [
             [value if new is None else new for value, new in pairs]
             for pairs in (
-                [(x, scope.get_current_value(v)) for v, x in values[len(own) :]],
-                [(x, scope.get_current_value(v)) for v, x in values[: len(own)]],
+                [(x, scope.get_current_value(v)) for v, x in values[len(variables) :]],
+                [(x, scope.get_current_value(v)) for v, x in values[: len(variables)]],
             )
         ]
-        return tuple(found)
+        return tuple(results)
 
     def finalize_variable_values(self, var_list):
         for trainee, _, optimizer in self.each:
@@ -225,7 +225,7 @@ class PerAdapterOptimizer(keras.optimizers.Optimizer):
         raise ValueError("The optimizers of a bank's adapters are not saved.")
 
 
-def checked(optimizer):
+def validate_optimizer(optimizer):
     optimizer = keras.optimizers.get(optimizer)
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer) or getattr(
         optimizer, "loss_scale_factor", None

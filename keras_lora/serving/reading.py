@@ -1,4 +1,4 @@
-"""Reads an adapter for a bank, layer by layer."""
+"""Reads what an adapter changes in each layer of a bank's model."""
 
 import copy
 import dataclasses
@@ -10,17 +10,16 @@ from keras import ops
 from keras_lora.files import load, matching, tensors
 from keras_lora.files.names import module_names, refuse_tied_head
 from keras_lora.keras_internals import classes, distribution
-from keras_lora.keras_internals.layers import layer_state
+from keras_lora.keras_internals.layers import layer_variables
 from keras_lora.layers import kinds, methods, torch_layout
 from keras_lora.layers.lora_layer import LoRALayer
-from keras_lora.models import adapt
-from keras_lora.models.choose import WHOLE_MODEL, choose
+from keras_lora.models import choose, sites
 
 UNREAD = object()  # placeholder for the adapter that a host may get
 
 
 class Part:
-    """The changes of an adapter in one layer.
+    """What an adapter changes in one layer.
 
     Attributes:
         layer: The model's layer.
@@ -39,7 +38,7 @@ class Part:
 
     @property
     def rank(self) -> int:
-        """The rank of `factors`; the full rank if the layer trained in full."""
+        """The rank of `factors`, which is the full rank of a kernel that trained."""
         if self.lora is not None:
             return self.lora.product_rank
         return 0 if self.kernel is None else full_rank(self.view)
@@ -59,9 +58,9 @@ class Part:
 
     @property
     def depends_on_base(self) -> bool:
-        """Whether the bank's values are valid only for the model's present weights.
+        """Whether the values in the bank fit only the model's present weights.
 
-        So are DoRA's gain, and the difference of a trained bias or kernel.
+        This is so for DoRA's gain, and for differences of trained biases and kernels.
         """
         return self.has_gain or self.bias is not None or self.kernel is not None
 
@@ -74,21 +73,21 @@ class Part:
         return (*full_update(self.view, self.kernel), None)
 
     def rows(self, form, bias_over) -> dict:
-        """Name -> value for one slot, as tensors that gradients go through.
+        """Name -> value for one slot, as tensors with gradients.
 
         Args:
             form: The form of the slots, of the same rank or a higher one.
             bias_over: A function that reshapes a bias for the outputs.
         """
-        found, (a, b, gain) = {}, self.factors()
+        rows, (a, b, gain) = {}, self.factors()
         if a is not None:
-            own = self.view.low_rank_form(self.rank)
-            found["a"], found["b"] = own.widened(a, b, self.rank, form)
+            narrow = self.view.low_rank_form(self.rank)
+            rows["a"], rows["b"] = narrow.widen(a, b, self.rank, form)
         if gain is not None:
-            found["gain"] = form.over_outputs(gain)
+            rows["gain"] = form.over_outputs(gain)
         if self.bias is not None:
-            found["bias"] = bias_over(ops.subtract(self.bias, self.layer.bias))
-        return found
+            rows["bias"] = bias_over(ops.subtract(self.bias, self.layer.bias))
+        return rows
 
 
 def full_rank(view):
@@ -97,9 +96,9 @@ def full_rank(view):
 
 
 def full_update(view, kernel, checked=False):
-    """A and B with A @ B = kernel - W, one of them the identity.
+    """Returns A and B, one of them the identity, with A @ B = kernel - W.
 
-    checked: Whether to return None if the layer's update is not that product.
+    checked: Whether to return None if the layer forms its update in another way.
     """
     dtype = methods.wide_dtype(view.variable_dtype)
     update = ops.convert_to_tensor(kernel, dtype) - view.base_kernel(dtype)
@@ -123,7 +122,7 @@ def full_update(view, kernel, checked=False):
 
 @dataclasses.dataclass
 class Reading:
-    """Contents of an adapter for the layers of a model, from `read`.
+    """What an adapter changes in a model, from `read`.
 
     Attributes:
         parts: Path -> Part, for the layers that the adapter changes.
@@ -140,15 +139,17 @@ class Reading:
 
 
 def as_host(layer):
-    """Returns a view of a layer as the LoRA layer that it would be, or None."""
+    """Returns a view of a layer under its LoRA class; None if it cannot be adapted."""
     if isinstance(layer, LoRALayer):
-        own = getattr(type(layer), "class_before", type(layer))
-        own = own if issubclass(own, LoRALayer) else kinds.lora_class_of(own)
+        cls = getattr(type(layer), "class_before", type(layer))
+        lora_class = cls if issubclass(cls, LoRALayer) else kinds.lora_class_of(cls)
     else:
-        own = kinds.lora_class_of(type(layer))
-        if own is None or kinds.obstacle(layer) is not None:
+        lora_class = kinds.lora_class_of(type(layer))
+        if lora_class is None or kinds.obstacle(layer) is not None:
             return None
-    return classes.twin(layer, own, {"lora": UNREAD}) if layer.built else None
+    if not layer.built:
+        return None
+    return classes.view_with(layer, lora_class, {"lora": UNREAD})
 
 
 def read(model, paths, adapter, names, most) -> Reading:
@@ -172,17 +173,17 @@ def read(model, paths, adapter, names, most) -> Reading:
     for module, layer in modules.items():
         path_of[id(hosts[module])] = path_of[id(layer)]
     hosts.sites = {m: hosts.get(m, site) for m, site in modules.sites.items()}
-    file = matching.contents(adapter, hosts)
+    file = matching.match(adapter, hosts)
     if file.rows:
         raise ValueError(
             f"The adapter has rows of {sorted(file.rows)} (trainable_token_indices), "
             "which a bank cannot hold. Load it into a model of its own."
         )
-    for module, site in file.adapted.items():
+    for module, site in file.sites.items():
         refuse_substituted(site, module)
     changed = {module: modules[module] for module in [*file.factors, *file.heads]}
     refuse_tied_head(model, names, changed)
-    for module, host in file.adapted.items():
+    for module, host in file.sites.items():
         rank = own_rank(host, file.factors[module].rank, module)
         if rank > most:
             raise ValueError(
@@ -192,39 +193,39 @@ def read(model, paths, adapter, names, most) -> Reading:
         if module in file.starts:  # they are the other half of the factors
             rank //= 2
         options = {**load.adapter_options(file, module), "rank": rank, "alpha": None}
-        lora = adapt.new_adapter(host, options)
+        lora = sites.new_adapter(host, options)
         vars(host)["lora"] = lora  # past the tracker, which is the layer's
         host.build_factors()
-    pairs, parts = matching.checked_values(file), {}
+    pairs, parts = matching.values_for(file), {}
     factors = {
         id(factor)
-        for host in file.adapted.values()
+        for host in file.sites.values()
         for factor in host.lora.named_factors().values()
     }
     for variable, value in pairs:
         if id(variable) in factors:
             distribution.assign(variable, value)
-    for module, host in file.adapted.items():
+    for module, host in file.sites.items():
         alpha = tensors.own_alpha(host, file.factors[module].alpha, file.use_rslora)
         host.lora.set_alpha(alpha, file.use_rslora)
         parts[path_of[id(host)]] = Part(modules[module], host)
-    reading = Reading(parts, file.adapted, hosts, [])
-    add_others(reading, pairs, modules, path_of)
+    reading = Reading(parts, file.sites, hosts, [])
+    add_trained_weights(reading, pairs, modules, path_of)
     return reading
 
 
 def with_rows(model, paths, target) -> dict:
-    """Path -> layer, for a target's layers whose adapters a bank can hold."""
-    chosen, _, _ = choose(model, paths, target, None, [])
+    """Path -> layer, for those layers of a target whose adapters a bank can hold."""
+    chosen, _, _ = choose.choose(model, paths, target, None, [])
     able = {p: x for p, x in chosen.items() if kinds.form_of(x, 1).down is not None}
-    if target not in WHOLE_MODEL or not able:
+    if target not in choose.WHOLE_MODEL or not able:
         for path, site in chosen.items():
             refuse_substituted(site, path)
     return able
 
 
 def refuse_substituted(site, name):
-    """Raises for a weight whose layer forms one W + delta for all rows of a batch."""
+    """Raises for a weight whose layer uses one W + delta for all rows of a batch."""
     if kinds.form_of(site, 1).down is None:
         raise ValueError(
             f"A bank cannot hold adapters of {name!r}, a "
@@ -235,7 +236,7 @@ def refuse_substituted(site, name):
 
 
 def own_rank(host, rank, module):
-    """Returns the layer's rank for the rank of a module in a file."""
+    """Returns the rank in the layer for the rank of a module in a file."""
     parts = host.low_rank_form(1).file_rank or 1  # updates side by side
     if rank % parts:
         raise ValueError(
@@ -245,7 +246,7 @@ def own_rank(host, rank, module):
     return rank // parts
 
 
-def add_others(reading, pairs, layers, path_of):
+def add_trained_weights(reading, pairs, layers, path_of):
     """Adds biases, and layers that trained in full, to a reading.
 
     layers: Module -> the model's own layer.
@@ -253,8 +254,7 @@ def add_others(reading, pairs, layers, path_of):
     owners = {
         id(variable): module
         for module, layer in reading.modules.items()
-        for variables in layer_state(layer)
-        for variable in variables
+        for variable in layer_variables(layer)
     }
     for variable, value in pairs:
         module = owners.get(id(variable))
@@ -265,37 +265,39 @@ def add_others(reading, pairs, layers, path_of):
         if isinstance(view, LoRALayer):
             part = reading.parts.get(path, Part(layer, view))
         if part is not None and variable.name == "bias":
-            part.bias = own = own_variable(variable, value)
-        elif part is not None and (own := in_full(part, variable, value)) is not None:
+            part.bias = own = copy_variable(variable, value)
+        elif (
+            part is not None and (own := full_kernel(part, variable, value)) is not None
+        ):
             part.kernel = own
         elif not np.array_equal(torch_layout.to_numpy(variable), value):
-            raise ValueError(unable(path, layer, variable))
+            raise ValueError(shared_weight_message(path, layer, variable))
         reading.trained.append((module, layer, variable, own))
         if own is not None:
             reading.parts[path] = part
 
 
-def in_full(part, variable, value):
+def full_kernel(part, variable, value):
     """Returns the kernel that an adapter has trained in full, or None."""
     if part.lora is not None or variable.name != part.view.kernel_name:
         return None
-    own = own_variable(variable, value)
-    return None if full_update(part.view, own, checked=True) is None else own
+    kernel = copy_variable(variable, value)
+    return None if full_update(part.view, kernel, checked=True) is None else kernel
 
 
-def own_variable(like, value):
-    own = distribution.variable_like(
+def copy_variable(like, value):
+    copied = distribution.variable_like(
         like,
         value,
         dtype=methods.wide_dtype(like.dtype),
         name=like.name,
         autocast=False,
     )
-    own.regularizer = like.regularizer
-    return own
+    copied.regularizer = like.regularizer
+    return copied
 
 
-def unable(path, layer, variable):
+def shared_weight_message(path, layer, variable):
     return (
         f"The adapter has trained {variable.name!r} of {path!r}, a "
         f"{type(layer).__name__}, which all rows of a batch share: a bank keeps only "

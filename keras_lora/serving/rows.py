@@ -1,4 +1,4 @@
-"""Which adapter the rows of a call use."""
+"""Which slots the rows of a call use, and how rows reach inner layers."""
 
 import contextlib
 import random
@@ -11,12 +11,13 @@ from keras import ops
 from keras_lora.keras_internals import layers
 from keras_lora.layers import torch_layout
 
-# Kinds of leading axes: the batch; each row repeated; or all rows repeated.
+# Kinds of leading axes of a layer's inputs: the batch's rows, each of them repeated
+# in turn, or all of them repeated.
 ROWS, REPEAT, TILE = "rows", "repeat", "tile"
 
 
 class OneForAll:
-    """One slot, a scalar variable, for all rows."""
+    """All rows use one slot, which is a scalar variable."""
 
     def __init__(self, slot):
         self.slot = slot
@@ -31,8 +32,8 @@ class OneForAll:
             a, b = ops.cast(a, dtype), ops.cast(b, dtype)
         return form.bypass(inputs, a, b)
 
-    def over(self, stack, ndim):
-        """Returns the slot's value, in the shape for combining it with outputs."""
+    def for_outputs(self, stack, ndim):
+        """Returns the slot's value, in the shape in which it combines with outputs."""
         return ops.take(stack, self.slot, axis=0)
 
 
@@ -43,7 +44,7 @@ class RowByRow:
         self.slots = slots
 
     def for_layer(self, adapters, size):
-        """Returns the rows of a layer, whose leading axis may be longer.
+        """Returns the choice for a layer whose leading axis may be longer.
 
         Args:
             adapters: The layer's adapters.
@@ -57,7 +58,7 @@ class RowByRow:
             )
         rows = ops.shape(self.slots)[0]
         if adapters.leading == ROWS:
-            assert_equal(size, rows, adapters.name)
+            refuse_other_row_count(size, rows, adapters.name)
             return self
         place, rows = ops.arange(size), ops.maximum(rows, 1)  # 0 in an empty batch
         if adapters.leading == REPEAT:
@@ -70,7 +71,7 @@ class RowByRow:
     def bypass(self, form, inputs, a, b, training):
         return form.bypass_by_row(inputs, a, b, self.slots, training)
 
-    def dropped(self, inputs, rates, seed):
+    def apply_dropout(self, inputs, rates, seed):
         """Applies dropout with the rate of each row's slot."""
         rates = ops.take(ops.cast(rates, inputs.dtype), self.slots)
         rates = ops.reshape(rates, (-1, *[1] * (len(inputs.shape) - 1)))
@@ -78,7 +79,7 @@ class RowByRow:
         kept = ops.cast(drawn >= ops.cast(rates, "float32"), inputs.dtype)
         return inputs * kept / (1 - rates)
 
-    def over(self, stack, ndim):
+    def for_outputs(self, stack, ndim):
         """Returns a row of the stack for each row of the outputs.
 
         A value starts with the outputs' first axis, of size 1, or has fewer axes.
@@ -89,7 +90,7 @@ class RowByRow:
         return ops.reshape(value, (-1, *shape))
 
 
-def assert_equal(size, rows, name):
+def refuse_other_row_count(size, rows, name):
     """Raises unless the leading axis of a layer's inputs is as long as the ids."""
     message = (
         f"{name!r} got another number of rows than there are adapters. Give one name "
@@ -113,18 +114,18 @@ class SlotChoice(keras.layers.Layer):
 
     def __init__(self, count):
         super().__init__(dtype="float32", trainable=False)
-        self.active = self.slots_variable((), "active")
-        # In training, what stands for each slot: itself, or a trainee behind them.
-        self.moved = self.slots_variable((count,), "moved")
-        self.moved.assign(ops.arange(count, dtype="int32"))
+        self.active = self.add_slots_variable((), "active")
+        # For each slot the one that training uses: itself, or that of a trainee.
+        self.slots_in_training = self.add_slots_variable((count,), "moved")
+        self.slots_in_training.assign(ops.arange(count, dtype="int32"))
         self.seed = keras.random.SeedGenerator(random.randrange(2**31))
         self._of = {}  # number of rows -> variable
         self.rows = None
-        self.leading_axes_known = False  # what every layer's leading axis is
+        self.leading_axes_known = False  # of all layers in the bank
         self._local = threading.local()
         self.built = True
 
-    def slots_variable(self, shape, name):
+    def add_slots_variable(self, shape, name):
         return self.add_weight(
             name=name,
             shape=shape,
@@ -138,7 +139,7 @@ class SlotChoice(keras.layers.Layer):
         """Sets the number of rows; None means one slot for all rows."""
         if count is not None and count not in self._of:
             with layers.unlocked(self):
-                self._of[count] = self.slots_variable((count,), f"rows_{count}")
+                self._of[count] = self.add_slots_variable((count,), f"rows_{count}")
         self.rows = None if count is None else self._of[count]
 
     def current(self):
@@ -168,9 +169,9 @@ class SlotChoice(keras.layers.Layer):
 
     @contextlib.contextmanager
     def using(self, slots, trainees=None):
-        """Rows of this thread's call use slots; with trainees it trains them."""
+        """Context in which calls of this thread use slots, and train the trainees."""
         if trainees is not None:
-            slots = ops.take(self.moved, slots)
+            slots = ops.take(self.slots_in_training, slots)
         before = getattr(self._local, "slots", None), self.trainees
         self._local.slots, self._local.trainees = slots, trainees
         try:
@@ -179,13 +180,13 @@ class SlotChoice(keras.layers.Layer):
             self._local.slots, self._local.trainees = before
 
 
-KNOWN = (ROWS, REPEAT, TILE)
+LEADING_AXES = (ROWS, REPEAT, TILE)
 PROBE_ROWS = 3
 OPEN_SIZES = (11, 64, 5)  # to try for axes that the model leaves open
 
 
 class Probe:
-    """Sees the inputs of all banked layers in one run of the model."""
+    """Records the inputs of all layers of a bank in one run of the model."""
 
     def __init__(self):
         self.seen = {}  # adapters of a layer -> its inputs, call by call
@@ -195,12 +196,12 @@ class Probe:
 
 
 def find_leading_axes(bank, samples, raising=False):
-    """Tells the banked layers of a bank what their leading axis is.
+    """Finds the kind of each layer's leading axis, by runs of the model.
 
     Args:
-        bank: The bank, of which all layers are there.
-        samples: Inputs of three rows; the first that the model takes are used.
-        raising: Whether inputs that it does not take are an error.
+        bank: A bank that has all its layers.
+        samples: Inputs of three rows; the first ones that the model accepts are used.
+        raising: Whether to raise if it does not accept inputs.
 
     Raises:
         ValueError: If a layer's leading axis is not made of the batch's rows.
@@ -217,26 +218,28 @@ def find_leading_axes(bank, samples, raising=False):
 
     for inputs in samples:
         try:
-            found = leading_axes(run, inputs)
+            kinds = leading_axes(run, inputs)
         except Exception:  # a model may reject made-up inputs with any error
             if raising:
                 raise
             continue
-        wrong = {x.name: kind for x, kind in found.items() if kind not in KNOWN}
+        wrong = {x.name: kind for x, kind in kinds.items() if kind not in LEADING_AXES}
         if wrong:
-            listed = "; ".join(f"{name!r}: {kind}" for name, kind in wrong.items())
+            text = "; ".join(f"{name!r}: {kind}" for name, kind in wrong.items())
             raise ValueError(
                 "The rows of a batch cannot be told apart at layers whose leading axis "
-                f"is another: {listed}. Leave them out of the adapters, or of `target`."
+                f"is another: {text}. Leave them out of the adapters, or of `target`."
             )
-        for adapters, kind in found.items():
+        for adapters, kind in kinds.items():
             adapters.leading = kind
         choice.leading_axes_known = True
         return
 
 
 def leading_axes(run, inputs) -> dict:
-    """{adapters of a layer: ROWS, REPEAT, TILE, or a word on what it is}.
+    """{adapters of a layer: ROWS, REPEAT, TILE, or a description of another kind}.
+
+    Each row is changed in turn, to see which rows of a layer's inputs change with it.
 
     Args:
         run: A function of inputs that runs the model and returns a `Probe`'s `seen`.
@@ -244,10 +247,10 @@ def leading_axes(run, inputs) -> dict:
     """
     first = run(inputs)
     changed = [
-        run(keras.tree.map_structure(lambda x, row=row: with_other_row(x, row), inputs))
+        run(keras.tree.map_structure(lambda x, row=row: change_row(x, row), inputs))
         for row in range(PROBE_ROWS)
     ]
-    found = {}
+    axes = {}
     for adapters, calls in first.items():
         kinds = set()
         for number, values in enumerate(calls):
@@ -256,14 +259,15 @@ def leading_axes(run, inputs) -> dict:
                 kinds.add("called on other rows as the data decide")
                 continue
             kinds.add(order_of(values, [other[number] for other in others]))
-        found[adapters] = (
-            kinds.pop() if len(kinds) == 1 else " and ".join(sorted(kinds))
-        )
-    return found
+        axes[adapters] = kinds.pop() if len(kinds) == 1 else " and ".join(sorted(kinds))
+    return axes
 
 
 def order_of(values, others):
-    """Returns how the rows of a layer's inputs follow the rows of the batch."""
+    """Returns how the rows of a layer's inputs follow those of the batch.
+
+    others: The same inputs when one row of the batch is changed, for each row.
+    """
     size = len(values) if values.ndim else 0
     if any(other.shape != values.shape for other in others):
         return "of a size that the data decide"
@@ -285,7 +289,7 @@ def order_of(values, others):
     return f"{size} in size for {PROBE_ROWS} rows, which mix in it"
 
 
-def with_other_row(array, row):
+def change_row(array, row):
     """Returns a copy with one row changed."""
     array = np.array(array)
     turned = np.flip(array[row])
@@ -297,7 +301,7 @@ def with_other_row(array, row):
     return array
 
 
-def as_rows(array):
+def probe_rows(array):
     """Returns three rows of a user's batch."""
     array = (
         torch_layout.to_numpy(array)
@@ -315,17 +319,18 @@ def specs_in(model):
         return None
 
 
-def made_inputs(model):
-    """Three rows that fit a model's inputs, for each guess of what they leave open."""
+def sample_inputs(model):
+    """Yields three rows of inputs, for each size to try for open axes."""
     specs = specs_in(model)
     for size in OPEN_SIZES if specs is not None else ():
         random = np.random.default_rng(0)
         yield keras.tree.map_structure(
-            lambda spec, size=size, random=random: made(spec, size, random), specs
+            lambda spec, size=size, random=random: sample_input(spec, size, random),
+            specs,
         )
 
 
-def made(spec, size, random):
+def sample_input(spec, size, random):
     shape = [PROBE_ROWS, *(axis or size for axis in spec.shape[1:])]
     if "mask" in spec.name:
         return np.ones(shape, spec.dtype)

@@ -9,7 +9,7 @@ import numpy as np
 
 from keras_lora.files import save
 from keras_lora.files.folder import Adapter
-from keras_lora.keras_internals import compiled
+from keras_lora.keras_internals import optimizers
 from keras_lora.layers.arguments import (
     MODEL_KEYWORDS,
     refuse_foreign_keywords,
@@ -17,30 +17,28 @@ from keras_lora.layers.arguments import (
     with_defaults,
 )
 from keras_lora.layers.settings import is_number
-from keras_lora.models import adapt, apply, sites, tables
-from keras_lora.models.apply import Request
-from keras_lora.models.tables import Table
+from keras_lora.models import apply, sites, tables
 from keras_lora.serving.bank import AdapterBank
 
 
-def split(data, validation_data):
+def split_data(data, validation_data):
     """Returns (x, y, weights or None) for training and for validation."""
     checked = []
-    for argument, given in (("data", data), ("validation_data", validation_data)):
-        if given is None:
+    for argument, arrays in (("data", data), ("validation_data", validation_data)):
+        if arrays is None:
             continue
-        if not isinstance(given, (tuple, list)) or len(given) not in (2, 3):
+        if not isinstance(arrays, (tuple, list)) or len(arrays) not in (2, 3):
             raise ValueError(
                 f"`{argument}` must be (x, y) or (x, y, sample_weight). Received: "
-                f"{type(given).__name__}."
+                f"{type(arrays).__name__}."
             )
-        given = [
-            keras.tree.map_structure(keras.ops.convert_to_numpy, x) for x in given[:2]
-        ] + [None if x is None else np.asarray(x) for x in (*given[2:], None)[:1]]
-        sizes = {len(x) for x in keras.tree.flatten(given) if x is not None}
+        arrays = [
+            keras.tree.map_structure(keras.ops.convert_to_numpy, x) for x in arrays[:2]
+        ] + [None if x is None else np.asarray(x) for x in (*arrays[2:], None)[:1]]
+        sizes = {len(x) for x in keras.tree.flatten(arrays) if x is not None}
         if len(sizes) != 1 or 0 in sizes:
             raise ValueError(f"`{argument}` has arrays of {sorted(sizes)} rows.")
-        checked.append(given)
+        checked.append(arrays)
     if validation_data is None:
         count = len(keras.tree.flatten(checked[0])[0])
         first = count - count // 5
@@ -49,11 +47,11 @@ def split(data, validation_data):
                 f"{count} rows are too few to split: give `validation_data`."
             )
         whole = checked[0]
-        checked = [taken(whole, slice(first)), taken(whole, slice(first, None))]
+        checked = [take_rows(whole, slice(first)), take_rows(whole, slice(first, None))]
     return checked
 
 
-def taken(data, rows):
+def take_rows(data, rows):
     return [
         None if x is None else keras.tree.map_structure(lambda part: part[rows], x)
         for x in data
@@ -78,7 +76,7 @@ class Batches(keras.utils.PyDataset):
         first = index * self.batch_size
         rows = self.order[first : first + self.batch_size]
         ids = self.bank.ids(np.repeat(self.names, len(rows)))
-        x, y, weights = taken(self.data, np.tile(rows, len(self.names)))
+        x, y, weights = take_rows(self.data, np.tile(rows, len(self.names)))
         batch = {"inputs": x, "adapter": ids}, y
         return batch if weights is None else (*batch, weights)
 
@@ -99,7 +97,7 @@ class Validator(keras.callbacks.Callback):
         count = len(keras.tree.flatten(x)[0])
         for name, losses in self.losses.items():
             inputs = {"inputs": x, "adapter": self.bank.ids([name] * count)}
-            found = self.bank.evaluate(
+            logs = self.bank.evaluate(
                 inputs,
                 y,
                 sample_weight=weights,
@@ -107,7 +105,7 @@ class Validator(keras.callbacks.Callback):
                 verbose=0,
                 return_dict=True,
             )
-            losses.append(float(found["loss"]))
+            losses.append(float(logs["loss"]))
 
 
 # Keywords of other libraries, which a setting may not have.
@@ -132,7 +130,7 @@ class Setting(NamedTuple):
         return math.inf if math.isnan(self.loss) else self.loss
 
 
-class Sweep(Table, Sequence):
+class Sweep(tables.Rows):
     """Rows (.name .settings .losses .loss), the best one first; it prints as a table.
 
     Attributes:
@@ -142,12 +140,6 @@ class Sweep(Table, Sequence):
     def __init__(self, rows, adapters):
         self.rows = sorted(rows, key=lambda row: row.order)
         self.adapters = adapters
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return self.rows[index]
 
     def __repr__(self):
         return f"<Sweep of {len(self)} settings, best {self.best.name!r}>"
@@ -232,57 +224,57 @@ def sweep(
         ... )
         >>> report = keras_lora.load_adapter(base, result.adapter)
     """
-    adapt.refuse_adapters(sites.layer_paths(model))
-    settings = named_settings(settings)
+    sites.refuse_adapters(sites.layer_paths(model))
+    settings = name_settings(settings)
     if loss is None:
         loss = getattr(model, "loss", None)
     if loss is None:
         raise ValueError("Give a `loss`: the model is not compiled with one.")
-    data, validation_data = split(data, validation_data)
-    given = keras.optimizers.get(optimizer)
-    optimizers, adapters = {}, {}
-    for name, own in settings.items():
-        own = dict(own)
-        optimizers[name] = compiled.unbuilt_copy(given)
-        if "learning_rate" in own:
-            optimizers[name].learning_rate = own.pop("learning_rate")
-        adapters[name] = fresh_adapter(model, own)
+    data, validation_data = split_data(data, validation_data)
+    optimizer = keras.optimizers.get(optimizer)
+    copies, adapters = {}, {}
+    for name, setting in settings.items():
+        setting = dict(setting)
+        copies[name] = optimizers.copy_unbuilt(optimizer)
+        if "learning_rate" in setting:
+            copies[name].learning_rate = setting.pop("learning_rate")
+        adapters[name] = fresh_adapter(model, setting)
     bank = AdapterBank(model, adapters)
     try:
-        bank.compile(optimizers, loss)
+        bank.compile(copies, loss)
         batches = Batches(bank, [*settings], data, batch_size)
         validator = Validator(bank, [*settings], validation_data, batch_size)
         bank.fit(batches, epochs=epochs, callbacks=[validator], verbose=verbose)
         rows = [
-            Setting(name, dict(own), validator.losses[name])
-            for name, own in settings.items()
+            Setting(name, dict(setting), validator.losses[name])
+            for name, setting in settings.items()
         ]
         return Sweep(rows, {name: bank.adapter(name) for name in settings})
     finally:
         bank.release()
 
 
-def named_settings(settings) -> dict:
+def name_settings(settings) -> dict:
     if not isinstance(settings, (Mapping, list, tuple)) or not settings:
         raise ValueError(
             "`settings` must be a list of dicts, or a dict from names to dicts. "
             f"Received: {settings!r}."
         )
     values = settings.values() if isinstance(settings, Mapping) else settings
-    for own in values:
-        if not isinstance(own, Mapping) or "dry_run" in own:
+    for setting in values:
+        if not isinstance(setting, Mapping) or "dry_run" in setting:
             raise ValueError(
                 "A setting is a dict of `learning_rate` and arguments of apply_lora. "
-                f"Received: {own!r}."
+                f"Received: {setting!r}."
             )
-        refuse_foreign_keywords("A setting", own, SETTING_KEYWORDS)
-        refuse_no_rate(own.get("learning_rate", 0.0))
+        refuse_foreign_keywords("A setting", setting, SETTING_KEYWORDS)
+        validate_rate(setting.get("learning_rate", 0.0))
     if isinstance(settings, Mapping):
         return dict(settings)
-    return {f"{place}": own for place, own in enumerate(settings, start=1)}
+    return {f"{place}": setting for place, setting in enumerate(settings, start=1)}
 
 
-def refuse_no_rate(rate):
+def validate_rate(rate):
     """Raises ValueError for a rate with which a Keras optimizer would fail.
 
     Schedules and other functions are allowed.
@@ -299,5 +291,5 @@ def fresh_adapter(model, settings) -> Adapter:
     """Returns the adapter that apply_lora would create; the model is not changed."""
     arguments = with_defaults(apply.apply_lora, model, **settings)
     del arguments["dry_run"]
-    with apply.applied(arguments.pop("model"), Request(**arguments)):
+    with apply.apply_tentatively(**arguments):
         return save.adapter_of(model)

@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import os
 from collections.abc import Mapping
 
@@ -12,19 +10,24 @@ import numpy as np
 
 from keras_lora.files import config, load, save
 from keras_lora.files.folder import Adapter
-from keras_lora.keras_internals import distribution, private_names, probes, processes
-from keras_lora.keras_internals.calls import keeping_weights, synchronize
+from keras_lora.keras_internals import (
+    calls,
+    distribution,
+    private_names,
+    probes,
+    processes,
+)
 from keras_lora.keras_internals.layers import attach, detach
-from keras_lora.models import record
-from keras_lora.serving import slots
-from keras_lora.serving.calls import Running, needs_all
+from keras_lora.models import training_state
+from keras_lora.serving import directory
+from keras_lora.serving.calls import Running, empties_variables
+from keras_lora.serving.directory import Directory
 from keras_lora.serving.per_adapter import PerAdapterLoss, PerAdapterOptimizer
 from keras_lora.serving.reading import read
-from keras_lora.serving.slots import Directory
 
 
 class Trainee(keras.layers.Layer):
-    """One adapter as variables, with exactly the values of its source.
+    """An adapter of a bank as trainable variables, with exactly the source's values.
 
     Attributes:
         adapter_name: Its name in the bank.
@@ -40,7 +43,7 @@ class Trainee(keras.layers.Layer):
         vars(self).update(parts=reading.parts, reading=reading)
         vars(self)["said"] = {key: adapter.config.get(key) for key in config.FACTS}
         self.loras = [p.lora for p in reading.parts.values() if p.lora is not None]
-        self.others = [
+        self.trained_weights = [
             variable
             for part in reading.parts.values()
             for variable in (part.bias, part.kernel)
@@ -76,19 +79,19 @@ class Trainee(keras.layers.Layer):
 
 @dataclasses.dataclass
 class Folder:
-    """An adapter in a folder, which is not kept in memory.
+    """Source of an adapter that is read from its folder again.
 
     Attributes:
         path: The folder's path.
-        digest: The digest of the adapter when it was read.
+        fingerprint: That of the adapter when it was read.
     """
 
     path: str
-    digest: str
+    fingerprint: str
 
     def read(self) -> Adapter:
         adapter = Adapter.read(self.path)
-        if digest(adapter) != self.digest:
+        if load.fingerprint(adapter) != self.fingerprint:
             raise ValueError(
                 f"The folder {self.path!r} holds a different adapter than when the "
                 "bank read it. Add it again: bank.add(name, folder)."
@@ -96,32 +99,22 @@ class Folder:
         return adapter
 
 
-def source_of(model, adapter):
+def read_with_source(model, adapter):
     """Returns an adapter, and the source from which it can be read again."""
-    found = load.read_for(model, adapter)
+    contents = load.read_for(model, adapter)
     if isinstance(adapter, Adapter):
-        return found, Kept(found)
-    return found, Folder(os.path.abspath(adapter), digest(found))
+        return contents, InMemory(contents)
+    return contents, Folder(os.path.abspath(adapter), load.fingerprint(contents))
 
 
 @dataclasses.dataclass
-class Kept:
-    """An adapter that was given as an `Adapter`."""
+class InMemory:
+    """Source of an adapter that is kept in memory."""
 
     adapter: Adapter
 
     def read(self) -> Adapter:
         return self.adapter
-
-
-def digest(adapter) -> str:
-    """Returns a SHA-256 that differs for different adapters."""
-    said = [adapter.config, adapter.slices, sorted(adapter.starts)]
-    found = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
-    for name, value in sorted(adapter.tensors.items()):
-        found.update(f"{name} {value.dtype} {value.shape}".encode())
-        found.update(np.ascontiguousarray(value).view("uint8").data)
-    return found.hexdigest()
 
 
 class Trainees(keras.layers.Layer):
@@ -159,7 +152,7 @@ class Training:
                 "A bank does not train under mixed_float16, whose one loss scale would "
                 "tie the adapters to each other. Use mixed_bfloat16 or float32."
             )
-        with distribution.own_strategy(self.model):
+        with distribution.strategy_scope(self.model):
             optimizer = PerAdapterOptimizer(optimizer)
         if loss is not None:
             loss = keras.tree.map_structure(
@@ -194,9 +187,9 @@ class Training:
                 activations.
         """
         probes.require(private_names.MASKS)
-        self._train(self._named_in(x))
+        self._train(self._names_in(x))
         if isinstance(x, Mapping):
-            self._look_at(x["inputs"])
+            self._find_leading_axes(x["inputs"])
         writer = WriteBack(self)
         callbacks = kwargs.pop("callbacks", None)
         if isinstance(callbacks, keras.callbacks.CallbackList):
@@ -218,11 +211,11 @@ class Training:
 
     def train_on_batch(self, x, *args, **kwargs):
         """Trains as `keras.Model.train_on_batch`; x as in `fit`."""
-        self._train(self._named_in(x), keep=True)
+        self._train(self._names_in(x), keep=True)
         with self._training("train_on_batch"), self._model_frozen():
-            found = super().train_on_batch(x, *args, **kwargs)
+            logs = super().train_on_batch(x, *args, **kwargs)
         self.write_back()
-        return found
+        return logs
 
     def adapter(self, name: str):
         """Returns one of the bank's adapters as an `Adapter`, which can be saved.
@@ -231,19 +224,19 @@ class Training:
             ValueError: If the name is not known, or the adapter's folder holds
                 another adapter by now.
         """
-        if self.directory.checked(name) is None:
+        if self.directory.validate_name(name) is None:
             raise ValueError("None is the base model, which has no adapter.")
         return self.sources[name].read()
 
     # How it is done.
 
-    def _named_in(self, x):
+    def _names_in(self, x):
         if not isinstance(x, Mapping) or "adapter" not in x:
             return self.names
-        slots.refuse_names(x)
-        found = set(np.unique(keras.ops.convert_to_numpy(x["adapter"])).tolist())
-        names = [name for name in self.names if self.directory.id_of[name] in found]
-        unknown = found - {self.directory.id_of[name] for name in [None, *names]}
+        directory.refuse_names(x)
+        ids = set(np.unique(keras.ops.convert_to_numpy(x["adapter"])).tolist())
+        names = [name for name in self.names if self.directory.id_of[name] in ids]
+        unknown = ids - {self.directory.id_of[name] for name in [None, *names]}
         if unknown:
             raise ValueError(
                 f'"adapter" has ids of no adapter: {sorted(unknown)[:9]}. '
@@ -252,7 +245,10 @@ class Training:
         return names
 
     def _train(self, names, keep=False):
-        """Makes trainees of adapters; keep: whether the present ones stay."""
+        """Makes trainees of adapters.
+
+        keep: Whether the present trainees stay.
+        """
         if not self.compiled:
             raise ValueError("Call `bank.compile(optimizer, loss)` before it trains.")
         if not names:
@@ -267,7 +263,7 @@ class Training:
         if keep:
             names = [*now, *(name for name in names if name not in now)]
         id_of = self.directory.id_of
-        with distribution.own_strategy(self.model):
+        with distribution.strategy_scope(self.model):
             each = [self._trainee(name) for name in names]
             if each == [*now.values()] and self.optimizer.is_for(each, id_of):
                 return
@@ -277,7 +273,7 @@ class Training:
             detach(self, "trainees")
         attach(self, "trainees", Trainees(each))
         self.train_function = None
-        self._show_trainees()
+        self._point_to_trainees()
 
     def trainees_by_name(self):
         return {each.adapter_name: each for each in self.trainees.each}
@@ -286,32 +282,32 @@ class Training:
         source = self.sources[name]
         if isinstance(source, Trainee):
             return source
-        return Trainee(self, name, processes.on_all(self.model, source.read))
+        return Trainee(self, name, processes.run_on_all(self.model, source.read))
 
-    def _show_trainees(self):
-        """Rows in training use the trainees that stand for their slots."""
-        moved = np.arange(self.directory.slot_count)
+    def _point_to_trainees(self):
+        """Makes rows in training use the trainees instead of their slots."""
+        slots_in_training = np.arange(self.directory.slot_count)
         for place, trainee in enumerate(self.trainees.each):
             if self.sources.get(trainee.adapter_name) is trainee:
                 slot = self.directory.slot_of[trainee.adapter_name]
-                moved[slot] = self.directory.slot_count + place
-        self.choice.moved.assign(moved)
+                slots_in_training[slot] = self.directory.slot_count + place
+        self.choice.slots_in_training.assign(slots_in_training)
 
     def write_back(self):
         """Writes the values trained so far into the bank's slots."""
-        synchronize(self)
+        calls.synchronize(self)
         for trainee in self.trainees.each:
             name = trainee.adapter_name
             if self.sources.get(name) is trainee:  # and no other was added
                 self._put(name, trainee.parts, trainee)
         with self.running.changed:
-            self._show_trainees()
+            self._point_to_trainees()
 
     @contextlib.contextmanager
     def _training(self, method):
-        """A call that reads the base alone of what the bank's slots hold."""
-        call = self.running.call(lambda: (None, ()), alone=needs_all(method))
-        with call, keeping_weights(self):
+        """Context of training, a call that reads no slot but the base model's."""
+        call = self.running.call(lambda: (None, ()), alone=empties_variables(method))
+        with call, calls.keeping_weights(self):
             self.in_training = True
             try:
                 yield
@@ -320,14 +316,14 @@ class Training:
 
     @contextlib.contextmanager
     def _model_frozen(self):
-        """Sets the model as in training of one adapter, with normalization frozen."""
+        """Context in which the model is frozen, also its normalization."""
         layers = {"": self.model, **self.hosts.paths}
-        before = record.trainable_state(layers)
+        flags = training_state.trainable_flags(layers)
         self.model.trainable = False
         try:
             yield
         finally:
-            record.restore_trainable_state(layers, before)
+            training_state.restore_flags(layers, flags)
 
     def train_step(self, *args):
         if not self.in_training:
@@ -349,7 +345,7 @@ class Training:
 
     def _ids_of(self, data):
         x, *_ = keras.utils.unpack_x_y_sample_weight(data)
-        ids = x[slots.SLOTS] if slots.SLOTS in x else x["adapter"]
+        ids = x[directory.SLOTS] if directory.SLOTS in x else x["adapter"]
         return self.optimizer.for_rows(keras.ops.convert_to_tensor(ids))
 
 

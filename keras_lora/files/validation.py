@@ -31,7 +31,8 @@ REFUSED = (
 )
 
 
-def checked_config(file):
+def validate_config(file) -> dict:
+    """Returns the settings of an adapter_config.json, with PEFT's defaults."""
     if not isinstance(file, dict):
         raise ValueError(
             f"{config.CONFIG} must hold a JSON object. Received: {file!r}."
@@ -65,7 +66,7 @@ def checked_config(file):
             f"of names. Received: {rslora!r} and {heads!r}."
         )
     bias = file.get("bias", "none")
-    settings.checked_bias(bias if isinstance(bias, str) else repr(bias))
+    settings.validate_bias(bias if isinstance(bias, str) else repr(bias))
     parameters = file.get("target_parameters") or []
     if not is_list_of(parameters, str):
         raise ValueError(
@@ -73,7 +74,7 @@ def checked_config(file):
             f"{parameters!r}."
         )
     targets = file.get("target_modules") or []
-    tokens = checked_tokens(file.get(KEYWORD))
+    tokens = validate_tokens(file.get(KEYWORD))
     named = isinstance(targets, str) or is_list_of(targets, str)
     if not named or not (targets or parameters or tokens):
         raise ValueError(
@@ -93,8 +94,8 @@ def checked_config(file):
         )
     budget = Budget()
     for key, check in (
-        ("rank_pattern", settings.checked_rank),
-        ("alpha_pattern", checked_file_alpha),
+        ("rank_pattern", settings.validate_rank),
+        ("alpha_pattern", validate_file_alpha),
     ):
         values = file.get(key) or {}
         if not isinstance(values, dict):
@@ -105,11 +106,11 @@ def checked_config(file):
             Pattern(rule, budget)
             check(value)
     return {
-        "r": settings.checked_rank(file.get("r", 8)),
-        "lora_alpha": checked_file_alpha(file.get("lora_alpha", 8)),
+        "r": settings.validate_rank(file.get("r", 8)),
+        "lora_alpha": validate_file_alpha(file.get("lora_alpha", 8)),
         "rank_pattern": file.get("rank_pattern") or {},
         "alpha_pattern": file.get("alpha_pattern") or {},
-        "dropout": settings.checked_dropout(file.get("lora_dropout", 0.0)),
+        "dropout": settings.validate_dropout(file.get("lora_dropout", 0.0)),
         "use_rslora": rslora,
         "fan_in_fan_out": fan_in_fan_out,
         "target_modules": targets,
@@ -136,14 +137,14 @@ def is_list_of(values, kind):
     return isinstance(values, list) and all(isinstance(v, kind) for v in values)
 
 
-def checked_file_alpha(alpha):
+def validate_file_alpha(alpha):
     """Checks an alpha from JSON, whose numbers may be too large for float32."""
     if settings.is_number(alpha) and not 1e-37 < alpha < 3e38:
         raise ValueError(
             f"{config.CONFIG}: lora_alpha must be a finite number > 0, in float32 too. "
             f"Received: {alpha!r}."
         )
-    return settings.checked_alpha(alpha)
+    return settings.validate_alpha(alpha)
 
 
 SUFFIX = ".token_adapter.trainable_tokens_delta"
@@ -163,22 +164,22 @@ def take_rows(tensors) -> dict:
     return {key.removesuffix(SUFFIX): tensors.pop(key) for key in keys}
 
 
-def checked_tokens(given) -> dict:
+def validate_tokens(indices) -> dict:
     """{module, or the end of one: ids}; "" means the model's token embedding."""
-    if not given:
+    if not indices:
         return {}
-    named = given if isinstance(given, dict) else {"": given}
+    named = indices if isinstance(indices, dict) else {"": indices}
     try:
         return {
-            name: settings.checked_indices(indices) for name, indices in named.items()
+            name: settings.validate_indices(indices) for name, indices in named.items()
         }
     except ValueError as error:
         raise ValueError(f"{config.CONFIG}: {error}") from error
 
 
-def checked_rows(rows, tokens) -> dict:
+def validate_rows(rows, tokens) -> dict:
     """{module: (ids, rows)}; a ValueError where configuration and tensors disagree."""
-    found = {}
+    pairs = {}
     for module, values in rows.items():
         names = [n for n in tokens if not n or f".{module}".endswith(f".{n}")]
         if len(names) != 1 or values.ndim != 2 or len(values) != len(tokens[names[0]]):
@@ -187,10 +188,10 @@ def checked_rows(rows, tokens) -> dict:
                 f"{config.CONFIG} has {KEYWORD}={tokens}: the two do not belong "
                 "together."
             )
-        found[module] = tokens[names[0]], values
-    if len(found) < len(tokens):
+        pairs[module] = tokens[names[0]], values
+    if len(pairs) < len(tokens):
         raise ValueError(
             f"{config.CONFIG} has {KEYWORD}={tokens}, but {disk.TENSORS} has no rows "
             "for some of them."
         )
-    return found
+    return pairs
