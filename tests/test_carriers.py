@@ -240,7 +240,7 @@ def test_the_plain_layer_in_a_configuration_is_not_compiled_nor_shared(
         object.__setattr__(view, "__dict__", vars(layer))
         return view
 
-    monkeypatch.setattr("keras_lora.keras_internals.classes.seen_as", same_place)
+    monkeypatch.setattr("keras_lora.keras_internals.classes.view_as", same_place)
     adapted.compile("sgd", "mse")
     layers = [adapted, adapted.get_layer("block"), adapted.get_layer("mha")]
     with keras.src.saving.serialization_lib.ObjectSharingScope():

@@ -100,10 +100,8 @@ def test_failed_export_changes_nothing(moment, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("no space left on device")
 
-    for check in (
-        "refuse_broken_artefact",
-        "refuse_format_of_other_backends",
-    ):  # of text
+    # The artefact is text.
+    for check in ("refuse_broken_artefact", "refuse_format_of_other_backends"):
         monkeypatch.setattr(f"keras_lora.models.export.{check}", lambda *given: None)
     if moment == "writing":
         monkeypatch.setattr(keras.Model, "export", fail)

@@ -399,10 +399,8 @@ def model(monkeypatch):
                 file.write("new")
 
     monkeypatch.setattr(keras.Model, "export", write)
-    for check in (
-        "refuse_broken_artefact",
-        "refuse_format_of_other_backends",
-    ):  # of text
+    # The artefact is text.
+    for check in ("refuse_broken_artefact", "refuse_format_of_other_backends"):
         monkeypatch.setattr(f"keras_lora.models.export.{check}", lambda *given: None)
     return keras.Sequential([keras.Input((4,)), keras_lora.LoRADense(3, rank=2)])
 
