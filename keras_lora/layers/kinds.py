@@ -215,7 +215,7 @@ def layer_of(site):
     return site.layer if isinstance(site, WeightSite) else site
 
 
-def wraps(layer) -> tuple:
+def wrapped_layers(layer) -> tuple:
     """Returns the layers that a wrapper of Keras runs, which a rule for it means."""
     if isinstance(layer, keras.layers.Bidirectional):
         return layer.forward_layer, layer.backward_layer

@@ -257,7 +257,7 @@ def straight_through(layer, inputs, forward, backward):
         )
     names, variables = zip(*layers.kernel_variables(layer).items(), strict=True)
 
-    def seen(cls, values, tensor):
+    def view_on(cls, values, tensor):
         values = [order_after(tensor, value) for value in values]
         values = dict(zip(names, values, strict=True))
         return classes.view_with(layer, cls, {**WITHOUT_FINISH, **values})
@@ -267,11 +267,11 @@ def straight_through(layer, inputs, forward, backward):
         def gradient(*args, upstream=None):
             if upstream is None:  # torch passes it as an argument
                 (upstream,) = args
-            gradient_of_inputs = backward(seen(type(layer), values, upstream), upstream)
-            return (ops.cast(gradient_of_inputs, dtype), *[None] * len(values))
+            result = backward(view_on(type(layer), values, upstream), upstream)
+            return (ops.cast(result, dtype), *[None] * len(values))
 
         inputs = ops.stop_gradient(inputs)
-        return forward(seen(layer.plain_class, values, inputs), inputs), gradient
+        return forward(view_on(layer.plain_class, values, inputs), inputs), gradient
 
     inputs = ops.convert_to_tensor(inputs)
     dtype = inputs.dtype

@@ -168,7 +168,7 @@ def sites_at(path, paths, sites) -> list:
     layer = paths.get(path)
     if layer is None:
         return []
-    inside = kinds.wraps(layer)
+    inside = kinds.wrapped_layers(layer)
     if inside:
         owners = [p for p, x in paths.items() if any(x is part for part in inside)]
         return [x for p in owners for x in sites_at(p, paths, sites)]

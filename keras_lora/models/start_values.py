@@ -340,14 +340,14 @@ def layer_moments(model, layers, data) -> dict:
 
     if not processes.worker_strategy(model):
         return dict(zip(recorders, record(), strict=True))
-    moments_of_layers = processes.run_on_all(model, record, sharing, OTHER_ROWS)
+    moments_of_layers = processes.run_on_all(model, record, equal_inputs, OTHER_ROWS)
     for moments in dict.fromkeys(moments_of_layers):
         moments.over_processes(model)
     return dict(zip(recorders, moments_of_layers, strict=True))
 
 
-def sharing(moments_of_layers) -> str:
-    """Returns a text that is equal if the same layers have equal inputs."""
+def equal_inputs(moments_of_layers) -> str:
+    """Returns a text that says which layers have equal inputs."""
     return str([moments_of_layers.index(moments) for moments in moments_of_layers])
 
 

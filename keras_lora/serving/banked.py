@@ -245,14 +245,14 @@ class Hosts:
 
     def add(self, path, layer, rank, with_gain):
         """Makes a layer hold the bank's adapters."""
-        host = reading.as_host(layer)
+        host = reading.host_view(layer)
         form = host.low_rank_form(rank)
         bias = getattr(layer, "bias", None)
         bias_shape = gain_shape = None
         if bias is not None:
-            bias_shape = laid_out(host.over_outputs, np.zeros(bias.shape)).shape
+            bias_shape = lay_out(host.over_outputs, np.zeros(bias.shape)).shape
         if with_gain:
-            gain_shape = laid_out(
+            gain_shape = lay_out(
                 form.over_outputs, np.ones(outputs_of(host, form))
             ).shape
         dtype = layer.variable_dtype
@@ -320,6 +320,6 @@ def outputs_of(host, form):
     ]
 
 
-def laid_out(function, value):
+def lay_out(function, value):
     """Returns a bias or gain in the shape in which it combines with outputs."""
     return torch_layout.to_numpy(function(ops.convert_to_tensor(value)))

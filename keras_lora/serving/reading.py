@@ -138,7 +138,7 @@ class Reading:
     trained: list
 
 
-def as_host(layer):
+def host_view(layer):
     """Returns a view of a layer under its LoRA class; None if it cannot be adapted."""
     if isinstance(layer, LoRALayer):
         cls = getattr(type(layer), "class_before", type(layer))
@@ -169,7 +169,7 @@ def read(model, paths, adapter, names, most) -> Reading:
     modules = module_names(paths, names, model, adapter)
     path_of = {id(layer): path for path, layer in paths.items()}
     hosts = copy.copy(modules)  # with all its attributes
-    hosts.update((module, as_host(x) or x) for module, x in modules.items())
+    hosts.update((module, host_view(x) or x) for module, x in modules.items())
     for module, layer in modules.items():
         path_of[id(hosts[module])] = path_of[id(layer)]
     hosts.sites = {m: hosts.get(m, site) for m, site in modules.sites.items()}
