@@ -568,6 +568,11 @@ FAULTS = {
     ],
     "layers/reversible_embedding.py": [
         (
+            "layer.reverse_dtype or both",
+            "layer.reverse_dtype or layer.compute_dtype",
+            "test_apply.py -k float32_inputs",
+        ),
+        (
             "ops.multiply(ops.tanh(ops.divide(logits, cap)), cap)",
             "ops.tanh(ops.divide(logits, cap))",
             "test_apply.py -k reversible",
