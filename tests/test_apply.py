@@ -488,6 +488,28 @@ def test_a_class_can_be_registered(monkeypatch):
 @pytest.mark.skipif(
     not hasattr(keras.layers, "ReversibleEmbedding"), reason="came with Keras 3.13"
 )
+@pytest.mark.parametrize("reverse_dtype", [None, "float32"])
+@pytest.mark.parametrize("how", ["target", "rows"])
+def test_a_tied_head_over_float32_inputs_keeps_their_dtype(how, reverse_dtype):
+    """Keras casts an embedding's table, and not its inputs."""
+    layer = keras.layers.ReversibleEmbedding(
+        9, 6, dtype="mixed_bfloat16", reverse_dtype=reverse_dtype, name="table"
+    )
+    x = np.random.default_rng(0).standard_normal((2, 3, 6)).astype("float32")
+    layer(np.zeros((2, 3), "int32"))
+    before = layer(x, reverse=True)
+    rows = {"target": None, "trainable_token_indices": {"table": [2, 4]}}
+    chosen = {"target": "table", "rank": 2} if how == "target" else rows
+    keras_lora.apply_lora(layer, **chosen)
+    for training in (False, True):
+        after = layer(x, reverse=True, training=training)
+        assert after.dtype == before.dtype
+        assert_close(after, before, 1e-6)
+
+
+@pytest.mark.skipif(
+    not hasattr(keras.layers, "ReversibleEmbedding"), reason="came with Keras 3.13"
+)
 @pytest.mark.parametrize("cap", [None, 5.0])
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
 def test_reversible_embedding_shares_one_update(cap, policy):

@@ -172,6 +172,89 @@ def test_weights_that_stand_elsewhere_are_found_again():
     assert_close(layer(x), layer.numpy(x, values))
 
 
+class Names(L.Layer):
+    """Reads one weight under three names."""
+
+    def build(self, input_shape):
+        self.w = self.add_weight(shape=(6, 6), name="w")
+        self.other, self.both = self.w, {"again": [self.w]}
+
+    def call(self, inputs):
+        hidden = ops.matmul(ops.matmul(inputs, self.w), self.other)
+        return ops.matmul(hidden, self.both["again"][0])
+
+
+def test_one_weight_at_several_places():
+    """W + delta at each of them, as a plain layer with W + delta computes."""
+    x = np.random.default_rng(0).standard_normal((2, 4, 6)).astype("float32")
+    cell = L.GRUCell(6)
+    stacked = L.RNN([cell, cell], name="stacked")
+    model = keras.Sequential([keras.Input((4, 6)), Names(name="names"), stacked])
+    before = to_numpy(model(x))
+    report = keras_lora.apply_lora(model, rank=2, target=["names", "stacked"])
+    assert [row.path for row in report] == [
+        "names",
+        "stacked/cells/0/kernel",
+        "stacked/cells/0/recurrent_kernel",
+    ]
+    sites = adapted_sites(model)
+    for seed, site in enumerate(sites):
+        fill(site.lora.b, seed, 0.3)
+    found = to_numpy(model(x))
+    deltas = [(site.frozen_kernel, to_numpy(site.lora.delta())) for site in sites]
+    keras_lora.remove_lora(model)
+    assert_equal_bits(model(x), before)
+    for kernel, delta in deltas:
+        kernel.assign(to_numpy(kernel) + delta)
+    assert_close(found, model(x), 1e-5)
+
+
+def test_a_weight_of_several_layers_is_refused():
+    cell = L.GRUCell(6)
+    model = keras.Sequential(
+        [
+            keras.Input((4, 6)),
+            L.RNN(cell, return_sequences=True, name="one"),
+            L.RNN(cell, return_sequences=True, name="two"),
+            L.Dense(6, name="dense"),
+            L.Dense(6, name="head"),
+        ]
+    )
+    with pytest.raises(ValueError, match="two/kernel has the same weight"):
+        keras_lora.apply_lora(model, target=["one"])
+    assert type(model.layers[0]) is L.RNN
+    report = keras_lora.apply_lora(model, rank=2)
+    assert [row.path for row in report] == ["dense"]
+    assert "one/kernel has the same weight" in report.skipped["two/kernel"]
+
+
+class ReadsOutside(L.Layer):
+    """Has a function that holds the layer, and a weight that stands in an object."""
+
+    def build(self, input_shape):
+        self.w = self.add_weight(shape=(6, 6), name="w")
+        self.hidden = lambda x: ops.matmul(x, self.w)
+        self.object = threading.Event()  # any object
+        self.object.w = self.add_weight(shape=(6, 6), name="held")
+
+    def call(self, inputs):
+        return ops.matmul(self.hidden(inputs), self.object.w)
+
+
+def test_reads_past_an_adapter_are_warned_of():
+    model = keras.Sequential(
+        [keras.Input((6,)), ReadsOutside(name="own"), L.Dense(2, name="head")]
+    )
+    x = np.ones((2, 6), "float32")
+    report = keras_lora.apply_lora(model, rank=2, target="all")
+    assert [row.path for row in report] == ["own"]
+    assert "in no attribute, list or dict" in report.skipped["own/held"]
+    with pytest.warns(UserWarning, match="reads the kernel of 'own'"):
+        model(x)
+    keras_lora.merge_lora(model)
+    model(x)  # without a warning, which would be an error
+
+
 def test_registered_axes():
     class Turned(L.Layer):
         def build(self, input_shape):
@@ -544,6 +627,27 @@ def test_what_cannot_be_says_why():
     before = to_numpy(model(data[0] + 1))
     keras_lora.initialize_lora(model, "pissa")
     assert_close(model(data[0] + 1), before, 1e-6)
+
+
+def test_registered_axes_that_do_not_fit(monkeypatch):
+    monkeypatch.setattr(kinds, "AXES", {})
+    for weights in ({}, ["w"], {"w": None}, {"w": (-1,)}, {"w": {"batch_axes": (0,)}}):
+        with pytest.raises(ValueError, match="must be a"):
+            keras_lora.register_lora_layer(Names, weights=weights)
+    for known in (L.Dense, L.LSTM, keras_lora.LoRADense, keras.Model):
+        with pytest.raises(ValueError, match="cannot be chosen"):
+            keras_lora.register_lora_layer(known, weights={"kernel": (1,)})
+
+    def adapt(weights):
+        keras_lora.register_lora_layer(Names, weights=weights)
+        model = keras.Sequential([keras.Input((6,)), Names(name="names")])
+        return keras_lora.apply_lora(model, rank=2, target=["names"])
+
+    with pytest.raises(ValueError, match=r"shape is \(6, 6\)"):
+        adapt({"w": (2,)})
+    with pytest.warns(UserWarning, match="names 'typo' of Names"):
+        adapt({"w": (0,), "typo": (0,)})
+    kinds.substituted_class.cache_clear()
 
 
 @pytest.mark.parametrize("both", [True, False])

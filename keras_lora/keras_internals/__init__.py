@@ -8,7 +8,7 @@ import inspect
 import warnings
 
 # Packages that a warning does not point to.
-NOT_THE_USERS = {"keras_lora", "keras", "keras_hub", "contextlib"}
+NOT_THE_USERS = {"keras_lora", "keras", "keras_hub", "contextlib", "tensorflow"}
 
 
 def warn_caller(message):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import keras
 
-from keras_lora.keras_internals import calls, private_names, probes
+from keras_lora.keras_internals import calls, private_names, probes, warn_caller
 
 LORA_LAYER = "keras_lora.layers.lora_layer", "LoRALayer"
 
@@ -108,10 +108,43 @@ def release_assign(variable):
         variable.assign = guarded.args[1]
 
 
+def watch_reads(variable, what):
+    """Makes a variable warn if a call reads it, except by `without_watch`."""
+    variable.lora_watched = what
+    variable.__class__ = watched_class(type(variable))
+
+
+@functools.cache
+def watched_class(cls):
+    def read(variable):
+        warn_of_read(variable.lora_watched)
+        return cls.value.fget(variable)
+
+    value = property(read, cls.value.fset, doc=cls.value.__doc__)
+    return type(cls.__name__, (cls,), {"value": value, "unwatched_class": cls})
+
+
+def without_watch(variable):
+    """Returns the variable, or its value if reading it would warn."""
+    cls = getattr(variable, "unwatched_class", None)
+    return variable if cls is None else cls.value.fget(variable)
+
+
+def warn_of_read(what):
+    """Warns if a call reads W, past the adapter."""
+    if calls.in_a_call():
+        warn_caller(
+            f"A layer reads the {what}, which has an adapter, in "
+            "its own call: there the adapter has no effect until it is merged. "
+            "Leave that layer out with exclude=, or merge first."
+        )
+
+
 def unfreeze(layer, variable, place):
     """The inverse of `freeze`: same order of weights, same flags."""
     layer._untrack_variable(variable)
     vars(variable).pop("assign", None)
+    variable.__class__ = getattr(variable, "unwatched_class", type(variable))
     mark_frozen(variable, False)
     variable.trainable = True
     if getattr(variable.value, "_trainable", None) is False:
@@ -306,22 +339,58 @@ def weight_places(layer) -> dict:
     keys in lists or dicts. Weights that never train and weights of sublayers are left
     out.
     """
-    train, seen = set(map(id, layer._trainable_variables)), set()
-    places: dict = {}
-    held: dict = {}
+    held = [("", *each) for each in weights_held(layer)]
+    return {name: places[0] for name, places in named_places(held).items()}
+
+
+def named_places(held) -> dict:
+    """Name -> the keys to each place of a weight, for (prefix, keys, weight)."""
+    names: dict = {}
+    found: dict = {}
+    for prefix, keys, variable in held:
+        if id(variable) not in names:
+            name, count = prefix + variable.name, 1
+            while name in found:
+                name, count = f"{prefix}{variable.name}_{count}", count + 1
+            names[id(variable)], found[name] = name, []
+        found[names[id(variable)]].append(keys)
+    return found
+
+
+def unheld_weights(layer) -> list:
+    """Names of a layer's own weights of two axes or more that are at no place."""
+    held = {id(variable) for _, variable in weights_held(layer)}
+    rest = [v for v in filter(is_matrix, own_variables(layer)) if id(v) not in held]
+    if not rest:
+        return []
+    theirs = variables_inside(layer)
+    return [variable.name for variable in rest if id(variable) not in theirs]
+
+
+def variables_inside(layer) -> set:
+    """Ids of the variables of all layers inside a layer."""
+    parts = [part for part in flatten_layers(layer) if part is not layer]
+    return {id(v) for part in parts for v in part.variables}
+
+
+def is_matrix(variable):
+    return len(variable.shape) > 1 and "float" in variable.dtype
+
+
+def weights_held(layer) -> list:
+    """(keys, weight) for each place of a weight, as in `weight_places`."""
+    train = set(map(id, layer._trainable_variables))
+    found: list = []
 
     def is_weight(variable):
-        is_matrix = len(variable.shape) > 1 and "float" in variable.dtype
-        return is_matrix and (id(variable) in train or is_frozen_kernel(variable))
+        return is_matrix(variable) and (
+            id(variable) in train or is_frozen_kernel(variable)
+        )
 
     def look(value, keys):
         if isinstance(value, keras.Variable):
-            if is_weight(value) and id(value) not in seen:
-                seen.add(id(value))
-                name, count = value.name, 1
-                while name in places:
-                    name, count = f"{value.name}_{count}", count + 1
-                places[name], held[name] = keys, value
+            if is_weight(value):
+                found.append((keys, value))
         elif isinstance(value, dict):
             for key, each in value.items():
                 look(each, (*keys, key))
@@ -332,12 +401,11 @@ def weight_places(layer) -> dict:
     for name, value in vars(layer).items():
         if not (name in VARIABLE_LISTS or name.startswith("_self_")):  # TensorFlow's
             look(value, (name,))
-    if not places:
-        return places
+    if not found:
+        return found
     # A wrapper may hold the weights of its layer too.
-    parts = [part for part in flatten_layers(layer) if part is not layer]
-    theirs = {id(v) for part in parts for v in part.variables}
-    return {n: keys for n, keys in places.items() if id(held[n]) not in theirs}
+    theirs = variables_inside(layer)
+    return [(keys, variable) for keys, variable in found if id(variable) not in theirs]
 
 
 def kernel_variables(layer) -> dict:

@@ -100,6 +100,17 @@ def register_lora_layer(lora_class: type, weights: Mapping | None = None) -> typ
                 "With `weights`, register_lora_layer takes a layer class. Received: "
                 f"{lora_class!r}."
             )
+        known = lora_class_of(lora_class) or issubclass(lora_class, LoRALayer)
+        if known or issubclass(lora_class, keras.Model):
+            raise ValueError(
+                f"The axes of a {lora_class.__name__}'s weights cannot be chosen: "
+                "`weights` is for layers whose call keras_lora does not know."
+            )
+        if not isinstance(weights, Mapping) or not weights:
+            raise ValueError(
+                "`weights` must be a dict from names of weights to axes. Received: "
+                f"{weights!r}."
+            )
         AXES[lora_class] = {w: validate_axes(w, axes) for w, axes in weights.items()}
         substituted_class.cache_clear()
         return lora_class
@@ -117,7 +128,8 @@ def register_lora_layer(lora_class: type, weights: Mapping | None = None) -> typ
 def validate_axes(weight, axes) -> Axes:
     """Checks the axes that a user gives for a weight."""
     named = dict(axes) if isinstance(axes, Mapping) else {"input_axes": axes}
-    groups = [tuple(named.pop(name, ())) for name in ("input_axes", "batch_axes")]
+    groups = [named.pop(name, ()) for name in ("input_axes", "batch_axes")]
+    groups = [tuple(x) if isinstance(x, (list, tuple)) else (x,) for x in groups]
     every = [axis for group in groups for axis in group]
     whole = all(type(axis) is int and axis >= 0 for axis in every)
     if named or not groups[0] or not whole or len(set(every)) < len(every):
@@ -127,6 +139,27 @@ def validate_axes(weight, axes) -> Axes:
             f"Received: {axes!r}."
         )
     return Axes(*groups)
+
+
+def refuse_axes(site):
+    """Raises ValueError if the registered axes do not fit a weight's shape."""
+    site = as_site(site)
+    given = registered_axes(type(layer_of(site))).get(site.weight_name)
+    if given and max(map(max, filter(None, given))) >= len(site.kernel_shape):
+        raise ValueError(
+            f"`register_lora_layer` has {given} for {site.weight_name!r}, whose shape "
+            f"is {site.kernel_shape}: axes are counted from 0."
+        )
+
+
+def axes_without_weight(layer) -> list:
+    """The weights that `register_lora_layer` names and that a layer does not have."""
+    return [w for w in registered_axes(type(layer)) if w not in sites_of(layer)]
+
+
+def registered_axes(cls) -> dict:
+    axes = [AXES[base] for base in cls.__mro__ if base in AXES]
+    return dict(collections.ChainMap(*axes))
 
 
 def kind_of(layer):
@@ -167,12 +200,11 @@ def substituted_class(cls, weight):
     """
     mixin = SeveralWeights if weight is None else SubstitutedLayer
     mixin = Experts if experts.is_expert_layer(cls) else mixin
-    axes = [AXES[base] for base in reversed(cls.__mro__) if base in AXES]
     attributes = {
         "plain_class": cls,
         "kernel_name": weight,
         "adapted_weights": (),
-        "weight_axes": dict(collections.ChainMap(*reversed(axes))),
+        "weight_axes": registered_axes(cls),
         "constructs": False,
     }
     return type(f"LoRA{cls.__name__}", (mixin, cls), attributes)
@@ -200,7 +232,8 @@ def sites_of(layer) -> dict:
     if kind is None:
         return {}
     if kind.kernel_name is None:
-        itself, places = {}, kind.places_of(layer)
+        itself = {}
+        places = {w: keys for w, (keys, *_) in kind.places_of(layer).items()}
     else:
         itself, places = {kind.kernel_name: layer}, {}
         if kind.more_weights:
@@ -230,22 +263,27 @@ def looks_up(site):
 
 def out_of_reach(layer) -> dict:
     """Weight -> why it cannot have an adapter, for a layer's own matrices."""
+    unheld = dict.fromkeys(
+        layers.unheld_weights(layer),
+        "its layer holds it in no attribute, list or dict, where an adapter could take "
+        "its place: train the layer in full with `also_train`.",
+    )
     if isinstance(layer, keras.Model):
-        return dict.fromkeys(
+        return unheld | dict.fromkeys(
             layers.weight_places(layer),
             "it belongs to the model itself, and only weights of layers can have "
             "adapters.",
         )
     lora_class = class_with_adapter(layer)
     if lora_class is None or issubclass(lora_class, SubstitutedLayer):
-        return {}
+        return unheld
     kernel = lora_class.kernel_name
     known = (kernel, *lora_class.more_weights)
     others = [
         x for x in layers.weight_places(layer) if x not in known and "bias" not in x
     ]
     name = lora_class.plain_class.__name__
-    return dict.fromkeys(
+    return unheld | dict.fromkeys(
         others,
         f"an adapter of a {name} does not cover it: train the layer in full with "
         "`also_train`.",
@@ -257,6 +295,7 @@ def obstacle(site):
     if not site.built:
         return "it was never built."
     try:
+        refuse_axes(site)
         if isinstance(site, WeightSite):
             refuse_keras_adapter(site.lora_layer())
             refuse_bound_functions(site.lora_layer())

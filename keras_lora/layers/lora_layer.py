@@ -255,7 +255,7 @@ class LoRALayer(Rematerialized, QuantizedHost, Site):
         if hasattr(inputs, "with_flat_values"):  # TensorFlow's ragged tensors
             values = self.call_with_adapter(inputs.flat_values, training, **options)
             return inputs.with_flat_values(values)
-        host = None if self.lora is None else self.host(**options)
+        host = None if self.lora is None else self.host(inputs, **options)
         if host is None:
             return self.plain_call(inputs, **options)
         training = rematerialized.training_of(self.lora, training)
@@ -268,7 +268,7 @@ class LoRALayer(Rematerialized, QuantizedHost, Site):
         strategy = self.lora.stand_in or self.lora
         return host.finish(strategy.outputs(host, inputs, training))
 
-    def host(self):
+    def host(self, inputs):
         """Returns the layer that the adapter acts on, or None if it does not act."""
         return self
 

@@ -34,18 +34,18 @@ class RecurrentLayer(SeveralWeights):
     adapted_weights = linear_weights = ("kernel", "recurrent_kernel")
 
     @classmethod
-    def places_of(cls, layer):
-        places = layers.weight_places(layer)
+    def weights_held(cls, layer):
+        found = super().weights_held(layer)
 
         def walk(cell, keys, prefix):
             if isinstance(cell, keras.layers.Layer):
-                for name, inner_keys in layers.weight_places(cell).items():
-                    places[prefix + name] = (*keys, *inner_keys)
+                for own, weight in layers.weights_held(cell):
+                    found.append((prefix, (*keys, *own), weight))
             for place, inner in enumerate(getattr(cell, "cells", ())):
                 walk(inner, (*keys, "cells", place), f"{prefix}cells/{place}/")
 
         walk(layer.cell, ("cell",), "")
-        return places
+        return found
 
     def calls_inside(self, kernels, training):
         """Calls of cells whose products have gradients of rank r.

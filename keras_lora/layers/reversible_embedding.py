@@ -23,12 +23,14 @@ class ReverseForm(LowRankForm):
 class ReverseSide:
     """The layer in the reverse direction, as its adapter's host."""
 
-    def __init__(self, layer):
+    def __init__(self, layer, inputs):
         self.layer = layer
         self.merges_in_call = layer.merges_in_call
-        # Keras's quantized call ignores `reverse_dtype`.
-        own = None if layer.is_quantized else layer.reverse_dtype
-        self.compute_dtype = own or layer.compute_dtype
+        self.compute_dtype = layer.compute_dtype
+        if not layer.is_quantized:  # Keras's quantized call ignores `reverse_dtype`
+            # Keras does not cast the inputs of an embedding.
+            both = keras.backend.result_type(inputs.dtype, layer.compute_dtype)
+            self.compute_dtype = layer.reverse_dtype or both
         self.base_kernel = layer.base_kernel
 
     @property
@@ -116,10 +118,10 @@ class LoRAReversibleEmbedding(LoRAEmbedding, keras.layers.ReversibleEmbedding):
                 calls.set_mask(outputs, mask)
         return outputs
 
-    def host(self, reverse=False):
+    def host(self, inputs, reverse=False):
         if not reverse:
             return self
-        return ReverseSide(self) if self.tie_weights else None
+        return ReverseSide(self, inputs) if self.tie_weights else None
 
     def sites(self):
         """Also the site of an untied head."""
@@ -136,7 +138,7 @@ class LoRAReversibleEmbedding(LoRAEmbedding, keras.layers.ReversibleEmbedding):
             )
         if not (reverse and self.is_quantized):
             return super().plain_call(inputs, reverse=reverse)
-        side = ReverseSide(self)
+        side = ReverseSide(self, inputs)
         return side.finish(side.frozen_linear(inputs))
 
     def other_kernels(self):

@@ -5,7 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_lora.keras_internals import calls, classes, distribution, layers, warn_caller
+from keras_lora.keras_internals import calls, classes, distribution, layers
 from keras_lora.layers.torch_layout import TorchLayout
 
 
@@ -74,12 +74,7 @@ def watch_kernel(kernel):
                 f"call, and that of {layer.name!r} is frozen, as it has an adapter. "
                 "Wrap the plain layer, or use the LoRA layer without the wrapper."
             )
-        if calls.in_a_call():
-            warn_caller(
-                f"A layer reads the kernel of {layer.name!r}, which has an adapter, in "
-                "its own call: there the adapter has no effect until it is merged. "
-                "Leave that layer out with exclude=, or merge first."
-            )
+        layers.warn_of_read(f"kernel of {layer.name!r}")
         return kernel.fget(layer)
 
     return property(read, doc=kernel.__doc__)
@@ -139,7 +134,8 @@ class Site(TorchLayout):
 
     def base_kernel(self, dtype):
         """W as a value."""
-        return ops.cast(ops.convert_to_tensor(self.frozen_kernel), dtype)
+        kernel = layers.without_watch(self.frozen_kernel)
+        return ops.cast(ops.convert_to_tensor(kernel), dtype)
 
     def merged_kernel(self, dtype):
         """The merged kernel W + delta, rounded once."""

@@ -1,5 +1,6 @@
 """Adapters for layers that run their own call with W + delta instead of W."""
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -106,6 +107,11 @@ class SubstitutedSite(Site):
             axes = self.lora_class.axes_of(self.weight_name, ndim)
         return weight_form(self.kernel_shape, axes, rank)
 
+    def build_adapter(self):
+        """Also watches W, which other code than this layer's call may read."""
+        super().build_adapter()
+        layers.watch_reads(self.frozen_kernel, f"kernel of {self.name!r}")
+
     @property
     def dtype_in_call(self):
         """The dtype in which the call reads W."""
@@ -198,7 +204,8 @@ class WeightSite(SubstitutedSite):
 def variable_ids(layer, places):
     """Returns the ids of a layer's variables at some places; None if one is gone."""
     try:
-        return [id(classes.value_at(layer, keys)[1]) for keys in places.values()]
+        every = itertools.chain(*places.values())
+        return [id(classes.value_at(layer, keys)[1]) for keys in every]
     except (AttributeError, LookupError):
         return None
 
@@ -238,9 +245,14 @@ class SubstitutedLayer(SubstitutedSite, LoRALayer):
                 )
 
     @classmethod
+    def weights_held(cls, layer) -> list:
+        """(prefix of its name, keys, weight) for each place of a weight."""
+        return [("", *each) for each in layers.weights_held(layer)]
+
+    @classmethod
     def places_of(cls, layer) -> dict:
-        """Name of a weight -> the keys that lead to it."""
-        return layers.weight_places(layer)
+        """Name of a weight -> the keys to each of its places."""
+        return layers.named_places(cls.weights_held(layer))
 
     @classmethod
     def axes_of(cls, weight, ndim) -> Axes:
@@ -257,7 +269,8 @@ class SubstitutedLayer(SubstitutedSite, LoRALayer):
                 if name.endswith("_constraint") and name != "bias_constraint":
                     refuse_constraint(layer, name, getattr(layer, name, None))
         if layer.built and cls.kernel_name is not None:
-            _, kernel = classes.value_at(layer, cls.places_of(layer)[cls.kernel_name])
+            keys, *_ = cls.places_of(layer)[cls.kernel_name]
+            _, kernel = classes.value_at(layer, keys)
             refuse_constraint(layer, f"{kernel.name}_constraint", kernel.constraint)
 
     @property
@@ -276,7 +289,7 @@ class SubstitutedLayer(SubstitutedSite, LoRALayer):
 
     @property
     def kernel_keys(self):
-        return self.kept_places()[self.kernel_name]
+        return self.kept_places()[self.kernel_name][0]
 
     @property
     def frozen_kernel(self):
@@ -294,7 +307,9 @@ class SubstitutedLayer(SubstitutedSite, LoRALayer):
         sites = self.sites().values()
         if not sites:
             return self.plain_class.call(self, *args, **kwargs)
-        kernels = {site.kernel_keys: site.kernel_in_call() for site in sites}
+        places, kernels = self.kept_places(), {}
+        for site in sites:
+            kernels |= dict.fromkeys(places[site.weight_name], site.kernel_in_call())
         kernels |= self.calls_inside(kernels, kwargs.get("training"))
         return classes.call_with(self, self.plain_class, kernels, args, kwargs)
 
@@ -317,10 +332,10 @@ class SeveralWeights(SubstitutedLayer):
     kernel_name = None
 
     def sites(self) -> dict:
-        places = self.kept_places() or dict.fromkeys(self.adapted_weights)
+        places = self.kept_places() or dict.fromkeys(self.adapted_weights, (None,))
         sites = {
             name: WeightSite(self, name, keys, type(self))
-            for name, keys in places.items()
+            for name, (keys, *_) in places.items()
         }
         return {name: site for name, site in sites.items() if site.lora is not None}
 

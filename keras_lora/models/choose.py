@@ -43,11 +43,15 @@ def choose(model, paths, target, exclude, trained):
         paths_meant = [path for path in paths_meant if path not in excluded]
         skipped = {p: why for p, why in skipped.items() if p not in excluded}
     by_name = isinstance(target, (list, tuple, set, frozenset))
-    chosen = {}
+    chosen, holders = {}, paths_of_weights(every)
     for path in paths_meant:
         site, layer = sites[path], kinds.layer_of(sites[path])
         owner = owner_of(model, paths, path, layer)
-        reason = kinds.obstacle(site) or reassignment_reason(owner)
+        reason = (
+            kinds.obstacle(site)
+            or reassignment_reason(owner)
+            or sharing_reason(path, site, holders)
+        )
         if reason and by_name and layer.built:
             raise ValueError(
                 f"The layer {path!r} cannot be adapted: {reason} Leave it out with "
@@ -60,6 +64,7 @@ def choose(model, paths, target, exclude, trained):
             chosen[path] = site
             if no_effect:
                 warn_caller(f"{path!r}: {no_effect}")
+    warn_of_axes(map(kinds.layer_of, chosen.values()))
     if not chosen:
         raise ValueError(no_match_message(target, skipped))
     return chosen, skipped, notes_on_outputs(model, sites, chosen) if everything else []
@@ -116,6 +121,39 @@ def reassignment_reason(owner):
     if isinstance(owner, keras.layers.SpectralNormalization):
         return "SpectralNormalization assigns to its kernel in every training call."
     return None
+
+
+def warn_of_axes(adapted):
+    """Warns of registered names that are no weight of a layer that is adapted."""
+    missing = {}
+    for layer in adapted:
+        for weight in kinds.axes_without_weight(layer):
+            missing[type(layer).__name__, weight] = list(kinds.sites_of(layer))
+    for (kind, weight), others in missing.items():
+        warn_caller(
+            f"`register_lora_layer` names {weight!r} of {kind}, which has no such "
+            f"weight here: it has {tables.join(others)}."
+        )
+
+
+def paths_of_weights(sites) -> dict:
+    """Id of a weight -> the paths of all sites that have it."""
+    found = collections.defaultdict(list)
+    for path, site in sites.items():
+        if site.built:
+            found[id(kinds.as_site(site).frozen_kernel)].append(path)
+    return found
+
+
+def sharing_reason(path, site, holders):
+    """Says why an adapter here would not cover all uses of its weight, or None."""
+    others = [x for x in holders[id(kinds.as_site(site).frozen_kernel)] if x != path]
+    if not others:
+        return None
+    return (
+        f"{tables.join(others)} has the same weight, and an adapter would act in one "
+        "of them only. Use one layer in both places, or train them with `also_train`."
+    )
 
 
 def no_effect_in(owner, layer):
@@ -179,8 +217,8 @@ def no_match_message(target, skipped):
     """Says why a target matches nothing that can be adapted, each reason once."""
     if not skipped:
         return (
-            f"`target` {target!r} matches no layer: the only Dense, EinsumDense and "
-            "convolution layers make the outputs."
+            f"`target` {target!r} matches no layer: all weights that it could mean "
+            "make the outputs. Name them in `target` to adapt them."
         )
     paths = collections.defaultdict(list)
     for path, why in skipped.items():
