@@ -242,6 +242,37 @@ def test_lookup_forms_the_table_for_as_many_ids_as_it_has_rows(count, settings, 
     np.testing.assert_allclose(to_numpy(call(ids)), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="reads TensorFlow's graphs"
+)
+@pytest.mark.parametrize(
+    "known, sizes, shapes",
+    [
+        ((None, 3), (2, 3), 0),
+        ((None, 3), (0, 3), 0),
+        ((None, 0), (2, 0), 1),
+        ((None, None), (2, 3), 1),
+        ((None, 3, 5), (2, 3, 5), 0),
+    ],
+)
+def test_products_share_one_reshape(known, sizes, shapes):
+    import tensorflow as tf
+
+    layer = SIZES[0].trained_layer()
+    values = np.random.default_rng(0).normal(size=(*sizes, 11)).astype("float32")
+    spec = tf.TensorSpec((*known, 11))
+    step = tf.function(lambda x: layer(x, training=True), input_signature=[spec])
+    kinds = [op.type for op in step.get_concrete_function().graph.get_operations()]
+    assert kinds.count("Reshape") == 2  # to rows and back
+    assert kinds.count("Shape") == shapes
+    kernel, a, b, bias = (
+        to_numpy(v).astype("float64")
+        for v in (layer.kernel, layer.lora.a, layer.lora.b, layer.bias)
+    )
+    expected = values @ (kernel + layer.lora.scaling * a @ b) + bias
+    np.testing.assert_allclose(to_numpy(step(values)), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="reads JAX's programs")
 @over_kinds
 def test_jax_step_forms_no_kernel_sized_array(case):

@@ -48,6 +48,15 @@ def in_tensorflow_graph():
     return not tf.executing_eagerly()
 
 
+def is_dense_in_graph(inputs):
+    """Whether this is a dense tensor in a graph that TensorFlow traces."""
+    if not in_tensorflow_graph():
+        return False
+    import tensorflow as tf
+
+    return isinstance(inputs, tf.Tensor)
+
+
 def is_traced(flag):
     """Whether a function is being traced for a flag that may be true or false."""
     if keras.backend.backend() == "jax":

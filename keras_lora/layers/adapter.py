@@ -198,12 +198,17 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
         """linear(x, W) + linear(drop(x), A) @ (scaling * B)."""
         dtype = self.variable_dtype if host.form.looks_up else host.compute_dtype
         a, b = self.factors(dtype)
-        if training and merged_training.merging_pays(host, self, inputs):
-            return merged_training.linear_with_update(host, inputs, a, b)
-        dropped = self.apply_dropout(inputs) if training else inputs
-        outputs = ops.cast(host.frozen_linear(inputs), dtype)
-        # Not ops.add, which on TensorFlow mistakes an empty batch for a bias.
-        return outputs + ops.cast(host.form.bypass(dropped, a, b), dtype)
+        merges = training and merged_training.merging_pays(host, self, inputs)
+
+        def outputs(inputs):
+            if merges:
+                return merged_training.linear_with_update(host, inputs, a, b)
+            dropped = self.apply_dropout(inputs) if training else inputs
+            frozen = ops.cast(host.frozen_linear(inputs), dtype)
+            # Not ops.add, which on TensorFlow mistakes an empty batch for a bias.
+            return frozen + ops.cast(host.form.bypass(dropped, a, b), dtype)
+
+        return host.form.over_rows(outputs, inputs)
 
     def for_bank(self) -> tuple:
         """Returns the arrays that a bank stores: A, scaling * B, and gain or None.

@@ -50,6 +50,7 @@ class LoRADense(LoRALayer, keras.layers.Dense):
             up=ops.matmul,
             down_by_row=form.matmul_by_row,
             up_by_row=form.matmul_by_row,
+            acts_on_rows=True,
             merges_from=form.merging_size(inputs * units, inputs, units),
             gradient_of_a=lambda x, of_hidden: form.gradient_of_matrix(
                 self.input_rows(x), of_hidden

@@ -8,6 +8,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_lora.keras_internals import calls
+
 
 def last_axes(vector):
     """Returns a vector unchanged, for outputs that end with the kernel's own axes."""
@@ -94,6 +96,7 @@ class LowRankForm:
             Without them, `down` and `up` are mapped over the rows.
         looks_up: Boolean, whether `linear` picks rows of the kernel. Adding to its
             outputs then equals adding to the kernel, also at inference.
+        acts_on_rows: Boolean, whether the operation acts on the last axis alone.
         merges_from: The size of inputs from which a training step may use W + delta.
             None means never.
         forms_gradient: Boolean, whether such a step takes the gradients of A and B from
@@ -134,6 +137,7 @@ class LowRankForm:
     down_by_row: Callable | None = None
     up_by_row: Callable | None = None
     looks_up: bool = False
+    acts_on_rows: bool = False
     merges_from: int | None = None
     forms_gradient: bool = False
     gradient_of_a: Callable | None = None
@@ -146,6 +150,23 @@ class LowRankForm:
         sizes = inputs.shape or (0,)  # TensorFlow's shape of unknown rank is falsy
         rows = math.prod(size or 0 for size in sizes)
         return not self.looks_up or rows >= self.a_shape[0]
+
+    def over_rows(self, function, inputs):
+        """Returns function(inputs), the outputs of the layer's operation.
+
+        TensorFlow computes shapes around each product of inputs of an unknown size, as
+        in `fit`. So such inputs become rows once, before all products.
+        """
+        if not self.acts_on_rows or not calls.is_dense_in_graph(inputs):
+            return function(inputs)
+        shape = inputs.shape
+        if shape.is_fully_defined() or shape.rank is None or shape.rank < 3:
+            return function(inputs)
+        *others, size = [-1 if size is None else size for size in shape]
+        if others.count(-1) > 1 or 0 in others:
+            others = ops.shape(inputs)[:-1]
+        outputs = function(ops.reshape(inputs, (-1, size)))
+        return ops.reshape(outputs, (*others, outputs.shape[-1]))
 
     def bypass(self, inputs, a, b):
         """linear(inputs, compose(A, B)), without forming that kernel."""

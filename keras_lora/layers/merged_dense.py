@@ -70,6 +70,7 @@ class LoRAMergedDense(LoRALayer, keras.layers.Dense):
             ),
             spread=self.spread,
             down_by_row=form.matmul_by_row,
+            acts_on_rows=True,
             merges_from=form.merging_size(inputs * units, inputs, units),
             gradient_of_a=lambda x, of_hidden: form.gradient_of_matrix(
                 self.input_rows(x), of_hidden

@@ -20,16 +20,13 @@ def merging_pays(host, adapter, inputs):
     An unknown size, such as the batch's in `fit`, counts as 8: choosing at run time
     (`tf.cond`) made tracing at least one and a half times as slow.
     """
-    if host.form.merges_from is None or not calls.in_tensorflow_graph():
+    if host.form.merges_from is None or not calls.is_dense_in_graph(inputs):
         return False
-    import tensorflow as tf
-
     return (
         host.merges_in_call
         and adapter.dropout == 0  # dropout applies only to the adapter's inputs
         # Rounding to half precision would lose small updates.
         and host.compute_dtype == adapter.variable_dtype
-        and isinstance(inputs, tf.Tensor)  # not a sparse one
         and inputs.dtype == host.compute_dtype
         and inputs.shape.rank is not None
         and math.prod(size or 8 for size in inputs.shape) >= host.form.merges_from
