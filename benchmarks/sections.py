@@ -603,8 +603,8 @@ TRIED = [
     (
         "Dense: the additions inside the products, with a zero bias that lets "
         "TensorFlow fuse them: in the low-rank product, or in x @ W",
-        "1.14 and 1.13 for 1.15 (d=1024, 256 rows, one quiet run); 1.23 and 1.32 for "
-        "1.21 (d=512, 64 rows)",
+        "1.20 to 1.22 for 1.20 to 1.25 (d=1024, 256 rows, on a slow day); 1.23 and "
+        "1.32 for 1.21 (d=512, 64 rows)",
         "a tie, and slower for few rows",
     ),
     (
