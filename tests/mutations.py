@@ -910,7 +910,7 @@ FAULTS = {
             "test_expert_files.py -k has_not",
         ),
         (
-            "if slices.without_slice(module) in parameters and layer.lora.keyword:",
+            "if slices.without_slice(module) in parameters and site.lora.keyword:",
             "if False:",
             "test_expert_files.py -k has_not",
         ),
@@ -927,8 +927,8 @@ FAULTS = {
     ],
     "files/tensors.py": [
         (
-            "return layer.lora.scaling * settings.divisor(rank, use_rslora)",
-            "return layer.lora.alpha",
+            "return site.lora.scaling * settings.divisor(rank, use_rslora)",
+            "return site.lora.alpha",
             "test_adapter_files.py -k 'every_kind and merged'",
         ),
         (
@@ -956,8 +956,8 @@ FAULTS = {
     ],
     "files/load.py": [
         (
-            "layer.lora.set_alpha(alpha, file.use_rslora)",
-            "layer.lora.set_alpha(alpha)",
+            "site.lora.set_alpha(alpha, file.use_rslora)",
+            "site.lora.set_alpha(alpha)",
             "test_adapter_files.py -k every_kind",
         ),
         (
@@ -1118,7 +1118,7 @@ FAULTS = {
             "test_merging.py -k 'finite or cannot_hold'",
         ),
         (
-            '        refuse_not_finite(layer, {"the merged kernel": kernel})\n',
+            '        refuse_not_finite(site, {"the merged kernel": kernel})\n',
             "",
             "test_merging.py -k 'finite or cannot_hold'",
         ),
@@ -1128,8 +1128,8 @@ FAULTS = {
             "test_merging.py -k 'leaves_plain_layers and sequential'",
         ),
         (
-            "kernel = site.merged_kernel(site.kernel_dtype)",
-            "kernel = site.lora.delta()",
+            "                kernel = site.merged_kernel(site.kernel_dtype)",
+            "                kernel = site.lora.delta()",
             "test_merging.py -k large_kernels",
         ),
         (
@@ -1272,7 +1272,7 @@ FAULTS = {
             "test_carriers.py -k old_h5",
         ),
         (
-            "            quantized_host.refuse_quantizing(layer, mode)  # before any "
+            "            quantized_host.refuse_quantizing(site, mode)  # before any "
             "change",
             "            pass",
             "test_quantized.py -k 'calibrating or before_any_layer'",

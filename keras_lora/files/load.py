@@ -125,9 +125,9 @@ def load_into(model, paths, adapter, names=None, trainable=True) -> Report:
     values += unread_base_values(layers, values)
     for variable, value in values:
         distribution.assign(variable, value)
-    for module, layer in file.sites.items():
-        alpha = tensors.own_alpha(layer, file.factors[module].alpha, file.use_rslora)
-        layer.lora.set_alpha(alpha, file.use_rslora)
+    for module, site in file.sites.items():
+        alpha = tensors.own_alpha(site, file.factors[module].alpha, file.use_rslora)
+        site.lora.set_alpha(alpha, file.use_rslora)
     flags = training_state.trainable_flags(layers)
     if trainable:
         training_state.train_adapters(layers)

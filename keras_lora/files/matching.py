@@ -159,10 +159,10 @@ def refuse_other_modules(file):
             f"{sorted(modules - adapted)}. Call remove_lora(model) first, and the "
             "file's adapters are created."
         )
-    for module, layer in file.sites.items():
+    for module, site in file.sites.items():
         in_file = {word for word, on in file.method_of(module).items() if on}
-        in_model = {layer.lora.keyword} - {None}
-        in_model |= {"frozen_start"} if layer.lora.has_start else set()
+        in_model = {site.lora.keyword} - {None}
+        in_model |= {"frozen_start"} if site.lora.has_start else set()
         if in_model != in_file:
             said, read = (
                 " and ".join(sorted(x)) or "LoRA" for x in (in_model, in_file)

@@ -264,10 +264,10 @@ def adapter_from(modules, adapters, trained) -> Adapter:
 
 def refuse_parameters(adapters, parameters):
     """Raises for DoRA of parameters, which PEFT does not support."""
-    for module, layer in adapters.items():
-        if slices.without_slice(module) in parameters and layer.lora.keyword:
+    for module, site in adapters.items():
+        if slices.without_slice(module) in parameters and site.lora.keyword:
             raise ValueError(
-                f"The adapter of {module!r} has {layer.lora.keyword}, which PEFT does "
+                f"The adapter of {module!r} has {site.lora.keyword}, which PEFT does "
                 "not support for a parameter. Leave out `names` for a file that only "
                 "keras_lora reads, or merge the adapter."
             )
@@ -275,7 +275,7 @@ def refuse_parameters(adapters, parameters):
 
 def file_dropout(adapters, parameters):
     """The dropout for the file: 0 if it adapts a parameter, as PEFT requires."""
-    dropout = max([0.0, *(layer.lora.dropout for layer in adapters.values())])
+    dropout = max([0.0, *(site.lora.dropout for site in adapters.values())])
     if dropout and parameters:
         warn_caller(
             f"The file has lora_dropout=0.0 instead of {dropout}: PEFT supports no "
@@ -288,7 +288,7 @@ def file_dropout(adapters, parameters):
 
 def method_of(adapters) -> dict:
     """The keyword of a method other than LoRA, the same for all adapters."""
-    adapters = [layer.lora for layer in adapters.values()]
+    adapters = [site.lora for site in adapters.values()]
     words = {lora.keyword for lora in adapters}
     if len(words) > 1:
         raise ValueError(

@@ -19,48 +19,48 @@ from keras_lora.layers import kinds, saved_values, settings, torch_layout
 from keras_lora.layers.settings import Settings
 
 
-def suffixes(layer):
+def suffixes(site):
     """Returns the suffixes of A and B in a file, for a plain or adapted layer."""
-    return kinds.kind_of(layer).file_suffixes
+    return kinds.kind_of(site).file_suffixes
 
 
-def file_alpha(layer, use_rslora):
+def file_alpha(site, use_rslora):
     """Returns the alpha that gives the layer's scaling with the file's rank."""
-    rank = layer.lora.file_rank
-    if use_rslora == layer.lora.use_rslora and rank == layer.lora.rank:
-        return layer.lora.alpha
-    return layer.lora.scaling * settings.divisor(rank, use_rslora)
+    rank = site.lora.file_rank
+    if use_rslora == site.lora.use_rslora and rank == site.lora.rank:
+        return site.lora.alpha
+    return site.lora.scaling * settings.divisor(rank, use_rslora)
 
 
-def own_alpha(layer, alpha, use_rslora):
+def own_alpha(site, alpha, use_rslora):
     """The inverse of `file_alpha`: the layer's alpha for a file's alpha."""
-    return Settings(layer.lora.file_rank, alpha, use_rslora).at(layer.lora.rank).alpha
+    return Settings(site.lora.file_rank, alpha, use_rslora).at(site.lora.rank).alpha
 
 
-def to_tensors(layer):
+def to_tensors(site):
     """Suffix -> the layer's factors in PEFT's layout, contiguous."""
-    return layer.lora.to_file(suffixes(layer))
+    return site.lora.to_file(suffixes(site))
 
 
-def from_tensors(layer, arrays, where):
+def from_tensors(site, arrays, where):
     """The inverse, as [(variable, value)]; raises if a shape does not fit."""
-    expected = to_tensors(layer)
+    expected = to_tensors(site)
     if arrays.keys() != expected.keys():
         raise ValueError(
-            f"{where!r} is a {type(layer).__name__}, which needs {sorted(expected)}; "
+            f"{where!r} is a {type(site).__name__}, which needs {sorted(expected)}; "
             f"the file has {sorted(arrays)}."
         )
     for suffix, array in arrays.items():
         if array.shape != expected[suffix].shape:
             raise ValueError(
                 f"{suffix[1:]} of {where!r} has shape {array.shape} in the file; the "
-                f"layer needs {expected[suffix].shape}.{layer.form.file_note}"
+                f"layer needs {expected[suffix].shape}.{site.form.file_note}"
             )
     try:
-        values = layer.lora.from_file(arrays, suffixes(layer))
+        values = site.lora.from_file(arrays, suffixes(site))
     except ValueError as error:
         raise ValueError(f"The adapter of {where!r}: {error}") from error
-    factors = layer.lora.named_factors()
+    factors = site.lora.named_factors()
     return [(factors[name], value) for name, value in values.items()]
 
 

@@ -15,7 +15,6 @@ from keras_lora.keras_internals import (
 )
 from keras_lora.keras_internals.layers import flatten_layers, refresh_torch_parameters
 from keras_lora.layers import arguments, kinds, settings, token_rows
-from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.models import keras_files, quantized, sites, targets, training_state
 from keras_lora.models.choose import choose
@@ -130,7 +129,8 @@ def apply_tentatively(
     The arguments are those of `apply_lora`. Without a commit, the change is undone.
     """
     settings.validate_bias(bias)
-    LowRankAdapter(rank, alpha, dropout, use_rslora)  # checks the arguments
+    settings.Settings(rank, alpha, use_rslora)
+    settings.validate_dropout(dropout)
     paths = sites.layer_paths(model)
     sites.refuse_unbuilt(model)
     sites.refuse_adapters(paths)
@@ -266,10 +266,10 @@ def mark_only_lora_as_trainable(model: keras.layers.Layer, bias: str = "none"):
         warn_caller(note)
 
 
-def warn_of_high_ranks(layers):
+def warn_of_high_ranks(chosen):
     """Warns once about all adapters whose rank exceeds that of their kernel."""
-    limits = {p: x.form.highest_rank(x.kernel_shape) for p, x in layers.items()}
-    high = [f"{p!r} ({n})" for p, n in limits.items() if layers[p].lora.rank > n]
+    limits = {p: x.form.highest_rank(x.kernel_shape) for p, x in chosen.items()}
+    high = [f"{p!r} ({n})" for p, n in limits.items() if chosen[p].lora.rank > n]
     if high:
         warn_caller(
             "The rank is higher than any kernel of this size can have, which wastes "

@@ -52,16 +52,16 @@ def merged(model: keras.layers.Layer):
         >>> with keras_lora.merged(model):
         ...     predictions = model.predict(x, verbose=0)
     """
-    layers = sites_outside_contexts(model)
-    for layer in layers:
-        if layer.is_quantized:
+    sites = sites_outside_contexts(model)
+    for site in sites:
+        if site.is_quantized:
             raise ValueError(
-                f"The kernel of {layer.name!r} is quantized. W + delta would be a "
+                f"The kernel of {site.name!r} is quantized. W + delta would be a "
                 "float kernel, which gives other outputs than the model and needs the "
                 "memory that was saved. Call the model as it is, or merge permanently: "
                 'merge_lora(model, quantized="dequantize").'
             )
-        merge.refuse_factors_not_finite(layer)
+        merge.refuse_factors_not_finite(site)
     return _merged(model)
 
 

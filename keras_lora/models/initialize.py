@@ -77,13 +77,13 @@ def initialize_lora(
     adapted = {
         path: site for path, site in every.items() if lora_layer.is_adapted(site)
     }
-    for path, layer in adapted.items():
-        refuse_used(path, layer)
-        needs_inputs = method == "eva" and layer.form.down is None
-        if isinstance(method, str) and (needs_inputs or not layer.kernel_is_matrix):
+    for path, site in adapted.items():
+        refuse_used(path, site)
+        needs_inputs = method == "eva" and site.form.down is None
+        if isinstance(method, str) and (needs_inputs or not site.kernel_is_matrix):
             raise ValueError(
                 f"{method!r} does not support {path!r}, a "
-                f"{kinds.kind_of(layer).__name__}: "
+                f"{kinds.kind_of(site).__name__}: "
                 "it needs one kernel that is a matrix. Leave the layer out with "
                 "exclude=, or give a function of the layer."
             )
@@ -93,27 +93,27 @@ def initialize_lora(
         starts = start_values.loftq(adapted, data)
     else:
         starts = map_with_progress_bar(
-            adapted, lambda path, layer: start_values.from_kernel(path, layer, method)
+            adapted, lambda path, site: start_values.from_kernel(path, site, method)
         )
-    for path, layer in adapted.items():
-        refuse_unusable(path, layer, starts[path])
+    for path, site in adapted.items():
+        refuse_unusable(path, site, starts[path])
     processes.run_on_all(model, lambda: starts, start_values.fingerprint, OTHER_STARTS)
     options = {
-        layer: options_for(layer, starts[path])
-        for path, layer in adapted.items()
+        site: options_for(site, starts[path])
+        for path, site in adapted.items()
         if starts[path].rank
     }
     with replace_adapters(model, options):
-        for path, layer in adapted.items():
-            starts[path].assign_to(layer)
-    for path, layer in adapted.items():
+        for path, site in adapted.items():
+            starts[path].assign_to(site)
+    for path, site in adapted.items():
         if starts[path].plain is not None:
-            merge.copy_kernel(layer, starts[path].plain)
+            merge.copy_kernel(site, starts[path].plain)
         if starts[path].rank:
-            layer.lora.start_from_kernel()
+            site.lora.start_from_kernel()
         else:
-            sites.make_plain(layer)
-            layer.trainable = False
+            sites.make_plain(site)
+            site.trainable = False
     errors = {path: start.errors for path, start in starts.items() if start.errors}
     return Report(model, notes=compiled.compile_again(model), errors=errors)
 
@@ -147,8 +147,8 @@ def validate_budget(method, budget):
         ) from None
 
 
-def refuse_used(path, layer):
-    lora = layer.lora
+def refuse_used(path, site):
+    lora = site.lora
     if lora.has_start:
         raise ValueError(
             f"The adapter of {path!r} was initialized already. Remove it with "
@@ -166,10 +166,10 @@ def refuse_used(path, layer):
         )
 
 
-def refuse_unusable(path, layer, start):
+def refuse_unusable(path, site, start):
     if not start.rank:
         return
-    form = layer.low_rank_form(start.rank)
+    form = site.low_rank_form(start.rank)
     for name, value, shape in (
         ("A", start.a, form.a_shape),
         ("B", start.b, form.b_shape),
@@ -181,26 +181,26 @@ def refuse_unusable(path, layer, start):
             )
 
 
-def options_for(layer, start):
+def options_for(site, start):
     """The new adapter's arguments: its rank, with the same scaling, and a start."""
-    settings = layer.lora.settings.at(start.rank)
+    settings = site.lora.settings.at(start.rank)
     options = {"rank": start.rank, "alpha": settings.alpha}
     options["frozen_start"] = start.is_subtracted
-    return {**layer.lora.options(), **options}
+    return {**site.lora.options(), **options}
 
 
 def map_with_progress_bar(adapted_sites, function):
     """Returns {path: function(path, layer)}; long work shows a progress bar."""
     sizes = {
-        path: np.sort(layer.kernel_shape)[::-1] for path, layer in adapted_sites.items()
+        path: np.sort(site.kernel_shape)[::-1] for path, site in adapted_sites.items()
     }
     work = sum(float(np.prod(size)) * size[-1] for size in sizes.values())
     bar = keras.utils.Progbar(
         len(adapted_sites), verbose=int(work > 1e10), unit_name="layer"
     )
     results = {}
-    for path, layer in adapted_sites.items():
-        results[path] = function(path, layer)
+    for path, site in adapted_sites.items():
+        results[path] = function(path, site)
         bar.add(1)
     return results
 

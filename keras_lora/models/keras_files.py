@@ -140,8 +140,8 @@ class Carrier(Rematerialized):
         )
 
     def quantize(self, mode=None, config=None, **kwargs):
-        for layer in sites.adapted_sites(self):
-            quantized_host.refuse_quantizing(layer, mode)  # before any change
+        for site in sites.adapted_sites(self):
+            quantized_host.refuse_quantizing(site, mode)  # before any change
         super().quantize(mode, config=config, **kwargs)
         quantized.fix_quantized(layers.flatten_layers(self))
 

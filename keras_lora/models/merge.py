@@ -33,33 +33,34 @@ class MergedLayer(NamedTuple):
     error: float
 
 
-def validate_way(hosts, way):
+def validate_way(quantized_sites, way):
     """Raises ValueError if `way` is none, or is needed for quantized layers."""
     if way is not None and way not in WAYS:
         raise ValueError(
             f"`quantized` must be None, 'dequantize' or 'requantize'. Received: {way!r}"
         )
-    if hosts and way is None:
-        names = ", ".join(repr(layer.name) for layer in hosts[:5])
+    if quantized_sites and way is None:
+        names = ", ".join(repr(site.name) for site in quantized_sites[:5])
         raise ValueError(
-            f"The kernels of {len(hosts)} adapted layers are quantized ({names}), and "
-            "no integers represent W + delta exactly. Choose how to merge: "
+            f"The kernels of {len(quantized_sites)} adapted layers are quantized "
+            f"({names}), and no integers represent W + delta exactly. Choose how to "
+            "merge: "
             'quantized="dequantize" gives float layers with the dequantized W + delta, '
             'which need the memory of float kernels; quantized="requantize" quantizes '
             "W + delta again, and the report has each layer's error. `export` keeps "
             "the quantized kernels, with A and B as they are."
         )
     if way == "requantize":
-        refuse_calibrating("requantize", hosts)
+        refuse_calibrating("requantize", quantized_sites)
 
 
-def refuse_calibrating(word, hosts):
+def refuse_calibrating(word, quantized_sites):
     """Raises ValueError where quantizing a kernel again would need calibration data."""
-    for layer in hosts:
-        if layer.quantization_mode in quantized_host.CALIBRATED:
+    for site in quantized_sites:
+        if site.quantization_mode in quantized_host.CALIBRATED:
             raise ValueError(
                 f"{word!r} quantizes kernels again, but the inputs that Keras has "
-                f"calibrated {layer.name!r} with ({layer.quantization_mode!r}) are not "
+                f"calibrated {site.name!r} with ({site.quantization_mode!r}) are not "
                 'kept. merge_lora(model, quantized="dequantize") makes a float model, '
                 "which `Model.quantize` can calibrate again."
             )
@@ -160,9 +161,9 @@ def merge_lora(
         'Dense'
     """
     adapted = sites.sites_outside_contexts(model)
-    hosts = [site for site in adapted if site.is_quantized]
-    validate_way(hosts, quantized)
-    paths = sites.layer_paths(model) if hosts else {}
+    quantized_sites = [site for site in adapted if site.is_quantized]
+    validate_way(quantized_sites, quantized)
+    paths = sites.layer_paths(model) if quantized_sites else {}
     path_of = {id(layer): path for path, layer in paths.items()}
     report, merged, small = [], {}, {}
     for site in adapted:
@@ -227,12 +228,12 @@ def _make_plain(model, model_layers):
         warn_caller(note)
 
 
-def finite_merged_kernel(layer):
+def finite_merged_kernel(site):
     """Returns W + delta in the kernel's dtype; raises if it is not finite."""
-    kernel = layer.merged_kernel(layer.kernel_dtype)
+    kernel = site.merged_kernel(site.kernel_dtype)
     if not is_finite(kernel):
-        refuse_factors_not_finite(layer)  # the usual cause
-        refuse_not_finite(layer, {"the merged kernel": kernel})
+        refuse_factors_not_finite(site)  # the usual cause
+        refuse_not_finite(site, {"the merged kernel": kernel})
     return kernel
 
 
@@ -244,16 +245,16 @@ def is_finite(values) -> bool:
     return bool(ops.all(ops.isfinite(values)))
 
 
-def refuse_factors_not_finite(layer):
-    factors = layer.lora.named_factors().items()
-    refuse_not_finite(layer, {name.upper(): factor for name, factor in factors})
+def refuse_factors_not_finite(site):
+    factors = site.lora.named_factors().items()
+    refuse_not_finite(site, {name.upper(): factor for name, factor in factors})
 
 
-def refuse_not_finite(layer, arrays):
+def refuse_not_finite(site, arrays):
     for name, values in arrays.items():
         if not is_finite(values):
             raise ValueError(
-                f"{name} of layer {layer.name!r} holds values that are not finite. "
+                f"{name} of layer {site.name!r} holds values that are not finite. "
                 "Nothing was merged. Load an earlier adapter, or train with a lower "
                 "learning rate."
             )

@@ -42,7 +42,11 @@ def adapted_sites(model) -> list:
 
 
 def built_sites(model):
-    """Returns a model's sites with adapters; raises if there are none, or not built."""
+    """Returns a model's sites with adapters; raises if there are none, or not built.
+
+    Also puts back weights that a JAX loop has taken out, and waits until all processes
+    have called.
+    """
     compiled.restore_jax_weights(model)
     processes.barrier(model)
     sites = adapted_sites(model)

@@ -36,12 +36,12 @@ class Start:
     def is_subtracted(self):
         return bool(self.keeps_outputs and self.a.any() and self.b.any())
 
-    def assign_to(self, layer):
+    def assign_to(self, site):
         values = {"a": self.a, "b": self.b} if self.rank else {}
         if values and self.is_subtracted:
             values |= {"a_start": self.a, "b_start": self.b}
         for name, value in values.items():
-            distribution.assign(getattr(layer.lora, name), value)
+            distribution.assign(getattr(site.lora, name), value)
 
 
 def fingerprint(starts) -> str:
@@ -54,17 +54,17 @@ def fingerprint(starts) -> str:
     return digest.hexdigest()
 
 
-def make_start(layer, rank, a, b, **options):
-    form = layer.low_rank_form(rank)
+def make_start(site, rank, a, b, **options):
+    form = site.low_rank_form(rank)
     return Start(rank, a.reshape(form.a_shape), b.reshape(form.b_shape), **options)
 
 
-def finite_matrix(path, layer, kernel):
+def finite_matrix(path, site, kernel):
     """Returns a kernel as a matrix or a stack of them, and the function back."""
     if not np.isfinite(kernel).all():
         raise ValueError(f"The kernel of {path!r} holds values that are not finite.")
-    matrix, back = layer.form.as_matrix(kernel)
-    refuse_rank(path, layer.lora.rank, min(matrix.shape[-2:]))
+    matrix, back = site.form.as_matrix(kernel)
+    refuse_rank(path, site.lora.rank, min(matrix.shape[-2:]))
     return matrix, back
 
 
@@ -76,49 +76,50 @@ def refuse_rank(path, rank, most):
         )
 
 
-def from_kernel(path, layer, method: str | Callable) -> Start:
-    rank = layer.lora.rank
+def from_kernel(path, site, method: str | Callable) -> Start:
+    rank = site.lora.rank
     if callable(method):
-        a, b = (torch_layout.to_numpy(value) for value in method(layer))
+        a, b = (torch_layout.to_numpy(value) for value in method(site))
         return Start(rank, a, b)
-    kernel = torch_layout.to_numpy(layer.base_kernel(layer.lora.variable_dtype))
-    matrix, _ = finite_matrix(path, layer, kernel.astype("float64"))
+    kernel = torch_layout.to_numpy(site.base_kernel(site.lora.variable_dtype))
+    matrix, _ = finite_matrix(path, site, kernel.astype("float64"))
     try:
-        a, b = KERNEL_STARTS[method](matrix, rank, layer.lora.scaling)
+        a, b = KERNEL_STARTS[method](matrix, rank, site.lora.scaling)
     except ValueError as error:
         raise ValueError(f"{path!r}: {error}") from error
-    return make_start(layer, rank, a, b)
+    return make_start(site, rank, a, b)
 
 
-def eva(model, layers, data, budget) -> dict:
+def eva(model, sites_by_path, data, budget) -> dict:
     """Path -> Start: A is the principal directions of the layer's inputs, B = 0."""
-    for path, layer in layers.items():
-        if layer.form.batch_axes:
+    for path, site in sites_by_path.items():
+        if site.form.batch_axes:
             raise ValueError(
                 f"'eva' does not support {path!r}: its inputs differ between the batch "
                 "axes of its kernel. Leave it out with exclude=."
             )
-    moments = layer_moments(model, layers.values(), data)
+    moments = layer_moments(model, sites_by_path.values(), data)
     directions = {}
     for group in dict.fromkeys(moments.values()):
-        paths = [path for path, layer in layers.items() if moments[layer] is group]
-        most = max(layers[path].lora.rank for path in paths) * (2 if budget else 1)
+        paths = [path for path, site in sites_by_path.items() if moments[site] is group]
+        max_rank = max(sites_by_path[path].lora.rank for path in paths)
+        max_rank *= 2 if budget else 1
         for path in paths:
-            rows = min(group.count, layers[path].form.fan_in)
-            refuse_rank(path, layers[path].lora.rank, rows)
-        directions |= dict.fromkeys(paths, group.principal(most))
-    ranks = {path: layer.lora.rank for path, layer in layers.items()}
+            rows = min(group.count, sites_by_path[path].form.fan_in)
+            refuse_rank(path, sites_by_path[path].lora.rank, rows)
+        directions |= dict.fromkeys(paths, group.principal(max_rank))
+    ranks = {path: site.lora.rank for path, site in sites_by_path.items()}
     if budget is not None:
         ranks = allocate_ranks(
             {path: directions[path][1][: 2 * rank] for path, rank in ranks.items()},
             budget,
         )
     starts = {}
-    for path, layer in layers.items():
+    for path, site in sites_by_path.items():
         rank = ranks[path]
         if rank:
-            b = np.zeros(layer.low_rank_form(rank).b_shape)
-            starts[path] = make_start(layer, rank, directions[path][0][:, :rank], b)
+            b = np.zeros(site.low_rank_form(rank).b_shape)
+            starts[path] = make_start(site, rank, directions[path][0][:, :rank], b)
         else:
             starts[path] = Start(rank)
     return starts
@@ -138,51 +139,51 @@ def allocate_ranks(shares, budget) -> dict:
     return {path: counts[path] for path in shares}
 
 
-def loftq(layers, float_model) -> dict:
+def loftq(sites_by_path, float_model) -> dict:
     """Path -> Start: a quantized kernel Q and A @ B whose sum is close to W.
 
     Alternates Q = quantize(W - D) with D = the nearest matrix of rank r to W - Q, and
     takes the best pair of several steps. The first Q is the layer's own.
     """
-    merge.refuse_calibrating("loftq", layers.values())
-    paths = sites.with_model(float_model, sites.layer_paths(float_model))
+    merge.refuse_calibrating("loftq", sites_by_path.values())
+    float_layers = sites.with_model(float_model, sites.layer_paths(float_model))
     starts = {}
-    for path, layer in layers.items():
-        other = paths.get(path)
-        if not layer.is_quantized or other is None or other.quantization_mode:
+    for path, site in sites_by_path.items():
+        other = float_layers.get(path)
+        if not site.is_quantized or other is None or other.quantization_mode:
             raise ValueError(
                 "'loftq' needs quantized layers, and as `data` the float model. The "
                 f"layer {path!r} is "
-                f"{'not in float in `data`' if layer.is_quantized else 'not quantized'}"
+                f"{'not in float in `data`' if site.is_quantized else 'not quantized'}"
                 "."
             )
         kernel = torch_layout.to_numpy(getattr(other, kinds.kind_of(other).kernel_name))
-        if kernel.shape != tuple(layer.kernel_shape):
+        if kernel.shape != tuple(site.kernel_shape):
             raise ValueError(
                 f"The kernel of {path!r} has shape {kernel.shape} in the float model, "
-                f"but {tuple(layer.kernel_shape)} in this one."
+                f"but {tuple(site.kernel_shape)} in this one."
             )
-        starts[path] = quantized_start(path, layer, kernel.astype("float64"))
+        starts[path] = quantized_start(path, site, kernel.astype("float64"))
     return starts
 
 
-def quantized_start(path, layer, kernel) -> Start:
-    rank, dtype = layer.lora.rank, layer.kernel_dtype
+def quantized_start(path, site, kernel) -> Start:
+    rank, dtype = site.lora.rank, site.kernel_dtype
     length = np.linalg.norm(kernel) or 1.0
-    plain, seen, tried, nearest = None, layer, [], 0.0
+    plain, seen, tried, nearest = None, site, [], 0.0
     for step in range(LOFTQ_STEPS):
         if step:
             remainder = (kernel - nearest).astype(dtype)
-            plain = merge.make_merged_layer(layer, remainder, "requantize")
-            seen = classes.view_with(plain, type(layer), {})
+            plain = merge.make_merged_layer(site, remainder, "requantize")
+            seen = classes.view_with(plain, type(site), {})
         lost = kernel - torch_layout.to_numpy(seen.base_kernel(dtype))
-        matrix, back = finite_matrix(path, layer, lost)
-        a, b = pissa(matrix, rank, layer.lora.scaling)
-        nearest = back(layer.lora.scaling * a @ b)
+        matrix, back = finite_matrix(path, site, lost)
+        a, b = pissa(matrix, rank, site.lora.scaling)
+        nearest = back(site.lora.scaling * a @ b)
         error = float(np.linalg.norm(lost - nearest) / length)
         before = tried[0].errors[0] if tried else float(np.linalg.norm(lost) / length)
         options = {"plain": plain, "errors": (before, error)}
-        tried.append(make_start(layer, rank, a, b, keeps_outputs=False, **options))
+        tried.append(make_start(site, rank, a, b, keeps_outputs=False, **options))
     return min(tried, key=lambda start: start.errors[1])
 
 
@@ -317,24 +318,24 @@ class Recorder:
         return host.frozen_linear(inputs)
 
 
-def layer_moments(model, layers, data) -> dict:
+def layer_moments(model, adapted_sites, data) -> dict:
     """Layer -> Moments of its inputs, for batches of the model's inputs."""
     groups = collections.defaultdict(Moments)
-    recorders = {layer: Recorder(groups) for layer in layers}
+    recorders = {site: Recorder(groups) for site in adapted_sites}
 
     def record():
         try:
-            for layer, recorder in recorders.items():
-                layer.lora.stand_in = recorder
+            for site, recorder in recorders.items():
+                site.lora.stand_in = recorder
             for batch in batches_for(model, data):
                 model(batch, training=False)
         finally:
-            for layer in layers:
-                layer.lora.stand_in = None
-        for layer, recorder in recorders.items():
+            for site in adapted_sites:
+                site.lora.stand_in = None
+        for site, recorder in recorders.items():
             if recorder.moments is None:
                 raise ValueError(
-                    f"{layer.name!r} was not called for any batch of `data`."
+                    f"{site.name!r} was not called for any batch of `data`."
                 )
         return [recorder.moments for recorder in recorders.values()]
 

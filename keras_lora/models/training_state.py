@@ -201,7 +201,7 @@ def freeze_all_but_lora(model, bias="none", also_train=()):
     Nothing is compiled again.
     """
     refuse_quantized(also_train)
-    adapted = sites.built_sites(model)
+    adapted = sites.adapted_sites(model)
     kept = {id(v) for site in adapted for v in layers.own_variables(site.lora)}
     with_bias = {
         "none": [],
