@@ -198,7 +198,9 @@ def share(make, name):
             keras_lora.apply_lora(model, rank=2, target=target, dry_run=True)
             for target in ("all-linear", "all")
         ]
-        percents = [f"{100 * report.adapted / report.plain:.1f}%" for report in found]
+        percents = [
+            f"{100 * report.adapted_parameters / report.plain:.1f}%" for report in found
+        ]
         inputs = inputs_of(model)
         before = flat(model(inputs, training=False))
         report = keras_lora.apply_lora(model, rank=2, target="all")

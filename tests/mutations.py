@@ -698,7 +698,7 @@ FAULTS = {
             "test_expert_files.py -k spectra",
         ),
         (
-            'ranks, {x for f in files for x in f.config["target_parameters"]}',
+            'ranks, {x for f in files for x in f.settings["target_parameters"]}',
             "ranks, ()",
             "test_expert_files.py -k spectra",
         ),
@@ -774,7 +774,7 @@ FAULTS = {
             "test_expert_files.py -k no_stacks",
         ),
         (
-            "if not every or [",
+            "if not is_complete or [",
             "if [",
             "test_expert_files.py -k no_stacks",
         ),
@@ -944,7 +944,7 @@ FAULTS = {
             "test_bad_input.py test_adapter_files.py -k names",
         ),
         (
-            "if kinds.looks_up(layer) and id(kinds.layer_of(layer)) in heads:",
+            "if kinds.looks_up(layer) and id(kinds.layer_of(layer)) in output_ids:",
             "if False:",
             "test_peft_settings.py -k tied",
         ),
@@ -961,7 +961,7 @@ FAULTS = {
             "test_adapter_files.py -k every_kind",
         ),
         (
-            "values += unread_base_values(layers, values)",
+            "values += unread_base_values(layers_and_model, values)",
             "pass",
             "test_trained_beside.py -k brings_the_bases_own",
         ),
@@ -1039,17 +1039,17 @@ FAULTS = {
             "test_report.py -k subclassed",
         ),
         (
-            "while owner and paths.get(owner, layer) is layer:",
-            "while owner and owner not in paths:",
+            "while owner and layers_by_path.get(owner, layer) is layer:",
+            "while owner and owner not in layers_by_path:",
             "test_every_weight.py -k calls_itself",
         ),
         (
-            "if id(layer) in heads or is_bias(site):",
-            "if id(layer) in heads:",
+            "if id(layer) in output_ids or is_bias(site):",
+            "if id(layer) in output_ids:",
             "test_every_weight.py -k means_the_weights",
         ),
         (
-            "for x in (p, *sites_at(p, paths, every))",
+            "for x in (p, *sites_at(p, layers_by_path, all_sites))",
             "for x in (p,)",
             "test_every_weight.py -k means_the_weights",
         ),
@@ -1076,7 +1076,7 @@ FAULTS = {
             "test_apply.py -k test_patterns",
         ),
         (
-            "    sites.refuse_adapters(paths)\n",
+            "    sites.refuse_adapters(layers_by_path)\n",
             "",
             "test_apply.py -k applying_twice",
         ),

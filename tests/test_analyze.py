@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from pretrained import convolutional, sequential, transformer
 
 import keras_lora
-from keras_lora.models.sites import adapted_sites, layer_paths
+from keras_lora.models.sites import adapted_sites, layers_by_path
 
 
 def as_matrices(name, kernel):
@@ -45,7 +45,7 @@ def test_every_kind_has_numpys_singular_values(case):
     (row,) = keras_lora.analyze(layer)
     expected = by_numpy(case.name, delta)
     assert_values(row.singular_values, expected)
-    assert (row.path, row.rank) == (next(iter(layer_paths(layer))), layer.lora.rank)
+    assert (row.path, row.rank) == (next(iter(layers_by_path(layer))), layer.lora.rank)
     assert row.norm == pytest.approx(np.sqrt(np.sum(delta**2)), rel=1e-5)
     relative = row.norm / np.sqrt(np.sum(kernel**2))
     assert row.relative_norm == pytest.approx(relative, rel=1e-5)
@@ -266,7 +266,7 @@ def test_cut_to_what_the_spectrum_needs(energy, tmp_path):
     model = filled(transformer)
     updates = {
         path.replace("/", "."): to_numpy(layer.lora.delta()).astype("float64")
-        for path, layer in layer_paths(model).items()
+        for path, layer in layers_by_path(model).items()
         if getattr(layer, "lora", None) is not None
     }
     keras_lora.save_adapter(model, tmp_path / "one")

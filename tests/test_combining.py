@@ -8,7 +8,7 @@ from pretrained import PRETRAINED, convolutional, sequential, transformer
 from shared import adapt, adapted, flags, predict
 
 import keras_lora
-from keras_lora.models.sites import adapted_sites, layer_paths
+from keras_lora.models.sites import adapted_sites, layers_by_path
 
 over_models = pytest.mark.parametrize(
     "build", PRETRAINED, ids=lambda build: build.__name__
@@ -31,7 +31,7 @@ def saved(build, folder, seed, **settings):
 def deltas(model):
     return {
         path: to_numpy(layer.lora.delta())
-        for path, layer in layer_paths(model).items()
+        for path, layer in layers_by_path(model).items()
         if getattr(layer, "lora", None) is not None
     }
 

@@ -15,10 +15,10 @@ from name_tables import NAME_TABLES
 from pretrained import sequential
 
 import keras_lora
-from keras_lora.files.names import module_names
+from keras_lora.files.names import modules_of
 from keras_lora.files.save import adapter_of
 from keras_lora.keras_internals import keras_hub as internals
-from keras_lora.models.sites import adapted_sites, layer_paths
+from keras_lora.models.sites import adapted_sites, layers_by_path
 
 TABLES = {
     "bert": ("BertBackbone", "BertTextClassifier", {"num_classes": 3}),
@@ -40,8 +40,8 @@ def task(name, **kwargs):
 def test_the_tables_written_by_hand_are_derived(table, names):
     bare = backbones.backbone(TABLES[table][0])
     for model in (bare, task(table)):
-        paths = layer_paths(model)
-        derived = module_names(paths, table if names == "family" else names, model)
+        paths = layers_by_path(model)
+        derived = modules_of(paths, table if names == "family" else names, model)
         path_of = {id(layer): path for path, layer in paths.items()}
         found = {
             path_of[id(layer)]: module
@@ -132,7 +132,7 @@ def test_a_backbone_made_of_layers_has_the_same_names_over_integers():
                 model.quantize("int8")
             else:
                 keras_lora.apply_lora(model, rank=1)
-        found = module_names(layer_paths(model), "transformers", model)
+        found = modules_of(layers_by_path(model), "transformers", model)
         names.append(found.keys() - found.unnamed)
     assert names[0] == names[1] == names[2]
 
@@ -214,7 +214,7 @@ def test_layouts_are_seen(order, one_a, monkeypatch):
     monkeypatch.setitem(internals.converters(), "llama3", other)
     model = adapted("Llama3Backbone")
     if one_a:  # of a module whose parts share it
-        for path, layer in layer_paths(model).items():
+        for path, layer in layers_by_path(model).items():
             if path.endswith(("query", "key", "value")):
                 fill(layer.lora.a, 99, 0.3)
     expected = [to_numpy(layer.lora.delta()) for layer in adapted_sites(model)]
@@ -272,7 +272,7 @@ def test_asking_makes_no_variables(monkeypatch):
     monkeypatch.setattr(
         keras.Variable, "_initialize_with_initializer", lambda v, _: made.append(v)
     )
-    module_names(layer_paths(backbone), "transformers", backbone)
+    modules_of(layers_by_path(backbone), "transformers", backbone)
     with keras.StatelessScope():  # which initializes what is left
         pass
     assert made == []
@@ -280,9 +280,9 @@ def test_asking_makes_no_variables(monkeypatch):
 
 def test_a_quantized_model_has_the_names_of_the_float_one():
     model = backbones.backbone("Llama3Backbone")
-    expected = module_names(layer_paths(model), "transformers", model)
+    expected = modules_of(layers_by_path(model), "transformers", model)
     model.quantize("int4")  # whose kernels have another shape
-    found = module_names(layer_paths(model), "transformers", model)
+    found = modules_of(layers_by_path(model), "transformers", model)
     assert list(found) == list(expected)
 
 
@@ -382,7 +382,7 @@ def test_derived_names_are_modules_there(name):
     """Of families that no other test runs live; transformers 5's own names."""
     there = dict(THERE[name]().named_modules())
     backbone = plain(name)
-    modules = module_names(layer_paths(backbone), "transformers", backbone)
+    modules = modules_of(layers_by_path(backbone), "transformers", backbone)
     named = {module.partition("[")[0] for module in modules.keys() - modules.unnamed}
     assert len(named) > 20
     assert named <= there.keys()

@@ -15,7 +15,7 @@ from test_gradient_sizes import formed, training_step
 
 import keras_lora
 from keras_lora.layers import kinds
-from keras_lora.models.sites import adapted_sites, layer_paths
+from keras_lora.models.sites import adapted_sites, layers_by_path
 
 L = keras.layers
 
@@ -582,9 +582,9 @@ def test_banks_of_experts(name):
 
 def test_paths_stay_whatever_a_layer_is_called(tmp_path):
     model = backbone("MixtralBackbone")  # whose banks are called as a class of ours
-    before = layer_paths(model)
+    before = layers_by_path(model)
     keras_lora.apply_lora(model, rank=2, target="all")
-    after = {id(layer): path for path, layer in layer_paths(model).items()}
+    after = {id(layer): path for path, layer in layers_by_path(model).items()}
     assert [after[id(layer)] for layer in before.values()] == list(before)
     for seed, site in enumerate(adapted_sites(model)):
         fill(site.lora.b, seed, 0.1)

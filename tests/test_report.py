@@ -12,7 +12,7 @@ from models import MODELS, functional, nested, sequential, subclassed
 from seeds import set_seed
 
 import keras_lora
-from keras_lora.models.sites import layer_paths
+from keras_lora.models.sites import layers_by_path
 
 
 def test_rows_and_table(capsys):
@@ -56,7 +56,7 @@ def test_share_counts_the_kernels_of_an_int4_model_unpacked():
 
 def test_paths_are_the_same_in_every_instance():
     for build in MODELS:
-        assert list(layer_paths(build())) == list(layer_paths(build()))
+        assert list(layers_by_path(build())) == list(layers_by_path(build()))
 
 
 def test_paths_say_where_a_layer_is():
@@ -77,9 +77,9 @@ def test_paths_say_where_a_layer_is():
 
 def test_paths_do_not_change_when_adapters_are_merged():
     model = nested()
-    paths = [path for path in layer_paths(model) if "lora" not in path]
+    paths = [path for path in layers_by_path(model) if "lora" not in path]
     keras_lora.merge_lora(model)
-    assert list(layer_paths(model)) == paths
+    assert list(layers_by_path(model)) == paths
 
 
 def test_model_without_adapters_has_an_empty_table():
@@ -99,7 +99,7 @@ def test_only_a_model_puts_its_name_before_its_layers():
     """An attention layer by itself has the paths that it has inside a model."""
     layer = keras.layers.MultiHeadAttention(2, 4, name="attention")
     layer.build((None, 3, 8), (None, 3, 8))
-    assert "attention_output" in layer_paths(layer)
+    assert "attention_output" in layers_by_path(layer)
 
 
 def small(**settings):

@@ -140,7 +140,7 @@ def analyze_model(model):
 
     sites.sites_outside_contexts(model)
     rows, methods, trained = [], [], []
-    for path, site in sites.site_paths(sites.layer_paths(model)).items():
+    for path, site in sites.sites_by_path(sites.layers_by_path(model)).items():
         if lora_layer.is_adapted(site) and site.lora.rank is None:
             trained.append(path)
         elif lora_layer.is_adapted(site):
@@ -348,7 +348,7 @@ def check_adapter(
     max_lora_rank = settings.validate_rank(max_lora_rank)
     adapter = adapter if isinstance(adapter, Adapter) else Adapter.read(adapter)
     file, problems = factors.factors_of(adapter, ()), []
-    if heads := file.config["modules_to_save"]:
+    if heads := file.settings["modules_to_save"]:
         problems.append(
             f"{VLLM} refuses modules_to_save, here {heads}: train without "
             "`also_train`, or merge and serve the whole model."
@@ -360,7 +360,7 @@ def check_adapter(
         )
     if file.bias != "none":
         problems.append(
-            f"{VLLM} refuses trained biases, here bias={file.config['bias']!r}: train "
+            f"{VLLM} refuses trained biases, here bias={file.bias!r}: train "
             'with bias="none".'
         )
     other_tensors = sorted(file.weights)
@@ -383,8 +383,8 @@ def check_adapter(
             "--max-lora-rank, or lower the rank with combine_adapters([adapter], "
             f"rank={max_lora_rank})."
         )
-    rslora = file.config["use_rslora"]
-    scaling = file.config["lora_alpha"] / settings.divisor(file.config["r"], rslora)
+    divisor = settings.divisor(file.settings["r"], file.use_rslora)
+    scaling = file.settings["lora_alpha"] / divisor
     otherwise = [
         module
         for module, x in file.factors.items()

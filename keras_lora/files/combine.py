@@ -12,7 +12,7 @@ from keras_lora.keras_internals import warn_caller
 from keras_lora.layers import settings
 from keras_lora.models import tables
 
-BIASES = ("none", "lora_only", "all")  # each includes those before it
+BIAS_ORDER = ("none", "lora_only", "all")  # each includes those before it
 
 
 def combine_adapters(
@@ -119,20 +119,22 @@ def combine_adapters(
     slice_ranks = slices.fuse(tensors, ranks, alphas, use_rslora)
     tensors |= combine_full_weights(files, heads)
     ids = {m: list(own) for file in files for m, (own, _) in file.rows.items()}
-    bias = max((file.bias for file in files), key=BIASES.index)
-    said = {key: {x.config.get(key) for x in opened} for key in config.FACTS}
+    bias = max((file.bias for file in files), key=BIAS_ORDER.index)
+    facts = {key: {x.config.get(key) for x in opened} for key in config.FACTS}
     new_config = config.make_config(
         ranks,
         alphas,
         use_rslora,
-        lora_dropout=max(file.config["dropout"] for file in files),
+        lora_dropout=max(file.settings["dropout"] for file in files),
         bias=None if bias == "none" else bias,
-        modules_to_save=sorted({m for f in files for m in f.config["modules_to_save"]}),
+        modules_to_save=sorted(
+            {m for f in files for m in f.settings["modules_to_save"]}
+        ),
         fan_in_fan_out=any(x.config.get("fan_in_fan_out") for x in opened),
         parameters=experts.parameters_in(
-            ranks, {x for f in files for x in f.config["target_parameters"]}
+            ranks, {x for f in files for x in f.settings["target_parameters"]}
         ),
-        **{key: values.pop() for key, values in said.items() if len(values) == 1},
+        **{key: values.pop() for key, values in facts.items() if len(values) == 1},
         **{validation.KEYWORD: ids},
     )
     return Adapter(tensors, new_config, slice_ranks, errors)

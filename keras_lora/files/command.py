@@ -34,8 +34,10 @@ def main(arguments=None) -> int:
 def show(options):
     for path in options.folders:
         adapter = Adapter.read(path)
-        said = [[k, str(v)] for k, v in sorted(adapter.config.items()) if v is not None]
-        write(path, ["setting", "value"], said)
+        settings = [
+            [k, str(v)] for k, v in sorted(adapter.config.items()) if v is not None
+        ]
+        write(path, ["setting", "value"], settings)
         write(*folder.parts_of(adapter))
         try:
             write(*analyze.analyze(adapter).parts())
@@ -129,16 +131,16 @@ def check(options):
                 adapter = Adapter.read(path)
                 file = factors.factors_of(adapter)
                 factors.validate_starts(adapter.starts, file.factors)
-                said = f"good: {folder.in_words(adapter)}"
+                verdict = f"good: {folder.in_words(adapter)}"
                 if options.engine:
                     rank = options.max_lora_rank
                     refused = analyze.check_adapter(adapter, options.engine, rank)
                     wrong = wrong or int(bool(refused))
             except (ValueError, OSError) as error:
-                wrong, said = 1, f"wrong: {error}"
+                wrong, verdict = 1, f"wrong: {error}"
         notes = [f"note: {warning.message}" for warning in caught]
         notes += [f"{options.engine}: {sentence}" for sentence in refused]
-        write_lines([f"{path}: {in_one_line(line)}" for line in [said, *notes]])
+        write_lines([f"{path}: {in_one_line(line)}" for line in [verdict, *notes]])
     return wrong
 
 

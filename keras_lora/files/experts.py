@@ -71,7 +71,7 @@ def wrapped_modules(owner, parameters) -> dict:
 def unwrap(tensors, settings) -> dict:
     """The tensors of a file, with stacks under the names of their parameters.
 
-    config: checked.
+    settings: From `validate_config`.
     """
     depths = collections.defaultdict(set)
     for key in tensors:
@@ -215,8 +215,8 @@ def build_stacks(adapter, tensors, values, modules):
 def sort_by_expert(stack, values):
     """The values of all experts, by their numbers."""
     shapes = {value.shape for value in values.values()}
-    every = values.keys() == set(range(len(values)))
-    if not every or [len(shape) for shape in shapes] != [2]:
+    is_complete = values.keys() == set(range(len(values)))
+    if not is_complete or [len(shape) for shape in shapes] != [2]:
         raise ValueError(
             f"The experts of {slices.without_slice(stack)!r} need factors of one shape "
             f"each. The file has factors of the experts {sorted(values)[:9]}, with "

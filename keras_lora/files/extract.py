@@ -8,7 +8,7 @@ import numpy as np
 
 from keras_lora.files import save
 from keras_lora.files.folder import Adapter
-from keras_lora.files.names import module_names
+from keras_lora.files.names import modules_of
 from keras_lora.keras_internals import distribution, layers
 from keras_lora.layers import kinds, settings, torch_layout
 from keras_lora.layers.substituted import WeightSite
@@ -56,15 +56,15 @@ def extract_adapter(
                 f"{model.name!r} holds LoRA layers. Call merge_lora or remove_lora on "
                 "it, or on a copy of it, first."
             )
-        for path, layer in sites.layer_paths(model).items():
+        for path, layer in sites.layers_by_path(model).items():
             if layer.quantization_mode is not None:
                 raise ValueError(
                     f"The layer {path!r} of {model.name!r} is quantized, and integer "
                     "kernels have no low-rank difference. Give the float models."
                 )
-    paths = sites.layer_paths(base_model)
-    base = module_names(paths, names, base_model)
-    tuned = module_names(sites.layer_paths(tuned_model), names, tuned_model)
+    layers_by_path = sites.layers_by_path(base_model)
+    base = modules_of(layers_by_path, names, base_model)
+    tuned = modules_of(sites.layers_by_path(tuned_model), names, tuned_model)
     adapters, updates, trained, errors = {}, {}, [], {}
     kernels = {
         id(kinds.as_site(site).frozen_kernel): module
@@ -90,7 +90,7 @@ def extract_adapter(
         raise ValueError(
             "No kernel that can be adapted differs between the two models."
         )
-    with apply.adapt_layers(base_model, paths, adapters):
+    with apply.adapt_layers(base_model, layers_by_path, adapters):
         for module, (a, b) in updates.items():
             lora = base.sites[module].lora
             distribution.assign(lora.a, a)

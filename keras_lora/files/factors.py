@@ -76,21 +76,21 @@ class FileFactors:
     factors: dict  # module -> Factors
     weights: dict  # key -> array, for those that trained in full
     unadapted: dict  # slice of an adapted module -> {suffix: array}, without A and B
-    config: dict  # checked
+    settings: dict  # checked
     rows: dict  # module -> (ids of tokens, their rows)
 
     @property
     def bias(self) -> str:
-        return self.config["bias"]
+        return self.settings["bias"]
 
     @property
     def use_rslora(self) -> bool:
-        return self.config["use_rslora"]
+        return self.settings["use_rslora"]
 
     @property
     def method(self) -> dict:
         """The keyword of a method other than LoRA."""
-        return self.config["method"]
+        return self.settings["method"]
 
 
 def slice_names(adapters) -> list:
@@ -181,10 +181,10 @@ def refuse_incomplete(arrays, method):
             )
 
 
-def ranks_and_alphas(config, arrays, shares) -> tuple:
+def ranks_and_alphas(settings_in_file, arrays, shares) -> tuple:
     """Returns {module: rank} and {module: alpha}, of slices where there are some."""
-    ranks = values_by_module(config, "rank_pattern", "r", arrays)
-    alphas = values_by_module(config, "alpha_pattern", "lora_alpha", arrays)
+    ranks = values_by_module(settings_in_file, "rank_pattern", "r", arrays)
+    alphas = values_by_module(settings_in_file, "alpha_pattern", "lora_alpha", arrays)
     low_rank = torch_layout.LINEAR + torch_layout.EMBEDDING
     for module, values in arrays.items():
         factors = [values[suffix] for suffix in low_rank if suffix in values]
@@ -201,7 +201,7 @@ def ranks_and_alphas(config, arrays, shares) -> tuple:
                 f"{CONFIG}, but {total} in {disk.TENSORS}."
             )
         ranks[name] = rank
-        use_rslora = config["use_rslora"]
+        use_rslora = settings_in_file["use_rslora"]
         alphas[name] = settings.alpha_at(rank, alphas[name], total, use_rslora)
     return ranks, alphas
 

@@ -18,8 +18,7 @@ from keras_lora.keras_internals.layers import own_variables
 from keras_lora.layers import kinds
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.substituted import WeightSite
-from keras_lora.models import presets
-from keras_lora.models.sites import layer_paths, site_paths
+from keras_lora.models import presets, sites
 
 TRANSFORMERS, TRANSFORMERS_4 = "transformers", "transformers4"
 BLOCK = re.compile(r"(?:.+/)?(?:transformer_layer|decoder_block)_\d+/")
@@ -70,36 +69,40 @@ class Family(NamedTuple):
         return names | {path: outer + head for path, head in self.heads.items()}
 
 
-def family(model, paths, names) -> Family:
+def family(model, layers_by_path, names) -> Family:
     """Asks KerasHub's converter for the model's backbone.
 
     names: its family's, or "transformers".
     """
-    layers = [model, *paths.values()]
+    layers = [model, *layers_by_path.values()]
     backbone = next((layer for layer in layers if keras_hub.is_backbone(layer)), None)
-    name, held = None, "a model without a backbone of KerasHub"
+    name, described = None, "a model without a backbone of KerasHub"
     if backbone is not None:
-        name, held = keras_hub.family_of(type(backbone)), f"a {type(backbone).__name__}"
+        name, described = (
+            keras_hub.family_of(type(backbone)),
+            f"a {type(backbone).__name__}",
+        )
     asked = (
         None if names in (TRANSFORMERS, TRANSFORMERS_4) else ALIASES.get(names, names)
     )
     if name is None or asked not in (None, name):
         known = [TRANSFORMERS, TRANSFORMERS_4, *keras_hub.converters()]
         raise ValueError(
-            f"`names` {names!r} does not fit {held}{f' of {name!r}' if name else ''}. "
-            "Give a dict from the model's paths to module names, or a function. For a "
-            f"model of KerasHub, `names` can be one of {known}."
+            f"`names` {names!r} does not fit {described}"
+            f"{f' of {name!r}' if name else ''}. Give a dict from the model's paths to "
+            "module names, or a function. For a model of KerasHub, `names` can be one "
+            f"of {known}."
         )
     try:
         backbone_regions = regions_of(backbone, name)
     except Exception as error:  # a converter may raise anything
         raise ValueError(
-            f"KerasHub's converter for {name!r} does not work for {held}: "
+            f"KerasHub's converter for {name!r} does not work for {described}: "
             f"{type(error).__name__}: {error}. Give `names` as a dict from the model's "
             "paths to module names."
         ) from error
-    path_of = {id(layer): path for path, layer in paths.items()}
-    backbone_layers = layer_paths(backbone)
+    path_of = {id(layer): path for path, layer in layers_by_path.items()}
+    backbone_layers = sites.layers_by_path(backbone)
     root = family_names.ROOTS.get(name, "model")
     regions = {
         path_of[id(backbone_layers[path])]: region.without_prefix(f"{root}.")
@@ -111,10 +114,10 @@ def family(model, paths, names) -> Family:
             path: p.without_prefix("language_model.") for path, p in regions.items()
         }
     regions |= expert_regions(
-        site_paths(paths), regions, family_names.EXPERTS.get(name)
+        sites.sites_by_path(layers_by_path), regions, family_names.EXPERTS.get(name)
     )
     heads = {} if backbone is model else family_names.HEADS.get(name, {})
-    heads = {path: head for path, head in heads.items() if path in paths}
+    heads = {path: head for path, head in heads.items() if path in layers_by_path}
     return Family(
         root, backbone is model, regions, heads, family_names.SINCE_5.get(name, {})
     )
@@ -193,12 +196,12 @@ def regions_of(backbone, family) -> dict:
     # Where the backbone is quantized or adapted, the kernels that the converter means
     # are not there.
     cls = type(backbone)
-    cls = presets.plain_class_of(cls) if hasattr(cls, "plain_owner") else cls
+    cls = presets.plain_class_of(cls) if hasattr(cls, "carried_class") else cls
     config = presets.plain_float_config(cls.get_config(backbone))
     copy = keras_hub.uninitialized_copy(cls, {**config, "dtype": "float32"})
     owners, sizes = {}, collections.Counter()
-    paths = layer_paths(copy)
-    for path, layer in paths.items():
+    layers_by_path = sites.layers_by_path(copy)
+    for path, layer in layers_by_path.items():
         owners |= {id(variable): path for variable in own_variables(layer)}
     by_word = collections.defaultdict(dict)
 
@@ -208,8 +211,11 @@ def regions_of(backbone, family) -> dict:
     def add_region(variable, key, hook):
         path = owners.get(id(variable))
         module, _, word = key.rpartition(".")
-        if path is not None and tensors.torch_name(paths[path], variable) == word:
-            region = region_of(paths[path], variable, hook, sizes[key])
+        if (
+            path is not None
+            and tensors.torch_name(layers_by_path[path], variable) == word
+        ):
+            region = region_of(layers_by_path[path], variable, hook, sizes[key])
             by_word[path][word] = region and Region(module, *region[1:])
 
     try:
@@ -221,7 +227,7 @@ def regions_of(backbone, family) -> dict:
         keras_hub.run_converter(family, copy, count)
     keras_hub.run_converter(family, copy, add_region)
     regions = {}
-    for path in paths:
+    for path in layers_by_path:
         values = list(by_word[path].values())
         if values and share_region(values):
             regions[path] = by_word[path].get("weight", values[0])

@@ -48,7 +48,7 @@ def load_keras_lora(
         >>> [(row.path, row.rank) for row in report]
         [('dense', 4)]
     """
-    paths = sites.layer_paths(model)
+    layers_by_path = sites.layers_by_path(model)
     if isinstance(source, (str, Path)):
         factors = read_factors(model, source)
     elif not isinstance(source, keras.layers.Layer):
@@ -57,8 +57,8 @@ def load_keras_lora(
             f"{type(source).__name__}."
         )
     else:
-        factors = factors_of_model(paths, source)
-    path_of = {id(layer): path for path, layer in paths.items()}
+        factors = factors_of_model(layers_by_path, source)
+    path_of = {id(layer): path for path, layer in layers_by_path.items()}
     tensors, ranks, alphas = {}, {}, {}
     for layer, a, b, scaling in factors:
         module = path_of[id(layer)].replace("/", ".")
@@ -67,7 +67,7 @@ def load_keras_lora(
         tensors[module + suffixes[0]], tensors[module + suffixes[1]] = a, b
         ranks[module], alphas[module] = len(a), scaling * len(a)
     adapter = Adapter(tensors, config.make_config(ranks, alphas, False))
-    return load.load_into(model, paths, adapter)
+    return load.load_into(model, layers_by_path, adapter)
 
 
 def read_factors(model, path):
@@ -146,22 +146,27 @@ def values_of(dataset, path):
     return dataset[()]
 
 
-def factors_of_model(paths, source):
+def factors_of_model(layers_by_path, source):
     """[(layer, A, B, scaling)] for what `enable_lora` made in another model.
 
-    own: path -> layer of the model that gets them.
+    layers_by_path: Those of the model that gets them.
     """
     factors = []
-    for path, layer in sites.layer_paths(source).items():
+    for path, layer in sites.layers_by_path(source).items():
         if not getattr(layer, "lora_enabled", False):
             continue
-        if path not in paths:
+        if path not in layers_by_path:
             raise ValueError(f"The model has no layer {path!r}.")
         name = kinds.kind_of(layer).kernel_name
         a, b = (getattr(layer, f"lora_{name}_{factor}") for factor in "ab")
         scaling = layer.lora_alpha / layer.lora_rank
         factors.append(
-            (paths[path], torch_layout.to_numpy(a), torch_layout.to_numpy(b), scaling)
+            (
+                layers_by_path[path],
+                torch_layout.to_numpy(a),
+                torch_layout.to_numpy(b),
+                scaling,
+            )
         )
     if not factors:
         raise ValueError(f"No layer of {source.name!r} has Keras's `enable_lora`.")

@@ -10,7 +10,7 @@ import numpy as np
 from keras_lora.files import disk, load
 from keras_lora.files.config import make_config
 from keras_lora.files.folder import Adapter
-from keras_lora.files.names import module_names
+from keras_lora.files.names import modules_of
 from keras_lora.layers import kinds, settings
 from keras_lora.models import sites
 from keras_lora.models.report import Report
@@ -75,8 +75,8 @@ def load_loralib(
             "`state_dict` must be what `loralib.lora_state_dict(model)` returns, or a "
             f"file of it. Received: {type(state_dict).__name__}."
         )
-    paths = sites.layer_paths(model)
-    modules = module_names(paths, names, model)
+    layers_by_path = sites.layers_by_path(model)
+    modules = modules_of(layers_by_path, names, model)
     arrays = {key: to_array(key, value) for key, value in state_dict.items()}
     tensors, ranks = {}, {}
     for key in [key for key in arrays if key.endswith(".lora_A")]:
@@ -118,7 +118,9 @@ def load_loralib(
     if any(".base_layer." not in key for key in biases):
         bias = "all"
     config = make_config(ranks, alphas, use_rslora=False, bias=bias)
-    return load.load_into(model, paths, Adapter(tensors | biases, config), names)
+    return load.load_into(
+        model, layers_by_path, Adapter(tensors | biases, config), names
+    )
 
 
 def read_state_dict(path):

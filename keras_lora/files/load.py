@@ -9,7 +9,7 @@ import keras
 
 from keras_lora.files import config, disk, matching, tensors
 from keras_lora.files.folder import Adapter
-from keras_lora.files.names import module_names, refuse_tied_head
+from keras_lora.files.names import modules_of, refuse_tied_head
 from keras_lora.keras_internals import compiled, distribution, processes
 from keras_lora.keras_internals.layers import layer_variables
 from keras_lora.layers import lora_layer, token_rows
@@ -70,9 +70,11 @@ def load_adapter(
         >>> [row.rank for row in report]
         [8]
     """
-    paths = sites.layer_paths(model)
+    layers_by_path = sites.layers_by_path(model)
     sites.refuse_unbuilt(model)
-    return load_into(model, paths, read_for(model, directory), names, trainable)
+    return load_into(
+        model, layers_by_path, read_for(model, directory), names, trainable
+    )
 
 
 def read_for(model, directory) -> Adapter:
@@ -98,15 +100,15 @@ def fingerprint(adapter) -> str:
     return disk.digest(adapter.tensors, texts)
 
 
-def load_into(model, paths, adapter, names=None, trainable=True) -> Report:
+def load_into(model, layers_by_path, adapter, names=None, trainable=True) -> Report:
     """Loads an `Adapter` into a model.
 
-    paths: Path -> layer, of all its layers.
+    layers_by_path: All its layers.
     """
-    file = matching.match(adapter, module_names(paths, names, model, adapter))
+    file = matching.match(adapter, modules_of(layers_by_path, names, model, adapter))
     refuse_tied_head(model, names, file.sites | file.heads)
-    layers, notes = sites.with_model(model, paths), []
-    if any(map(lora_layer.has_adapters, layers.values())):
+    layers_and_model, notes = sites.with_model(model, layers_by_path), []
+    if any(map(lora_layer.has_adapters, layers_and_model.values())):
         sites.sites_outside_contexts(model)
         matching.refuse_other_modules(file)
         values = matching.values_for(file)
@@ -116,26 +118,26 @@ def load_into(model, paths, adapter, names=None, trainable=True) -> Report:
         }
         for module, site in file.tables.items():
             adapters[site] = {token_rows.KEYWORD: file.rows[module][0]}
-        with apply.adapt_layers(model, paths, adapters) as change:
+        with apply.adapt_layers(model, layers_by_path, adapters) as change:
             values = matching.values_for(file)
             heads = list(file.heads.values())
             training_state.freeze_all_but_lora(model, file.bias, heads)
             notes += change.commit()
     config.remember_file(model, adapter.config)
-    values += unread_base_values(layers, values)
+    values += unread_base_values(layers_and_model, values)
     for variable, value in values:
         distribution.assign(variable, value)
     for module, site in file.sites.items():
         alpha = tensors.own_alpha(site, file.factors[module].alpha, file.use_rslora)
         site.lora.set_alpha(alpha, file.use_rslora)
-    flags = training_state.trainable_flags(layers)
+    flags = training_state.trainable_flags(layers_and_model)
     if trainable:
-        training_state.train_adapters(layers)
+        training_state.train_adapters(layers_and_model)
     else:
-        training_state.freeze_adapters(layers)
-    if training_state.trainable_flags(layers) != flags:
+        training_state.freeze_adapters(layers_and_model)
+    if training_state.trainable_flags(layers_and_model) != flags:
         notes += compiled.compile_again(model)
-    return Report(model, paths, notes=notes)
+    return Report(model, layers_by_path, notes=notes)
 
 
 def unread_base_values(layers, values):
@@ -161,6 +163,6 @@ def adapter_options(file, module) -> dict:
         settings = settings.at(settings.rank // 2)
     return {
         **dataclasses.asdict(settings),
-        "dropout": file.config["dropout"],
+        "dropout": file.settings["dropout"],
         **file.method_of(module),
     }

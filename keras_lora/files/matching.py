@@ -53,7 +53,7 @@ def match(adapter, modules) -> MatchedFile:
     file = MatchedFile(
         **vars(contents),
         modules=modules,
-        heads=heads_of(contents.config["modules_to_save"], modules, contents.weights),
+        heads=heads_of(contents.settings["modules_to_save"], modules, contents.weights),
         starts=validate_starts(adapter.starts, contents.factors),
     )
     tensors.split_weights(file)
@@ -62,16 +62,16 @@ def match(adapter, modules) -> MatchedFile:
 
 def heads_of(names, modules, tensors):
     """{module: layer} for `modules_to_save`: names, or ends of names."""
-    heads, slices = {}, collections.defaultdict(list)
+    heads, parts_of_module = {}, collections.defaultdict(list)
     for module in modules:
-        slices[without_slice(module)].append(module)
+        parts_of_module[without_slice(module)].append(module)
     for name in names:
         meant = [
-            m for m in slices if f".{name}." in f".{m}."
+            m for m in parts_of_module if f".{name}." in f".{m}."
         ]  # itself, or what it holds
         stored = [m for m in meant if any(key.startswith(f"{m}.") for key in tensors)]
         for module in stored:
-            heads |= {part: modules[part] for part in slices[module]}
+            heads |= {part: modules[part] for part in parts_of_module[module]}
     if names and not heads:  # PEFT also lists heads of other models, such as "score"
         raise ValueError(
             f"modules_to_save in the file has {', '.join(map(repr, names))}, but no "
@@ -164,12 +164,13 @@ def refuse_other_modules(file):
         in_model = {site.lora.keyword} - {None}
         in_model |= {"frozen_start"} if site.lora.has_start else set()
         if in_model != in_file:
-            said, read = (
+            model_method, file_method = (
                 " and ".join(sorted(x)) or "LoRA" for x in (in_model, in_file)
             )
             raise ValueError(
-                f"The adapter of {module!r} is {said} in the model and {read} in the "
-                "file. Call remove_lora(model) first, and the file's is created."
+                f"The adapter of {module!r} is {model_method} in the model and "
+                f"{file_method} in the file. Call remove_lora(model) first, and the "
+                "file's is created."
             )
 
 
@@ -276,7 +277,7 @@ def weight_values(file) -> list:
         # A model with transformers' Conv1D may have a Linear head.
         linear = tensors.weight_to_tensor(layer, variable).shape
         is_linear = value.shape == linear and linear != linear[::-1]
-        inputs_first = file.config["fan_in_fan_out"] and not is_linear
+        inputs_first = file.settings["fan_in_fan_out"] and not is_linear
         value = tensors.weight_from_tensor(layer, variable, value, key, inputs_first)
         values.append((variable, value))
     return values

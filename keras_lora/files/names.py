@@ -9,8 +9,7 @@ import numpy as np
 from keras_lora.files import experts, families, family_names
 from keras_lora.keras_internals.layers import layer_variables
 from keras_lora.layers import kinds, lora_layer
-from keras_lora.models import targets
-from keras_lora.models.sites import site_paths
+from keras_lora.models import sites, targets
 
 
 class Modules(dict):
@@ -34,7 +33,7 @@ class Modules(dict):
         self.inputs_first, self.unnamed = set(), set()
 
 
-def name_function(names: Mapping | Callable | None, paths) -> Callable:
+def name_function(names: Mapping | Callable | None, layers_by_path) -> Callable:
     """Returns a function from paths to modules, None where the path is the name."""
     if names is None:
         return lambda path: None
@@ -46,10 +45,12 @@ def name_function(names: Mapping | Callable | None, paths) -> Callable:
             f"of the path, or a family's name. Received: {names!r}."
         )
     for path in names:
-        targets.refuse_two_meanings(path, {path} & paths.keys(), paths, "names")
-    unknown = [path for path in names if path not in paths]
+        targets.refuse_two_meanings(
+            path, {path} & layers_by_path.keys(), layers_by_path, "names"
+        )
+    unknown = [path for path in names if path not in layers_by_path]
     if unknown:
-        close = difflib.get_close_matches(str(unknown[0]), paths, n=3)
+        close = difflib.get_close_matches(str(unknown[0]), layers_by_path, n=3)
         hint = f"The closest are {close}." if close else ""
         hint = hint or "`keras_lora.summary` shows paths."
         raise ValueError(
@@ -58,22 +59,22 @@ def name_function(names: Mapping | Callable | None, paths) -> Callable:
     return names.get
 
 
-def module_names(paths, names, model, adapter=None) -> Modules:
+def modules_of(layers_by_path, names, model, adapter=None) -> Modules:
     """Module -> layer.
 
-    model: the model with these `paths`. adapter: the adapter that is read, if any; its
+    model: the model of these layers. adapter: the adapter that is read, if any; its
     names may be from an earlier transformers or have another prefix.
     """
-    sites = site_paths(paths)
+    sites_by_path = sites.sites_by_path(layers_by_path)
     if isinstance(names, str):
-        modules = names_from_converters(paths, names, model, adapter)
-        modules.sites = sites_by_module(modules, sites, modules.weights.get)
+        modules = names_from_converters(layers_by_path, names, model, adapter)
+        modules.sites = sites_by_module(modules, sites_by_path, modules.weights.get)
         named = {*modules, *modules.weights.values()}
         modules.unnamed |= modules.sites.keys() - named
         return modules
-    get = name_function(names, {**sites, **paths})
+    get = name_function(names, {**sites_by_path, **layers_by_path})
     modules = Modules()
-    for path, layer in paths.items():
+    for path, layer in layers_by_path.items():
         module = get(path) or path.replace("/", ".")
         if not isinstance(module, str):
             raise ValueError(
@@ -84,21 +85,21 @@ def module_names(paths, names, model, adapter=None) -> Modules:
             modules[module] = layer
         elif holds_weights(layer):
             raise ValueError(f"`names` gives two layers the name {module!r}.")
-    modules.sites = sites_by_module(modules, sites, get)
+    modules.sites = sites_by_module(modules, sites_by_path, get)
     return modules
 
 
-def sites_by_module(modules, sites, get) -> dict:
+def sites_by_module(modules, sites_by_path, get) -> dict:
     """Module -> site, for the sites of layers that have names.
 
     Args:
         modules: Module -> layer.
-        sites: Path -> site.
+        sites_by_path: Those of a model.
         get: Function from a path to the user's name for it, or None.
     """
     module_of = {id(layer): module for module, layer in modules.items()}
     named = {}
-    for path, site in sites.items():
+    for path, site in sites_by_path.items():
         layer = kinds.layer_of(site)
         module = module_of.get(id(layer))
         if module is None:
@@ -115,20 +116,22 @@ def holds_weights(layer):
     return lora_layer.has_adapters(layer) or bool(layer_variables(layer))
 
 
-def names_from_converters(paths, names, model, adapter) -> Modules:
+def names_from_converters(layers_by_path, names, model, adapter) -> Modules:
     """Returns the modules under the names from KerasHub's converters."""
-    family = families.family(model, paths, names)
+    family = families.family(model, layers_by_path, names)
     if adapter is None:
         named = family.written(since_5=names != families.TRANSFORMERS_4)
         if names == families.TRANSFORMERS_4:  # where each expert has its own modules
-            named = {path: module for path, module in named.items() if path in paths}
+            named = {
+                path: module for path, module in named.items() if path in layers_by_path
+            }
     else:
         named = family.read(adapter.tensors)
-    slices = collections.defaultdict(list)
+    parts_of_module = collections.defaultdict(list)
     for path, module in named.items():
-        slices[module].append(path)
+        parts_of_module[module].append(path)
     modules = Modules()
-    for module, parts in slices.items():
+    for module, parts in parts_of_module.items():
         regions = {
             path: family.regions[path] for path in parts if path in family.regions
         }
@@ -139,8 +142,8 @@ def names_from_converters(paths, names, model, adapter) -> Modules:
         is_whole = all(region.is_whole for region in regions.values())
         for index, path in enumerate(parts):
             name = module if is_whole else f"{module}[{index}/{len(parts)}]"
-            if path in paths:
-                modules[name] = paths[path]
+            if path in layers_by_path:
+                modules[name] = layers_by_path[path]
             else:
                 modules.weights[path] = name
                 modules.parameters[module] = experts.parameter_of(module)
@@ -151,7 +154,7 @@ def names_from_converters(paths, names, model, adapter) -> Modules:
             if names != families.TRANSFORMERS_4 and family_names.ROUTER.fullmatch(name):
                 modules.parameters[name] = experts.parameter_of(name)
     reached = set(map(id, modules.values()))
-    for path, layer in paths.items():
+    for path, layer in layers_by_path.items():
         if id(layer) not in reached:
             name = path.replace("/", ".")
             name = f"/{path}" if name in modules else name
@@ -175,9 +178,9 @@ def refuse_tied_head(model, names, layers):
 
     layers: module -> layer, those that an adapter changes.
     """
-    heads = targets.output_layers(model) if names is not None else ()
+    output_ids = targets.output_layers(model) if names is not None else ()
     for module, layer in layers.items():
-        if kinds.looks_up(layer) and id(kinds.layer_of(layer)) in heads:
+        if kinds.looks_up(layer) and id(kinds.layer_of(layer)) in output_ids:
             raise ValueError(
                 f"The embedding {module!r} makes the model's outputs too. PEFT would "
                 "change it only where tokens are looked up, not in the head, so the "

@@ -202,8 +202,8 @@ MLX = {".lora_a": "A", ".lora_b": "B", ".m": "m"}
 
 def from_mlx(file, tensors, config):
     """Transposes the factors of y = x W + scale * (x @ lora_a) @ lora_b."""
-    said = config.get("lora_parameters")
-    scale = said.get("scale") if isinstance(said, dict) else None
+    parameters = config.get("lora_parameters")
+    scale = parameters.get("scale") if isinstance(parameters, dict) else None
     kind = config.get("fine_tune_type", "lora")
     modules = group_by_module(file, tensors, MLX)
     if kind != "lora" or any("m" in parts for parts in modules.values()):
@@ -211,11 +211,11 @@ def from_mlx(file, tensors, config):
             f"{file} is an adapter of mlx ({kind!r}) with tensors other than A and B. "
             "Fuse it with mlx_lm.fuse, or train it with fine_tune_type lora."
         )
-    if not settings.is_number(scale) or "alpha" in said:
+    if not settings.is_number(scale) or "alpha" in parameters:
         raise ValueError(
             f"In {CONFIG} of mlx, lora_parameters must have a number for `scale` "
             "without `alpha`, by which mlx_lm of early 2024 multiplied it. Received: "
-            f"{said!r}. Set `scale` to the factor in front of A @ B."
+            f"{parameters!r}. Set `scale` to the factor in front of A @ B."
         )
     for module, parts in modules.items():
         if parts["A"].ndim != 2 or parts["B"].ndim != 2:
@@ -225,7 +225,7 @@ def from_mlx(file, tensors, config):
             )
     pairs = {m: {"A": x["A"].T, "B": x["B"].T} for m, x in modules.items()}
     alphas = {m: scale * len(x["A"]) for m, x in pairs.items()}
-    dropout = settings.validate_dropout(said.get("dropout", 0.0))
+    dropout = settings.validate_dropout(parameters.get("dropout", 0.0))
     return to_peft(pairs, alphas, lora_dropout=dropout)
 
 

@@ -11,7 +11,7 @@ import keras
 from keras_lora.files import config, slices, tensors, validation
 from keras_lora.files.folder import Adapter
 from keras_lora.files.names import (
-    module_names,
+    modules_of,
     refuse_ambiguous_names,
     refuse_tied_head,
     refuse_unnamed,
@@ -189,8 +189,8 @@ def adapter_of(model, names=None, trained=None) -> Adapter:
     trained: (module, variable) to save with the factors; by default those that train
     or trained together with them.
     """
-    paths = sites.layer_paths(model)
-    modules = module_names(paths, names, model)
+    layers_by_path = sites.layers_by_path(model)
+    modules = modules_of(layers_by_path, names, model)
     sites.built_sites(model)
     adapters = {
         m: site for m, site in modules.sites.items() if lora_layer.is_adapted(site)

@@ -159,7 +159,7 @@ def split_weights(file):
             name = key.split(".")[-1]
             if key.endswith(".base_layer.weight"):
                 continue  # PEFT repeats a targeted head
-            axis = slices.outputs_axis(value, file.config["fan_in_fan_out"])
+            axis = slices.outputs_axis(value, file.settings["fan_in_fan_out"])
             if not layout.fits(value, axis):
                 raise ValueError(
                     f"The tensor {key!r} has shape {value.shape}, which does not "

@@ -131,16 +131,18 @@ def apply_tentatively(
     settings.validate_bias(bias)
     settings.Settings(rank, alpha, use_rslora)
     settings.validate_dropout(dropout)
-    paths = sites.layer_paths(model)
+    layers_by_path = sites.layers_by_path(model)
     sites.refuse_unbuilt(model)
-    sites.refuse_adapters(paths)
+    sites.refuse_adapters(layers_by_path)
     trained = (
-        targets.matching_paths(also_train, paths, "also_train") if also_train else []
+        targets.matching_paths(also_train, layers_by_path, "also_train")
+        if also_train
+        else []
     )
-    tokens = token_sites(paths, trainable_token_indices, trained)
+    tokens = token_sites(layers_by_path, trainable_token_indices, trained)
     chosen, skipped, notes = {}, {}, []
     if target is not None or not tokens:
-        chosen, skipped, notes = choose(model, paths, target, exclude, trained)
+        chosen, skipped, notes = choose(model, layers_by_path, target, exclude, trained)
     refuse_both(tokens, chosen)
     ranks = targets.pattern_values(rank_pattern, chosen, "rank_pattern")
     alphas = targets.pattern_values(alpha_pattern, chosen, "alpha_pattern")
@@ -157,7 +159,7 @@ def apply_tentatively(
     adapters |= {
         site: {token_rows.KEYWORD: indices} for site, indices in tokens.values()
     }
-    heads = [paths[path] for path in trained]
+    also_train_layers = [layers_by_path[path] for path in trained]
     without = [
         path for path, site in chosen.items() if not kinds.as_site(site).takes_dropout
     ]
@@ -166,15 +168,15 @@ def apply_tentatively(
             *notes,
             f"No dropout: {join(without)} (the adapter has no inputs)",
         ]
-    with adapt_layers(model, paths, adapters) as change:
+    with adapt_layers(model, layers_by_path, adapters) as change:
         warn_of_high_ranks(chosen)
-        training_state.freeze_all_but_lora(model, bias, heads)
+        training_state.freeze_all_but_lora(model, bias, also_train_layers)
         skipped = {p: why for p, why in skipped.items() if p not in tokens}
-        yield Report(model, paths, skipped, notes), change
+        yield Report(model, layers_by_path, skipped, notes), change
 
 
 @contextlib.contextmanager
-def adapt_layers(model, paths, adapters):
+def adapt_layers(model, layers_by_path, adapters):
     """Adapts a model inside the context, and for good if `commit()` is called.
 
     Otherwise, or if anything fails, everything is restored: classes, order of weights,
@@ -182,12 +184,12 @@ def adapt_layers(model, paths, adapters):
 
     Args:
         model: A Keras model or layer.
-        paths: Path -> layer, for the whole model.
+        layers_by_path: All layers of the model.
         adapters: Site -> the arguments of its adapter.
     """
     compiled.restore_jax_weights(model)
     processes.barrier(model)
-    by_path = sites.with_model(model, paths)
+    layers_and_model = sites.with_model(model, layers_by_path)
     with distribution.strategy_scope(model), contextlib.ExitStack() as undo:
         new = {
             site: sites.new_adapter(site, options) for site, options in adapters.items()
@@ -195,10 +197,10 @@ def adapt_layers(model, paths, adapters):
         undo.callback(refresh_torch_parameters, flatten_layers(model))
         undo.callback(
             training_state.restore_flags,
-            by_path,
-            training_state.trainable_flags(by_path),
+            layers_and_model,
+            training_state.trainable_flags(layers_and_model),
         )
-        for layer in by_path.values():
+        for layer in layers_and_model.values():
             record = training_state.record_of(layer)
             undo.callback(training_state.set_record, layer, record)
             if adapters:
@@ -207,7 +209,7 @@ def adapt_layers(model, paths, adapters):
             undo.callback(make_plain_again, layer)
         for site, adapter in new.items():
             sites.add_adapter(site, adapter)
-        for layer in quantized.fix_quantized(by_path.values()):
+        for layer in quantized.fix_quantized(layers_and_model.values()):
             undo.callback(sites.make_plain, layer)
         refresh_torch_parameters(flatten_layers(model))
         yield Change(model, undo)
@@ -259,7 +261,7 @@ def mark_only_lora_as_trainable(model: keras.layers.Layer, bias: str = "none"):
     """
     settings.validate_bias(bias)
     sites.built_sites(model)
-    with adapt_layers(model, sites.layer_paths(model), {}) as change:
+    with adapt_layers(model, sites.layers_by_path(model), {}) as change:
         training_state.freeze_all_but_lora(model, bias)
         notes = change.commit()
     for note in notes:
@@ -282,23 +284,23 @@ def warn_of_high_ranks(chosen):
 TOKEN_TABLES = ("token_embedding", "embed_tokens", "word_embeddings", "tokens")
 
 
-def token_sites(paths, ids, trained) -> dict:
+def token_sites(layers_by_path, ids, trained) -> dict:
     """Path -> (site, indices), for the tables and heads of which some rows train.
 
     Args:
-        paths: Path -> layer, of the whole model.
+        layers_by_path: All layers of the model.
         ids: Ids of tokens, or {path: ids}, or None.
         trained: Paths of layers that train in full.
     """
     if ids is None:
         return {}
-    by_path = sites.site_paths(paths)
-    tables = {p: s for p, s in by_path.items() if kinds.looks_up(s)}
+    sites_by_path = sites.sites_by_path(layers_by_path)
+    tables = {p: s for p, s in sites_by_path.items() if kinds.looks_up(s)}
     if isinstance(ids, Mapping):
         chosen = {}
         for rule, indices in ids.items():
             matches = targets.matching_paths(
-                [rule], {**by_path, **paths}, token_rows.KEYWORD, tables
+                [rule], {**sites_by_path, **layers_by_path}, token_rows.KEYWORD, tables
             )
             if len(matches) != 1:
                 raise ValueError(
@@ -310,7 +312,7 @@ def token_sites(paths, ids, trained) -> dict:
         chosen = {token_table(tables): ids}
     tokens = {}
     for path, indices in chosen.items():
-        site = by_path.get(path)
+        site = sites_by_path.get(path)
         if site is None or not (kinds.looks_up(site) or is_head(site)):
             raise ValueError(
                 f"`{token_rows.KEYWORD}` names {path!r}, which is neither an embedding "

@@ -8,34 +8,38 @@ import keras
 from keras_lora.keras_internals import calls, layers, warn_caller
 from keras_lora.layers import kinds
 from keras_lora.layers.adapter import LowRankAdapter
-from keras_lora.models import tables, targets
-from keras_lora.models.sites import site_paths, with_model
+from keras_lora.models import sites, tables, targets
 
 WHOLE_MODEL = ("all-linear", "all")
 
 
-def choose(model, paths, target, exclude, trained):
+def choose(model, layers_by_path, target, exclude, trained):
     """Returns path -> site to adapt, path -> reason to skip, and notes."""
     inside_trained = tuple(f"{path}/" for path in trained)
-    every = site_paths(paths)
-    sites = {
+    all_sites = sites.sites_by_path(layers_by_path)
+    candidates = {
         path: site
-        for path, site in every.items()
+        for path, site in all_sites.items()
         if path not in trained and not path.startswith(inside_trained)
     }
     everything = isinstance(target, str) and target in WHOLE_MODEL
     if everything:
-        paths_meant, skipped = paths_of_whole_model(model, sites, target)
-        for path, layer in with_model(model, paths).items():
+        paths_meant, skipped = paths_of_whole_model(model, candidates, target)
+        for path, layer in sites.with_model(model, layers_by_path).items():
             if not f"{path}/".startswith(inside_trained):
                 for weight, why in kinds.out_of_reach(layer).items():
                     skipped[f"{path}/{weight}".lstrip("/")] = why
     else:
-        paths_meant, skipped = paths_of_rule(paths, every, sites, target, trained), {}
+        skipped = {}
+        paths_meant = paths_of_rule(
+            layers_by_path, all_sites, candidates, target, trained
+        )
     if exclude is not None:
-        things = {**every, **paths}
-        left_out = targets.matching_paths(exclude, things, "exclude")
-        excluded = {x for p in left_out for x in (p, *sites_at(p, paths, every))}
+        layers_and_sites = {**all_sites, **layers_by_path}
+        left_out = targets.matching_paths(exclude, layers_and_sites, "exclude")
+        excluded = {
+            x for p in left_out for x in (p, *sites_at(p, layers_by_path, all_sites))
+        }
         if paths_meant and excluded.issuperset(paths_meant):
             raise ValueError(
                 f"`exclude` {exclude!r} leaves nothing of `target` {target!r}."
@@ -43,10 +47,10 @@ def choose(model, paths, target, exclude, trained):
         paths_meant = [path for path in paths_meant if path not in excluded]
         skipped = {p: why for p, why in skipped.items() if p not in excluded}
     by_name = isinstance(target, (list, tuple, set, frozenset))
-    chosen, holders = {}, paths_of_weights(every)
+    chosen, holders = {}, paths_of_weights(all_sites)
     for path in paths_meant:
-        site, layer = sites[path], kinds.layer_of(sites[path])
-        owner = owner_of(model, paths, path, layer)
+        site, layer = candidates[path], kinds.layer_of(candidates[path])
+        owner = owner_of(model, layers_by_path, path, layer)
         reason = (
             kinds.obstacle(site)
             or reassignment_reason(owner)
@@ -67,16 +71,17 @@ def choose(model, paths, target, exclude, trained):
     warn_of_axes(map(kinds.layer_of, chosen.values()))
     if not chosen:
         raise ValueError(no_match_message(target, skipped))
-    return chosen, skipped, notes_on_outputs(model, sites, chosen) if everything else []
+    notes = notes_on_outputs(model, candidates, chosen) if everything else []
+    return chosen, skipped, notes
 
 
-def paths_of_whole_model(model, sites, target):
+def paths_of_whole_model(model, candidates, target):
     """The paths that "all-linear" or "all" means, and why it leaves out others."""
-    heads = targets.output_layers(model)
+    output_ids = targets.output_layers(model)
     meant, skipped = [], {}
-    for path, site in sites.items():
+    for path, site in candidates.items():
         layer = kinds.layer_of(site)
-        if id(layer) in heads or is_bias(site):
+        if id(layer) in output_ids or is_bias(site):
             continue
         is_known = kinds.lora_class_of(type(layer)) is not None
         if target == "all" or (is_known and kinds.as_site(site).in_all_linear):
@@ -86,21 +91,21 @@ def paths_of_whole_model(model, sites, target):
     return meant, skipped
 
 
-def notes_on_outputs(model, sites, chosen) -> list:
+def notes_on_outputs(model, candidates, chosen) -> list:
     """Returns the report's notes on the layers that make the model's outputs."""
-    heads = targets.output_layers(model)
+    output_ids = targets.output_layers(model)
     if not hasattr(model, "outputs") and isinstance(model, keras.Model):
-        heads = targets.output_layers_of_call(model, layers.flatten_layers(model))
-        if not heads:
+        output_ids = targets.output_layers_of_call(model, layers.flatten_layers(model))
+        if not output_ids:
             return [
                 f"{type(model).__name__} does not say which layers make its outputs: "
                 "they are adapted like the others. Leave them out with exclude=, or "
                 "train them in full with also_train."
             ]
     frozen, adapted = {}, {}
-    for path, site in sites.items():
+    for path, site in candidates.items():
         layer = kinds.layer_of(site)
-        if id(layer) in heads:
+        if id(layer) in output_ids:
             name = path if site is layer else path.removesuffix(f"/{site.weight_name}")
             (adapted if path in chosen else frozen)[name] = layer
     notes = []
@@ -136,10 +141,10 @@ def warn_of_axes(adapted):
         )
 
 
-def paths_of_weights(sites) -> dict:
+def paths_of_weights(sites_by_path) -> dict:
     """Id of a weight -> the paths of all sites that have it."""
     found = collections.defaultdict(list)
-    for path, site in sites.items():
+    for path, site in sites_by_path.items():
         if site.built:
             found[id(kinds.as_site(site).frozen_kernel)].append(path)
     return found
@@ -182,35 +187,47 @@ def why_not_linear(site):
     )
 
 
-def paths_of_rule(paths, every, sites, target, trained):
+def paths_of_rule(layers_by_path, all_sites, candidates, target, trained):
     """Returns the paths of the sites that a user's rule means, in the model's order."""
     # A list may name a layer without weights: that is then the error.
     by_name = isinstance(target, (list, tuple, set, frozenset))
-    by_name = by_name or (isinstance(target, str) and target in paths)
-    things = {p: x for p, x in paths.items() if by_name or sites_at(p, paths, sites)}
-    things |= {path: site for path, site in sites.items() if path not in things}
+    by_name = by_name or (isinstance(target, str) and target in layers_by_path)
+    layers_and_sites = {
+        p: x
+        for p, x in layers_by_path.items()
+        if by_name or sites_at(p, layers_by_path, candidates)
+    }
+    layers_and_sites |= {
+        path: site for path, site in candidates.items() if path not in layers_and_sites
+    }
     meant = set()
-    for path in targets.matching_paths(target, things, "target", sites):
-        site_paths = [path] if path in sites else sites_at(path, paths, sites)
-        if not site_paths:
-            raise ValueError(unsupported_message(path, paths[path], trained, sites))
-        meant |= {x for x in site_paths if x == path or not is_bias(every[x])}
-    return [path for path in sites if path in meant]
+    for path in targets.matching_paths(target, layers_and_sites, "target", candidates):
+        paths_there = (
+            [path] if path in candidates else sites_at(path, layers_by_path, candidates)
+        )
+        if not paths_there:
+            raise ValueError(
+                unsupported_message(path, layers_by_path[path], trained, candidates)
+            )
+        meant |= {x for x in paths_there if x == path or not is_bias(all_sites[x])}
+    return [path for path in candidates if path in meant]
 
 
-def sites_at(path, paths, sites) -> list:
+def sites_at(path, layers_by_path, sites_by_path) -> list:
     """Returns the paths of all sites of a layer.
 
     A layer that wraps another one, such as Bidirectional, has those of what it wraps.
     """
-    layer = paths.get(path)
+    layer = layers_by_path.get(path)
     if layer is None:
         return []
     inside = kinds.wrapped_layers(layer)
     if inside:
-        owners = [p for p, x in paths.items() if any(x is part for part in inside)]
-        return [x for p in owners for x in sites_at(p, paths, sites)]
-    return [p for p, site in sites.items() if kinds.layer_of(site) is layer]
+        owners = [
+            p for p, x in layers_by_path.items() if any(x is part for part in inside)
+        ]
+        return [x for p in owners for x in sites_at(p, layers_by_path, sites_by_path)]
+    return [p for p, site in sites_by_path.items() if kinds.layer_of(site) is layer]
 
 
 def no_match_message(target, skipped):
@@ -232,18 +249,18 @@ def no_match_message(target, skipped):
     )
 
 
-def owner_of(model, paths, path, layer):
+def owner_of(model, layers_by_path, path, layer):
     """Returns the layer that holds the layer at a path, or the layer of that weight."""
     owner = path.rpartition("/")[0]
-    while owner and paths.get(owner, layer) is layer:
+    while owner and layers_by_path.get(owner, layer) is layer:
         owner = owner.rpartition("/")[0]
-    return paths.get(owner, model)
+    return layers_by_path.get(owner, model)
 
 
-def unsupported_message(path, layer, trained, sites):
+def unsupported_message(path, layer, trained, candidates):
     if path in trained:
         return f"The layer {path!r} is in `target` and in `also_train`."
-    inside = [other for other in sites if other.startswith(f"{path}/")]
+    inside = [other for other in candidates if other.startswith(f"{path}/")]
     if inside:
         pattern = f"{re.escape(path)}/.*"
         return (

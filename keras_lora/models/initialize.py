@@ -73,7 +73,7 @@ def initialize_lora(
     """
     sites.sites_outside_contexts(model)
     validate_arguments(method, data, budget)
-    every = sites.site_paths(sites.with_model(model, sites.layer_paths(model)))
+    every = sites.sites_by_path(sites.with_model(model, sites.layers_by_path(model)))
     adapted = {
         path: site for path, site in every.items() if lora_layer.is_adapted(site)
     }

@@ -27,14 +27,14 @@ register = keras.saving.register_keras_serializable("keras_lora", "Adapted")
 class Carrier(Rematerialized):
     """Mixin for the class of a model or layer that holds adapted layers."""
 
-    plain_owner = None  # the user's or Keras's class
+    carried_class = None  # the user's or Keras's class
 
     def get_config(self):
         if calls.legacy_format():
             refuse_legacy_format(self)
-        by_path = {"": self, **sites.layer_paths(self, alone=False)}
+        layers_by_path = {"": self, **sites.layers_by_path(self, alone=False)}
         carried = {
-            p: x for p, x in by_path.items() if not isinstance(x, LowRankAdapter)
+            p: x for p, x in layers_by_path.items() if not isinstance(x, LowRankAdapter)
         }
         with_adapter = {
             path: x for path, x in carried.items() if lora_layer.has_adapters(x)
@@ -58,10 +58,11 @@ class Carrier(Rematerialized):
                 p: {w: s.lora.options() for w, s in x.sites().items() if s is not x}
                 for p, x in with_adapter.items()
             },
-            "places": {path: place - 1 for place, path in enumerate(carried)},
+            # Path -> index among the layers; -1 is the model itself.
+            "places": {path: index - 1 for index, path in enumerate(carried)},
             "quantized": quantized.quantizations(carried),
             "merge_weights": {p: x.merge_weights for p, x in with_adapter.items()},
-            "trainable": training_state.trainable_flags(by_path),
+            "trainable": training_state.trainable_flags(layers_by_path),
             "trainable_before": {
                 p: list(r.flags) for p, r in records.items() if r.flags is not None
             },
@@ -73,24 +74,24 @@ class Carrier(Rematerialized):
     @classmethod
     def from_config(cls, config, custom_objects=None):
         if "adapters" not in config:  # of the plain class
-            return cls.plain_owner.from_config(config)
+            return cls.carried_class.from_config(config)
         model = keras.saving.deserialize_keras_object(
             presets.plain_part(config), custom_objects=custom_objects
         )
-        paths = sites.layer_paths(model, alone=False)
-        by_path = {"": model, **paths}
-        present = [p for p, x in paths.items() if not isinstance(x, LowRankAdapter)]
+        inside = sites.layers_by_path(model, alone=False)
+        layers_by_path = {"": model, **inside}
+        carried = [p for p, x in inside.items() if not isinstance(x, LowRankAdapter)]
         # A model may give its layers other names once it has a name itself.
-        places = config["places"].items()
-        places = {p: present[n] for p, n in places if 0 <= n < len(present)}
-        places |= {path: path for path in by_path}
+        indices = config["places"].items()
+        present_paths = {p: carried[n] for p, n in indices if 0 <= n < len(carried)}
+        present_paths |= {path: path for path in layers_by_path}
         for path, how in config.get("quantized", {}).items():
-            quantized.quantize_again(by_path.get(places.get(path)), *how)
+            quantized.quantize_again(layers_by_path.get(present_paths.get(path)), *how)
         adapters = []
         one = {path: {None: options} for path, options in config["adapters"].items()}
         several = config.get("weight_adapters", {})
         for path, options_by_weight in [*one.items(), *several.items()]:
-            layer = by_path.get(places.get(path))
+            layer = layers_by_path.get(present_paths.get(path))
             if layer is None or not layer.built:
                 raise ValueError(
                     f"The configuration of {model.name!r} does not build the layer "
@@ -104,18 +105,18 @@ class Carrier(Rematerialized):
                     adapters.append((site, options))
         for site, options in adapters:
             sites.add_adapter(site, sites.new_adapter(site, options))
-        quantized.fix_quantized(by_path.values())
+        quantized.fix_quantized(layers_by_path.values())
         for path, merge_weights in config["merge_weights"].items():
-            by_path[places[path]].merge_weights = merge_weights
-        layers_now = {"": model, **sites.layer_paths(model, alone=False)}
+            layers_by_path[present_paths[path]].merge_weights = merge_weights
+        layers_now = {"": model, **sites.layers_by_path(model, alone=False)}
         training_state.restore_flags(layers_now, config["trainable"])
         trained_beside = config.get("trained_beside", {})
-        for path, place in places.items():
+        for path, present_path in present_paths.items():
             record = training_state.Record(
                 config["trainable_before"].get(path),
                 dict.fromkeys(trained_beside.get(path, ())),
             )
-            training_state.set_record(by_path[place], record)
+            training_state.set_record(layers_by_path[present_path], record)
         use_carrier_classes(model)
         return model
 
@@ -162,7 +163,7 @@ def carrier_class(cls):
     module of this package: if that is not imported, Keras says so instead of using the
     plain class.
     """
-    members = {"__module__": __name__, "plain_owner": cls}
+    members = {"__module__": __name__, "carried_class": cls}
     for method in (save, presets.save_to_preset, make_train_function):
         if hasattr(cls, method.__name__):
             members[method.__name__] = method
@@ -204,13 +205,13 @@ def save(self, filepath, *args, **kwargs):
     )  # refuses layers that another copy of this package adapted
     if str(filepath).endswith((".h5", ".hdf5")):
         refuse_legacy_format(self)
-    self.plain_owner.save(self, filepath, *args, **kwargs)
+    self.carried_class.save(self, filepath, *args, **kwargs)
 
 
 def make_train_function(self, force=False):
     """Remembers what trains: Keras calls this method when training begins."""
     begins = force or self.train_function is None
-    self.plain_owner.make_train_function(self, force)
+    self.carried_class.make_train_function(self, force)
     if begins:
         training_state.remember_what_trains(layers.flatten_layers(self))
         use_carrier_classes(self)

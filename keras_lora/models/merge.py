@@ -163,8 +163,8 @@ def merge_lora(
     adapted = sites.sites_outside_contexts(model)
     quantized_sites = [site for site in adapted if site.is_quantized]
     validate_way(quantized_sites, quantized)
-    paths = sites.layer_paths(model) if quantized_sites else {}
-    path_of = {id(layer): path for path, layer in paths.items()}
+    layers_by_path = sites.layers_by_path(model) if quantized_sites else {}
+    path_of = {id(layer): path for path, layer in layers_by_path.items()}
     report, merged, small = [], {}, {}
     for site in adapted:
         kernel = finite_merged_kernel(site)
@@ -218,11 +218,11 @@ def _make_plain(model, model_layers):
     for layer in adapted:
         sites.make_plain(layer)
     models = compiled.models_sharing_layers(model)
-    held = shared_with_adapted_models(models, model_layers)
+    stay_frozen = shared_with_adapted_models(models, model_layers)
     for layer in adapted:
-        if id(layer) in held:
+        if id(layer) in stay_frozen:
             layer.trainable = False
-    restore_models(model_layers, held)
+    restore_models(model_layers, stay_frozen)
     renew_policy_maps(model_layers)
     for note in compiled.compile_all_again(models):
         warn_caller(note)
@@ -278,7 +278,7 @@ def shared_with_adapted_models(models, model_layers) -> set:
     }
 
 
-def restore_models(model_layers, held):
+def restore_models(model_layers, stay_frozen):
     """Restores classes and flags that `apply_lora` had changed on other layers.
 
     held: Ids of those that stay frozen.
@@ -287,13 +287,13 @@ def restore_models(model_layers, held):
         if isinstance(layer, Carrier) and not any(
             lora_layer.has_adapters(part) for part in layers.flatten_layers(layer)
         ):
-            classes.change_class(layer, layer.plain_owner)
-    kept = [layer for layer in model_layers if id(layer) in held]
+            classes.change_class(layer, layer.carried_class)
+    kept = [layer for layer in model_layers if id(layer) in stay_frozen]
     flags = training_state.trainable_flags(dict(enumerate(kept)))
     for layer in model_layers:
         record = training_state.record_of(layer)
         if record.flags is not None:
             training_state.set_flags(layer, *record.flags)  # of all layers inside too
-        if id(layer) not in held:
+        if id(layer) not in stay_frozen:
             training_state.set_record(layer, training_state.EMPTY)
     training_state.restore_flags(dict(enumerate(kept)), flags)

@@ -18,7 +18,7 @@ _plain: contextvars.ContextVar = contextvars.ContextVar("_plain", default=frozen
 
 def plain_class_of(cls):
     """Returns the plain class, for its configuration."""
-    return cls.plain_class if issubclass(cls, LoRALayer) else cls.plain_owner
+    return cls.plain_class if issubclass(cls, LoRALayer) else cls.carried_class
 
 
 def is_registered(cls):
@@ -32,8 +32,8 @@ def save_to_preset(self, preset_dir, *args, **kwargs):
     view, outside = self, {}
     if hasattr(self, "backbone"):
         carried = set(map(id, flatten_layers(self.backbone)))
-        layers = sites.layer_paths(self)
-        outside = {p: x for p, x in layers.items() if id(x) not in carried}
+        layers_by_path = sites.layers_by_path(self)
+        outside = {p: x for p, x in layers_by_path.items() if id(x) not in carried}
         refuse_adapters_outside(outside)
         view = classes.view_as(self, plain_class_of(type(self)))
     with as_plain_layers(outside.values()):

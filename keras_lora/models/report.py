@@ -9,8 +9,7 @@ import keras
 from keras_lora.keras_internals import layers
 from keras_lora.layers import lora_layer
 from keras_lora.layers.adapter import LowRankAdapter
-from keras_lora.models import tables, training_state
-from keras_lora.models.sites import layer_paths, site_paths, with_model
+from keras_lora.models import sites, tables, training_state
 
 
 class Row(NamedTuple):
@@ -47,19 +46,27 @@ class Report(tables.Rows):
 
     is_dry_run = False  # whether the model is without these adapters
 
-    def __init__(self, model, paths=None, skipped=(), notes=(), errors=()):
-        paths = with_model(model, layer_paths(model) if paths is None else paths)
+    def __init__(self, model, layers_by_path=None, skipped=(), notes=(), errors=()):
+        if layers_by_path is None:
+            layers_by_path = sites.layers_by_path(model)
+        layers_by_path = sites.with_model(model, layers_by_path)
         self.model_name = model.name
         self.skipped = dict(skipped)
         self.notes = list(notes)
         self.errors = dict(errors)
-        sites = {p: s for p, s in site_paths(paths).items() if lora_layer.is_adapted(s)}
-        self.rows = [adapted_row(path, site) for path, site in sites.items()]
-        trained = {path: trained_parameters(layer) for path, layer in paths.items()}
+        adapted = {
+            path: site
+            for path, site in sites.sites_by_path(layers_by_path).items()
+            if lora_layer.is_adapted(site)
+        }
+        self.rows = [adapted_row(path, site) for path, site in adapted.items()]
+        trained = {
+            path: trained_parameters(layer) for path, layer in layers_by_path.items()
+        }
         self.also_trained = [path for path, variables in trained.items() if variables]
-        self.trained_beside = sum(map(count, trained.values()))
-        built = [site for site in sites.values() if site.lora.built]
-        self.adapted = sum(
+        self.also_trained_parameters = sum(map(count, trained.values()))
+        built = [site for site in adapted.values() if site.lora.built]
+        self.adapted_parameters = sum(
             count(s.lora.weights) if s.lora.rank is None else math.prod(s.kernel_shape)
             for s in built
         )
@@ -106,7 +113,8 @@ class Report(tables.Rows):
         lines = [
             f"{tables.plural(len(self), 'adapter')}: "
             f"{tables.plural(adapters, 'parameter')}",
-            f"Also trained: {tables.plural(self.trained_beside, 'parameter')}{where}",
+            "Also trained: "
+            f"{tables.plural(self.also_trained_parameters, 'parameter')}{where}",
             f"Trained: {self.trained:,} of {self.total:,} "
             f"({percent(self.trained / max(self.total, 1))})",
             "Optimizer memory (two moments, float32): "
@@ -114,8 +122,9 @@ class Report(tables.Rows):
             f"{tables.format_bytes(8 * self.plain)}",
             *(f"Skipped {tables.join(paths)}: {why}" for why, paths in reasons.items()),
             *self.notes,
-            f"Adapted: weights with {percent(self.adapted / max(parameters, 1))} of "
-            f"the model's {tables.plural(parameters, 'parameter')}",
+            "Adapted: weights with "
+            f"{percent(self.adapted_parameters / max(parameters, 1))} of the model's "
+            f"{tables.plural(parameters, 'parameter')}",
         ]
         title = f"LoRA in {self.model_name}"
         if self.is_dry_run:

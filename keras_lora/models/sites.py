@@ -12,17 +12,15 @@ from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.lora_layer import LoRALayer
 
 
-def site_paths(paths) -> dict:
+def sites_by_path(layers_by_path) -> dict:
     """Path -> site, for all weights that can have an adapter, in the model's order.
 
     A layer with one kernel is a site under its own path. Other layers have a path for
     each weight, with its name at the end; a cell's weights have the path of the layer
     that runs it.
-
-    paths: path -> layer.
     """
     sites, of_cells = {}, set()
-    for path, layer in paths.items():
+    for path, layer in layers_by_path.items():
         if id(layer) in of_cells:
             continue
         for weight, site in kinds.sites_of(layer).items():
@@ -82,7 +80,7 @@ def sites_outside_contexts(model):
     return sites
 
 
-def layer_paths(model, alone=True) -> dict:
+def layers_by_path(model, alone=True) -> dict:
     """Path -> layer for every layer inside a model, each once, outermost first.
 
     A part of a path is the layer's name if somebody chose it, else the attribute that
@@ -94,7 +92,7 @@ def layer_paths(model, alone=True) -> dict:
     """
     layers.validate_model(model)
     layers.refuse_other_copy(model)
-    paths, seen = {}, {id(model)}
+    by_path, seen = {}, {id(model)}
 
     def walk(parent, prefix, owners):
         if isinstance(parent, keras.Model):
@@ -114,21 +112,21 @@ def layer_paths(model, alone=True) -> dict:
             used[part] += 1
             if used[part] > 1:
                 part = f"{part}_{used[part] - 1}"
-            paths[prefix + part] = layer
+            by_path[prefix + part] = layer
             walk(layer, f"{prefix}{part}/", owners)
 
     prefix, kind = "", kinds.lora_class_of(type(model))  # type: ignore[arg-type]
     if alone and (kind is not None or isinstance(model, LoRALayer)):
         name = given_name(model, (), None) or kind_in_words(type(model))
-        paths[name], prefix = model, f"{name}/"
+        by_path[name], prefix = model, f"{name}/"
     walk(model, prefix, ())
-    return paths
+    return by_path
 
 
-def with_model(model, paths) -> dict:
+def with_model(model, layers_by_path) -> dict:
     """Returns the paths, with the model itself as "" unless it is among them."""
-    alone = any(layer is model for layer in paths.values())
-    return dict(paths) if alone else {"": model, **paths}
+    alone = any(layer is model for layer in layers_by_path.values())
+    return dict(layers_by_path) if alone else {"": model, **layers_by_path}
 
 
 def given_name(layer, owners, parent):
@@ -219,9 +217,9 @@ def refuse_unbuilt(model):
         )
 
 
-def refuse_adapters(paths):
+def refuse_adapters(layers_by_path):
     """Raises if a layer of a model has an adapter already, or is in a bank."""
-    for path, layer in paths.items():
+    for path, layer in layers_by_path.items():
         if lora_layer.has_adapters(layer):
             lora = next(iter(layer.loras.values()))
             raise ValueError(

@@ -189,10 +189,10 @@ def compile_rule(rule, argument):
 
 def output_layers(model):
     """Ids of the layers that make the model's outputs, if its graph shows them."""
-    heads = set()
+    ids = set()
     for output in keras.tree.flatten(getattr(model, "outputs", None) or []):
-        heads |= _makers(output, model)
-    return heads
+        ids |= _makers(output, model)
+    return ids
 
 
 def _makers(tensor, model):

@@ -158,31 +158,33 @@ def remember_flags(layer):
         set_record(layer, record)
 
 
-def trainable_flags(paths) -> dict:
+def trainable_flags(layers_by_path) -> dict:
     """{path: [layer.trainable, one flag per variable of its own]}.
 
-    paths: path -> layer, outermost first.
+    layers_by_path: Outermost first.
     """
     return {
         path: [layer.trainable, [v.trainable for v in layers.own_variables(layer)]]
-        for path, layer in paths.items()
+        for path, layer in layers_by_path.items()
     }
 
 
-def restore_flags(paths, flags):
+def restore_flags(layers_by_path, flags):
     """The inverse of `trainable_flags`; a layer that is gone, or new, is ignored.
 
     In a copy with other names, layers with variables are matched by their order.
     """
     with_variables = {path: pair for path, pair in flags.items() if pair[1]}
-    if with_variables.keys() <= paths.keys():
-        flags = {path: pair for path, pair in flags.items() if path in paths}
+    if with_variables.keys() <= layers_by_path.keys():
+        flags = {path: pair for path, pair in flags.items() if path in layers_by_path}
     else:
-        present = [path for path, x in paths.items() if layers.own_variables(x)]
+        present = [
+            path for path, x in layers_by_path.items() if layers.own_variables(x)
+        ]
         flags = dict(zip(present, with_variables.values(), strict=True))
     # Outermost first: setting a layer's flag sets those of the layers inside it.
     for path, pair in flags.items():
-        set_flags(paths[path], *pair)
+        set_flags(layers_by_path[path], *pair)
 
 
 def set_flags(layer, trainable, flags):
@@ -241,23 +243,20 @@ def refuse_quantized(also_train):
             )
 
 
-def freeze_adapters(paths):
-    """Freezes A, B and the variables that trained with them.
-
-    paths: path -> layer.
-    """
-    for layer in paths.values():
+def freeze_adapters(layers_by_path):
+    """Freezes A, B and the variables that trained with them."""
+    for layer in layers_by_path.values():
         if lora_layer.has_adapters(layer) or record_of(layer).base_values:
             layer.trainable = False
 
 
-def train_adapters(paths):
+def train_adapters(layers_by_path):
     """Lets A, B and the variables that trained with them train; other flags stay.
 
-    paths: path -> layer, outermost first, the model as "".
+    layers_by_path: Outermost first, the model as "".
     """
-    flags = trainable_flags(paths)
-    for path, layer in paths.items():
+    flags = trainable_flags(layers_by_path)
+    for path, layer in layers_by_path.items():
         if isinstance(layer, LowRankAdapter):
             del flags[path]  # set together with its layer
             continue
@@ -270,7 +269,7 @@ def train_adapters(paths):
             for owner in owners_of(path):
                 if owner in flags:
                     flags[owner][0] = True
-    restore_flags(paths, flags)
+    restore_flags(layers_by_path, flags)
 
 
 def owners_of(path):

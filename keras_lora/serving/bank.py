@@ -78,7 +78,7 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
         target: str | Sequence | type | Callable | None = None,
         names: str | Mapping | Callable | None = None,
     ):
-        paths = sites.layer_paths(model)
+        paths = sites.layers_by_path(model)
         sites.refuse_adapters(paths)
         compiled.restore_jax_weights(model)
         barrier = functools.partial(processes.barrier, model)

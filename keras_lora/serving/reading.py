@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_lora.files import load, matching, tensors
-from keras_lora.files.names import module_names, refuse_tied_head
+from keras_lora.files.names import modules_of, refuse_tied_head
 from keras_lora.keras_internals import classes, distribution
 from keras_lora.keras_internals.layers import layer_variables
 from keras_lora.layers import kinds, methods, torch_layout
@@ -166,7 +166,7 @@ def read(model, paths, adapter, names, most) -> Reading:
         ValueError: As in load_adapter; or if a rank is higher, or the adapter trains
             weights that all rows share.
     """
-    modules = module_names(paths, names, model, adapter)
+    modules = modules_of(paths, names, model, adapter)
     path_of = {id(layer): path for path, layer in paths.items()}
     hosts = copy.copy(modules)  # with all its attributes
     hosts.update((module, host_view(x) or x) for module, x in modules.items())
