@@ -11,7 +11,7 @@ from layer_cases import CASES, fill, to_numpy
 from test_peft_exchange import NAMES, assert_same, ids, pair
 
 import keras_lora
-from keras_lora.files.disk import PREFIX, TENSORS
+from keras_lora.files.disk import PEFT_PREFIX, TENSORS
 from keras_lora.models.sites import adapted_sites
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -225,7 +225,7 @@ def changed(folder, change):
     safetensors.numpy.save_file(tensors, folder / TENSORS, {"format": "pt"})
 
 
-KEY = f"{PREFIX}dense.lora_magnitude_vector"
+KEY = f"{PEFT_PREFIX}dense.lora_magnitude_vector"
 
 
 @pytest.mark.parametrize("already", [False, True])

@@ -74,7 +74,7 @@ class Analysis(tables.Rows):
             ImportError: Without matplotlib.
             ValueError: If there are no rows, or the ending is of no known format.
         """
-        tables.draw(self, path)
+        tables.draw_analysis(self, path)
 
 
 def analyze(source: "keras.layers.Layer | Adapter | str | os.PathLike") -> Analysis:

@@ -89,7 +89,7 @@ def combine_adapters(
             if module in file.factors
         ]
         first, _ = terms[0]
-        refuse_other_shapes(module, [term for term, _ in terms])
+        refuse_different_shapes(module, [term for term, _ in terms])
         pairs = [[term.tensors[x] for x in first.low_rank] for term, _ in terms]
         scales = [weight * term.scaling / first.scaling for term, weight in terms]
         a = np.concatenate([a for a, _ in pairs])
@@ -165,16 +165,16 @@ def validate_weights(weights, adapters):
     return weights
 
 
-def refuse_other_shapes(module, pairs):
+def refuse_different_shapes(module, terms):
     """Raises if shapes differ in more than the rank, A's first axis and B's second."""
-    first = pairs[0]
-    for pair in pairs:
-        if pair.low_rank != first.low_rank:
+    first = terms[0]
+    for term in terms:
+        if term.low_rank != first.low_rank:
             raise ValueError(
                 f"{module!r} is an embedding in only some of the adapters."
             )
-        for place, suffix in enumerate(pair.low_rank):
-            both = (pair.tensors[suffix], first.tensors[suffix])
+        for place, suffix in enumerate(term.low_rank):
+            both = (term.tensors[suffix], first.tensors[suffix])
             shapes = [np.delete(value.shape, place) for value in both]
             if not np.array_equal(*shapes):
                 shape, other_shape = (value.shape for value in both)

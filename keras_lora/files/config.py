@@ -27,7 +27,7 @@ FACTS = ("task_type", "base_model_name_or_path")
 _loaded_facts = weakref.WeakKeyDictionary()  # model -> facts in the file it loaded
 
 
-def remember_file(model, config):
+def remember_facts(model, config):
     _loaded_facts[model] = {key: config.get(key) for key in FACTS}
 
 

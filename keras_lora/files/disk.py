@@ -56,7 +56,10 @@ def matching_config(directory):
 
 
 def settings_of_tensors(config, metadata):
-    """Returns the settings of the tensors, also after an interrupted save."""
+    """Returns the settings that belong to the tensors.
+
+    After an interrupted save, these are the old or the new ones.
+    """
     if not isinstance(config, dict) or config.get("peft_type") != INTERRUPTED:
         return config
     written = config.get("sha256") == metadata.get("sha256")
@@ -148,7 +151,7 @@ def read_tensors(path):
         raise ValueError(f"{path} cannot be read: {error}.") from error
 
 
-PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
 # Older PEFT, and a whole model's state dict, put the adapter's name into the keys.
 NAMED = re.compile(
     r"\.lora_(?:(?:embedding_)?[AB]|magnitude_vector)\.(?!weight$)([^.]+)(?=\.|$)"
@@ -171,7 +174,10 @@ def adapter_name(tensors):
 
 
 def standardize_tensors(tensors):
-    """Module and suffix -> float32 or float64."""
+    """Returns the tensors as float32 or float64, under module and suffix.
+
+    Their names are without PEFT's prefix and the adapter's name.
+    """
     floats, adapter = {}, adapter_name(tensors)
     suffixes = tuple(torch_layout.more_suffixes())
     for key, value in tensors.items():
@@ -186,7 +192,7 @@ def standardize_tensors(tensors):
         if adapter is not None or magnitude_of_factors(key, tensors):
             name = NAMED.sub(lambda match: match[0][: -len(match[1]) - 1], key)
         name = name.replace(f".modules_to_save.{adapter}.", ".")
-        name = name.removeprefix(PREFIX).replace(".modules_to_save.", ".")
+        name = name.removeprefix(PEFT_PREFIX).replace(".modules_to_save.", ".")
         if name.removesuffix(".weight").endswith(suffixes):  # a parameter or a module
             name = name.removesuffix(".weight")
         value = value if value.dtype == "float64" else value.astype("float32")
@@ -222,7 +228,10 @@ def digest(tensors, metadata):
 
 
 def validate_metadata(metadata, config, tensors):
-    """Metadata of files of keras_lora: the ranks of slices, and starts."""
+    """Checks the metadata that keras_lora writes.
+
+    Returns {module: ranks of its slices}, and the modules with initial values.
+    """
     if "settings" not in metadata:
         return {}, []
     sha256 = digest(tensors, metadata)

@@ -129,7 +129,7 @@ class Adapter(Table):
             factors.refuse_not_finite(key, value)
         wrapped = experts.wrap(self.tensors, self.config.get("target_parameters") or ())
         tensors = {
-            disk.PREFIX + key: np.ascontiguousarray(value)
+            disk.PEFT_PREFIX + key: np.ascontiguousarray(value)
             for key, value in wrapped.items()
         }
         metadata = {

@@ -18,7 +18,7 @@ from keras_lora.layers.settings import Settings
 from keras_lora.models import apply, sites, training_state
 from keras_lora.models.report import Report
 
-OTHER_FILES = (
+FILES_DIFFER = (
     "The processes have read different files under this name. Give all of them the "
     "same files, on a shared disk or as copies."
 )
@@ -86,7 +86,7 @@ def read_for(model, directory) -> Adapter:
         return Adapter.read(directory)
 
     processes.barrier(model)
-    return processes.run_on_all(model, read, fingerprint, OTHER_FILES)
+    return processes.run_on_all(model, read, fingerprint, FILES_DIFFER)
 
 
 def fingerprint(adapter) -> str:
@@ -110,7 +110,7 @@ def load_into(model, layers_by_path, adapter, names=None, trainable=True) -> Rep
     layers_and_model, notes = sites.with_model(model, layers_by_path), []
     if any(map(lora_layer.has_adapters, layers_and_model.values())):
         sites.sites_outside_contexts(model)
-        matching.refuse_other_modules(file)
+        matching.refuse_different_modules(file)
         values = matching.values_for(file)
     else:
         adapters = {
@@ -123,7 +123,7 @@ def load_into(model, layers_by_path, adapter, names=None, trainable=True) -> Rep
             heads = list(file.heads.values())
             training_state.freeze_all_but_lora(model, file.bias, heads)
             notes += change.commit()
-    config.remember_file(model, adapter.config)
+    config.remember_facts(model, adapter.config)
     values += unread_base_values(layers_and_model, values)
     for variable, value in values:
         distribution.assign(variable, value)

@@ -142,12 +142,12 @@ def can_hold(site):
     return lora_layer.is_adapted(site) or kinds.obstacle(site) is None
 
 
-def refuse_other_modules(file):
+def refuse_different_modules(file):
     """Raises if the file does not adapt the layers that the model adapts."""
     adapted_sites = {
         m: s for m, s in file.modules.sites.items() if lora_layer.is_adapted(s)
     }
-    refuse_other_rows(adapted_sites, file)
+    refuse_different_rows(adapted_sites, file)
     modules = set(file.factors)
     adapted = {
         m for m, s in adapted_sites.items() if s.lora.keyword != token_rows.KEYWORD
@@ -174,7 +174,7 @@ def refuse_other_modules(file):
             )
 
 
-def refuse_other_rows(sites, file):
+def refuse_different_rows(sites, file):
     """Raises if the file does not train the rows that the model trains."""
     in_model = {
         m: s.lora.indices

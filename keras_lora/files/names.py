@@ -33,7 +33,7 @@ class Modules(dict):
         self.inputs_first, self.unnamed = set(), set()
 
 
-def name_function(names: Mapping | Callable | None, layers_by_path) -> Callable:
+def name_function(names: Mapping | Callable | None, layers_and_sites) -> Callable:
     """Returns a function from paths to modules, None where the path is the name."""
     if names is None:
         return lambda path: None
@@ -46,11 +46,11 @@ def name_function(names: Mapping | Callable | None, layers_by_path) -> Callable:
         )
     for path in names:
         targets.refuse_two_meanings(
-            path, {path} & layers_by_path.keys(), layers_by_path, "names"
+            path, {path} & layers_and_sites.keys(), layers_and_sites, "names"
         )
-    unknown = [path for path in names if path not in layers_by_path]
+    unknown = [path for path in names if path not in layers_and_sites]
     if unknown:
-        close = difflib.get_close_matches(str(unknown[0]), layers_by_path, n=3)
+        close = difflib.get_close_matches(str(unknown[0]), layers_and_sites, n=3)
         hint = f"The closest are {close}." if close else ""
         hint = hint or "`keras_lora.summary` shows paths."
         raise ValueError(

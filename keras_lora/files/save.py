@@ -214,10 +214,9 @@ def adapter_from(modules, adapters, trained) -> Adapter:
         adapters: The modules that have an adapter.
         trained: (module, variable) to save with the factors.
     """
+    refuse_unnamed(modules, adapters)
     tables = {m: s for m, s in adapters.items() if s.lora.keyword == token_rows.KEYWORD}
     adapters = {m: s for m, s in adapters.items() if m not in tables}
-    refuse_unnamed(modules, tables)
-    refuse_unnamed(modules, adapters)
     stacks = modules.parameters.keys() & {slices.without_slice(m) for m in adapters}
     parameters = {module: modules.parameters[module] for module in sorted(stacks)}
     refuse_parameters(adapters, parameters)

@@ -12,8 +12,8 @@ import tempfile
 from pathlib import Path
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
-# A temporary folder says who made it: process, run of it (a container's first process
-# has the same number every time) and machine.
+# The name of a temporary folder holds the process id, a token of this run (a
+# container's first process always has the same id) and the machine.
 TOKEN, NODE = secrets.token_hex(4), re.sub(r"\W", "_", platform.node())
 TEMPORARY = re.compile(rf"\.keras_lora-(\d{{1,9}})-(\w+)-\w+@{NODE}")
 
@@ -34,9 +34,9 @@ def replacing(path):
 
     It lies in a temporary folder on the same disk, under the same name, as some
     formats insist on their ending; what they write beside it goes along. A link
-    stays a link, and what it points to is replaced. An empty folder is filled: it
-    may be what cannot be exchanged, a mount point or the folder a process stands
-    in. If the body raises, what stood at `path` still does.
+    stays a link, and what it points to is replaced. An empty folder is filled in
+    place, because a mount point or a working directory cannot be exchanged. If the
+    body raises, `path` is left as it was.
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,18 +56,18 @@ def replacing(path):
             move(folder, path.parent, last=path.name)
 
 
-NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES)
 
 
 def raise_as_os_error(error, path):
     """Raises OSError for another error whose text is that of, say, a full disk."""
-    for number in NUMBERS:
+    for number in DISK_ERRORS:
         text = os.strerror(number)
         if not isinstance(error, OSError) and text in str(error):
             raise OSError(number, text, str(path)) from error
 
 
-FILES = (".keras", ".h5", ".json", ".safetensors", ".bin", ".onnx", ".zip")
+FILE_ENDINGS = (".keras", ".h5", ".json", ".safetensors", ".bin", ".onnx", ".zip")
 
 
 def refuse_file_name(path, what):
@@ -78,7 +78,7 @@ def refuse_file_name(path, what):
         return
     if os.path.exists(path):
         raise FileExistsError(f"{str(path)!r} is a file, and {what} is a folder.")
-    if str(path).endswith(FILES):
+    if str(path).endswith(FILE_ENDINGS):
         raise ValueError(
             f"{str(path)!r} has a name like a file, and {what} is a folder. For a "
             ".keras file of the model, with its adapters, call `model.save`."

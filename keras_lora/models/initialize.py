@@ -12,7 +12,7 @@ from keras_lora.layers.settings import validate_rank
 from keras_lora.models import merge, sites, start_values
 from keras_lora.models.report import Report
 
-OTHER_STARTS = (
+STARTS_DIFFER = (
     "The processes have computed different values for A and B. Give all of them the "
     "same `data`, and the same seed: `keras.utils.set_random_seed`."
 )
@@ -73,9 +73,13 @@ def initialize_lora(
     """
     sites.sites_outside_contexts(model)
     validate_arguments(method, data, budget)
-    every = sites.sites_by_path(sites.with_model(model, sites.layers_by_path(model)))
+    sites_by_path = sites.sites_by_path(
+        sites.with_model(model, sites.layers_by_path(model))
+    )
     adapted = {
-        path: site for path, site in every.items() if lora_layer.is_adapted(site)
+        path: site
+        for path, site in sites_by_path.items()
+        if lora_layer.is_adapted(site)
     }
     for path, site in adapted.items():
         refuse_used(path, site)
@@ -97,7 +101,7 @@ def initialize_lora(
         )
     for path, site in adapted.items():
         refuse_unusable(path, site, starts[path])
-    processes.run_on_all(model, lambda: starts, start_values.fingerprint, OTHER_STARTS)
+    processes.run_on_all(model, lambda: starts, start_values.fingerprint, STARTS_DIFFER)
     options = {
         site: options_for(site, starts[path])
         for path, site in adapted.items()

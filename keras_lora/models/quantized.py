@@ -69,7 +69,7 @@ def quantizations(layers) -> dict:
         ValueError: If Keras's files would leave out the kernel of a layer.
     """
     for layer in layers.values():
-        refuse_float_beside_integers(layer)
+        refuse_uncalibrated(layer)
     serialize = keras.saving.serialize_keras_object
     return {
         path: [
@@ -83,7 +83,7 @@ def quantizations(layers) -> dict:
     }
 
 
-def refuse_float_beside_integers(layer):
+def refuse_uncalibrated(layer):
     lora_class = kinds.lora_class_of(type(layer)) or type(layer)
     mode = layer.quantization_mode
     if mode in quantized_host.CALIBRATED and not quantized_host.is_calibrated(

@@ -251,7 +251,7 @@ def largest_singular_values(matrix, rank):
     return left, values, np.swapaxes(right, -1, -2)
 
 
-OTHER_ROWS = (
+ROWS_DIFFER = (
     "The processes have given different numbers of batches or rows, or different rows "
     "where their devices hold the same part of a batch. Give each process what it "
     "gives to `fit`."
@@ -341,7 +341,7 @@ def layer_moments(model, adapted_sites, data) -> dict:
 
     if not processes.worker_strategy(model):
         return dict(zip(recorders, record(), strict=True))
-    moments_of_layers = processes.run_on_all(model, record, equal_inputs, OTHER_ROWS)
+    moments_of_layers = processes.run_on_all(model, record, equal_inputs, ROWS_DIFFER)
     for moments in dict.fromkeys(moments_of_layers):
         moments.over_processes(model)
     return dict(zip(recorders, moments_of_layers, strict=True))
@@ -358,7 +358,7 @@ def batches_for(model, data):
     if processes.worker_strategy(model) or not processes.is_shared(model):
         return batches
     batches = map(distribution.lay_out_batch, batches)
-    return processes.in_step(model, batches, distribution.digests_of_rows, OTHER_ROWS)
+    return processes.in_step(model, batches, distribution.digests_of_rows, ROWS_DIFFER)
 
 
 def batches_of(data):

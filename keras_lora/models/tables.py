@@ -103,7 +103,7 @@ def table(head, rows):
     return [line(head), rule, *map(line, rows), rule]
 
 
-def draw(analysis, path):
+def draw_analysis(analysis, path):
     """Draws the norm of each layer's update, and the singular values of the updates."""
     figure = new_figure(len(analysis))
     norms, spectra = figure.subplots(1, 2, sharey=True)

@@ -50,7 +50,7 @@ def matching_paths(rule, paths, argument, suggested=None):
             "path, name or class."
         )
     if callable(rule):
-        refuse_other_arguments(rule, argument)
+        refuse_wrong_signature(rule, argument)
         matches = {path for path, x in paths.items() if rule(path, kinds.layer_of(x))}
         return order_matches(matches, paths, rule, argument, suggested)
     if not isinstance(rule, (list, tuple, set, frozenset)) or not rule:
@@ -99,7 +99,7 @@ def refuse_two_meanings(word, by_pattern, paths, argument):
         )
 
 
-def refuse_other_arguments(rule, argument):
+def refuse_wrong_signature(rule, argument):
     try:
         signature = inspect.signature(rule)
     except ValueError:  # a function that is not written in Python
