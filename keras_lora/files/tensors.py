@@ -34,7 +34,8 @@ def file_alpha(layer, use_rslora):
 
 def own_alpha(layer, alpha, use_rslora):
     """The inverse of `file_alpha`: the layer's alpha for a file's alpha."""
-    return Settings(layer.lora.file_rank, alpha, use_rslora).at(layer.lora.rank).alpha
+    in_file = Settings(layer.lora.file_rank, alpha, use_rslora)
+    return in_file.with_rank(layer.lora.rank).alpha
 
 
 def to_tensors(layer):

@@ -183,7 +183,7 @@ def refuse_unusable(path, layer, start):
 
 def options_for(layer, start):
     """The new adapter's arguments: its rank, with the same scaling, and a start."""
-    settings = layer.lora.settings.at(start.rank)
+    settings = layer.lora.settings.with_rank(start.rank)
     options = {"rank": start.rank, "alpha": settings.alpha}
     options["frozen_start"] = start.is_subtracted
     return {**layer.lora.options(), **options}

@@ -89,7 +89,7 @@ def layer_paths(model, alone=True) -> dict:
     alone: Whether a single layer that can be adapted is among its own paths.
     """
     layers.validate_model(model)
-    layers.refuse_other_copy(model)
+    layers.refuse_reloaded_class(model)
     paths, seen = {}, {id(model)}
 
     def walk(parent, prefix, owners):
@@ -101,7 +101,7 @@ def layer_paths(model, alone=True) -> dict:
             if id(layer) in seen:
                 continue
             seen.add(id(layer))
-            layers.refuse_other_copy(layer)
+            layers.refuse_reloaded_class(layer)
             part = (
                 given_name(layer, owners, parent)
                 or attributes.get(id(layer))

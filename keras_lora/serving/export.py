@@ -85,7 +85,7 @@ def export_by_id(bank, export, path, **kwargs):
     ids = keras.InputSpec(shape=(None,), dtype="int32", name="adapter")
     data = {"inputs": bank.hosts.input_specs, "adapter": ids}
     kwargs = {"verbose": False, "input_signature": [data], **kwargs}
-    with atomic.replacing(path) as new, quantized_host.without_gradients():
+    with atomic.replacing(path) as new, quantized_host.tracing_artefact():
         export(str(new), **kwargs)
         refuse_broken_artefact(new, kwargs["format"])
 
