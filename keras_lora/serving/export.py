@@ -104,12 +104,12 @@ def swap_names(bank) -> dict:
 
 def swap_arrays(bank, prepared) -> dict:
     """{input of "swap": array}, for layers that an adapter leaves out too."""
-    rows = {
-        path: layer.lora.stacks.rows(**prepared.get(path, {}))
+    values = {
+        path: layer.lora.stacks.slot_values(**prepared.get(path, {}))
         for path, layer in bank.hosts.layers.items()
     }
     return {
-        name: rows[path][factor] for (path, factor), name in swap_names(bank).items()
+        name: values[path][factor] for (path, factor), name in swap_names(bank).items()
     }
 
 
