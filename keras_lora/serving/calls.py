@@ -11,7 +11,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lora.keras_internals import calls, distribution
+from keras_lora.keras_internals import calls, compiled, distribution
 from keras_lora.serving import directory, export, rows
 from keras_lora.serving.banked import Hosts
 from keras_lora.serving.directory import SLOTS, Directory, FixedIds
@@ -19,20 +19,10 @@ from keras_lora.serving.rows import SlotChoice
 
 PATIENCE = 60.0  # seconds that a change waits for running calls
 
-# Keras's loops on JAX take the values out of the variables, and put them back.
-LOOPS = (
-    "predict",
-    "predict_on_batch",
-    "evaluate",
-    "test_on_batch",
-    "fit",
-    "train_on_batch",
-)
-
 
 def empties_variables(method):
     """Whether a method empties the model's variables while it runs."""
-    return keras.backend.backend() == "jax" and method in LOOPS
+    return keras.backend.backend() == "jax" and method in compiled.LOOPS
 
 
 @dataclasses.dataclass(eq=False)

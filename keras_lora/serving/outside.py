@@ -8,12 +8,12 @@ import keras
 
 from keras_lora.keras_internals import calls, compiled, layers
 from keras_lora.serving.banked import Banked, Hosts
-from keras_lora.serving.calls import LOOPS, Running, empties_variables
+from keras_lora.serving.calls import Running, empties_variables
 from keras_lora.serving.directory import Directory
 from keras_lora.serving.rows import SlotChoice
 
 TRAINING = ("fit", "train_on_batch")
-COUNTED = ("call", "generate", *LOOPS)
+COUNTED = ("call", "generate", *compiled.LOOPS)
 
 
 class OutsideCalls:
