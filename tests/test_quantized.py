@@ -656,7 +656,7 @@ def test_formats_that_the_plain_model_has_the_adapted_one_has_too(
 def test_an_artefact_that_cannot_be_run_is_not_kept(format, tmp_path, monkeypatch):
     """Here of operations that keep the integers from being unpacked before."""
     monkeypatch.setattr(
-        "keras_lora.layers.quantized_host.without_gradients", contextlib.nullcontext
+        "keras_lora.layers.quantized_host.tracing_artefact", contextlib.nullcontext
     )
     model, inputs, _ = model_of(HOSTS["dense"], [*MODES][-1])
     model(inputs)

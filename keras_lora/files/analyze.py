@@ -171,9 +171,9 @@ def notes_of(methods) -> list:
     """Notes on what methods train and the rows do not show."""
     return [
         f"With {method.keyword}: the rows show scaling * A @ B, without "
-        f"{method.beside_update}."
+        f"{method.also_trains}."
         for method in dict.fromkeys(methods)
-        if method.beside_update
+        if method.also_trains
     ]
 
 

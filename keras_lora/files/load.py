@@ -160,7 +160,7 @@ def adapter_options(file, module) -> dict:
     factors = file.factors[module]
     settings = Settings(factors.rank, factors.alpha, factors.use_rslora)
     if module in file.starts:
-        settings = settings.at(settings.rank // 2)
+        settings = settings.with_rank(settings.rank // 2)
     return {
         **dataclasses.asdict(settings),
         "dropout": file.settings["dropout"],

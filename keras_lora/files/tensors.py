@@ -34,7 +34,9 @@ def file_alpha(site, use_rslora):
 
 def own_alpha(site, alpha, use_rslora):
     """The inverse of `file_alpha`: the layer's alpha for a file's alpha."""
-    return Settings(site.lora.file_rank, alpha, use_rslora).at(site.lora.rank).alpha
+    return (
+        Settings(site.lora.file_rank, alpha, use_rslora).with_rank(site.lora.rank).alpha
+    )
 
 
 def to_tensors(site):

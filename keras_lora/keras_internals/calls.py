@@ -81,7 +81,7 @@ def inside_checkpoint() -> bool:
         return True
 
 
-def drawn_in_checkpoint() -> int:
+def draw_in_checkpoint() -> int:
     """Draws a number that is the same when torch repeats a function.
 
     torch resets its generator before it repeats one.

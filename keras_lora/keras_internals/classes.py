@@ -111,19 +111,19 @@ def call_with(layer, cls, values, args, kwargs):
     values: keys -> value, with the keys of `weight_places`. The value for the `call` of
         an inner layer is a function of that layer's view and the call's arguments.
     """
-    seen = []
-    outputs = cls.call(view_with_values(layer, values, seen, cls), *args, **kwargs)
-    for held, view, before in seen:
+    views = []
+    outputs = cls.call(view_with_values(layer, values, views, cls), *args, **kwargs)
+    for held, view, before in views:
         for name, value in vars(view).items():
-            if value is not before.get(name, seen):
+            if name not in before or value is not before[name]:
                 vars(held)[name] = value
     return outputs
 
 
-def view_with_values(held, values, seen, cls=None):
+def view_with_values(held, values, views, cls=None):
     """Returns a view of a layer, or a copy of a list or dict, with other values.
 
-    seen: A list to which each layer is added, with its view and a copy of the view's
+    views: A list to which each layer is added, with its view and a copy of the view's
         attributes.
     """
     if () in values:
@@ -133,7 +133,7 @@ def view_with_values(held, values, seen, cls=None):
         inside.setdefault(key, {})[tuple(rest)] = value
     if isinstance(held, keras.layers.Layer):
         changed = {
-            key: view_with_values(getattr(held, key), inner_values, seen)
+            key: view_with_values(getattr(held, key), inner_values, views)
             for key, inner_values in inside.items()
         }
         # Rematerialized again inside a rematerialized layer, a cell would have no
@@ -141,11 +141,11 @@ def view_with_values(held, values, seen, cls=None):
         view = view_with(held, cls or type(held), {**changed, "_remat_mode": None})
         if "call" in changed:
             vars(view)["call"] = changed["call"].__get__(view)
-        seen.append((held, view, dict(vars(view))))
+        views.append((held, view, dict(vars(view))))
         return view
     copied = dict(held) if isinstance(held, dict) else list(held)
     for key, inner_values in inside.items():
-        copied[key] = view_with_values(held[key], inner_values, seen)
+        copied[key] = view_with_values(held[key], inner_values, views)
     return copied
 
 

@@ -66,6 +66,12 @@ def subclasses(cls) -> set:
     return classes
 
 
+# Methods that run a model over data. On JAX they take the values out of the variables,
+# and put them back.
+LOOPS = (
+    *("fit", "evaluate", "predict"),
+    *("train_on_batch", "test_on_batch", "predict_on_batch"),
+)
 LOOP_FUNCTIONS = ("train_function", "test_function", "predict_function")
 COMPILED_FUNCTIONS = (*LOOP_FUNCTIONS, "generate_function")  # the last: KerasHub
 

@@ -1,4 +1,4 @@
-"""Variables that layers read but that are none of their weights."""
+"""Variables that layers read but that are not among their weights."""
 
 import json
 

@@ -13,7 +13,7 @@ from keras_lora.keras_internals import calls, private_names, probes, warn_caller
 LORA_LAYER = "keras_lora.layers.lora_layer", "LoRALayer"
 
 
-class Place(NamedTuple):
+class PositionBefore(NamedTuple):
     """Position and dtype rule of a variable before it was frozen."""
 
     position: int
@@ -40,7 +40,7 @@ def freeze(layer, variable):
     Autocast is turned off: merging adds to the stored value, not to a rounded copy.
     """
     position = [id(v) for v in layer._trainable_variables].index(id(variable))
-    place = Place(position, variable._autocast)
+    place = PositionBefore(position, variable._autocast)
     layer._untrack_variable(variable)
     variable.trainable = False
     variable._autocast = False
@@ -168,7 +168,7 @@ def validate_model(model):
         )
 
 
-def refuse_other_copy(layer):
+def refuse_reloaded_class(layer):
     """Raises ValueError for a layer that another copy of this package has adapted.
 
     After a second import, or Jupyter's autoreload, the classes of the layers differ
@@ -192,12 +192,12 @@ def flatten_layers(model):
     of Keras's own walk, by which KerasHub's files number layers.
     """
     validate_model(model)
-    refuse_other_copy(model)
+    refuse_reloaded_class(model)
     layers, waiting = {id(model): model}, collections.deque(model._layers)
     while waiting:
         layer = waiting.popleft()
         if id(layer) not in layers:
-            refuse_other_copy(layer)
+            refuse_reloaded_class(layer)
             layers[id(layer)] = layer
             waiting.extendleft(layer._layers)
     return list(layers.values())

@@ -80,7 +80,7 @@ TABLE = [
         "keras.src.backend.common.global_state: current_call_ctx, entry_layer, "
         "stateless_scope, name_scope_stack",
         LAYERS,
-        "Nothing public tells a layer that is read or assigned to inside of a call.",
+        "No public API says whether code runs inside a layer's call.",
         probes.calls_are_recorded,
     ),
     PrivateName(
@@ -98,13 +98,13 @@ TABLE = [
     PrivateName(
         "KerasTensor._keras_history, Operation._inbound_nodes",
         MODELS,
-        "`Operation.input` is that of the first call alone.",
+        "`Operation.input` has only the inputs of the first call.",
         probes.has_tensor_history,
     ),
     PrivateName(
         "Model._compile_config, _compiled_trainable_state (since Keras 3.13)",
         MODELS,
-        "`compile_from_config` loses what a configuration cannot say.",
+        "`compile_from_config` drops objects that a configuration cannot describe.",
         lambda: (
             probes.mentions(keras.Model, "_compile_config")
             and probes.mentions(keras.Model, "_compiled_trainable_state")
@@ -120,7 +120,7 @@ TABLE = [
     PrivateName(
         "global_state: use_legacy_config",
         MODELS,
-        "A configuration is asked for in the same way by .keras and by .h5.",
+        "Keras calls `get_config` in the same way for .keras and .h5 files.",
         probes.code_has(keras.Sequential, "use_legacy_config"),
     ),
     PrivateName(
@@ -152,13 +152,14 @@ TABLE = [
     PrivateName(
         "Model._jax_state",
         MODELS,
-        "What a loop that failed has left there would become the weights.",
+        "A failed loop leaves its state there, and the next one would load it into the "
+        "weights.",
         lambda: not probes.ON_JAX or probes.mentions(keras.Model, "_jax_state"),
     ),
     PrivateName(
         "Operation._remat_mode",
         REMAT,
-        "A cell that computes with W + delta is computed once more with its layer.",
+        "A cell would be rematerialized a second time inside its layer.",
         probes.has("_remat_mode"),
     ),
     PrivateName(
@@ -188,7 +189,7 @@ TABLE = [
     PrivateName(
         "PythonState._trackable_children",
         LAYERS,
-        "The scaling is read by compiled functions and is in no checkpoint.",
+        "Compiled functions read the scaling, which no checkpoint would hold.",
         lambda: hasattr(
             probes.module("tensorflow").train.experimental.PythonState,
             "_trackable_children",
@@ -226,7 +227,7 @@ TABLE = [
     PrivateName(
         "distributed: global_state",
         PROCESSES,
-        "JAX's public collectives wait for a process that does not come.",
+        "JAX's public collectives wait forever for a missing process.",
         probes.processes_can_meet,
         "JAX",
     ),

@@ -83,7 +83,7 @@ def exchange(message, seconds, strategy=None) -> list:
     text, process = json.dumps(message), process_index(strategy)
     try:
         if strategy is None:
-            texts = publish(text, process, seconds)
+            texts = exchange_texts(text, process, seconds)
         else:
             codes = [*text.encode(), ord("\n")]
             codes = gather(np.array(codes, "int32"), strategy, seconds)
@@ -105,8 +105,8 @@ def timeout_error(strategy):
     return probes.module("tensorflow").errors.OpError
 
 
-def publish(text, process, seconds) -> list:
-    """Returns the texts of all JAX processes, in their order.
+def exchange_texts(text, process, seconds) -> list:
+    """Sends a text to all JAX processes; returns those of all, in their order.
 
     They go through the coordinator. A collective of devices might wait for ever for a
     missing process.

@@ -9,7 +9,7 @@ from keras import ops
 
 from keras_lora.keras_internals import hidden_state
 from keras_lora.keras_internals.hidden_state import HiddenVariable
-from keras_lora.keras_internals.layers import Place
+from keras_lora.keras_internals.layers import PositionBefore
 from keras_lora.layers import merged_training, rematerialized, settings
 from keras_lora.layers.saved_values import AdapterFiles
 from keras_lora.layers.settings import Settings
@@ -60,11 +60,13 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
     factor_names: tuple[str, ...] = ("a", "b")
     magnitude = None  # DoRA's m
     has_gain = False  # whether outputs are multiplied too; see `for_bank`
-    takes_start = True  # each subclass sets it for itself
+    # Whether `initialize_lora` may set A0 and B0; not inherited, see `refuse_used`.
+    takes_start = True
     removal_hint = "merge_lora(model) or remove_lora(model)"
     is_bank = False  # whether it holds many adapters, which only a bank may change
-    stand_in = None  # replaces it inside `merged()`
-    kernel_place: Place | None = None  # position of W before it was frozen
+    # Used instead in calls: `FixedKernel` (`merged`), `Recorder` (`initialize_lora`).
+    stand_in = None
+    kernel_place: PositionBefore | None = None  # position of W before it was frozen
     off_count = 0  # number of contexts that have switched it off
 
     def __init__(

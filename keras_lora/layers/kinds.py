@@ -249,7 +249,7 @@ def layer_of(site):
 
 
 def wrapped_layers(layer) -> tuple:
-    """Returns the layers that a wrapper of Keras runs, which a rule for it means."""
+    """Returns the layers inside a Keras wrapper, which a rule that names it adapts."""
     if isinstance(layer, keras.layers.Bidirectional):
         return layer.forward_layer, layer.backward_layer
     return (layer.layer,) if isinstance(layer, keras.layers.TimeDistributed) else ()

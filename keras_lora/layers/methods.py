@@ -18,7 +18,7 @@ register_method(TokenRows)
 
 
 def take_method(keywords) -> dict:
-    """Removes the keyword of a method from a constructor's, and returns it."""
+    """Removes the keywords of methods; returns the chosen one as {keyword: value}."""
     values = {word: keywords.pop(word, False) for word in torch_layout.METHODS if word}
     chosen = {word: value for word, value in values.items() if value}
     if len(chosen) > 1:

@@ -21,7 +21,7 @@ _in_artefact = contextvars.ContextVar("in_artefact", default=False)
 
 
 @contextlib.contextmanager
-def without_gradients():
+def tracing_artefact():
     """Context for tracing an artefact, in which quantized layers compute as in Keras.
 
     The operations that order float kernels in a compiled step may not exist in the
@@ -203,7 +203,7 @@ def own_kernel(layer, name):
 
 
 def quantization(layer, name):
-    """Returns scale, zero and groups of a quantized variable; only blocks have all."""
+    """Returns (scale, zero, groups); zero and groups are None unless it has blocks."""
     scale, zero = (getattr(layer, f"{name}_{x}", None) for x in ("scale", "zero"))
     if is_transposed(layer):
         scale, zero = ops.transpose(scale), ops.transpose(zero)
@@ -257,7 +257,7 @@ def straight_through(layer, inputs, forward, backward):
         )
     names, variables = zip(*layers.kernel_variables(layer).items(), strict=True)
 
-    def view_on(cls, values, tensor):
+    def ordered_view(cls, values, tensor):
         values = [order_after(tensor, value) for value in values]
         values = dict(zip(names, values, strict=True))
         return classes.view_with(layer, cls, {**WITHOUT_FINISH, **values})
@@ -267,11 +267,13 @@ def straight_through(layer, inputs, forward, backward):
         def gradient(*args, upstream=None):
             if upstream is None:  # torch passes it as an argument
                 (upstream,) = args
-            result = backward(view_on(type(layer), values, upstream), upstream)
+            result = backward(ordered_view(type(layer), values, upstream), upstream)
             return (ops.cast(result, dtype), *[None] * len(values))
 
         inputs = ops.stop_gradient(inputs)
-        return forward(view_on(layer.plain_class, values, inputs), inputs), gradient
+        return forward(
+            ordered_view(layer.plain_class, values, inputs), inputs
+        ), gradient
 
     inputs = ops.convert_to_tensor(inputs)
     dtype = inputs.dtype

@@ -15,7 +15,7 @@ _seeds: contextvars.ContextVar[dict] = contextvars.ContextVar("seeds")
 
 # Calls with training=True that may be repeated: {adapter: its calls}.
 _first_runs: WeakKeyDictionary = WeakKeyDictionary()
-FIRST_RUNS = 256  # that are remembered for an adapter
+MOST_RUNS = 256  # that are remembered for an adapter
 
 BACKEND = keras.backend.backend()
 
@@ -31,7 +31,7 @@ class Rematerialized:
     def rematerialized_call(self, call, *args, **kwargs):
         probes.require(private_names.REMAT)
         fixed = {name: x for name, x in kwargs.items() if not has_gradient(x)}
-        seeds = drawn_seeds(self) if kwargs.get("training") is True else {}
+        seeds = draw_seeds(self) if kwargs.get("training") is True else {}
 
         def bound(*args, **kwargs):
             token = _seeds.set({key: DrawnSeeds(seed) for key, seed in seeds.items()})
@@ -56,7 +56,7 @@ def has_gradient(argument) -> bool:
     )
 
 
-def drawn_seeds(layer) -> dict:
+def draw_seeds(layer) -> dict:
     """{id of an adapter that has dropout: a seed for one call of the layer}."""
     adapters: list = [getattr(x, "lora", None) for x in layers.flatten_layers(layer)]
     dropping = [x for x in adapters if getattr(x, "seed_generator", None) is not None]
@@ -70,7 +70,7 @@ def seed_of(adapter):
     if id(adapter) in _seeds.get({}):
         return _seeds.get()[id(adapter)]
     if calls.inside_checkpoint():
-        return calls.drawn_in_checkpoint()
+        return calls.draw_in_checkpoint()
     if BACKEND == "tensorflow" and calls.recording_is_stopped(adapter.variables[0]):
         raise ValueError(
             "An adapter with dropout is called with training=True while TensorFlow "
@@ -117,8 +117,8 @@ def runs_again_on_torch(adapter, training) -> bool:
     """Whether a call is a second run on torch, where both draw the same number."""
     if not calls.inside_checkpoint():
         return False
-    number = calls.drawn_in_checkpoint()
-    runs = _first_runs.setdefault(adapter, collections.deque(maxlen=FIRST_RUNS))
+    number = calls.draw_in_checkpoint()
+    runs = _first_runs.setdefault(adapter, collections.deque(maxlen=MOST_RUNS))
     if training is True:
         runs.append(number)
     return number in runs

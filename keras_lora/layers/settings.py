@@ -43,7 +43,7 @@ class Settings:
         """The factor in front of A @ B."""
         return self.alpha / divisor(self.rank, self.use_rslora)
 
-    def at(self, rank: int) -> "Settings":
+    def with_rank(self, rank: int) -> "Settings":
         """Returns settings of another rank with the same scaling."""
         if rank == self.rank:
             return self

@@ -59,10 +59,10 @@ def refuse_remat_of_weights(layer):
 def watch_kernel(kernel):
     """Wraps the kernel's property, to warn if another layer computes with the kernel.
 
-    This package reads W by `frozen_kernel`. A layer that reads the property inside a
-    call is another one, and gets W without the adapter. SpectralNormalization reads it
-    when it is built, and is refused there, because an error in `fit` on JAX would cost
-    the weights.
+    This package reads W by `frozen_kernel`. Any read of the property inside a call
+    therefore comes from another layer, which gets W without the adapter.
+    SpectralNormalization reads it when it is built, and is refused there, because an
+    error in `fit` on JAX would cost the weights.
     """
 
     def read(layer):

@@ -87,13 +87,13 @@ class MethodFiles:
         keyword: The argument that chooses the method, and its setting in a file.
         takes_value: Whether the keyword has a value, other than a Boolean.
         more_suffixes: Suffixes of arrays in a file other than A and B.
-        beside_update: What the method trains besides A @ B, in words.
+        also_trains: What else the method trains, besides A @ B, in words.
     """
 
     keyword: str | None = None
     takes_value = False
     more_suffixes: tuple[str, ...] = ()
-    beside_update = ""
+    also_trains = ""
 
     @classmethod
     def suffixes_for(cls, suffixes) -> tuple:
@@ -106,7 +106,7 @@ class DoRAFiles(MethodFiles):
 
     keyword = "use_dora"
     more_suffixes = (".lora_magnitude_vector",)
-    beside_update = "the lengths m, which change the kernel too"
+    also_trains = "the lengths m, which change the kernel too"
 
 
 class TokenRowsFiles(MethodFiles):
@@ -114,7 +114,7 @@ class TokenRowsFiles(MethodFiles):
 
     keyword = "trainable_token_indices"
     takes_value = True
-    beside_update = "rows of the table"
+    also_trains = "rows of the table"
 
 
 # Keyword -> method, replaced by the adapter's class once Keras is loaded.

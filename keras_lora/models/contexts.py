@@ -205,7 +205,7 @@ def listing_merged_kernels(model):
             )
             undo.enter_context(unlisted(site.lora_layer(), site.lora))
         refresh_torch_parameters(flatten_layers(model))
-        undo.enter_context(quantized_host.without_gradients())
+        undo.enter_context(quantized_host.tracing_artefact())
         yield model
     refresh_torch_parameters(flatten_layers(model))
 

@@ -187,7 +187,7 @@ def refuse_unusable(path, site, start):
 
 def options_for(site, start):
     """The new adapter's arguments: its rank, with the same scaling, and a start."""
-    settings = site.lora.settings.at(start.rank)
+    settings = site.lora.settings.with_rank(start.rank)
     options = {"rank": start.rank, "alpha": settings.alpha}
     options["frozen_start"] = start.is_subtracted
     return {**site.lora.options(), **options}

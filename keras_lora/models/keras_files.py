@@ -10,7 +10,7 @@ import functools
 
 import keras
 
-from keras_lora.keras_internals import calls, classes, layers
+from keras_lora.keras_internals import calls, classes, compiled, layers
 from keras_lora.layers import kinds, lora_layer, quantized_host
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.lora_layer import LoRALayer
@@ -168,7 +168,9 @@ def carrier_class(cls):
         if hasattr(cls, method.__name__):
             members[method.__name__] = method
     members |= {
-        name: protect(getattr(cls, name)) for name in LOOPS if hasattr(cls, name)
+        name: protect(getattr(cls, name))
+        for name in compiled.LOOPS
+        if hasattr(cls, name)
     }
     carrier = type(cls.__name__, (Carrier, cls), members)
     register(carrier)
@@ -176,12 +178,6 @@ def carrier_class(cls):
     # for the task of a preset.
     register(Carrier)
     return carrier
-
-
-LOOPS = (
-    *("fit", "evaluate", "predict"),
-    *("train_on_batch", "test_on_batch", "predict_on_batch"),
-)
 
 
 def protect(loop):

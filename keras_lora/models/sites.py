@@ -91,7 +91,7 @@ def layers_by_path(model, alone=True) -> dict:
     alone: Whether a single layer that can be adapted is among its own paths.
     """
     layers.validate_model(model)
-    layers.refuse_other_copy(model)
+    layers.refuse_reloaded_class(model)
     by_path, seen = {}, {id(model)}
 
     def walk(parent, prefix, owners):
@@ -103,7 +103,7 @@ def layers_by_path(model, alone=True) -> dict:
             if id(layer) in seen:
                 continue
             seen.add(id(layer))
-            layers.refuse_other_copy(layer)
+            layers.refuse_reloaded_class(layer)
             part = (
                 given_name(layer, owners, parent)
                 or attributes.get(id(layer))

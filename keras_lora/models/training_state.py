@@ -191,7 +191,8 @@ def set_flags(layer, trainable, flags):
     layers.freeze_spectral_norm(layer)
     layer.trainable = trainable
     variables = layers.own_variables(layer)
-    # A kernel that was quantized since, or is float again, comes first.
+    # Pads or cuts at the front: the kernel, which is first, leaves this list when it is
+    # quantized, and returns when it is float.
     flags = ([trainable] * len(variables) + flags)[len(flags) :]
     for variable, flag in zip(variables, flags, strict=True):
         variable.trainable = flag

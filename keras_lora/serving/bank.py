@@ -27,7 +27,7 @@ from keras_lora.serving.export import (
     swap_arrays,
 )
 from keras_lora.serving.outside import CompiledFunctions, OutsideCalls
-from keras_lora.serving.reading import read, with_rows
+from keras_lora.serving.reading import bankable_sites, read
 from keras_lora.serving.rows import SlotChoice
 from keras_lora.serving.training import Training
 
@@ -85,14 +85,14 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
         barrier()
         adapters = validate_adapters(adapters, target)
         capacity = validate_capacity(capacity, adapters)
-        most = np.inf if max_rank is None else settings.validate_rank(max_rank)
+        highest_rank = np.inf if max_rank is None else settings.validate_rank(max_rank)
         readings, sources = {}, {}
         for name, adapter in adapters.items():
             with naming(name):
                 adapter, sources[name] = training.read_with_source(model, adapter)
-                readings[name] = read(model, paths, adapter, names, most)
-        every = [item for x in readings.values() for item in x.parts.items()]
-        lora_ranks = [part.rank for _, part in every if not part.in_full]
+                readings[name] = read(model, paths, adapter, names, highest_rank)
+        all_parts = [item for x in readings.values() for item in x.parts.items()]
+        lora_ranks = [part.rank for _, part in all_parts if not part.in_full]
         with distribution.strategy_scope(model):
             super().__init__(name=f"{model.name}_bank", dtype=model.dtype_policy)
         self.autocast = False
@@ -104,19 +104,19 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
         # Past Keras's tracking, because some are trainees.
         self.__dict__["sources"] = {}
         self.stacks = []
-        self._changes, self._active = threading.RLock(), None
+        self._write_lock, self._active = threading.RLock(), None
         self._row_names = None
         self._compiled = CompiledFunctions(model)
         self.running = Running(self._write_active, barrier)
         self._slots_outside = [directory.BASE]
         self.__dict__["depends_on_base"] = {}  # name -> whether the adapter does
         self.__dict__["counted_layers"] = weakref.WeakSet()
-        with_gain = any(part.has_gain for _, part in every)
-        chosen = [] if target is None else with_rows(model, paths, target)
+        with_gain = any(part.has_gain for _, part in all_parts)
+        chosen = [] if target is None else bankable_sites(model, paths, target)
         with distribution.strategy_scope(model), contextlib.ExitStack() as undo:
             undo.callback(self.hosts.release)
             for path, layer in paths.items():
-                ranks = [part.rank for other, part in every if other == path]
+                ranks = [part.rank for other, part in all_parts if other == path]
                 if ranks or path in chosen:
                     rank = max([self.max_rank, *ranks])
                     self.stacks.append(self.hosts.add(path, layer, rank, with_gain))
@@ -159,7 +159,7 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
         """
         validate_adapters({name: adapter}, None)
         self._refuse_released()
-        self.running.refuse_inside("bank.add", lambda call: call.alone)
+        self.running.begin_change("bank.add", lambda call: call.alone)
         self.directory.refuse_if_full(name)
         parts, source = self._read(name, adapter)
         with self.running.writing("bank.add"):
@@ -167,7 +167,7 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
 
     def _read(self, name, adapter):
         """Returns the parts of an adapter, for which there is room, and its source."""
-        with self.running.call(lambda: (None, ())), self._changes:
+        with self.running.call(lambda: (None, ())), self._write_lock:
             with naming(name):
                 adapter, source = training.read_with_source(self.model, adapter)
                 arguments = self.model, self.hosts.paths, adapter, self.names_given
@@ -178,14 +178,14 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
     def _put(self, name, parts, source):
         """Writes an adapter into a free slot, and makes its name mean that slot."""
         free = self.directory.free_slots
-        with self.running.changed:
+        with self.running.lock:
             self.running.wait("bank.add", lambda: self._next_slot() is not None)
             slot = self._next_slot()
             free.remove(slot)
         try:
-            with self._changes:
+            with self._write_lock:
                 self.hosts.write(slot, self.hosts.prepare(parts))
-                with self.running.changed:
+                with self.running.lock:
                     self.directory.refuse_if_full(name)
                     self.directory.publish(name, slot)
                     self.sources[name] = source
@@ -193,7 +193,7 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
                     self.depends_on_base[name] = needed
                     self.running.write_active_soon()
         except BaseException:
-            with self.running.changed:
+            with self.running.lock:
                 if slot not in self.directory.slot_of.values():
                     free.append(slot)
             raise
@@ -205,7 +205,7 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
 
     def remove(self, name: str):
         """Removes an adapter. From then on, rows with its id are NaN."""
-        with self.running.writing("bank.remove"), self.running.changed:
+        with self.running.writing("bank.remove"), self.running.lock:
             if self.directory.validate_name(name) is None:
                 raise ValueError("None is the base model, which cannot be removed.")
             if name == self._active:
@@ -246,8 +246,8 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
             ValueError: If it is called inside a call of the model, or if calls in
                 other threads do not end within a minute.
         """
-        self.running.refuse_inside("bank.release", lambda call: True)
-        with self.running.changed:
+        self.running.begin_change("bank.release", lambda call: True)
+        with self.running.lock:
             self.running.wait("bank.release", lambda: not self.running.other_calls())
             self._stop_counting()
             self._release_weights()

@@ -63,19 +63,19 @@ class StackVariables(Stacks, keras.layers.Layer):
             autocast=False,
         )
 
-    def rows(self, **values) -> dict:
+    def slot_values(self, **values) -> dict:
         """Name -> value for one slot, by default that of the base model."""
         return {
             name: np.ascontiguousarray(
-                np.broadcast_to(values.get(name, base_row(name)), stack.shape[1:]),
+                np.broadcast_to(values.get(name, base_value(name)), stack.shape[1:]),
                 self.variable_dtype,
             )
             for name, stack in self.by_name().items()
         }
 
     def write(self, slot, **values):
-        for name, row in self.rows(**values).items():
-            write_slot(self.by_name()[name], slot, row)
+        for name, value in self.slot_values(**values).items():
+            write_slot(self.by_name()[name], slot, value)
 
 
 class StacksWithTrainees(Stacks):
@@ -85,24 +85,24 @@ class StacksWithTrainees(Stacks):
         stacks, path = adapters.stacks, adapters.name
         self.variable_dtype = stacks.variable_dtype
         parts = [trainee.parts.get(path) for trainee in trainees]
-        rows = [
-            {} if part is None else part.rows(host.form, host.over_outputs)
+        own_values = [
+            {} if part is None else part.slot_values(host.form, host.over_outputs)
             for part in parts
         ]
         for name, stack in stacks.by_name().items():
             shape = stack.shape[1:]
             values = [
-                ops.broadcast_to(row[name], shape)
-                if name in row
-                else ops.full(shape, base_row(name), stack.dtype)
-                for row in rows
+                ops.broadcast_to(own[name], shape)
+                if name in own
+                else ops.full(shape, base_value(name), stack.dtype)
+                for own in own_values
             ]
             setattr(self, name, ops.concatenate([stack, ops.stack(values)], axis=0))
         rates = [0.0 if part is None else part.dropout for part in parts]
         self.dropout = np.array([0.0] * stacks.count + rates, "float32")
 
 
-def base_row(name) -> float:
+def base_value(name) -> float:
     """Returns the value with which a slot gives the base model."""
     return 1.0 if name == "gain" else 0.0
 
@@ -295,9 +295,9 @@ class Hosts:
             elif part.has_gain and stacks.gain is None:
                 no_room[path] = "DoRA's lengths"
             else:
-                rows = part.rows(layer.form, layer.over_outputs)
+                values = part.slot_values(layer.form, layer.over_outputs)
                 prepared[path] = {
-                    name: torch_layout.to_numpy(x) for name, x in rows.items()
+                    name: torch_layout.to_numpy(x) for name, x in values.items()
                 }
         if no_room:
             reasons = "; ".join(f"{path!r}: {why}" for path, why in no_room.items())

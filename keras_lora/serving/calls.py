@@ -11,7 +11,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lora.keras_internals import calls, distribution
+from keras_lora.keras_internals import calls, compiled, distribution
 from keras_lora.serving import directory, export, rows
 from keras_lora.serving.banked import Hosts
 from keras_lora.serving.directory import SLOTS, Directory, FixedIds
@@ -19,20 +19,10 @@ from keras_lora.serving.rows import SlotChoice
 
 PATIENCE = 60.0  # seconds that a change waits for running calls
 
-# Keras's loops on JAX take the values out of the variables, and put them back.
-LOOPS = (
-    "predict",
-    "predict_on_batch",
-    "evaluate",
-    "test_on_batch",
-    "fit",
-    "train_on_batch",
-)
-
 
 def empties_variables(method):
     """Whether a method empties the model's variables while it runs."""
-    return keras.backend.backend() == "jax" and method in LOOPS
+    return keras.backend.backend() == "jax" and method in compiled.LOOPS
 
 
 @dataclasses.dataclass(eq=False)
@@ -65,7 +55,7 @@ class Running:
     def __init__(self, write_active, barrier):
         self.write_active, self.barrier = write_active, barrier
         self.is_write_due = False
-        self.changed = threading.Condition(threading.RLock())
+        self.lock = threading.Condition(threading.RLock())
         self.calls = {}  # thread -> its calls, the outermost first
         self.reads = collections.Counter()  # slot -> how many calls read it
         self.queue, self.changes = [], 0  # waiting calls; number of running changes
@@ -93,7 +83,7 @@ class Running:
             alone: As in `Call`.
         """
         call = Call(outside, alone)
-        with self.changed:
+        with self.lock:
             if not self.own_calls:
                 self._wait_for_turn(call)
             chosen, slots = choose()
@@ -103,14 +93,14 @@ class Running:
         try:
             yield chosen
         finally:
-            with self.changed:
+            with self.lock:
                 self.reads.subtract(call.slots)
                 self.own_calls.remove(call)
                 if not self.own_calls:
                     del self.calls[threading.get_ident()]
                 if self.is_write_due:
                     self.write_active_soon()
-                self.changed.notify_all()
+                self.lock.notify_all()
 
     def _wait_for_turn(self, call, patience=None):
         """Waits for earlier calls that cannot run at the same time.
@@ -119,10 +109,10 @@ class Running:
         """
         self.queue.append(call)
         try:
-            return self.changed.wait_for(lambda: self._has_turn(call), patience)
+            return self.lock.wait_for(lambda: self._has_turn(call), patience)
         finally:
             self.queue.remove(call)
-            self.changed.notify_all()
+            self.lock.notify_all()
 
     def _has_turn(self, call):
         before = self.queue[: self.queue.index(call)]
@@ -136,7 +126,7 @@ class Running:
 
     def write_active_soon(self):
         """Writes the active adapter as soon as no call reads its slot."""
-        with self.changed:
+        with self.lock:
             other_calls = self.other_calls()
             self.is_write_due = any(c.outside for c in [*other_calls, *self.own_calls])
             self.is_write_due |= any(c.alone for c in other_calls)
@@ -146,20 +136,23 @@ class Running:
     @contextlib.contextmanager
     def writing(self, what):
         """Context of a change, during which no call on JAX empties the variables."""
-        self.refuse_inside(what, lambda call: call.alone)
-        with self.changed:
+        self.begin_change(what, lambda call: call.alone)
+        with self.lock:
             if not self._wait_for_turn(Call(), PATIENCE):
                 raise ValueError(timeout_message(what))
             self.changes += 1
         try:
             yield
         finally:
-            with self.changed:
+            with self.lock:
                 self.changes -= 1
-                self.changed.notify_all()
+                self.lock.notify_all()
 
-    def refuse_inside(self, what, test):
-        """Raises if the change is made inside a call that `test` is true for."""
+    def begin_change(self, what, test):
+        """Raises if the change is made inside a call that `test` is true for.
+
+        Then waits until all processes make the change, and raises unless they do.
+        """
         if any(map(test, self.own_calls)):
             raise ValueError(
                 f"{what} is not possible inside a call of the same model, for example "
@@ -175,7 +168,7 @@ class Running:
                 f"{what} has to wait for running calls, but was called inside one of "
                 "them. Nothing was changed. Do it after that call."
             )
-        if not self.changed.wait_for(test, PATIENCE):
+        if not self.lock.wait_for(test, PATIENCE):
             raise ValueError(timeout_message(what))
 
 
@@ -232,7 +225,7 @@ class Calls:
             directory.refuse_other_ids(ids)
             slots = self.directory.slots(ids)
         self._find_leading_axes(inputs["inputs"])
-        trainees = self.trainees.each if training and self.trainees else None
+        trainees = self.trainees.members if training and self.trainees else None
         with self.choice.using(slots, trainees):
             return self.model(inputs["inputs"], training=training)
 

@@ -85,7 +85,7 @@ def export_by_id(bank, export, path, **kwargs):
     ids = keras.InputSpec(shape=(None,), dtype="int32", name="adapter")
     data = {"inputs": bank.hosts.input_specs, "adapter": ids}
     kwargs = {"verbose": False, "input_signature": [data], **kwargs}
-    with atomic.replacing(path) as new, quantized_host.without_gradients():
+    with atomic.replacing(path) as new, quantized_host.tracing_artefact():
         export(str(new), **kwargs)
         refuse_broken_artefact(new, kwargs["format"])
 
@@ -104,12 +104,12 @@ def swap_names(bank) -> dict:
 
 def swap_arrays(bank, prepared) -> dict:
     """{input of "swap": array}, for layers that an adapter leaves out too."""
-    rows = {
-        path: layer.lora.stacks.rows(**prepared.get(path, {}))
+    values = {
+        path: layer.lora.stacks.slot_values(**prepared.get(path, {}))
         for path, layer in bank.hosts.layers.items()
     }
     return {
-        name: rows[path][factor] for (path, factor), name in swap_names(bank).items()
+        name: values[path][factor] for (path, factor), name in swap_names(bank).items()
     }
 
 

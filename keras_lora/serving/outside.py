@@ -8,12 +8,12 @@ import keras
 
 from keras_lora.keras_internals import calls, compiled, layers
 from keras_lora.serving.banked import Banked, Hosts
-from keras_lora.serving.calls import LOOPS, Running, empties_variables
+from keras_lora.serving.calls import Running, empties_variables
 from keras_lora.serving.directory import Directory
 from keras_lora.serving.rows import SlotChoice
 
 TRAINING = ("fit", "train_on_batch")
-COUNTED = ("call", "generate", *LOOPS)
+COUNTED = ("call", "generate", *compiled.LOOPS)
 
 
 class OutsideCalls:
@@ -35,8 +35,8 @@ class OutsideCalls:
         Raises:
             ValueError: If the name is not known, or inside a call of the model.
         """
-        self.running.refuse_inside("bank.activate", disturbed)
-        with self.running.changed:
+        self.running.begin_change("bank.activate", disturbed)
+        with self.running.lock:
             self._active = self.directory.validate_name(name)
             self.running.write_active_soon()
 
@@ -53,8 +53,8 @@ class OutsideCalls:
                 (InvalidArgumentError inside a compiled call), or inside a call of the
                 model.
         """
-        self.running.refuse_inside("bank.rows", disturbed)
-        with self.running.changed:
+        self.running.begin_change("bank.rows", disturbed)
+        with self.running.lock:
             names = self.directory.validate_names(names)
             if self._row_names is not None:
                 raise ValueError("The bank is already inside `rows`.")
@@ -63,7 +63,7 @@ class OutsideCalls:
         try:
             yield self
         finally:
-            with self.running.changed:
+            with self.running.lock:
                 self._row_names = None
                 self.running.write_active_soon()
 

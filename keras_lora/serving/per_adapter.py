@@ -65,8 +65,8 @@ class PerAdapterLoss(keras.losses.Loss):
         values = sum_by_row(values * weights)
         if self.reduction != "sum":
             weighted = self.reduction == "mean_with_sample_weight"
-            every = distribution.gather_over_replicas(ids)
-            same = ops.cast(ids[:, None] == every[None, :], values.dtype)
+            all_ids = distribution.gather_over_replicas(ids)
+            same = ops.cast(ids[:, None] == all_ids[None, :], values.dtype)
             used = sum_by_row(weights if weighted else used)
             total = ops.matmul(same, distribution.gather_over_replicas(used)[:, None])
             values = ops.divide_no_nan(values, total[:, 0])
@@ -125,9 +125,9 @@ class PerAdapterOptimizer(keras.optimizers.Optimizer):
         super().__init__(learning_rate=0.0, name="of_each")
         by_name = optimizer if isinstance(optimizer, Mapping) else {None: optimizer}
         vars(self).update(  # past TensorFlow's tracking
-            sources={name: validate_optimizer(each) for name, each in by_name.items()},
-            each=[],  # (trainee, its id in batches, its optimizer)
-            ids_now=threading.local(),
+            sources={name: validate_optimizer(x) for name, x in by_name.items()},
+            members=[],  # (trainee, its id in batches, its optimizer)
+            _batch=threading.local(),
         )
 
     def train(self, trainees, id_of):
@@ -135,17 +135,17 @@ class PerAdapterOptimizer(keras.optimizers.Optimizer):
 
         id_of: name -> id in a batch.
         """
-        known = {id(trainee): optimizer for trainee, _, optimizer in self.each}
-        each = []
+        known = {id(trainee): optimizer for trainee, _, optimizer in self.members}
+        members = []
         for trainee in trainees:
             optimizer = known.get(id(trainee)) or self.new(trainee)
-            each.append((trainee, id_of[trainee.adapter_name], optimizer))
-        vars(self)["each"] = each
+            members.append((trainee, id_of[trainee.adapter_name], optimizer))
+        vars(self)["members"] = members
         self.built = True
 
     def is_for(self, trainees, id_of):
-        now = [(id(trainee), own_id) for trainee, own_id, _ in self.each]
-        return now == [(id(each), id_of[each.adapter_name]) for each in trainees]
+        now = [(id(trainee), own_id) for trainee, own_id, _ in self.members]
+        return now == [(id(x), id_of[x.adapter_name]) for x in trainees]
 
     def new(self, trainee):
         name = trainee.adapter_name
@@ -160,15 +160,15 @@ class PerAdapterOptimizer(keras.optimizers.Optimizer):
     @contextlib.contextmanager
     def for_rows(self, ids):
         """Context in which `apply` gets the gradients of a batch with these ids."""
-        self.ids_now.now = ids
+        self._batch.ids = ids
         try:
             yield
         finally:
-            self.ids_now.now = None
+            self._batch.ids = None
 
     @property
     def ids(self):
-        return getattr(self.ids_now, "now", None)
+        return getattr(self._batch, "ids", None)
 
     def build(self, variables):
         self.built = True
@@ -176,34 +176,36 @@ class PerAdapterOptimizer(keras.optimizers.Optimizer):
     @property
     def variables(self):
         # Keras's constructor reads it before it is set.
-        each = vars(self).get("each", [])
-        return [*super().variables, *(v for *_, own in each for v in own.variables)]
+        members = vars(self).get("members", [])
+        return [*super().variables, *(v for *_, own in members for v in own.variables)]
 
     @property
     def learning_rate(self):
         """The first optimizer's rate; setting it sets all."""
-        return self.each[0][2].learning_rate if self.each else 0.0
+        return self.members[0][2].learning_rate if self.members else 0.0
 
     @learning_rate.setter
     def learning_rate(self, learning_rate):
-        for *_, optimizer in self.each:
+        for *_, optimizer in self.members:
             optimizer.learning_rate = learning_rate
 
     def apply(self, grads, trainable_variables=None):
         grads, ids = list(grads), distribution.gather_over_replicas(self.ids)
-        for trainee, own_id, optimizer in self.each:
+        for trainee, own_id, optimizer in self.members:
             count = len(trainee.trainable_variables)
             gradients, grads = grads[:count], grads[count:]
             present = ops.any(ops.equal(ids, own_id))
             kept = [*trainee.trainable_variables, *optimizer.variables]
-            before = [ops.copy(ops.convert_to_tensor(each)) for each in kept]
+            before = [ops.copy(ops.convert_to_tensor(variable)) for variable in kept]
             optimizer.apply(gradients)
             distribution.assign_unless(present, kept, before)
         self.iterations.assign_add(1)
 
     def stateless_apply(self, optimizer_variables, grads, trainable_variables):
         variables = self.variables
-        trained = [v for trainee, *_ in self.each for v in trainee.trainable_variables]
+        trained = [
+            v for trainee, *_ in self.members for v in trainee.trainable_variables
+        ]
         values = [*zip(variables, optimizer_variables, strict=True)]
         values += zip(trained, trainable_variables, strict=True)
         with keras.StatelessScope(state_mapping=values) as scope:
@@ -218,7 +220,7 @@ class PerAdapterOptimizer(keras.optimizers.Optimizer):
         return tuple(results)
 
     def finalize_variable_values(self, var_list):
-        for trainee, _, optimizer in self.each:
+        for trainee, _, optimizer in self.members:
             optimizer.finalize_variable_values(trainee.trainable_variables)
 
     def get_config(self):

@@ -72,22 +72,22 @@ class Part:
             return None, None, None
         return (*full_update(self.view, self.kernel), None)
 
-    def rows(self, form, bias_over) -> dict:
+    def slot_values(self, form, bias_over) -> dict:
         """Name -> value for one slot, as tensors with gradients.
 
         Args:
             form: The form of the slots, of the same rank or a higher one.
             bias_over: A function that reshapes a bias for the outputs.
         """
-        rows, (a, b, gain) = {}, self.factors()
+        values, (a, b, gain) = {}, self.factors()
         if a is not None:
             narrow = self.view.low_rank_form(self.rank)
-            rows["a"], rows["b"] = narrow.widen(a, b, self.rank, form)
+            values["a"], values["b"] = narrow.widen(a, b, self.rank, form)
         if gain is not None:
-            rows["gain"] = form.over_outputs(gain)
+            values["gain"] = form.over_outputs(gain)
         if self.bias is not None:
-            rows["bias"] = bias_over(ops.subtract(self.bias, self.layer.bias))
-        return rows
+            values["bias"] = bias_over(ops.subtract(self.bias, self.layer.bias))
+        return values
 
 
 def full_rank(view):
@@ -152,7 +152,7 @@ def host_view(layer):
     return classes.view_with(layer, lora_class, {"lora": UNREAD})
 
 
-def read(model, paths, adapter, names, most) -> Reading:
+def read(model, paths, adapter, names, max_rank) -> Reading:
     """Reads what an adapter changes in each layer, without changing the model.
 
     Args:
@@ -160,7 +160,7 @@ def read(model, paths, adapter, names, most) -> Reading:
         paths: Path -> layer, of all its layers.
         adapter: An `Adapter`.
         names: As in `load_adapter`.
-        most: The highest rank that there is room for.
+        max_rank: The highest rank that there is room for.
 
     Raises:
         ValueError: As in load_adapter; or if a rank is higher, or the adapter trains
@@ -185,10 +185,10 @@ def read(model, paths, adapter, names, most) -> Reading:
     refuse_tied_head(model, names, changed)
     for module, host in file.sites.items():
         rank = own_rank(host, file.factors[module].rank, module)
-        if rank > most:
+        if rank > max_rank:
             raise ValueError(
                 f"The adapter has rank {rank} at {module!r}, but the bank has room for "
-                f"{most}. Create the bank with max_rank={rank}."
+                f"{max_rank}. Create the bank with max_rank={rank}."
             )
         if module in file.starts:  # they are the other half of the factors
             rank //= 2
@@ -214,8 +214,8 @@ def read(model, paths, adapter, names, most) -> Reading:
     return reading
 
 
-def with_rows(model, paths, target) -> dict:
-    """Path -> layer, for those layers of a target whose adapters a bank can hold."""
+def bankable_sites(model, paths, target) -> dict:
+    """Path -> site, for the sites of a target whose adapters a bank can hold."""
     chosen, _, _ = choose.choose(model, paths, target, None, [])
     able = {p: x for p, x in chosen.items() if kinds.form_of(x, 1).down is not None}
     if target not in choose.WHOLE_MODEL or not able:

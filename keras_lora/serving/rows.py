@@ -116,10 +116,10 @@ class SlotChoice(keras.layers.Layer):
         super().__init__(dtype="float32", trainable=False)
         self.active = self.add_slots_variable((), "active")
         # For each slot the one that training uses: itself, or that of a trainee.
-        self.slots_in_training = self.add_slots_variable((count,), "moved")
+        self.slots_in_training = self.add_slots_variable((count,), "slots_in_training")
         self.slots_in_training.assign(ops.arange(count, dtype="int32"))
         self.seed = keras.random.SeedGenerator(random.randrange(2**31))
-        self._of = {}  # number of rows -> variable
+        self._rows_by_count = {}  # number of rows -> variable
         self.rows = None
         self.leading_axes_known = False  # of all layers in the bank
         self._local = threading.local()
@@ -137,10 +137,12 @@ class SlotChoice(keras.layers.Layer):
 
     def set_rows(self, count):
         """Sets the number of rows; None means one slot for all rows."""
-        if count is not None and count not in self._of:
+        if count is not None and count not in self._rows_by_count:
             with layers.unlocked(self):
-                self._of[count] = self.add_slots_variable((count,), f"rows_{count}")
-        self.rows = None if count is None else self._of[count]
+                self._rows_by_count[count] = self.add_slots_variable(
+                    (count,), f"rows_{count}"
+                )
+        self.rows = None if count is None else self._rows_by_count[count]
 
     def current(self):
         slots = getattr(self._local, "slots", None)

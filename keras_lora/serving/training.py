@@ -41,7 +41,7 @@ class Trainee(keras.layers.Layer):
         self.adapter_name = adapter_name
         # Past Keras's tracking, because views of the model's layers are not its own.
         vars(self).update(parts=reading.parts, reading=reading)
-        vars(self)["said"] = {key: adapter.config.get(key) for key in config.FACTS}
+        vars(self)["facts"] = {key: adapter.config.get(key) for key in config.FACTS}
         self.loras = [p.lora for p in reading.parts.values() if p.lora is not None]
         self.trained_weights = [
             variable
@@ -73,7 +73,7 @@ class Trainee(keras.layers.Layer):
         reading = self.reading
         trained = [(module, own) for module, *_, own in reading.trained]
         adapter = save.adapter_from(reading.modules, reading.adapted, trained)
-        adapter.config.update(self.said)
+        adapter.config.update(self.facts)
         return adapter
 
 
@@ -120,9 +120,9 @@ class InMemory:
 class Trainees(keras.layers.Layer):
     """The adapters that one `fit` trains."""
 
-    def __init__(self, each):
+    def __init__(self, members):
         super().__init__(dtype="float32")
-        self.each = each
+        self.members = members
         self.built = True
 
 
@@ -156,7 +156,7 @@ class Training:
             optimizer = PerAdapterOptimizer(optimizer)
         if loss is not None:
             loss = keras.tree.map_structure(
-                lambda each: PerAdapterLoss(each, lambda: optimizer.ids), loss
+                lambda x: PerAdapterLoss(x, lambda: optimizer.ids), loss
             )
         super().compile(optimizer, loss, auto_scale_loss=False, **kwargs)
 
@@ -264,19 +264,19 @@ class Training:
             names = [*now, *(name for name in names if name not in now)]
         id_of = self.directory.id_of
         with distribution.strategy_scope(self.model):
-            each = [self._trainee(name) for name in names]
-            if each == [*now.values()] and self.optimizer.is_for(each, id_of):
+            members = [self._trainee(name) for name in names]
+            if members == [*now.values()] and self.optimizer.is_for(members, id_of):
                 return
-            self.optimizer.train(each, id_of)
-        self.sources.update((trainee.adapter_name, trainee) for trainee in each)
+            self.optimizer.train(members, id_of)
+        self.sources.update((trainee.adapter_name, trainee) for trainee in members)
         if self.trainees is not None:
             detach(self, "trainees")
-        attach(self, "trainees", Trainees(each))
+        attach(self, "trainees", Trainees(members))
         self.train_function = None
         self._point_to_trainees()
 
     def trainees_by_name(self):
-        return {each.adapter_name: each for each in self.trainees.each}
+        return {x.adapter_name: x for x in self.trainees.members}
 
     def _trainee(self, name):
         source = self.sources[name]
@@ -287,7 +287,7 @@ class Training:
     def _point_to_trainees(self):
         """Makes rows in training use the trainees instead of their slots."""
         slots_in_training = np.arange(self.directory.slot_count)
-        for place, trainee in enumerate(self.trainees.each):
+        for place, trainee in enumerate(self.trainees.members):
             if self.sources.get(trainee.adapter_name) is trainee:
                 slot = self.directory.slot_of[trainee.adapter_name]
                 slots_in_training[slot] = self.directory.slot_count + place
@@ -296,11 +296,11 @@ class Training:
     def write_back(self):
         """Writes the values trained so far into the bank's slots."""
         calls.synchronize(self)
-        for trainee in self.trainees.each:
+        for trainee in self.trainees.members:
             name = trainee.adapter_name
             if self.sources.get(name) is trainee:  # and no other was added
                 self._put(name, trainee.parts, trainee)
-        with self.running.changed:
+        with self.running.lock:
             self._point_to_trainees()
 
     @contextlib.contextmanager
