@@ -1,161 +1,16 @@
-"""The state of built layers: variables, sublayers, policies."""
+"""The state of built layers: weights, sublayers, policies."""
 
 import collections
 import contextlib
 import functools
 import sys
-from typing import NamedTuple
 
 import keras
 
-from keras_lora.keras_internals import calls, private_names, probes, warn_caller
+from keras_lora.keras_internals import private_names, probes
+from keras_lora.keras_internals.variable_state import is_frozen_kernel, unlocked
 
 LORA_LAYER = "keras_lora.layers.lora_layer", "LoRALayer"
-
-
-class PositionBefore(NamedTuple):
-    """Position and dtype rule of a variable before it was frozen."""
-
-    position: int
-    autocast: bool
-
-
-@contextlib.contextmanager
-def unlocked(layer):
-    """Context in which a built layer accepts new state."""
-    locked = layer._tracker.locked
-    layer._tracker.unlock()
-    try:
-        yield
-    finally:
-        if locked:
-            layer._tracker.lock()
-
-
-def freeze(layer, variable):
-    """Moves a variable to the layer's non-trainable ones; returns its old place.
-
-    There `layer.trainable = True` does not reach it. It is not created with
-    trainable=False, because such a TensorFlow variable could never train later.
-    Autocast is turned off: merging adds to the stored value, not to a rounded copy.
-    """
-    position = [id(v) for v in layer._trainable_variables].index(id(variable))
-    place = PositionBefore(position, variable._autocast)
-    layer._untrack_variable(variable)
-    variable.trainable = False
-    variable._autocast = False
-    variable.assign = functools.partial(assign_outside_calls, variable)
-    mark_frozen(variable)
-    with unlocked(layer):
-        layer._track_variable(variable)
-    return place
-
-
-def mark_frozen(variable, frozen=True):
-    """Marks a variable as the frozen kernel of an adapter."""
-    variable.lora_frozen = frozen
-
-
-def is_frozen_kernel(variable) -> bool:
-    return getattr(variable, "lora_frozen", False)
-
-
-def assign_outside_calls(variable, value):
-    """Replaces a frozen kernel's `assign`, so that no wrapper changes W in a call."""
-    if calls.in_a_call():
-        raise ValueError(
-            f"A layer assigns in its call to {variable.path!r}, the frozen kernel of a "
-            "LoRA layer. Leave that layer out with exclude=."
-        )
-    return type(variable).assign(variable, value)
-
-
-def freeze_spectral_norm(layer):
-    """Makes a frozen SpectralNormalization leave its kernel unchanged in training.
-
-    Keras's own assigns to it in every training call, even if it is frozen.
-    """
-    if isinstance(layer, keras.layers.SpectralNormalization) and layer.built:
-        for variable in (layer.kernel, layer.vector_u):
-            variable.assign = functools.partial(
-                assign_if_trainable, layer.kernel, variable
-            )
-
-
-def assign_if_trainable(kernel, variable, value):
-    if kernel.trainable or not calls.in_a_call():
-        return type(variable).assign(variable, value)
-    return variable
-
-
-def guard_assign(variable, refuse):
-    """Makes a variable's `assign` call refuse(path) first, outside of calls."""
-    assign = vars(variable).get("assign")
-    guarded = functools.partial(assign_guarded, variable, assign, refuse)
-    variable.assign = guarded
-
-
-def assign_guarded(variable, assign, refuse, value):
-    if not (calls.in_a_call() or calls.is_emptied(variable) or value is variable.value):
-        refuse(variable.path)
-    return type(variable).assign(variable, value) if assign is None else assign(value)
-
-
-def release_assign(variable):
-    """The inverse of `guard_assign`."""
-    guarded = vars(variable).pop("assign")
-    if guarded.args[1] is not None:
-        variable.assign = guarded.args[1]
-
-
-def watch_reads(variable, what):
-    """Makes a variable warn if a call reads it, except by `without_watch`."""
-    variable.lora_watched = what
-    variable.__class__ = watched_class(type(variable))
-
-
-@functools.cache
-def watched_class(cls):
-    def read(variable):
-        warn_of_read(variable.lora_watched)
-        return cls.value.fget(variable)
-
-    value = property(read, cls.value.fset, doc=cls.value.__doc__)
-    return type(cls.__name__, (cls,), {"value": value, "unwatched_class": cls})
-
-
-def without_watch(variable):
-    """Returns the variable, or its value if reading it would warn."""
-    cls = getattr(variable, "unwatched_class", None)
-    return variable if cls is None else cls.value.fget(variable)
-
-
-def warn_of_read(what):
-    """Warns if a call reads W, past the adapter."""
-    if calls.in_a_call():
-        warn_caller(
-            f"A layer reads the {what}, which has an adapter, in "
-            "its own call: there the adapter has no effect until it is merged. "
-            "Leave that layer out with exclude=, or merge first."
-        )
-
-
-def unfreeze(layer, variable, place):
-    """The inverse of `freeze`: same order of weights, same flags."""
-    layer._untrack_variable(variable)
-    vars(variable).pop("assign", None)
-    variable.__class__ = getattr(variable, "unwatched_class", type(variable))
-    mark_frozen(variable, False)
-    variable.trainable = True
-    if getattr(variable.value, "_trainable", None) is False:
-        # The TensorFlow variable was created after Keras's was frozen, as in the first
-        # call of a subclassed model.
-        variable.value._trainable = True
-    variable._autocast = place.autocast
-    with unlocked(layer):
-        layer._track_variable(variable)  # not trainable in a frozen layer
-    tracked = layer._trainable_variables
-    tracked.insert(place.position, tracked.pop())
 
 
 def validate_model(model):

@@ -7,9 +7,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lora.keras_internals import hidden_state
-from keras_lora.keras_internals.hidden_state import HiddenVariable
-from keras_lora.keras_internals.layers import PositionBefore
+from keras_lora.keras_internals import variable_state
+from keras_lora.keras_internals.variable_state import HiddenVariable, PositionBefore
 from keras_lora.layers import merged_training, rematerialized, settings
 from keras_lora.layers.saved_values import AdapterFiles
 from keras_lora.layers.settings import Settings
@@ -144,7 +143,7 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
     @property
     def variables(self):
         hidden = [self._scaling.variable, getattr(self.stand_in, "kernel", None)]
-        return [*super().variables, *hidden_state.variables_for_jax(hidden)]
+        return [*super().variables, *variable_state.variables_for_jax(hidden)]
 
     def named_factors(self) -> dict:
         """Name -> variable, for files, reports and checks."""
@@ -287,7 +286,7 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
     def make_scaling(self):
         """Creates the scaling's variable, after the factors."""
         self._scaling.make(self._scaling_value, self.variable_dtype, "scaling")
-        hidden_state.hold_state(
+        variable_state.hold_state(
             self,
             "alpha",
             self._scaling.variable,

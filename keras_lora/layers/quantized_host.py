@@ -6,7 +6,14 @@ import contextvars
 import keras
 from keras import ops
 
-from keras_lora.keras_internals import calls, classes, layers, private_names, probes
+from keras_lora.keras_internals import (
+    calls,
+    classes,
+    layers,
+    private_names,
+    probes,
+    variable_state,
+)
 from keras_lora.keras_internals.layers import Leaf
 
 MODES = ("int8", "int4")
@@ -77,7 +84,7 @@ class QuantizedHost(Leaf):
         super().quantize(mode, type_check=False, config=config, **kwargs)
         if self.lora is not None:  # the frozen kernel was replaced
             self.lora.kernel_place = None
-            layers.mark_frozen(self.frozen_kernel)
+            variable_state.mark_frozen(self.frozen_kernel)
         self.warn_of_quantization()
 
     @property

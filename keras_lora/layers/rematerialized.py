@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 import keras
 
 from keras_lora.keras_internals import calls, layers, private_names, probes
-from keras_lora.keras_internals.hidden_state import DrawnSeeds
+from keras_lora.keras_internals.variable_state import DrawnSeeds
 
 # Inside a call that is computed twice: {id of an adapter: the source of its seeds}.
 _seeds: contextvars.ContextVar[dict] = contextvars.ContextVar("seeds")

@@ -5,7 +5,13 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_lora.keras_internals import calls, classes, distribution, layers
+from keras_lora.keras_internals import (
+    calls,
+    classes,
+    distribution,
+    layers,
+    variable_state,
+)
 from keras_lora.layers.torch_layout import TorchLayout
 
 
@@ -74,7 +80,7 @@ def watch_kernel(kernel):
                 f"call, and that of {layer.name!r} is frozen, as it has an adapter. "
                 "Wrap the plain layer, or use the LoRA layer without the wrapper."
             )
-        layers.warn_of_read(f"kernel of {layer.name!r}")
+        variable_state.warn_of_read(f"kernel of {layer.name!r}")
         return kernel.fget(layer)
 
     return property(read, doc=kernel.__doc__)
@@ -134,7 +140,7 @@ class Site(TorchLayout):
 
     def base_kernel(self, dtype):
         """W as a value."""
-        kernel = layers.without_watch(self.frozen_kernel)
+        kernel = variable_state.without_watch(self.frozen_kernel)
         return ops.cast(ops.convert_to_tensor(kernel), dtype)
 
     def merged_kernel(self, dtype):
@@ -160,16 +166,16 @@ class Site(TorchLayout):
         """Creates A and B for W, and freezes W."""
         self.build_factors()
         if self.is_quantized:  # then it is frozen already
-            layers.mark_frozen(self.frozen_kernel)
+            variable_state.mark_frozen(self.frozen_kernel)
             self.warn_of_quantization()
         else:
-            self.lora.kernel_place = layers.freeze(
+            self.lora.kernel_place = variable_state.freeze(
                 self.kernel_owner(), self.frozen_kernel
             )
 
     def release_kernel(self, place):
         """Makes W trainable again, at its old position; None if it is quantized."""
         if place is None:
-            layers.mark_frozen(self.frozen_kernel, False)
+            variable_state.mark_frozen(self.frozen_kernel, False)
         else:
-            layers.unfreeze(self.kernel_owner(), self.frozen_kernel, place)
+            variable_state.unfreeze(self.kernel_owner(), self.frozen_kernel, place)

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lora.keras_internals import classes, layers
+from keras_lora.keras_internals import classes, layers, variable_state
 from keras_lora.layers import form, methods
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.form import LowRankForm
@@ -110,7 +110,7 @@ class SubstitutedSite(Site):
     def build_adapter(self):
         """Also watches W, which other code than this layer's call may read."""
         super().build_adapter()
-        layers.watch_reads(self.frozen_kernel, f"kernel of {self.name!r}")
+        variable_state.watch_reads(self.frozen_kernel, f"kernel of {self.name!r}")
 
     @property
     def dtype_in_call(self):

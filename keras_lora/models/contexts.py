@@ -10,7 +10,7 @@ from keras import ops
 from keras_lora.keras_internals import (
     compiled,
     distribution,
-    hidden_state,
+    variable_state,
     warn_caller,
 )
 from keras_lora.keras_internals.layers import (
@@ -176,13 +176,13 @@ def standing_in(sites):
     try:
         for site, stand_in in zip(sites, stand_ins, strict=True):
             site.lora.stand_in = stand_in
-            hidden_state.hold_resource(site.lora, "stand_in", stand_in.kernel)
+            variable_state.hold_resource(site.lora, "stand_in", stand_in.kernel)
         yield stand_ins
     finally:
         for site in sites:
             if site.lora.stand_in is not None:
                 site.lora.stand_in = None
-                hidden_state.release_resource(site.lora, "stand_in")
+                variable_state.release_resource(site.lora, "stand_in")
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import itertools
 
 import numpy as np
 
-from keras_lora.keras_internals import distribution, layers, warn_caller
+from keras_lora.keras_internals import distribution, layers, variable_state, warn_caller
 from keras_lora.layers import lora_layer
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.models import sites, tables
@@ -188,7 +188,7 @@ def restore_flags(layers_by_path, flags):
 
 
 def set_flags(layer, trainable, flags):
-    layers.freeze_spectral_norm(layer)
+    variable_state.freeze_spectral_norm(layer)
     layer.trainable = trainable
     variables = layers.own_variables(layer)
     # Pads or cuts at the front: the kernel, which is first, leaves this list when it is
@@ -224,7 +224,7 @@ def freeze_all_but_lora(model, bias="none", also_train=()):
     parts = [layers.flatten_layers(layer) for layer in layers.flatten_layers(model)]
     for layer, *inside in sorted(parts, key=len, reverse=True):
         variables = [v for x in (layer, *inside) for v in layers.own_variables(x)]
-        layers.freeze_spectral_norm(layer)
+        variable_state.freeze_spectral_norm(layer)
         layer.trainable = any(id(v) in kept for v in variables)
         for variable in layers.own_variables(layer):
             variable.trainable = id(variable) in kept

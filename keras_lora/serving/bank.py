@@ -13,7 +13,13 @@ import numpy as np
 from keras import ops
 
 from keras_lora.files.folder import Adapter
-from keras_lora.keras_internals import compiled, distribution, layers, processes
+from keras_lora.keras_internals import (
+    compiled,
+    distribution,
+    layers,
+    processes,
+    variable_state,
+)
 from keras_lora.layers import settings
 from keras_lora.models import sites
 from keras_lora.serving import directory, rows, training
@@ -104,7 +110,8 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
         # Past Keras's tracking, because some are trainees.
         self.__dict__["sources"] = {}
         self.stacks = []
-        self._write_lock, self._active = threading.RLock(), None
+        self._write_lock = threading.RLock()
+        self._active = None
         self._row_names = None
         self._compiled = CompiledFunctions(model)
         self.running = Running(self._write_active, barrier)
@@ -222,12 +229,12 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
         """Refuses assignments to the model while an adapter depends on its values."""
         for layer in self.hosts.paths.values():
             for variable in layers.layer_variables(layer):
-                layers.guard_assign(variable, self._refuse_other_weights)
+                variable_state.guard_assign(variable, self._refuse_other_weights)
 
     def _release_weights(self):
         for layer in self.hosts.paths.values():
             for variable in layers.layer_variables(layer):
-                layers.release_assign(variable)
+                variable_state.release_assign(variable)
 
     def _refuse_other_weights(self, what):
         names = [name for name, needed in self.depends_on_base.items() if needed]

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lora.keras_internals import layers
+from keras_lora.keras_internals import variable_state
 from keras_lora.layers import torch_layout
 
 # Kinds of leading axes of a layer's inputs: the batch's rows, each of them repeated
@@ -138,7 +138,7 @@ class SlotChoice(keras.layers.Layer):
     def set_rows(self, count):
         """Sets the number of rows; None means one slot for all rows."""
         if count is not None and count not in self._rows_by_count:
-            with layers.unlocked(self):
+            with variable_state.unlocked(self):
                 self._rows_by_count[count] = self.add_slots_variable(
                     (count,), f"rows_{count}"
                 )
