@@ -1024,6 +1024,16 @@ FAULTS = {
     ],
     "models/choose.py": [
         (
+            "in matches_of(target, layers_and_sites, all_sites, candidates)",
+            'in targets.matching_paths(target, layers_and_sites, "target", candidates)',
+            "test_every_weight.py -k in_a_layer_that_trains",
+        ),
+        (
+            "    if held:\n",
+            "    if False:\n",
+            "test_every_weight.py -k cell_as_a_target",
+        ),
+        (
             "    warn_of_axes(map(kinds.layer_of, chosen.values()))\n",
             "",
             "test_every_weight.py -k do_not_fit",

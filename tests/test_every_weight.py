@@ -228,6 +228,26 @@ def test_a_weight_of_several_layers_is_refused():
     assert "one/kernel has the same weight" in report.skipped["two/kernel"]
 
 
+@pytest.mark.parametrize("target", [["cell"], ["gate/cell"], "gate/cell"])
+def test_a_cell_as_a_target_is_told_the_paths_of_its_weights(target):
+    layers = [keras.Input((4, 3)), L.GRU(2, name="gate"), L.Dense(1, name="d")]
+    model = keras.Sequential(layers)
+    message = "'gate/cell', .*name gate/kernel, gate/recurrent_kernel"
+    with pytest.raises(ValueError, match=message):
+        keras_lora.apply_lora(model, target=target)
+
+
+@pytest.mark.parametrize(
+    "target", [["gate/kernel"], ["gate/kernel", "d"], "gate/kernel", ["kernel"]]
+)
+def test_a_weight_as_a_target_in_a_layer_that_trains_is_refused(target):
+    layers = [keras.Input((4, 3)), L.GRU(2, name="gate"), L.Dense(1, name="d")]
+    model = keras.Sequential(layers)
+    message = "names gate/kernel, and `also_train` names the layer"
+    with pytest.raises(ValueError, match=message):
+        keras_lora.apply_lora(model, target=target, also_train=["gate"])
+
+
 class ReadsOutside(L.Layer):
     """Has a function that holds the layer, and a weight that stands in an object."""
 

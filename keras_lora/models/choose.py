@@ -201,7 +201,7 @@ def paths_of_rule(layers_by_path, all_sites, candidates, target, trained):
         path: site for path, site in candidates.items() if path not in layers_and_sites
     }
     meant = set()
-    for path in targets.matching_paths(target, layers_and_sites, "target", candidates):
+    for path in matches_of(target, layers_and_sites, all_sites, candidates):
         paths_there = (
             [path] if path in candidates else sites_at(path, layers_by_path, candidates)
         )
@@ -211,6 +211,20 @@ def paths_of_rule(layers_by_path, all_sites, candidates, target, trained):
             )
         meant |= {x for x in paths_there if x == path or not is_bias(all_sites[x])}
     return [path for path in candidates if path in meant]
+
+
+def matches_of(target, layers_and_sites, all_sites, candidates) -> list:
+    """Returns the paths that a target means; an error says if all of them train."""
+    try:
+        return targets.matching_paths(target, layers_and_sites, "target", candidates)
+    except ValueError:
+        every = {**layers_and_sites, **all_sites}
+        matches = targets.matching_paths(target, every, "target", candidates)
+    both = [path for path in matches if path in all_sites and path not in candidates]
+    raise ValueError(
+        f"`target` {target!r} names {tables.join(both)}, and `also_train` names the "
+        "layer that holds it. Leave it out of one of them."
+    )
 
 
 def sites_at(path, layers_by_path, sites_by_path) -> list:
@@ -260,6 +274,16 @@ def owner_of(model, layers_by_path, path, layer):
 def unsupported_message(path, layer, trained, candidates):
     if path in trained:
         return f"The layer {path!r} is in `target` and in `also_train`."
+    held = [
+        p
+        for p, site in candidates.items()
+        if kinds.as_site(site).kernel_owner() is layer
+    ]
+    if held:
+        return (
+            f"`target` names {path!r}, whose weights have adapters as those of the "
+            f"layer around it: name {tables.join(held)}."
+        )
     inside = [other for other in candidates if other.startswith(f"{path}/")]
     if inside:
         pattern = f"{re.escape(path)}/.*"
