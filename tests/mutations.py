@@ -1076,6 +1076,11 @@ FAULTS = {
     ],
     "models/apply.py": [
         (
+            "if target is None and not tokens:",
+            "if False:",
+            "test_token_rows.py -k ids_that_are_none",
+        ),
+        (
             "report.is_dry_run = bool(dry_run)",
             "pass",
             "test_apply.py -k dry_run",

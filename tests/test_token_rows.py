@@ -212,6 +212,8 @@ def test_rows_beside_a_quantized_table(mode):
         (7, "whole numbers >= 0"),
         ({"middle2": [1]}, "matches no layer"),
         ({"flat": [1]}, "neither an embedding nor a Dense head"),
+        ({}, "`trainable_token_indices` must name tokens"),
+        (None, "`trainable_token_indices` must name tokens"),
     ],
 )
 def test_ids_that_are_none(given, message):

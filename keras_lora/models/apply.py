@@ -141,7 +141,12 @@ def apply_tentatively(
     )
     tokens = token_sites(layers_by_path, trainable_token_indices, trained)
     chosen, skipped, notes = {}, {}, []
-    if target is not None or not tokens:
+    if target is None and not tokens:
+        raise ValueError(
+            f"target=None adapts no layer, so `{token_rows.KEYWORD}` must name tokens. "
+            f"Received: {trainable_token_indices!r}."
+        )
+    if target is not None:
         chosen, skipped, notes = choose(model, layers_by_path, target, exclude, trained)
     refuse_both(tokens, chosen)
     ranks = targets.pattern_values(rank_pattern, chosen, "rank_pattern")
