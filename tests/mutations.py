@@ -1190,6 +1190,11 @@ FAULTS = {
     ],
     "models/initialize.py": [
         (
+            "and not isinstance(site.lora, token_rows.TokenRows)",
+            "",
+            "test_starts.py -k token_rows",
+        ),
+        (
             "if torch_layout.to_numpy(lora.a).any() and "
             "torch_layout.to_numpy(lora.b).any():",
             "if False:",

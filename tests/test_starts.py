@@ -399,6 +399,27 @@ def loftq_errors(kernel, mode, rank) -> list:
     return errors
 
 
+def test_token_rows_stay_as_they_are():
+    inputs = keras.Input((5,), dtype="int32")
+    hidden = keras.layers.Embedding(9, 6, name="table")(inputs)
+    outputs = keras.layers.Dense(6, name="dense")(hidden)
+    model = keras.Model(inputs, keras.layers.Dense(2, name="head")(outputs))
+    ids = np.arange(10).reshape(2, 5) % 9
+    settings = {"trainable_token_indices": [7, 2], "rank": 2}
+    keras_lora.apply_lora(model, target=["dense"], **settings)
+    rows = model.get_layer("table").lora.rows
+    rows.assign(rows + 1.5)
+    outputs, values = to_numpy(model(ids)), to_numpy(rows)
+    report = keras_lora.initialize_lora(model, "pissa")
+    assert [row.path for row in report] == ["table", "dense"]
+    assert np.abs(to_numpy(model.get_layer("dense").lora.b)).max() > 0
+    np.testing.assert_array_equal(to_numpy(model.get_layer("table").lora.rows), values)
+    assert_close(to_numpy(model(ids)), outputs)
+    only = keras.Model(inputs, keras.layers.Embedding(9, 6)(inputs))
+    keras_lora.apply_lora(only, target=None, trainable_token_indices=[7, 2])
+    unchanged(only, "only token rows", "pissa")
+
+
 # What is refused, and leaves the model as it was.
 
 

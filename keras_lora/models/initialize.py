@@ -7,7 +7,7 @@ import keras
 import numpy as np
 
 from keras_lora.keras_internals import compiled, distribution, layers, processes
-from keras_lora.layers import kinds, lora_layer, methods, torch_layout
+from keras_lora.layers import kinds, lora_layer, methods, token_rows, torch_layout
 from keras_lora.layers.settings import validate_rank
 from keras_lora.models import merge, sites, start_values
 from keras_lora.models.report import Report
@@ -32,7 +32,8 @@ def initialize_lora(
     A and B start at A0 and B0, which are kept as frozen weights. So W does not move and
     the outputs do not change. In adapter files, the adapter is a LoRA of twice the rank
     over the original model. If A0 @ B0 = 0, as with "eva", nothing is subtracted and
-    the rank is kept. With DoRA, the lengths m start as those of W.
+    the rank is kept. With DoRA, the lengths m start as those of W. Token rows are left
+    as they are.
 
     Args:
         model: A Keras model whose adapters have not trained.
@@ -80,7 +81,10 @@ def initialize_lora(
         path: site
         for path, site in sites_by_path.items()
         if lora_layer.is_adapted(site)
+        and not isinstance(site.lora, token_rows.TokenRows)
     }
+    if not adapted:
+        raise ValueError("The model has no adapters with A and B, only token rows.")
     for path, site in adapted.items():
         refuse_used(path, site)
         needs_inputs = method == "eva" and site.form.down is None
@@ -161,7 +165,7 @@ def refuse_used(path, site):
     if not vars(type(lora)).get("takes_start"):
         raise ValueError(
             f"The adapter of {path!r} is a {type(lora).__name__}, which does not "
-            "support initial values (`takes_start`)."
+            "support initial values (`takes_start`). Leave the layer out with exclude=."
         )
     if torch_layout.to_numpy(lora.a).any() and torch_layout.to_numpy(lora.b).any():
         raise ValueError(
