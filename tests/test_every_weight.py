@@ -228,6 +228,51 @@ def test_a_weight_of_several_layers_is_refused():
     assert "one/kernel has the same weight" in report.skipped["two/kernel"]
 
 
+class Reader(L.Layer):
+    """A layer of a user's, whose call reads its first weight in some way."""
+
+    def __init__(self, read):
+        super().__init__(name="reader")
+        self.read = read
+
+    def build(self, shape):
+        self.first = self.add_weight(shape=(shape[-1], shape[-1]), name="first")
+        self.second = self.add_weight(shape=(shape[-1], shape[-1]), name="second")
+
+    def call(self, inputs):
+        return keras.ops.matmul(inputs, self.read(self))
+
+
+def adapted_reader(read):
+    model = keras.Sequential([keras.Input((3,)), Reader(read), L.Dense(1)])
+    keras_lora.apply_lora(model, rank=2, target=["reader/first"])
+    return model
+
+
+@pytest.mark.parametrize("name", ["value", "path", "assign"])
+def test_an_attribute_that_only_variables_have_is_refused_by_name(name):
+    model = adapted_reader(lambda layer: (getattr(layer.first, name), layer.first)[1])
+    with pytest.raises(ValueError, match=f"`.{name}` of its weight 'first'.*exclude="):
+        model(np.ones((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "name", ["weights", "trainable_weights", "variables", "trainable_variables"]
+)
+def test_a_call_that_reads_its_list_of_weights_warns(name):
+    model = adapted_reader(lambda layer: (getattr(layer, name), layer.first)[1])
+    with pytest.warns(UserWarning, match="call of 'reader' reads its list of weights"):
+        model(np.ones((2, 3)))
+    assert len(model.get_layer("reader").weights) == 4  # outside of calls
+
+
+def test_other_errors_of_a_call_stay_what_they_are():
+    model = adapted_reader(lambda layer: layer.first)
+    model.get_layer("reader").read = lambda layer: layer.nothing
+    with pytest.raises(AttributeError, match="nothing"):
+        model(np.ones((2, 3)))
+
+
 @pytest.mark.parametrize("target", [["cell"], ["gate/cell"], "gate/cell"])
 def test_a_cell_as_a_target_is_told_the_paths_of_its_weights(target):
     layers = [keras.Input((4, 3)), L.GRU(2, name="gate"), L.Dense(1, name="d")]

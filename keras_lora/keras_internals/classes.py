@@ -7,6 +7,8 @@ import types
 
 import keras
 
+from keras_lora.keras_internals import warn_caller
+
 
 def change_class(layer, new_class):
     """Changes a layer's class, and updates what Keras derived from the old one."""
@@ -101,6 +103,34 @@ def calls_remat(layer) -> bool:
     )
 
 
+@functools.cache
+def class_that_warns_of_lists(cls):
+    """Returns a user's class whose lists of weights warn in a call; Keras's unchanged.
+
+    With an adapter they have other places than in the plain layer.
+    """
+    if cls.__module__.startswith("keras"):
+        return cls
+
+    def watched(name):
+        def read(layer):
+            warn_caller(
+                f"The call of {layer.name!r} reads its list of weights, where W has no "
+                "adapter and other places hold other weights than before. Read weights "
+                "by attribute, or leave the layer out with exclude=."
+            )
+            return getattr(super(watching, layer), name)
+
+        return property(read)
+
+    # All of Keras's lists are made of these two.
+    attributes = {name: watched(name) for name in ("weights", "variables")}
+    watching = type(cls)(
+        cls.__name__, (cls,), {**attributes, "__module__": cls.__module__}
+    )
+    return watching
+
+
 def call_with(layer, cls, values, args, kwargs):
     """Runs the call of a class on a layer, with other values for some weights.
 
@@ -112,6 +142,7 @@ def call_with(layer, cls, values, args, kwargs):
         an inner layer is a function of that layer's view and the call's arguments.
     """
     views = []
+    cls = class_that_warns_of_lists(cls)
     outputs = cls.call(view_with_values(layer, values, views, cls), *args, **kwargs)
     for held, view, before in views:
         for name, value in vars(view).items():

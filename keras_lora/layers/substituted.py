@@ -311,7 +311,22 @@ class SubstitutedLayer(SubstitutedSite, LoRALayer):
         for site in sites:
             kernels |= dict.fromkeys(places[site.weight_name], site.kernel_in_call())
         kernels |= self.calls_inside(kernels, kwargs.get("training"))
-        return classes.call_with(self, self.plain_class, kernels, args, kwargs)
+        try:
+            return classes.call_with(self, self.plain_class, kernels, args, kwargs)
+        except AttributeError as error:
+            self.refuse_attribute(error, kernels)
+            raise
+
+    def refuse_attribute(self, error, kernels):
+        """Raises if a call has read from W + delta what only variables have."""
+        for keys, kernel in kernels.items():
+            if error.obj is kernel:
+                raise ValueError(
+                    f"The call of {self.name!r} reads `.{error.name}` of its weight "
+                    f"{'/'.join(map(str, keys))!r}, which is a tensor in the call, "
+                    "W + delta, because it has an adapter. Use the weight itself, or "
+                    "leave the layer out with exclude=."
+                ) from error
 
     def calls_inside(self, kernels, training) -> dict:
         """Calls of inner layers that compute their products in another way."""
