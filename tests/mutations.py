@@ -1456,13 +1456,6 @@ FAULTS = {
             "test_every_weight.py -k exported",
         ),
     ],
-    "keras_internals/compiled.py": [
-        (
-            "gc.get_referrers(*classes)",
-            "gc.get_objects()",
-            "test_models_around.py -k build_tuples",
-        ),
-    ],
     "keras_internals/optimizers.py": [
         (
             "            learning_rate = self.faster(learning_rate)",

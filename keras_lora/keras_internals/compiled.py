@@ -16,7 +16,6 @@ from keras_lora.keras_internals.layers import (
 )
 
 WARNED_AT = types.SimpleNamespace(count=0)  # frozen objects at the last warning
-MANY_CLASSES = 16
 
 
 def models_sharing_layers(model) -> list:
@@ -48,13 +47,12 @@ def live_models() -> list:
             "share layers with this one, they may still use functions that were "
             "traced before this change. Compile them again."
         )
-    # An object refers to its class. A list of all objects would break other threads,
-    # which cannot go on with a tuple that they build while something refers to it.
-    classes = subclasses(keras.Model)
-    if len(classes) > MANY_CLASSES:  # each costs time: those that have objects
-        objects = itertools.chain.from_iterable(map(gc.get_objects, [None]))
-        classes = set(filter(classes.__contains__, map(type, objects)))
-    return [x for x in gc.get_referrers(*classes) if type(x) in classes]
+    # Compares types, without a Python loop, because there are millions of objects.
+    wanted = subclasses(keras.Model)
+    objects = gc.get_objects()
+    return list(
+        itertools.compress(objects, map(wanted.__contains__, map(type, objects)))
+    )
 
 
 def subclasses(cls) -> set:
