@@ -236,6 +236,10 @@ def weights_held(layer) -> list:
     """(keys, weight) for each place of a weight, as in `weight_places`."""
     train = set(map(id, layer._trainable_variables))
     found: list = []
+    if not any(
+        map(is_matrix, [*own_variables(layer), *layer._non_trainable_variables])
+    ):
+        return found  # as most layers, without a look at their attributes
 
     def is_weight(variable):
         return is_matrix(variable) and (
