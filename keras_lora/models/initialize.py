@@ -80,8 +80,7 @@ def initialize_lora(
     adapted = {
         path: site
         for path, site in sites_by_path.items()
-        if lora_layer.is_adapted(site)
-        and not isinstance(site.lora, token_rows.TokenRows)
+        if lora_layer.is_adapted(site) and site.lora.keyword != token_rows.KEYWORD
     }
     if not adapted:
         raise ValueError("The model has no adapters with A and B, only token rows.")
