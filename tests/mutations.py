@@ -369,6 +369,16 @@ FAULTS = {
     ],
     "layers/form.py": [
         (
+            "ops.transpose(product, np.argsort(order).tolist())",
+            "ops.reshape(product, sizes)",
+            "test_every_weight.py -k registered_axes",
+        ),
+        (
+            "return Axes((1,), (0,)) if ndim == 3",
+            "return Axes((0, 1)) if ndim == 3",
+            "test_every_weight.py -k every_weight_of",
+        ),
+        (
             "others.count(-1) > 1 or 0 in others",
             "others.count(-1) > 1",
             "test_gradient_sizes.py -k share_one_reshape",
@@ -1190,7 +1200,7 @@ FAULTS = {
     ],
     "models/initialize.py": [
         (
-            "and not isinstance(site.lora, token_rows.TokenRows)",
+            "and site.lora.keyword != token_rows.KEYWORD",
             "",
             "test_starts.py -k token_rows",
         ),
@@ -1517,16 +1527,6 @@ FAULTS = {
             "if not places or kept_for != [adapters, variable_ids(self, places)]:",
             "if not places:",
             "test_every_weight.py -k stand_elsewhere",
-        ),
-        (
-            "ops.transpose(product, np.argsort(order).tolist())",
-            "ops.reshape(product, sizes)",
-            "test_every_weight.py -k registered_axes",
-        ),
-        (
-            "return Axes((1,), (0,)) if ndim == 3",
-            "return Axes((0, 1)) if ndim == 3",
-            "test_every_weight.py -k every_weight_of",
         ),
         (
             "kernel = ops.stop_gradient(self.base_kernel(lora.variable_dtype))",

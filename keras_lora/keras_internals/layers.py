@@ -194,8 +194,8 @@ def weight_places(layer) -> dict:
     keys in lists or dicts. Weights that never train and weights of sublayers are left
     out.
     """
-    held = [("", *each) for each in weights_held(layer)]
-    return {name: places[0] for name, places in named_places(held).items()}
+    places = named_places(weights_held(layer))
+    return {name: keys for name, (keys, *_) in places.items()}
 
 
 def named_places(held) -> dict:
@@ -214,7 +214,7 @@ def named_places(held) -> dict:
 
 def unheld_weights(layer) -> list:
     """Names of a layer's own weights of two axes or more that are at no place."""
-    held = {id(variable) for _, variable in weights_held(layer)}
+    held = {id(variable) for *_, variable in weights_held(layer)}
     rest = [v for v in filter(is_matrix, own_variables(layer)) if id(v) not in held]
     if not rest:
         return []
@@ -232,24 +232,26 @@ def is_matrix(variable):
     return len(variable.shape) > 1 and "float" in variable.dtype
 
 
-def weights_held(layer) -> list:
-    """(keys, weight) for each place of a weight, as in `weight_places`."""
-    train = set(map(id, layer._trainable_variables))
-    found: list = []
-    if not any(
-        map(is_matrix, [*own_variables(layer), *layer._non_trainable_variables])
-    ):
-        return found  # as most layers, without a look at their attributes
+def weights_held(layer, prefix="", keys=()) -> list:
+    """(prefix, keys, weight) for each place of a weight, as in `weight_places`.
 
-    def is_weight(variable):
-        return is_matrix(variable) and (
-            id(variable) in train or is_frozen_kernel(variable)
-        )
+    Args:
+        layer: A layer.
+        prefix: The beginning of its weights' names.
+        keys: The keys that lead to the layer.
+    """
+    kernels = filter(is_frozen_kernel, layer._non_trainable_variables)
+    own = set(map(id, filter(is_matrix, [*own_variables(layer), *kernels])))
+    if not own:
+        return []  # as for most layers, without a look at their attributes
+    # A wrapper may hold the weights of its layer too.
+    own -= variables_inside(layer)
+    found: list = []
 
     def look(value, keys):
         if isinstance(value, keras.Variable):
-            if is_weight(value):
-                found.append((keys, value))
+            if id(value) in own:
+                found.append((prefix, keys, value))
         elif isinstance(value, dict):
             for key, each in value.items():
                 look(each, (*keys, key))
@@ -259,12 +261,8 @@ def weights_held(layer) -> list:
 
     for name, value in vars(layer).items():
         if not (name in VARIABLE_LISTS or name.startswith("_self_")):  # TensorFlow's
-            look(value, (name,))
-    if not found:
-        return found
-    # A wrapper may hold the weights of its layer too.
-    theirs = variables_inside(layer)
-    return [(keys, variable) for keys, variable in found if id(variable) not in theirs]
+            look(value, (*keys, name))
+    return found
 
 
 def kernel_variables(layer) -> dict:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import keras
 import numpy as np
@@ -301,3 +302,69 @@ def map_by_row(bypass, inputs, a, b, slots, training=False):
         return ops.vectorized_map(one, (inputs, a, b))
     # torch cannot vectorize Keras's convolution.
     return ops.stack([one((inputs[i], a[i], b[i])) for i in range(len(slots))])
+
+
+class Axes(NamedTuple):
+    """The axes of a weight that are inputs, and those that count its matrices."""
+
+    inputs: tuple
+    batch: tuple = ()
+
+
+def usual_axes(ndim) -> Axes:
+    """Returns the default axes of a weight: its last axis holds the outputs.
+
+    Three axes are a stack of matrices, as in PEFT.
+    """
+    return Axes((1,), (0,)) if ndim == 3 else Axes(tuple(range(ndim - 1)))
+
+
+def weight_form(sizes, axes, rank) -> LowRankForm:
+    """The form of A @ B, a matrix or a stack of them, in the weight's shape.
+
+    Args:
+        sizes: The weight's shape.
+        axes: An `Axes`.
+        rank: The rank of each matrix.
+    """
+    inputs, batch = axes
+    outputs = [axis for axis in range(len(sizes)) if axis not in (*inputs, *batch)]
+    order = [*batch, *inputs, *outputs]
+    stack, rows, columns = (
+        tuple(sizes[axis] for axis in own) for own in (batch, inputs, outputs)
+    )
+
+    def compose(a, b):
+        if len(rows) != 1:
+            a = ops.reshape(a, (*stack, math.prod(rows), a.shape[-1]))
+        if len(columns) != 1:
+            b = ops.reshape(b, (*stack, b.shape[len(stack)], math.prod(columns)))
+        product = ops.matmul(a, b)
+        if len(rows) != 1 or len(columns) != 1:
+            product = ops.reshape(product, (*stack, *rows, *columns))
+        if order == sorted(order):
+            return product
+        return ops.transpose(product, np.argsort(order).tolist())
+
+    a_shape, b_shape = (*stack, *rows, rank), (*stack, rank, *columns)
+
+    def to_file(a, b):
+        a = a.reshape(math.prod(stack), math.prod(rows), -1)
+        b = b.reshape(len(a), a.shape[-1], -1)
+        return a.transpose(2, 0, 1), b.transpose(2, 1, 0)
+
+    def from_file(a, b):
+        a, b = a.transpose(1, 2, 0), b.transpose(2, 1, 0)
+        return a.reshape(a_shape), b.reshape(b_shape)
+
+    in_file: dict = {"to_file": to_file, "from_file": from_file} if batch else {}
+    return LowRankForm(
+        a_shape=a_shape,
+        b_shape=b_shape,
+        fan_in=math.prod(rows),
+        compose=compose,
+        input_axes=tuple(inputs),
+        batch_axes=tuple(batch),
+        over_outputs=same,  # W + delta is formed in every call
+        **in_file,
+    )

@@ -15,6 +15,7 @@ from keras_lora.layers.dense import LoRADense
 from keras_lora.layers.einsum_dense import LoRAEinsumDense
 from keras_lora.layers.embedding import LoRAEmbedding
 from keras_lora.layers.experts import Experts
+from keras_lora.layers.form import Axes
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.recurrent import LoRAGRU, LoRALSTM, LoRARNN, LoRASimpleRNN
 from keras_lora.layers.site import (
@@ -24,7 +25,6 @@ from keras_lora.layers.site import (
     refuse_keras_adapter,
 )
 from keras_lora.layers.substituted import (
-    Axes,
     SeveralWeights,
     SubstitutedLayer,
     WeightSite,

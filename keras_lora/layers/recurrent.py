@@ -6,8 +6,9 @@ import types
 import keras
 
 from keras_lora.keras_internals import calls, classes, layers
-from keras_lora.layers import merged_training, products, substituted
-from keras_lora.layers.substituted import Axes, SeveralWeights
+from keras_lora.layers import merged_training, products
+from keras_lora.layers.form import Axes, usual_axes
+from keras_lora.layers.substituted import SeveralWeights
 
 CELLS = (keras.layers.SimpleRNNCell, keras.layers.LSTMCell, keras.layers.GRUCell)
 
@@ -39,8 +40,7 @@ class RecurrentLayer(SeveralWeights):
 
         def walk(cell, keys, prefix):
             if isinstance(cell, keras.layers.Layer):
-                for own, weight in layers.weights_held(cell):
-                    found.append((prefix, (*keys, *own), weight))
+                found.extend(layers.weights_held(cell, prefix, keys))
             for place, inner in enumerate(getattr(cell, "cells", ())):
                 walk(inner, (*keys, "cells", place), f"{prefix}cells/{place}/")
 
@@ -67,7 +67,7 @@ class RecurrentLayer(SeveralWeights):
         convolves = (keras.layers.ConvLSTM1D, keras.layers.ConvLSTM2D)
         if issubclass(cls.plain_class, (*convolves, keras.layers.ConvLSTM3D)):
             return Axes(tuple(range(ndim - 1)))
-        return substituted.usual_axes(ndim)
+        return usual_axes(ndim)
 
 
 class CellWeight(products.AdaptedWeight):

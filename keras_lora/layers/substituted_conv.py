@@ -2,7 +2,8 @@
 
 import keras
 
-from keras_lora.layers.substituted import Axes, SeveralWeights, SubstitutedLayer
+from keras_lora.layers.form import Axes
+from keras_lora.layers.substituted import SeveralWeights, SubstitutedLayer
 
 
 @keras.saving.register_keras_serializable(package="keras_lora")
