@@ -1466,6 +1466,13 @@ FAULTS = {
             "test_every_weight.py -k exported",
         ),
     ],
+    "keras_internals/compiled.py": [
+        (
+            "found, _ = [*models], [*same]",
+            "found = list(models)",
+            "test_models_around.py -k build_tuples",
+        ),
+    ],
     "keras_internals/optimizers.py": [
         (
             "            learning_rate = self.faster(learning_rate)",

@@ -1,6 +1,8 @@
 """What contains a changed layer, or shares it, sees the change at its next call."""
 
 import gc
+import threading
+import time
 
 import keras
 import numpy as np
@@ -316,3 +318,31 @@ def test_an_inner_model_without_adapters_stays_frozen_in_an_adapted_one():
     assert names == ["head/lora/a", "head/lora/b"]
     keras_lora.remove_lora(found[OUTER])
     assert len(found[OUTER].trainable_variables) == 8
+
+
+def test_other_threads_build_tuples_while_models_are_looked_for():
+    """Python refuses to enlarge a tuple that something else refers to."""
+    errors, done, built = [], threading.Event(), threading.Event()
+    objects = [[n] for n in range(300_000)]  # looking through these takes a while
+
+    def slowly():
+        for n in range(30):
+            time.sleep(0.0005)
+            yield n
+
+    def build():
+        while not done.is_set():
+            try:
+                tuple(slowly())
+            except SystemError as error:
+                errors.append(error)
+            built.set()
+
+    thread = threading.Thread(target=build)
+    thread.start()
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
+    for _ in range(10):
+        assert any(each is model for each in compiled.live_models())
+    done.set()
+    thread.join()
+    assert built.is_set() and not errors and objects

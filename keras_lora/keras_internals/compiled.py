@@ -48,11 +48,17 @@ def live_models() -> list:
             "traced before this change. Compile them again."
         )
     # Compares types, without a Python loop, because there are millions of objects.
-    wanted = subclasses(keras.Model)
-    objects = gc.get_objects()
-    return list(
-        itertools.compress(objects, map(wanted.__contains__, map(type, objects)))
-    )
+    every = []  # will hold the list of all objects
+    objects, same = map(itertools.chain.from_iterable, [every, every])
+    wanted = map(subclasses(keras.Model).__contains__, map(type, same))
+    models = itertools.compress(objects, wanted)
+    # Python cannot enlarge a tuple that something else refers to, so the list has to go
+    # before another thread runs. None does during these three statements, as the
+    # interpreter sees no call in them. `same` refers to the list until it has ended.
+    every += map(gc.get_objects, [None])
+    found, _ = [*models], [*same]
+    del every[:]
+    return found
 
 
 def subclasses(cls) -> set:
