@@ -1114,7 +1114,7 @@ FAULTS = {
         ),
         (
             '    if variable.name == "beta":\n'
-            "        return not layers.non_trainable_variables(layer)\n",
+            "        return not layer_state.non_trainable_variables(layer)\n",
             "",
             "test_trained_beside.py -k calls_so",
         ),
@@ -1454,7 +1454,7 @@ FAULTS = {
             "test_laws.py -k delta_is_scaling",
         ),
     ],
-    "keras_internals/layers.py": [
+    "keras_internals/layer_state.py": [
         (
             "own_variables(layer)) if id(v) not in held]",
             "own_variables(layer)) if False]",

@@ -11,7 +11,7 @@ from shared import assert_close, assert_equal_bits
 from test_gradient_sizes import formed, training_step
 
 import keras_lora
-from keras_lora.keras_internals.layers import flatten_layers
+from keras_lora.keras_internals.layer_state import flatten_layers
 from keras_lora.layers import experts
 from keras_lora.layers.experts import low_rank_equations
 

@@ -9,7 +9,7 @@ import numpy as np
 from keras_lora.files import save
 from keras_lora.files.folder import Adapter
 from keras_lora.files.names import modules_of
-from keras_lora.keras_internals import distribution, layers
+from keras_lora.keras_internals import distribution, layer_state
 from keras_lora.layers import kinds, settings, torch_layout
 from keras_lora.layers.substituted import WeightSite
 from keras_lora.models import apply, sites
@@ -108,7 +108,7 @@ def pair_layers(base, tuned):
         )
     pairs = {}
     for module, layer in base.items():
-        both = [layers.layer_variables(x) for x in (layer, tuned[module])]
+        both = [layer_state.layer_variables(x) for x in (layer, tuned[module])]
         names = [[(v.name, v.shape) for v in variables] for variables in both]
         if names[0] != names[1]:
             raise ValueError(f"The variables of {module!r} differ in name or shape.")

@@ -14,7 +14,7 @@ import numpy as np
 from keras_lora.files import family_names, tensors
 from keras_lora.files.experts import stack_key
 from keras_lora.keras_internals import keras_hub
-from keras_lora.keras_internals.layers import own_variables
+from keras_lora.keras_internals.layer_state import own_variables
 from keras_lora.layers import kinds
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.layers.substituted import WeightSite

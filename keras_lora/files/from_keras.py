@@ -9,7 +9,7 @@ import numpy as np
 
 from keras_lora.files import config, disk, load
 from keras_lora.files.folder import Adapter
-from keras_lora.keras_internals.layers import flatten_layers
+from keras_lora.keras_internals.layer_state import flatten_layers
 from keras_lora.layers import kinds, torch_layout
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.models import sites

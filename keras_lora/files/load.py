@@ -11,7 +11,7 @@ from keras_lora.files import config, disk, matching, tensors
 from keras_lora.files.folder import Adapter
 from keras_lora.files.names import modules_of, refuse_tied_head
 from keras_lora.keras_internals import compiled, distribution, processes
-from keras_lora.keras_internals.layers import layer_variables
+from keras_lora.keras_internals.layer_state import layer_variables
 from keras_lora.layers import lora_layer, token_rows
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.settings import Settings

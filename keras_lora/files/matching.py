@@ -11,7 +11,7 @@ import numpy as np
 from keras_lora.files import experts, other_formats, tensors
 from keras_lora.files.factors import FileFactors, factors_of, validate_starts
 from keras_lora.files.slices import without_slice
-from keras_lora.keras_internals import layers
+from keras_lora.keras_internals import layer_state
 from keras_lora.layers import kinds, lora_layer, token_rows, torch_layout
 
 
@@ -261,7 +261,7 @@ def weight_values(file) -> list:
     variables, values = {}, []
     for module, layer in file.modules.items():
         infix = ".base_layer" if module in file.factors else ""
-        for variable in layers.layer_variables(layer):
+        for variable in layer_state.layer_variables(layer):
             key = f"{module}{infix}.{tensors.torch_name(layer, variable)}"
             variables[key] = layer, variable
             if module in file.heads and key not in file.weights:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from keras_lora.files import experts, families, family_names
-from keras_lora.keras_internals.layers import layer_variables
+from keras_lora.keras_internals.layer_state import layer_variables
 from keras_lora.layers import kinds, lora_layer
 from keras_lora.models import sites, targets
 

@@ -16,7 +16,7 @@ from keras_lora.files.names import (
     refuse_tied_head,
     refuse_unnamed,
 )
-from keras_lora.keras_internals import layers, processes, warn_caller
+from keras_lora.keras_internals import layer_state, processes, warn_caller
 from keras_lora.layers import lora_layer, token_rows
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.models import sites, training_state
@@ -325,7 +325,7 @@ def variables_to_save(modules, adapters):
         names = {tensors.torch_name(layer, variable) for variable in variables}
         if module not in adapters and names - {"bias"}:
             known = set(map(id, variables))
-            statistics = layers.non_trainable_variables(layer)
+            statistics = layer_state.non_trainable_variables(layer)
             variables += [v for v in statistics if id(v) not in known]
         trained += [(module, variable) for variable in variables]
     return trained

@@ -14,7 +14,7 @@ convolution. Suffixes follow the module's name in a file.
 import numpy as np
 
 from keras_lora.files import slices
-from keras_lora.keras_internals import layers
+from keras_lora.keras_internals import layer_state
 from keras_lora.layers import kinds, saved_values, settings, torch_layout
 from keras_lora.layers.settings import Settings
 
@@ -133,7 +133,7 @@ def fuse_weights(values, modules):
                     modules[name], variable, name in modules.inputs_first
                 )
                 for name in names
-                for variable in layers.layer_variables(modules[name])
+                for variable in layer_state.layer_variables(modules[name])
                 if torch_name(modules[name], variable) == weight
             }
             parts = {

@@ -9,7 +9,7 @@ import types
 import keras
 
 from keras_lora.keras_internals import calls, distribution, optimizers, warn_caller
-from keras_lora.keras_internals.layers import (
+from keras_lora.keras_internals.layer_state import (
     flatten_layers,
     layer_variables,
     refresh_torch_parameters,

@@ -2,7 +2,7 @@
 
 import keras
 
-from keras_lora.keras_internals import distribution, layers
+from keras_lora.keras_internals import distribution, layer_state
 
 
 def renew_optimizer(optimizer, variables):
@@ -92,7 +92,7 @@ def copy_without_state(optimizer, names=frozenset()):
         elif name in names and isinstance(value, keras.Variable):
             start = distribution.fetch(value)
             scope, _, own_name = value.path.rpartition("/")
-            with layers.name_scopes(scope):
+            with layer_state.name_scopes(scope):
                 variable = keras.Variable(
                     0 * start if own_name == "iteration" else start,
                     dtype=value.dtype,

@@ -12,7 +12,7 @@ import numpy as np
 
 from keras_lora.keras_internals import (
     calls,
-    layers,
+    layer_state,
     private_names,
     probes,
     warn_caller,
@@ -153,7 +153,7 @@ def sum_over_processes(values, model):
 
 def barrier(model):
     """Raises RuntimeError unless all processes that hold a model make this call."""
-    layers.validate_model(model)
+    layer_state.validate_model(model)
     if is_shared(model):
         exchange(None, BARRIER_SECONDS, worker_strategy(model))
 

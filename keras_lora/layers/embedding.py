@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_lora.keras_internals import classes, layers
+from keras_lora.keras_internals import classes, layer_state
 from keras_lora.layers import form, quantized_host, torch_layout
 from keras_lora.layers.form import LowRankForm
 from keras_lora.layers.lora_layer import LoRALayer
@@ -63,7 +63,7 @@ class LoRAEmbedding(LoRALayer, keras.layers.Embedding):
         ids = ops.reshape(ops.cast(inputs, "int32"), (-1,))
         rows = {
             name: ops.take(variable, ids, axis=0)
-            for name, variable in layers.kernel_variables(self).items()
+            for name, variable in layer_state.kernel_variables(self).items()
             if name.strip("_").startswith(self.kernel_name)
         }
         plain = classes.view_with(self, self.plain_class, rows)

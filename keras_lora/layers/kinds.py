@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import keras
 from keras.layers import Layer
 
-from keras_lora.keras_internals import classes, layers
+from keras_lora.keras_internals import classes, layer_state
 from keras_lora.layers import experts
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.conv import LoRAConv1D, LoRAConv2D, LoRAConv3D
@@ -217,7 +217,7 @@ def class_with_adapter(layer):
     lora_class = lora_class_of(type(layer))
     if lora_class is not None or isinstance(layer, (keras.Model, LowRankAdapter)):
         return lora_class
-    names = list(layers.weight_places(layer))
+    names = list(layer_state.weight_places(layer))
     if not names:
         return None
     return substituted_class(type(layer), names[0] if len(names) == 1 else None)
@@ -237,7 +237,7 @@ def sites_of(layer) -> dict:
     else:
         itself, places = {kind.kernel_name: layer}, {}
         if kind.more_weights:
-            all_places = layers.weight_places(layer)
+            all_places = layer_state.weight_places(layer)
             places = {w: all_places[w] for w in kind.more_weights if w in all_places}
     sites = {w: WeightSite(layer, w, keys, kind) for w, keys in places.items()}
     return itself | sites
@@ -264,13 +264,13 @@ def looks_up(site):
 def out_of_reach(layer) -> dict:
     """Weight -> why it cannot have an adapter, for a layer's own matrices."""
     unheld = dict.fromkeys(
-        layers.unheld_weights(layer),
+        layer_state.unheld_weights(layer),
         "its layer holds it in no attribute, list or dict, where an adapter could take "
         "its place: train the layer in full with `also_train`.",
     )
     if isinstance(layer, keras.Model):
         return unheld | dict.fromkeys(
-            layers.weight_places(layer),
+            layer_state.weight_places(layer),
             "it belongs to the model itself, and only weights of layers can have "
             "adapters.",
         )
@@ -280,7 +280,9 @@ def out_of_reach(layer) -> dict:
     kernel = lora_class.kernel_name
     known = (kernel, *lora_class.more_weights)
     others = [
-        x for x in layers.weight_places(layer) if x not in known and "bias" not in x
+        x
+        for x in layer_state.weight_places(layer)
+        if x not in known and "bias" not in x
     ]
     name = lora_class.plain_class.__name__
     return unheld | dict.fromkeys(

@@ -5,7 +5,7 @@ import inspect
 import keras
 from keras import ops
 
-from keras_lora.keras_internals import calls, layers
+from keras_lora.keras_internals import calls, layer_state
 from keras_lora.layers import (
     arguments,
     methods,
@@ -110,7 +110,7 @@ class LoRALayer(Rematerialized, QuantizedHost, Site):
             }
             self.attach_adapters({**options, **method})
             if self.built:  # an Embedding with `weights` is built by its constructor
-                with layers.name_scope_of(self):
+                with layer_state.name_scope_of(self):
                     self.build_adapters()
 
     # Methods that a kind implements.
@@ -240,7 +240,7 @@ class LoRALayer(Rematerialized, QuantizedHost, Site):
 
     def after_build(self):
         self.build_adapters()
-        for variable in layers.own_variables(self):
+        for variable in layer_state.own_variables(self):
             if variable.name in self.frozen_names:
                 variable.trainable = False
 
@@ -288,7 +288,9 @@ class LoRALayer(Rematerialized, QuantizedHost, Site):
         options = self.adapter_config()
         options["merge_weights"] = self.merge_weights
         if self.trainable and self.loras:
-            frozen = [v.name for v in layers.own_variables(self) if not v.trainable]
+            frozen = [
+                v.name for v in layer_state.own_variables(self) if not v.trainable
+            ]
             options |= {"frozen": frozen} if frozen else {}
         return {**super().get_config(), **options}
 
@@ -313,7 +315,7 @@ class LoRALayer(Rematerialized, QuantizedHost, Site):
 
     def load_own_variables(self, store):
         names = [name for name in store.keys() if name != "adapter"]  # noqa: SIM118
-        if self.loras and layers.own_variables(self) and not list(store.keys()):
+        if self.loras and layer_state.own_variables(self) and not list(store.keys()):
             raise ValueError(
                 f"The file has no weights for {self.name!r}, a {type(self).__name__}. "
                 "If it is the file of a plain model, load it into the plain model and "

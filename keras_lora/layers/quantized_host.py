@@ -9,12 +9,12 @@ from keras import ops
 from keras_lora.keras_internals import (
     calls,
     classes,
-    layers,
+    layer_state,
     private_names,
     probes,
     variable_state,
 )
-from keras_lora.keras_internals.layers import Leaf
+from keras_lora.keras_internals.layer_state import Leaf
 
 MODES = ("int8", "int4")
 # Modes that calibrate the integers with sample inputs.
@@ -262,7 +262,7 @@ def straight_through(layer, inputs, forward, backward):
         return forward(
             classes.view_with(layer, layer.plain_class, WITHOUT_FINISH), inputs
         )
-    names, variables = zip(*layers.kernel_variables(layer).items(), strict=True)
+    names, variables = zip(*layer_state.kernel_variables(layer).items(), strict=True)
 
     def ordered_view(cls, values, tensor):
         values = [order_after(tensor, value) for value in values]

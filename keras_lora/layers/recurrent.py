@@ -5,7 +5,7 @@ import types
 
 import keras
 
-from keras_lora.keras_internals import calls, classes, layers
+from keras_lora.keras_internals import calls, classes, layer_state
 from keras_lora.layers import merged_training, products
 from keras_lora.layers.form import Axes, usual_axes
 from keras_lora.layers.substituted import SeveralWeights
@@ -40,7 +40,7 @@ class RecurrentLayer(SeveralWeights):
 
         def walk(cell, keys, prefix):
             if isinstance(cell, keras.layers.Layer):
-                found.extend(layers.weights_held(cell, prefix, keys))
+                found.extend(layer_state.weights_held(cell, prefix, keys))
             for place, inner in enumerate(getattr(cell, "cells", ())):
                 walk(inner, (*keys, "cells", place), f"{prefix}cells/{place}/")
 

@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 
 import keras
 
-from keras_lora.keras_internals import calls, layers, private_names, probes
+from keras_lora.keras_internals import calls, layer_state, private_names, probes
 from keras_lora.keras_internals.variable_state import DrawnSeeds
 
 # Inside a call that is computed twice: {id of an adapter: the source of its seeds}.
@@ -58,7 +58,9 @@ def has_gradient(argument) -> bool:
 
 def draw_seeds(layer) -> dict:
     """{id of an adapter that has dropout: a seed for one call of the layer}."""
-    adapters: list = [getattr(x, "lora", None) for x in layers.flatten_layers(layer)]
+    adapters: list = [
+        getattr(x, "lora", None) for x in layer_state.flatten_layers(layer)
+    ]
     dropping = [x for x in adapters if getattr(x, "seed_generator", None) is not None]
     return {
         id(adapter): calls.next_seed(adapter.seed_generator) for adapter in dropping

@@ -9,7 +9,7 @@ from keras_lora.keras_internals import (
     calls,
     classes,
     distribution,
-    layers,
+    layer_state,
     variable_state,
 )
 from keras_lora.layers.torch_layout import TorchLayout
@@ -149,10 +149,10 @@ class Site(TorchLayout):
         return ops.convert_to_tensor(self.lora.effective_kernel(kernel), dtype)
 
     def attach_adapter(self, adapter):
-        layers.attach(self.lora_layer(), self.adapter_attribute, adapter)
+        layer_state.attach(self.lora_layer(), self.adapter_attribute, adapter)
 
     def detach_adapter(self):
-        layers.detach(self.lora_layer(), self.adapter_attribute)
+        layer_state.detach(self.lora_layer(), self.adapter_attribute)
 
     def build_factors(self):
         """Creates A and B for W."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import keras
 from keras import ops
 
-from keras_lora.keras_internals import classes, layers, variable_state
+from keras_lora.keras_internals import classes, layer_state, variable_state
 from keras_lora.layers import methods
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.form import Axes, usual_axes, weight_form
@@ -178,12 +178,12 @@ class SubstitutedLayer(SubstitutedSite, LoRALayer):
     @classmethod
     def weights_held(cls, layer) -> list:
         """(prefix of its name, keys, weight) for each place of a weight."""
-        return layers.weights_held(layer)
+        return layer_state.weights_held(layer)
 
     @classmethod
     def places_of(cls, layer) -> dict:
         """Name of a weight -> the keys to each of its places."""
-        return layers.named_places(cls.weights_held(layer))
+        return layer_state.named_places(cls.weights_held(layer))
 
     @classmethod
     def axes_of(cls, weight, ndim) -> Axes:
@@ -309,7 +309,7 @@ class SeveralWeights(SubstitutedLayer):
             chosen = own_options.get(weight, options)
             if chosen is not None:
                 name = attribute(weight)
-                layers.attach(
+                layer_state.attach(
                     self, name, methods.make_adapter(chosen, self.variable_dtype, name)
                 )
 

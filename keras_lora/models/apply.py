@@ -13,7 +13,10 @@ from keras_lora.keras_internals import (
     processes,
     warn_caller,
 )
-from keras_lora.keras_internals.layers import flatten_layers, refresh_torch_parameters
+from keras_lora.keras_internals.layer_state import (
+    flatten_layers,
+    refresh_torch_parameters,
+)
 from keras_lora.layers import arguments, kinds, settings, token_rows
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.models import keras_files, quantized, sites, targets, training_state

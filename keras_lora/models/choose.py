@@ -5,7 +5,7 @@ import re
 
 import keras
 
-from keras_lora.keras_internals import calls, layers, warn_caller
+from keras_lora.keras_internals import calls, layer_state, warn_caller
 from keras_lora.layers import kinds
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.models import sites, tables, targets
@@ -95,7 +95,9 @@ def notes_on_outputs(model, candidates, chosen) -> list:
     """Returns the report's notes on the layers that make the model's outputs."""
     output_ids = targets.output_layers(model)
     if not hasattr(model, "outputs") and isinstance(model, keras.Model):
-        output_ids = targets.output_layers_of_call(model, layers.flatten_layers(model))
+        output_ids = targets.output_layers_of_call(
+            model, layer_state.flatten_layers(model)
+        )
         if not output_ids:
             return [
                 f"{type(model).__name__} does not say which layers make its outputs: "
@@ -163,7 +165,7 @@ def sharing_reason(path, site, holders):
 
 def no_effect_in(owner, layer):
     """Says why an adapter of this layer would have no effect in its owner, or None."""
-    others_are_called = any(map(calls.was_called, layers.sublayers(owner)))
+    others_are_called = any(map(calls.was_called, layer_state.sublayers(owner)))
     if calls.was_called(layer) or not others_are_called:
         return None
     # Gemma 4's feed-forward blocks multiply with `self.gating_ffw.kernel`.

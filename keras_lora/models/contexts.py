@@ -13,7 +13,7 @@ from keras_lora.keras_internals import (
     variable_state,
     warn_caller,
 )
-from keras_lora.keras_internals.layers import (
+from keras_lora.keras_internals.layer_state import (
     flatten_layers,
     listed_instead,
     refresh_torch_parameters,

@@ -9,7 +9,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from keras_lora.keras_internals import distribution, layers, processes
+from keras_lora.keras_internals import distribution, layer_state, processes
 from keras_lora.models import atomic, contexts, sites
 
 SAVED_MODEL = {"saved_model.pb", "fingerprint.pb", "variables", "assets"}
@@ -51,7 +51,7 @@ def export(
         >>> keras_lora.export(model, "served")
         >>> keras_lora.export(model, "model.tflite", format="litert")  # doctest: +SKIP
     """
-    layers.validate_model(model)
+    layer_state.validate_model(model)
     if not model.built:
         raise ValueError(
             f"The model {model.name!r} is not built, so its input shape is unknown. "

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import keras
 import numpy as np
 
-from keras_lora.keras_internals import compiled, distribution, layers, processes
+from keras_lora.keras_internals import compiled, distribution, layer_state, processes
 from keras_lora.layers import kinds, lora_layer, methods, token_rows, torch_layout
 from keras_lora.layers.settings import validate_rank
 from keras_lora.models import merge, sites, start_values
@@ -228,11 +228,13 @@ def replace_adapters(model, options):
             )
             for site, site_options in options.items()
         }
-        undo.callback(layers.refresh_torch_parameters, layers.flatten_layers(model))
+        undo.callback(
+            layer_state.refresh_torch_parameters, layer_state.flatten_layers(model)
+        )
         for site, adapter in adapters.items():
             undo.callback(replace_adapter, site, site.lora)
             replace_adapter(site, adapter)
-            with layers.name_scope_of(site.lora_layer()):
+            with layer_state.name_scope_of(site.lora_layer()):
                 site.build_factors()
         yield
         undo.pop_all()

@@ -10,7 +10,7 @@ import functools
 
 import keras
 
-from keras_lora.keras_internals import calls, classes, compiled, layers
+from keras_lora.keras_internals import calls, classes, compiled, layer_state
 from keras_lora.layers import kinds, lora_layer, quantized_host
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.lora_layer import LoRALayer
@@ -144,7 +144,7 @@ class Carrier(Rematerialized):
         for site in sites.adapted_sites(self):
             quantized_host.refuse_quantizing(site, mode)  # before any change
         super().quantize(mode, config=config, **kwargs)
-        quantized.fix_quantized(layers.flatten_layers(self))
+        quantized.fix_quantized(layer_state.flatten_layers(self))
 
     def build_from_config(self, config):
         """Does nothing: `from_config` has built the layers, to attach the adapters."""
@@ -196,7 +196,7 @@ def protect(loop):
 
 def save(self, filepath, *args, **kwargs):
     """Refuses what cannot be saved before Keras opens the file, which empties it."""
-    layers.flatten_layers(
+    layer_state.flatten_layers(
         self
     )  # refuses layers that another copy of this package adapted
     if str(filepath).endswith((".h5", ".hdf5")):
@@ -209,7 +209,7 @@ def make_train_function(self, force=False):
     begins = force or self.train_function is None
     self.carried_class.make_train_function(self, force)
     if begins:
-        training_state.remember_what_trains(layers.flatten_layers(self))
+        training_state.remember_what_trains(layer_state.flatten_layers(self))
         use_carrier_classes(self)
 
 
@@ -226,7 +226,7 @@ def layers_to_carry(model):
     They hold adapted layers, have a class that was made at run time, or train together
     with A and B.
     """
-    for layer in layers.flatten_layers(model):
+    for layer in layer_state.flatten_layers(model):
         if isinstance(layer, Carrier):
             continue
         if isinstance(layer, LoRALayer):
@@ -236,15 +236,17 @@ def layers_to_carry(model):
                 yield layer
         elif (
             training_state.record_of(layer).base_values
-            or any(map(lora_layer.has_adapters, layers.flatten_layers(layer)))
-            or any(v.trainable != layer.trainable for v in layers.own_variables(layer))
+            or any(map(lora_layer.has_adapters, layer_state.flatten_layers(layer)))
+            or any(
+                v.trainable != layer.trainable for v in layer_state.own_variables(layer)
+            )
         ):
             yield layer
 
 
 def parts(layer):
     """The layers inside a LoRA layer, such as a cell, but not its adapters."""
-    inside = [x for x in layers.flatten_layers(layer) if x is not layer]
+    inside = [x for x in layer_state.flatten_layers(layer) if x is not layer]
     return [x for x in inside if not isinstance(x, LowRankAdapter)]
 
 
@@ -252,4 +254,4 @@ def use_carrier_classes(model):
     """Gives layers the class that carries adapters where they need it."""
     for layer in list(layers_to_carry(model)):
         classes.change_class(layer, carrier_class(type(layer)))
-    layers.refresh_torch_parameters(layers.flatten_layers(model))
+    layer_state.refresh_torch_parameters(layer_state.flatten_layers(model))

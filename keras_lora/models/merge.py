@@ -12,7 +12,7 @@ from keras_lora.keras_internals import (
     classes,
     compiled,
     distribution,
-    layers,
+    layer_state,
     warn_caller,
 )
 from keras_lora.layers import lora_layer, quantized_host, torch_layout
@@ -76,14 +76,14 @@ def make_merged_layer(layer, kernel, way):
     owner = layer.path.removesuffix(layer.name)
     with contextlib.ExitStack() as scopes:
         scopes.enter_context(distribution.strategy_scope(layer))
-        scopes.enter_context(layers.name_scopes(owner))  # layout maps go by paths
+        scopes.enter_context(layer_state.name_scopes(owner))  # layout maps go by paths
         values = {layer.kernel_name: kernel, **layer.other_kernels()}
         if requantize and distribution.is_sharded(layer.frozen_kernel):
             # Keras quantizes on the host.
             values = {name: distribution.fetch(value) for name, value in values.items()}
             scopes.enter_context(distribution.on_host())
         plain.build_from_config(layer.get_build_config())
-        for variable in layers.kernel_variables(plain).values():
+        for variable in layer_state.kernel_variables(plain).values():
             distribution.assign(variable, values[variable.name])
         if requantize:
             config, mode = quantization_config(layer), layer.quantization_mode
@@ -105,8 +105,8 @@ def relative_error(layer, plain):
 def copy_kernel(layer, plain):
     """Gives a layer the kernel, scales and policy of a plain layer of its kind."""
     if plain.quantization_mode is not None:
-        variables = layers.kernel_variables(layer)
-        for name, variable in layers.kernel_variables(plain).items():
+        variables = layer_state.kernel_variables(layer)
+        for name, variable in layer_state.kernel_variables(plain).items():
             distribution.assign(
                 variables[name],
                 distribution.fetch(variable)
@@ -114,7 +114,7 @@ def copy_kernel(layer, plain):
                 else variable,
             )
         return
-    layers.exchange_variables(layer, plain)
+    layer_state.exchange_variables(layer, plain)
     layer.dtype_policy = float_policy(layer)
 
 
@@ -182,7 +182,7 @@ def merge_lora(
             if kernel is None:
                 kernel = site.merged_kernel(site.kernel_dtype)
             site.frozen_kernel.assign(kernel)
-    _make_plain(model, layers.flatten_layers(model))
+    _make_plain(model, layer_state.flatten_layers(model))
     return report
 
 
@@ -204,7 +204,7 @@ def remove_lora(model: keras.layers.Layer):
         'Dense'
     """
     sites.sites_outside_contexts(model)
-    model_layers = layers.flatten_layers(model)
+    model_layers = layer_state.flatten_layers(model)
     training_state.warn_of_variables_without_base(model_layers)
     for layer in model_layers:
         for variable, value in training_state.base_values(layer):
@@ -274,7 +274,7 @@ def shared_with_adapted_models(models, model_layers) -> set:
         if id(other) not in in_model
         and training_state.record_of(other).flags
         and sites.adapted_sites(other)
-        for layer in layers.flatten_layers(other)
+        for layer in layer_state.flatten_layers(other)
     }
 
 
@@ -285,7 +285,7 @@ def restore_models(model_layers, stay_frozen):
     """
     for layer in model_layers:
         if isinstance(layer, Carrier) and not any(
-            lora_layer.has_adapters(part) for part in layers.flatten_layers(layer)
+            lora_layer.has_adapters(part) for part in layer_state.flatten_layers(layer)
         ):
             classes.change_class(layer, layer.carried_class)
     kept = [layer for layer in model_layers if id(layer) in stay_frozen]

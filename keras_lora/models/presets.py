@@ -7,7 +7,7 @@ import os
 import keras
 
 from keras_lora.keras_internals import classes, warn_caller
-from keras_lora.keras_internals.layers import flatten_layers
+from keras_lora.keras_internals.layer_state import flatten_layers
 from keras_lora.layers import lora_layer
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.models import sites, tables, training_state

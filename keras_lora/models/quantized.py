@@ -5,7 +5,7 @@ import itertools
 import keras
 
 from keras_lora.keras_internals import classes
-from keras_lora.keras_internals.layers import drop_float_kernel, take_own_policy
+from keras_lora.keras_internals.layer_state import drop_float_kernel, take_own_policy
 from keras_lora.layers import kinds, quantized_host
 from keras_lora.layers.lora_layer import LoRALayer
 

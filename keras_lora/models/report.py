@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import keras
 
-from keras_lora.keras_internals import layers
+from keras_lora.keras_internals import layer_state
 from keras_lora.layers import lora_layer
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.models import sites, tables, training_state
@@ -157,7 +157,7 @@ def summary(model: keras.layers.Layer) -> Report:
 
 def adapted_row(path, site):
     lora, layer = site.lora, site.lora_layer()
-    parameters = count(layers.own_variables(lora))
+    parameters = count(layer_state.own_variables(lora))
     return Row(
         path,
         layer,
@@ -175,7 +175,7 @@ def trained_parameters(layer):
     """The parameters of a layer that train together with A and B, or did."""
     if isinstance(layer, LowRankAdapter):
         return []
-    parameters = set(map(id, layers.own_variables(layer)))
+    parameters = set(map(id, layer_state.own_variables(layer)))
     return [
         variable
         for variable in training_state.trained_variables(layer)

@@ -6,7 +6,7 @@ import re
 
 import keras
 
-from keras_lora.keras_internals import classes, compiled, layers, processes
+from keras_lora.keras_internals import classes, compiled, layer_state, processes
 from keras_lora.layers import arguments, kinds, lora_layer, methods
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.lora_layer import LoRALayer
@@ -35,7 +35,9 @@ def sites_by_path(layers_by_path) -> dict:
 
 def adapted_sites(model) -> list:
     """The sites of a model that have an adapter, each once."""
-    lora_layers = [x for x in layers.flatten_layers(model) if isinstance(x, LoRALayer)]
+    lora_layers = [
+        x for x in layer_state.flatten_layers(model) if isinstance(x, LoRALayer)
+    ]
     return [site for layer in lora_layers for site in layer.sites().values()]
 
 
@@ -90,20 +92,22 @@ def layers_by_path(model, alone=True) -> dict:
 
     alone: Whether a single layer that can be adapted is among its own paths.
     """
-    layers.validate_model(model)
-    layers.refuse_reloaded_class(model)
+    layer_state.validate_model(model)
+    layer_state.refuse_reloaded_class(model)
     by_path, seen = {}, {id(model)}
 
     def walk(parent, prefix, owners):
         if isinstance(parent, keras.Model):
             owners = sorted((f"{parent.name}_", *owners), key=len, reverse=True)
         used = collections.Counter()
-        attributes = {id(layer): name for name, layer in layers.attributes_of(parent)}
-        for layer in layers.sublayers(parent):
+        attributes = {
+            id(layer): name for name, layer in layer_state.attributes_of(parent)
+        }
+        for layer in layer_state.sublayers(parent):
             if id(layer) in seen:
                 continue
             seen.add(id(layer))
-            layers.refuse_reloaded_class(layer)
+            layer_state.refuse_reloaded_class(layer)
             part = (
                 given_name(layer, owners, parent)
                 or attributes.get(id(layer))
@@ -180,7 +184,7 @@ def add_adapter(site, adapter):
     if not isinstance(layer, LoRALayer):
         classes.change_class(layer, kinds.class_with_adapter(layer))
     site.attach_adapter(adapter)
-    with layers.name_scope_of(layer):
+    with layer_state.name_scope_of(layer):
         site.build_adapter()
 
 

@@ -9,7 +9,12 @@ import itertools
 
 import numpy as np
 
-from keras_lora.keras_internals import distribution, layers, variable_state, warn_caller
+from keras_lora.keras_internals import (
+    distribution,
+    layer_state,
+    variable_state,
+    warn_caller,
+)
 from keras_lora.layers import lora_layer
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.models import sites, tables
@@ -54,7 +59,7 @@ def remember_base_values(layer, variables):
     chosen = set(map(id, variables))
     values = {
         index: np.array(distribution.fetch(variable))
-        for index, variable in enumerate(layers.layer_variables(layer))
+        for index, variable in enumerate(layer_state.layer_variables(layer))
         if id(variable) in chosen
     }
     old = record_of(layer)
@@ -67,7 +72,7 @@ def remember_what_trains(model_layers):
     for layer in model_layers:
         if trained := variables_without_base(layer):
             # If a layer trains, its moving statistics move too.
-            statistics = layers.non_trainable_variables(layer)
+            statistics = layer_state.non_trainable_variables(layer)
             remember_base_values(layer, [*trained, *statistics])
 
 
@@ -95,14 +100,14 @@ def variables_without_base(layer) -> list:
     base_values = record_of(layer).base_values
     return [
         variable
-        for index, variable in enumerate(layers.layer_variables(layer))
+        for index, variable in enumerate(layer_state.layer_variables(layer))
         if variable.trainable and index not in base_values
     ]
 
 
 def set_base_value(layer, index, value):
     """Remembers a variable's value from a file; None means that the file has none."""
-    variables, old = layers.layer_variables(layer), record_of(layer)
+    variables, old = layer_state.layer_variables(layer), record_of(layer)
     fits = value is not None and index < len(variables)
     if fits and value.shape == variables[index].shape:
         values = {**old.base_values, index: np.array(value)}
@@ -114,14 +119,14 @@ def trained_variables(layer) -> list:
     base_values = record_of(layer).base_values
     return [
         variable
-        for index, variable in enumerate(layers.layer_variables(layer))
+        for index, variable in enumerate(layer_state.layer_variables(layer))
         if index in base_values or variable.trainable
     ]
 
 
 def base_values(layer) -> list:
     """[(variable, its base value)] for what trains together with A and B."""
-    variables = layers.layer_variables(layer)
+    variables = layer_state.layer_variables(layer)
     return [
         (variables[index], value)
         for index, value in record_of(layer).base_values.items()
@@ -140,7 +145,7 @@ def base_value_names(owner, owner_class) -> dict:
         seen.add(id(layer))
         indices = sorted(record_of(layer).base_values)
         entries.extend((layer, index) for index in indices)
-        for part in layers.sublayers(layer):
+        for part in layer_state.sublayers(layer):
             if id(part) not in seen and not isinstance(part, owner_class):
                 walk(part)
 
@@ -153,7 +158,7 @@ def base_value_names(owner, owner_class) -> dict:
 
 def remember_flags(layer):
     if record_of(layer).flags is None:
-        flags = [variable.trainable for variable in layers.own_variables(layer)]
+        flags = [variable.trainable for variable in layer_state.own_variables(layer)]
         record = dataclasses.replace(record_of(layer), flags=(layer.trainable, flags))
         set_record(layer, record)
 
@@ -164,7 +169,7 @@ def trainable_flags(layers_by_path) -> dict:
     layers_by_path: Outermost first.
     """
     return {
-        path: [layer.trainable, [v.trainable for v in layers.own_variables(layer)]]
+        path: [layer.trainable, [v.trainable for v in layer_state.own_variables(layer)]]
         for path, layer in layers_by_path.items()
     }
 
@@ -179,7 +184,7 @@ def restore_flags(layers_by_path, flags):
         flags = {path: pair for path, pair in flags.items() if path in layers_by_path}
     else:
         present = [
-            path for path, x in layers_by_path.items() if layers.own_variables(x)
+            path for path, x in layers_by_path.items() if layer_state.own_variables(x)
         ]
         flags = dict(zip(present, with_variables.values(), strict=True))
     # Outermost first: setting a layer's flag sets those of the layers inside it.
@@ -190,7 +195,7 @@ def restore_flags(layers_by_path, flags):
 def set_flags(layer, trainable, flags):
     variable_state.freeze_spectral_norm(layer)
     layer.trainable = trainable
-    variables = layers.own_variables(layer)
+    variables = layer_state.own_variables(layer)
     # Pads or cuts at the front: the kernel, which is first, leaves this list when it is
     # quantized, and returns when it is float.
     flags = ([trainable] * len(variables) + flags)[len(flags) :]
@@ -205,36 +210,38 @@ def freeze_all_but_lora(model, bias="none", also_train=()):
     """
     refuse_quantized(also_train)
     adapted = sites.adapted_sites(model)
-    kept = {id(v) for site in adapted for v in layers.own_variables(site.lora)}
+    kept = {id(v) for site in adapted for v in layer_state.own_variables(site.lora)}
     with_bias = {
         "none": [],
         "lora_only": dict.fromkeys(site.kernel_owner() for site in adapted),
-        "all": layers.flatten_layers(model),
+        "all": layer_state.flatten_layers(model),
     }
     for layer in with_bias[bias]:
-        biases = [v for v in layers.own_variables(layer) if is_bias(layer, v)]
+        biases = [v for v in layer_state.own_variables(layer) if is_bias(layer, v)]
         remember_base_values(layer, biases)
         kept |= set(map(id, biases))
     for layer in also_train:
-        for part in layers.flatten_layers(layer):
-            remember_base_values(part, layers.layer_variables(part))
-            kept |= set(map(id, layers.own_variables(part)))
+        for part in layer_state.flatten_layers(layer):
+            remember_base_values(part, layer_state.layer_variables(part))
+            kept |= set(map(id, layer_state.own_variables(part)))
     # Outermost first: setting a layer's flag sets those of the layers inside it, which
     # may have several owners, such as a token embedding that a head holds too.
-    parts = [layers.flatten_layers(layer) for layer in layers.flatten_layers(model)]
+    parts = [
+        layer_state.flatten_layers(layer) for layer in layer_state.flatten_layers(model)
+    ]
     for layer, *inside in sorted(parts, key=len, reverse=True):
-        variables = [v for x in (layer, *inside) for v in layers.own_variables(x)]
+        variables = [v for x in (layer, *inside) for v in layer_state.own_variables(x)]
         variable_state.freeze_spectral_norm(layer)
         layer.trainable = any(id(v) in kept for v in variables)
-        for variable in layers.own_variables(layer):
+        for variable in layer_state.own_variables(layer):
             variable.trainable = id(variable) in kept
 
 
 def refuse_quantized(also_train):
     """Raises if a layer in `also_train` has a quantized kernel."""
-    for part in itertools.chain(*map(layers.flatten_layers, also_train)):
+    for part in itertools.chain(*map(layer_state.flatten_layers, also_train)):
         if part.quantization_mode and any(
-            "int" in variable.dtype for variable in layers.layer_variables(part)
+            "int" in variable.dtype for variable in layer_state.layer_variables(part)
         ):
             raise ValueError(
                 f"`also_train` names {part.name!r}, whose kernel is quantized to "
@@ -262,10 +269,10 @@ def train_adapters(layers_by_path):
             del flags[path]  # set together with its layer
             continue
         indices = record_of(layer).base_values
-        variables = enumerate(layers.layer_variables(layer))
+        variables = enumerate(layer_state.layer_variables(layer))
         kept = {id(v) for index, v in variables if index in indices}
         if lora_layer.has_adapters(layer) or kept:
-            own = layers.own_variables(layer)
+            own = layer_state.own_variables(layer)
             flags[path] = [True, [v.trainable or id(v) in kept for v in own]]
             for owner in owners_of(path):
                 if owner in flags:
@@ -285,5 +292,5 @@ def is_bias(layer, variable):
     Except beta of batch normalization, whose statistics would move if it trained.
     """
     if variable.name == "beta":
-        return not layers.non_trainable_variables(layer)
+        return not layer_state.non_trainable_variables(layer)
     return variable.name == "bias"

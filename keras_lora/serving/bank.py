@@ -16,7 +16,7 @@ from keras_lora.files.folder import Adapter
 from keras_lora.keras_internals import (
     compiled,
     distribution,
-    layers,
+    layer_state,
     processes,
     variable_state,
 )
@@ -228,12 +228,12 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
     def _guard_weights(self):
         """Refuses assignments to the model while an adapter depends on its values."""
         for layer in self.hosts.paths.values():
-            for variable in layers.layer_variables(layer):
+            for variable in layer_state.layer_variables(layer):
                 variable_state.guard_assign(variable, self._refuse_other_weights)
 
     def _release_weights(self):
         for layer in self.hosts.paths.values():
-            for variable in layers.layer_variables(layer):
+            for variable in layer_state.layer_variables(layer):
                 variable_state.release_assign(variable)
 
     def _refuse_other_weights(self, what):

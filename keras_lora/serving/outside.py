@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import keras
 
-from keras_lora.keras_internals import calls, compiled, layers
+from keras_lora.keras_internals import calls, compiled, layer_state
 from keras_lora.serving.banked import Banked, Hosts
 from keras_lora.serving.calls import Running, empties_variables
 from keras_lora.serving.directory import Directory
@@ -85,7 +85,7 @@ class OutsideCalls:
         """Counts calls of the model, of models around it, and of their parts."""
         for layer in compiled.models_sharing_layers(self.model):
             inside = any(
-                isinstance(part, Banked) for part in layers.flatten_layers(layer)
+                isinstance(part, Banked) for part in layer_state.flatten_layers(layer)
             )
             if inside and layer is not self and not isinstance(layer, Banked):
                 self._count_calls_of(layer)

@@ -10,7 +10,7 @@ from keras import ops
 from keras_lora.files import load, matching, tensors
 from keras_lora.files.names import modules_of, refuse_tied_head
 from keras_lora.keras_internals import classes, distribution
-from keras_lora.keras_internals.layers import layer_variables
+from keras_lora.keras_internals.layer_state import layer_variables
 from keras_lora.layers import kinds, methods, torch_layout
 from keras_lora.layers.lora_layer import LoRALayer
 from keras_lora.models import choose, sites

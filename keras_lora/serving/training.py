@@ -17,7 +17,7 @@ from keras_lora.keras_internals import (
     probes,
     processes,
 )
-from keras_lora.keras_internals.layers import attach, detach
+from keras_lora.keras_internals.layer_state import attach, detach
 from keras_lora.models import training_state
 from keras_lora.serving import directory
 from keras_lora.serving.calls import Running, empties_variables
