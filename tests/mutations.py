@@ -1064,7 +1064,7 @@ FAULTS = {
             "test_every_weight.py -k calls_itself",
         ),
         (
-            "if id(layer) in output_ids or is_bias(site):",
+            "if id(layer) in output_ids or is_named_bias(site):",
             "if id(layer) in output_ids:",
             "test_every_weight.py -k means_the_weights",
         ),
@@ -1182,7 +1182,7 @@ FAULTS = {
         ),
     ],
     "models/start_values.py": [
-        ("        moments.over_processes(model)", "        pass", WORKERS),
+        ("        moments.sum_over_processes(model)", "        pass", WORKERS),
         (
             "np.sqrt(values / scaling)",
             "np.sqrt(values)",

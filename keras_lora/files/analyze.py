@@ -178,7 +178,7 @@ def notes_of(methods) -> list:
 
 
 def notes_of_tables(paths) -> list:
-    """A note on tables of which some rows train, which are no low-rank update."""
+    """A note on tables with trained rows, whose change is not a low-rank update."""
     names = tables.join(list(paths))
     return [f"Not shown: {names}, where only some rows train."] if paths else []
 

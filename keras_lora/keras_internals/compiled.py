@@ -129,7 +129,7 @@ def compile_again(model) -> list:
 
 
 def compile_all_again(layers) -> list:
-    """Compiles the models again that `models_sharing_layers` has found."""
+    """Recompiles the models that `models_sharing_layers` found."""
     compiled = [layer for layer in layers if getattr(layer, "compiled", False)]
     renewed, notes = {}, []
     for layer in compiled:

@@ -59,7 +59,7 @@ def flatten_layers(model):
 
 
 def attach(layer, name, sublayer):
-    """Gives a layer that may be built a sublayer."""
+    """Attaches a sublayer to a layer, even if the layer is built."""
     with unlocked(layer):
         setattr(layer, name, sublayer)
         # Because torch keeps modules where a class default hides them.
@@ -213,7 +213,7 @@ def named_places(held) -> dict:
 
 
 def unheld_weights(layer) -> list:
-    """Names of a layer's own weights of two axes or more that are at no place."""
+    """Names a layer's own matrices that no attribute, list or dict holds."""
     held = {id(variable) for *_, variable in weights_held(layer)}
     rest = [v for v in filter(is_matrix, own_variables(layer)) if id(v) not in held]
     if not rest:

@@ -62,7 +62,7 @@ class DrawnSeeds(keras.random.SeedGenerator):
         return ops.add(self.seed, ops.convert_to_tensor(steps, self.seed.dtype))
 
 
-def hold_resource(layer, name, variable):
+def track_resource(layer, name, variable):
     """Makes TensorFlow track a variable that Keras does not track.
 
     tf.saved_model.save refuses functions that read an untracked one. The attribute
@@ -72,12 +72,12 @@ def hold_resource(layer, name, variable):
         setattr(layer, f"{name}_resource", variable.value)
 
 
-def release_resource(layer, name):
+def untrack_resource(layer, name):
     if keras.backend.backend() == "tensorflow":
         delattr(layer, f"{name}_resource")
 
 
-def hold_state(layer, name, variable, get, put):
+def track_state(layer, name, variable, get, put):
     """Makes TensorFlow track a variable that may get its value after a call.
 
     In TensorFlow's own checkpoints, it is stored as the JSON value that `get` returns,

@@ -286,7 +286,7 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
     def make_scaling(self):
         """Creates the scaling's variable, after the factors."""
         self._scaling.make(self._scaling_value, self.variable_dtype, "scaling")
-        variable_state.hold_state(
+        variable_state.track_state(
             self,
             "alpha",
             self._scaling.variable,

@@ -211,7 +211,7 @@ def substituted_class(cls, weight):
 
 
 def class_with_adapter(layer):
-    """The LoRA class that a layer gets with an adapter; None without such a weight."""
+    """The LoRA class of a layer with adapters; None if it has nothing to adapt."""
     if isinstance(layer, LoRALayer):
         return type(layer)
     lora_class = lora_class_of(type(layer))

@@ -288,9 +288,8 @@ class LoRALayer(Rematerialized, QuantizedHost, Site):
         options = self.adapter_config()
         options["merge_weights"] = self.merge_weights
         if self.trainable and self.loras:
-            frozen = [
-                v.name for v in layer_state.own_variables(self) if not v.trainable
-            ]
+            own = layer_state.own_variables(self)
+            frozen = [v.name for v in own if not v.trainable]
             options |= {"frozen": frozen} if frozen else {}
         return {**super().get_config(), **options}
 
@@ -325,7 +324,7 @@ class LoRALayer(Rematerialized, QuantizedHost, Site):
         super().load_own_variables({name: store[name] for name in names})
 
     def set_weights(self, weights):
-        """Also takes the weights of the plain layer, and then keeps A and B."""
+        """Sets all weights; those of the plain layer alone leave A and B unchanged."""
         variables = self.plain_weights()
         if not self.loras or len(weights) != len(variables):
             return super().set_weights(weights)

@@ -195,7 +195,7 @@ def refuse_uncalibrated(layer, name):
 
 
 def is_reported_calibrated(layer):
-    """Whether Keras reports a layer as calibrated; one made by its policy is not."""
+    """Whether Keras calls a layer calibrated, which one made from a policy is not."""
     pending = f"is_{layer.quantization_mode}_calibrated"  # before Keras 3.16
     if hasattr(layer, pending):
         return getattr(layer, pending)

@@ -94,9 +94,7 @@ class Site(TorchLayout):
 
     Attributes:
         lora: The adapter, or None.
-        lora_layer: The layer whose call uses the adapter.
         lora_class: The LoRA class that adapts it.
-        kernel_owner: The layer that holds W: a cell, inside a recurrent layer.
         weight_name: The name of W, the key of `layer.loras`.
         frozen_kernel: The variable W.
         kernel_is_matrix: Whether W is a matrix, or a stack of them, that multiplies
@@ -116,9 +114,11 @@ class Site(TorchLayout):
         return False
 
     def lora_layer(self):
+        """Returns the layer whose call uses the adapter."""
         return self
 
     def kernel_owner(self):
+        """Returns the layer that holds W: a cell, inside a recurrent layer."""
         return self
 
     @property
@@ -174,7 +174,7 @@ class Site(TorchLayout):
             )
 
     def release_kernel(self, place):
-        """Makes W trainable again, at its old position; None if it is quantized."""
+        """Makes W trainable again; `place`, its old position, is None if quantized."""
         if place is None:
             variable_state.mark_frozen(self.frozen_kernel, False)
         else:

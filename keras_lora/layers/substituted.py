@@ -126,10 +126,12 @@ class WeightSite(SubstitutedSite):
         return attribute(self.weight_name)
 
     def __eq__(self, other):
-        return isinstance(other, WeightSite) and hash(self) == hash(other)
+        if not isinstance(other, WeightSite):
+            return NotImplemented
+        return self.layer is other.layer and self.weight_name == other.weight_name
 
     def __hash__(self):
-        return hash((id(self.lora_layer()), self.weight_name))
+        return hash((id(self.layer), self.weight_name))
 
 
 def variable_ids(layer, places):

@@ -81,7 +81,7 @@ def paths_of_whole_model(model, candidates, target):
     meant, skipped = [], {}
     for path, site in candidates.items():
         layer = kinds.layer_of(site)
-        if id(layer) in output_ids or is_bias(site):
+        if id(layer) in output_ids or is_named_bias(site):
             continue
         is_known = kinds.lora_class_of(type(layer)) is not None
         if target == "all" or (is_known and kinds.as_site(site).in_all_linear):
@@ -176,7 +176,7 @@ def no_effect_in(owner, layer):
     )
 
 
-def is_bias(site):
+def is_named_bias(site):
     return getattr(site, "weight_name", "").endswith("bias")
 
 
@@ -211,12 +211,14 @@ def paths_of_rule(layers_by_path, all_sites, candidates, target, trained):
             raise ValueError(
                 unsupported_message(path, layers_by_path[path], trained, candidates)
             )
-        meant |= {x for x in paths_there if x == path or not is_bias(all_sites[x])}
+        meant |= {
+            x for x in paths_there if x == path or not is_named_bias(all_sites[x])
+        }
     return [path for path in candidates if path in meant]
 
 
 def matches_of(target, layers_and_sites, all_sites, candidates) -> list:
-    """Returns the paths that a target means; an error says if all of them train."""
+    """Returns the paths a target matches; raises if `also_train` has them all."""
     try:
         return targets.matching_paths(target, layers_and_sites, "target", candidates)
     except ValueError:

@@ -33,7 +33,7 @@ CHANGING = threading.Lock()  # contexts of several threads may overlap
 
 
 def merged(model: keras.layers.Layer):
-    """Merges every adapter inside a `with` block, so calls cost as in plain layers.
+    """Merges all adapters inside a `with` block, so calls cost as in a plain model.
 
     W is not changed: W + delta is kept separately and dropped at the end. The block is
     for inference: `fit` and `train_on_batch` raise an error, also for models that
@@ -176,13 +176,13 @@ def standing_in(sites):
     try:
         for site, stand_in in zip(sites, stand_ins, strict=True):
             site.lora.stand_in = stand_in
-            variable_state.hold_resource(site.lora, "stand_in", stand_in.kernel)
+            variable_state.track_resource(site.lora, "stand_in", stand_in.kernel)
         yield stand_ins
     finally:
         for site in sites:
             if site.lora.stand_in is not None:
                 site.lora.stand_in = None
-                variable_state.release_resource(site.lora, "stand_in")
+                variable_state.untrack_resource(site.lora, "stand_in")
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ class MergedLayer(NamedTuple):
 
 
 def validate_way(quantized_sites, way):
-    """Raises ValueError if `way` is none, or is needed for quantized layers."""
+    """Raises ValueError if `way` is unknown, or missing for quantized kernels."""
     if way is not None and way not in WAYS:
         raise ValueError(
             f"`quantized` must be None, 'dequantize' or 'requantize'. Received: {way!r}"
@@ -281,7 +281,7 @@ def shared_with_adapted_models(models, model_layers) -> set:
 def restore_models(model_layers, stay_frozen):
     """Restores classes and flags that `apply_lora` had changed on other layers.
 
-    held: Ids of those that stay frozen.
+    stay_frozen: Ids of the variables that stay frozen.
     """
     for layer in model_layers:
         if isinstance(layer, Carrier) and not any(

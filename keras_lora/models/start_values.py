@@ -21,7 +21,7 @@ class Start:
 
     Attributes:
         keeps_outputs: Boolean, whether A @ B is subtracted if it is not zero.
-        plain: A plain layer whose quantized kernel the layer shall get.
+        plain: A plain layer with the quantized kernel to give to the layer.
         errors: Errors of the kernel, before and after.
     """
 
@@ -60,7 +60,7 @@ def make_start(site, rank, a, b, **options):
 
 
 def finite_matrix(path, site, kernel):
-    """Returns a kernel as a matrix or a stack of them, and the function back."""
+    """Returns a kernel as a matrix, or a stack of them, and the inverse function."""
     if not np.isfinite(kernel).all():
         raise ValueError(f"The kernel of {path!r} holds values that are not finite.")
     matrix, back = site.form.as_matrix(kernel)
@@ -276,7 +276,7 @@ class Moments:
         self.products = self.products + rows.T @ rows
         return True
 
-    def over_processes(self, model):
+    def sum_over_processes(self, model):
         """Adds up the rows of all TensorFlow processes that hold a model."""
         sums = (
             processes.sum_over_processes(np.asarray(x), model)
@@ -343,7 +343,7 @@ def layer_moments(model, adapted_sites, data) -> dict:
         return dict(zip(recorders, record(), strict=True))
     moments_of_layers = processes.run_on_all(model, record, equal_inputs, ROWS_DIFFER)
     for moments in dict.fromkeys(moments_of_layers):
-        moments.over_processes(model)
+        moments.sum_over_processes(model)
     return dict(zip(recorders, moments_of_layers, strict=True))
 
 

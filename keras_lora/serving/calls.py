@@ -196,7 +196,7 @@ class Calls:
     running: Running
 
     def ids(self, names: Sequence) -> np.ndarray:
-        """Returns the ids for a batch: one for the name of each row, None is the base.
+        """Returns one id per name, for the rows of a batch; None means the base model.
 
         Raises:
             ValueError: If a name is not known.

@@ -129,8 +129,8 @@ def compact_stacks(bank):
                 for factor, stack in before[path].by_name().items()
             }
             stacks_of[path] = stacks
-            layer.lora.stacks = stand_in = banked.Stacks()
-            vars(stand_in).update(stacks, variable_dtype=before[path].variable_dtype)
+            layer.lora.stacks = compact = banked.Stacks()
+            vars(compact).update(stacks, variable_dtype=before[path].variable_dtype)
         yield stacks_of
     finally:
         for path, layer in hosts.items():

@@ -27,7 +27,7 @@ class OutsideCalls:
     _row_names: Sequence | None
 
     def activate(self, name: str | None):
-        """Makes calls of the model itself use one adapter for all rows, until None.
+        """Selects the adapter that direct calls of the model use; None: the base model.
 
         It applies to all threads. Running calls keep the adapter that they began with,
         and later calls wait until those have ended. Calls of the bank use their ids.
