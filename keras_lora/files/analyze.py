@@ -157,7 +157,7 @@ def matrices(site):
 
     lora, form = site.lora, site.form
     if not {"a", "b"} <= set(lora.factor_names):
-        raise ValueError(f"{site.path!r} has no A and B, but {lora.factor_names}.")
+        raise ValueError(f"{site.name!r} has no A and B, but {lora.factor_names}.")
     if not form.is_product(site.kernel_shape):
         matrix, _ = form.as_matrix(to_numpy(lora.delta()))
         return matrix, np.eye(matrix.shape[-1])

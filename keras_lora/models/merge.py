@@ -281,7 +281,7 @@ def shared_with_adapted_models(models, model_layers) -> set:
 def restore_models(model_layers, stay_frozen):
     """Restores classes and flags that `apply_lora` had changed on other layers.
 
-    stay_frozen: Ids of the variables that stay frozen.
+    stay_frozen: Ids of the layers whose W stays frozen.
     """
     for layer in model_layers:
         if isinstance(layer, Carrier) and not any(
