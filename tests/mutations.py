@@ -741,6 +741,7 @@ FAULTS = {
             "values = singular_values(left, right)",
             "test_analyze.py -k 'a_folder_says and sequential'",
         ),
+        ("{path!r} has no A", "{site.path!r} has no A", "test_own_method.py -k path"),
     ],
     "files/experts.py": [
         (

@@ -164,6 +164,13 @@ def test_tables_of_files_without_a_and_b(tmp_path, capsys):
             keras_lora.analyze(source)
 
 
+def test_a_weight_of_several_without_a_and_b_is_named_by_its_path():
+    recurrent = keras_lora.LoRALSTM(4, rank=2, output_scale=True, name="recurrent")
+    model = keras.Sequential([keras.Input((5, 3)), recurrent])
+    with pytest.raises(ValueError, match="'recurrent/kernel' has no A and B"):
+        keras_lora.analyze(model)
+
+
 @pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="reads TensorFlow's tape"
 )

@@ -145,19 +145,19 @@ def analyze_model(model):
             trained.append(path)
         elif lora_layer.is_adapted(site):
             kernel = torch_layout.to_numpy(site.base_kernel(site.lora.variable_dtype))
-            norm, pair = np.linalg.norm(kernel), matrices(site)
+            norm, pair = np.linalg.norm(kernel), matrices(path, site)
             rows.append(update(path, site.lora.rank, *pair, kernel=norm))
             methods.append(type(site.lora))
     return Analysis(model.name, rows, [*notes_of(methods), *notes_of_tables(trained)])
 
 
-def matrices(site):
+def matrices(path, site):
     """Two matrices, or stacks of them, whose product is the update."""
     from keras_lora.layers.torch_layout import to_numpy
 
     lora, form = site.lora, site.form
     if not {"a", "b"} <= set(lora.factor_names):
-        raise ValueError(f"{site.name!r} has no A and B, but {lora.factor_names}.")
+        raise ValueError(f"{path!r} has no A and B, but {lora.factor_names}.")
     if not form.is_product(site.kernel_shape):
         matrix, _ = form.as_matrix(to_numpy(lora.delta()))
         return matrix, np.eye(matrix.shape[-1])
