@@ -482,3 +482,19 @@ DORA = [
 
 def over(cases):
     return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+
+
+def name_of(value):
+    """A case's, a function's, or the value itself."""
+    return getattr(value, "name", getattr(value, "__name__", str(value)))
+
+
+def slow_but(quick, rows):
+    """Marks all rows of a test `slow` but those: README's command leaves them out."""
+    marked = []
+    for row in rows:
+        values = row if isinstance(row, tuple) else (row,)
+        name = "-".join(map(name_of, values))
+        marks = () if name in quick else pytest.mark.slow
+        marked.append(pytest.param(*values, id=name, marks=marks))
+    return marked

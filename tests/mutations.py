@@ -1696,7 +1696,8 @@ def run_tests(tree, arguments):
     # No bytecode: two faults of a file may have one size, in one second.
     sys.dont_write_bytecode = True
     imported = "ignore::pytest.PytestAssertRewriteWarning"  # before pytest could see
-    code = pytest.main(["-xq", "-p", "no:cacheprovider", "-W", imported, *arguments])
+    options = ["-xq", "-p", "no:cacheprovider", "-W", imported, "-m", ""]  # slow too
+    code = pytest.main([*options, *arguments])
     sys.stdout.flush()
     os._exit(RAN + int(code))
 

@@ -6,7 +6,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
-from layer_cases import CASES, KINDS, fill, to_numpy
+from layer_cases import CASES, KINDS, fill, slow_but, to_numpy
 from models import x
 from pretrained import PRETRAINED, Pretrained, convolutional, sequential, transformer
 from seeds import set_seed
@@ -113,7 +113,7 @@ def test_reload_goes_on_as_if_never_stopped(build, bias, tmp_path):
     assert [f[:2] for f in flags(resumed)] == [f[:2] for f in flags(model)]
 
 
-@over_models
+@pytest.mark.parametrize("build", slow_but(["sequential", "subclassed"], PRETRAINED))
 def test_export_of_an_adapted_model(build, tmp_path):
     if keras.backend.backend() != "tensorflow":
         return
@@ -540,6 +540,7 @@ def test_reversible_embedding_shares_one_update(cap, policy):
     assert len(report) == 1
 
 
+@pytest.mark.slow
 def test_two_hundred_layers_and_their_report():
     inputs = keras.Input((4,))
     outputs = inputs

@@ -283,6 +283,7 @@ for how in ("import", "reload"):  # a reload leaves classes of two copies behind
 """
 
 
+@pytest.mark.slow
 def test_layers_of_another_copy_of_the_package_are_refused(tmp_path):
     command = [sys.executable, "-c", TWO_COPIES, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from layer_cases import slow_but
 from seeds import set_seed
 from shared import EAGERLY, assert_close
 
@@ -93,7 +94,9 @@ def how(name):
     return {} if name in ("adamw, clipped", "weighted") else EAGERLY
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name", slow_but(("sgd", "adamw, clipped", "accumulated"), OPTIMIZERS)
+)
 def test_each_adapter_goes_its_own_way(name):
     x, y = data()
     adapters = adapters_for(network)
@@ -175,7 +178,9 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(
+    "name", slow_but(("weighted", "mean_with_sample_weight", "its name"), LOSSES)
+)
 def test_a_loss_is_that_of_an_adapters_own_rows(name):
     x, y = data()
     weights = np.random.default_rng(3).uniform(0.1, 2, len(x)).astype("float32")

@@ -9,7 +9,7 @@ import sys
 import keras
 import numpy as np
 import pytest
-from layer_cases import to_numpy
+from layer_cases import slow_but, to_numpy
 from seeds import set_seed
 
 import keras_lora
@@ -386,7 +386,9 @@ def test_files_of_the_first_version(adapted, tmp_path):
 
 
 @tensorflow_only
-@pytest.mark.parametrize("context", ["none", "merged", "disabled"])
+@pytest.mark.parametrize(
+    "context", slow_but(["merged"], ["none", "merged", "disabled"])
+)
 def test_saved_models_of_tensorflow(adapted, context, tmp_path):
     import contextlib
 

@@ -379,6 +379,7 @@ def test_files_are_read_without_keras(tmp_path, command):
     assert not {"keras", "tensorflow", "jax", "torch"} & set(loaded.split())
 
 
+@pytest.mark.slow
 def test_a_module_of_the_user_finds_the_layers(tmp_path):
     """`--import` names modules that make their classes from the public ones."""
     code = "import keras_lora\n\nclass Own(keras_lora.LoRADense):\n    pass\n"

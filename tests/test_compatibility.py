@@ -25,6 +25,7 @@ def test_application(name):
     assert int(parameters.replace(",", "")) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_language_model_still_generates(tmp_path):
     """Adapted, reloaded and merged, a task generates the same tokens."""

@@ -10,7 +10,7 @@ import keras_hub
 import numpy as np
 import pytest
 import transformers
-from layer_cases import fill, to_numpy
+from layer_cases import fill, slow_but, to_numpy
 from name_tables import NAME_TABLES
 from pretrained import sequential
 
@@ -141,13 +141,7 @@ def test_a_backbone_made_of_layers_has_the_same_names_over_integers():
 QUICK = ("DINOV3Backbone", "Gemma3Backbone", "GPT2Backbone", "MistralBackbone")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
-        for name in LAYOUTS
-    ],
-)
+@pytest.mark.parametrize("name", slow_but(QUICK, LAYOUTS))
 def test_a_file_is_the_update_by_the_converters_own_function(name):
     model = adapted(name)
     before = [(v.path, to_numpy(v)) for v in model.variables]
@@ -305,6 +299,7 @@ def test_the_file_says_the_prefix():
             np.testing.assert_allclose(to_numpy(layer.lora.delta()), delta, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_names_of_transformers_4_and_5():
     """ViT's, both read whichever is asked for; 5 is written unless 4 is asked for."""
     model = adapted("ViTBackbone")

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from gradients import gradients
-from layer_cases import CASES, DORA, Case, fill, over, to_numpy
+from layer_cases import CASES, DORA, Case, fill, over, slow_but, to_numpy
 from test_against_torch import (
     Pair,
     Reference,
@@ -430,7 +430,10 @@ def test_half_precision_multiplies_in_float32(policy):
 
 
 @pytest.mark.skipif(keras.backend.backend() == "torch", reason="has no XLA")
-@pytest.mark.parametrize("name", ["dense-dropout", "conv2d-plain", "embedding-mask"])
+@pytest.mark.parametrize(
+    "name",
+    slow_but(["dense-dropout"], ["dense-dropout", "conv2d-plain", "embedding-mask"]),
+)
 def test_steps_under_xla_are_those_without(name):
     case = next(case for case in CASES if case.name == name)
     models = [case.model(use_dora=True, dropout=0.0) for _ in range(2)]

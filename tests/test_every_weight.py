@@ -9,7 +9,7 @@ import pytest
 from backbones import backbone
 from gradients import gradients
 from keras import ops
-from layer_cases import ON_TORCH, fill, to_numpy
+from layer_cases import ON_TORCH, fill, slow_but, to_numpy
 from shared import assert_close, assert_equal_bits
 from test_gradient_sizes import formed, training_step
 
@@ -475,7 +475,9 @@ RECURRENT = {
 
 @pytest.mark.skipif(ON_TORCH, reason="torch compiles no loop")
 @pytest.mark.filterwarnings("ignore:.*support masking")  # the coming Keras's own
-@pytest.mark.parametrize("name", RECURRENT)
+@pytest.mark.parametrize(
+    "name", slow_but(RECURRENT.keys() - {"simple", "gru", "both", "slices"}, RECURRENT)
+)
 def test_compiled_loops_have_the_eager_gradients(name):
     keras.utils.set_random_seed(5)
     model = keras.Sequential([keras.Input((5, 4)), *RECURRENT[name](), L.Dense(2)])
@@ -787,6 +789,7 @@ def test_dora_over_substituted_kernels():
     assert_close(layer.merged_kernel("float32"), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(ON_TORCH, reason="needs torch_xla")
 @pytest.mark.skipif(keras.backend.backend() == "jax", reason="converts by TensorFlow")
 def test_models_are_called_while_they_are_exported(tmp_path):

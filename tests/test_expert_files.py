@@ -1,6 +1,7 @@
 """Adapters of experts in PEFT and here: stacks that PEFT adapts as parameters."""
 
 import copy
+import itertools
 import json
 import re
 
@@ -10,7 +11,7 @@ import pytest
 import safetensors.numpy
 import torch
 from families import FAMILIES, difference, ours, pair, theirs
-from layer_cases import to_numpy
+from layer_cases import slow_but, to_numpy
 from shared import assert_close
 
 import keras_lora
@@ -77,26 +78,19 @@ TARGETS = {
     "another_in_each": ("0.{}.down_proj", "1.{}.gate_up_proj"),
     "one_and_both": ("{}.down_proj", "layers.1.{}.gate_up_proj"),
 }
-FAST = [
-    ("mixtral", "one_and_both"),
-    ("mixtral", "first"),
-    ("qwen2_moe", "one_and_both"),
-    ("qwen3_moe", "another_in_each"),
-    ("qwen3_5_moe", "both"),
-    ("gpt_oss", "one_and_both"),
-    ("gpt_oss", "another_in_each"),
-    ("gemma4_moe", "one_and_both"),
-]
+QUICK = (
+    "mixtral-one_and_both",
+    "mixtral-first",
+    "qwen2_moe-one_and_both",
+    "qwen3_moe-another_in_each",
+    "qwen3_5_moe-both",
+    "gpt_oss-one_and_both",
+    "gemma4_moe-one_and_both",
+)
 
 
 @pytest.mark.parametrize(
-    ("name", "targets"),
-    [
-        pytest.param(
-            *row, id="-".join(row), marks=() if row in FAST else pytest.mark.slow
-        )
-        for row in ((name, targets) for name in KINDS for targets in TARGETS)
-    ],
+    ("name", "targets"), slow_but(QUICK, itertools.product(KINDS, TARGETS))
 )
 def test_files_of_peft(name, targets, pairs, tmp_path):
     """They are read, give PEFT's outputs, and are written as they were."""

@@ -59,6 +59,7 @@ def test_saved_model_predicts_the_same_and_holds_no_factors(build, tmp_path):
         np.testing.assert_array_equal(old, new)
 
 
+@pytest.mark.slow
 @tensorflow_format
 def test_saved_model_needs_no_keras_lora(tmp_path):
     model = trained(sequential)

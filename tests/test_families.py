@@ -2,21 +2,16 @@
 
 import pytest
 from families import FAMILIES, TITLE, exchange
+from layer_cases import slow_but
 from page_sections import PAGE, sections
 
 # One for each way in which modules differ: a head, fused and transposed projections,
 # rotary halves, experts, two stacks, images.
-FIRST = ("bert", "gpt2", "llama", "mixtral", "bart", "dinov3")
+FIRST = ("bert", "gpt2", "mixtral")
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "name",
-    [
-        *FIRST,
-        *(pytest.param(x, marks=pytest.mark.slow) for x in FAMILIES if x not in FIRST),
-    ],
-)
+@pytest.mark.parametrize("name", slow_but(FIRST, FAMILIES))
 def test_adapters_of_a_family_go_both_ways(name, tmp_path):
     row = exchange(name, tmp_path)
     assert row.layers >= 6

@@ -498,8 +498,10 @@ def test_compiled_again_with_the_same_settings():
     assert isinstance(ours.optimizer, keras_lora.LoRAPlus)
 
 
-@pytest.mark.parametrize("undo", [keras_lora.merge_lora, keras_lora.remove_lora])
-@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize(
+    ("undo", "wrapped"),
+    [(keras_lora.merge_lora, False), (keras_lora.remove_lora, True)],
+)
 def test_without_an_adapter_left_the_optimizer_is_plain(undo, wrapped, tmp_path):
     def compiled(model, wrap):
         optimizer = wrap(keras.optimizers.Adam(0.05))

@@ -95,8 +95,8 @@ def folder(tmp_path, monkeypatch, preset):
 
 
 # Of these one needs JAX, which CI installs, and the others train for long.
-SLOW = ("README", "devices", "kerashub", "quantized")
-SLOW += ("serving_many_adapters", "train_together")
+SLOW = ("README", "adapt", "devices", "kerashub", "look_into_adapters", "quantized")
+SLOW += ("resume", "serving_many_adapters", "train_together")
 
 
 @pytest.mark.parametrize(

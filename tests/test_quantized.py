@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import shared
 from gradients import gradients
-from layer_cases import fill, to_numpy
+from layer_cases import fill, slow_but, to_numpy
 from seeds import set_seed
 
 import keras_lora
@@ -557,7 +557,9 @@ def test_merging_says_what_it_loses(name, mode):
     np.testing.assert_allclose(row.error, found, rtol=1e-3)
 
 
-@over_kept
+@pytest.mark.parametrize(
+    ("name", "mode"), slow_but(("dense-int8", "output-int4", "output-awq"), KEPT)
+)
 def test_the_exported_artefact_needs_no_package_and_gives_the_live_outputs(
     name, mode, tmp_path
 ):
@@ -1277,6 +1279,7 @@ def small_gpt2(keras_hub):
     return keras_hub.models.GPT2CausalLM(backbone=backbone, preprocessor=None)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`compile\\(\\)` was not called")  # KerasHub's
 @over_blocks
 def test_a_preset_that_is_quantized_is_adapted_and_merged(tmp_path):

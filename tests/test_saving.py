@@ -33,11 +33,11 @@ def losses(model, data, epochs, **kwargs):
 @pytest.mark.parametrize(
     ("case", "form"),
     [(case, "model.keras") for case in ROWS]
-    + [(case, "model.weights.h5") for case in ROWS[::3]],
+    + [(case, "model.weights.h5") for case in ROWS[::6]],
     ids=lambda value: getattr(value, "name", value),
 )
 def test_losses_go_on_as_if_never_stopped(case, form, tmp_path):
-    data, traced = (case.inputs(8), case.targets(8)), case in ROWS[::5]
+    data, traced = (case.inputs(8), case.targets(8)), case in ROWS[::12]
     model = compiled(case.model(), traced)
     losses(model, data, 2)
     if form.endswith(".keras"):

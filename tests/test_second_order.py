@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 from gradients import factors
-from layer_cases import CASES, KINDS, SUBSTITUTED, Case, over
+from layer_cases import CASES, KINDS, SUBSTITUTED, Case, slow_but
 
 import keras_lora
 
@@ -26,10 +26,15 @@ MERGING.append(
 )
 
 
+# Of the recurrent ones each takes seconds.
+QUICK = [case.name for case in MERGING if "recurrent" not in case.name]
+QUICK.append("recurrent-simple")
+
+
 @pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="what TensorFlow compiles differs"
 )
-@over(MERGING)
+@pytest.mark.parametrize("case", slow_but(QUICK, MERGING))
 def test_compiled_second_order_gradients_are_the_eager_ones(case):
     import tensorflow as tf
 
