@@ -1,6 +1,7 @@
 """apply_lora: the same model at first, an adapter everywhere asked, and back."""
 
 import inspect
+import itertools
 import warnings
 
 import keras
@@ -67,8 +68,18 @@ def test_merged_agrees_with_training_path(build):
     np.testing.assert_allclose(to_numpy(model(x())), merged, rtol=0, atol=1e-5 * scale)
 
 
-@over_models
-@pytest.mark.parametrize("undo", ["merge_lora", "remove_lora"])
+@pytest.mark.parametrize(
+    ("build", "undo"),
+    slow_but(
+        (
+            "sequential-remove_lora",
+            "convolutional-remove_lora",
+            "transformer-merge_lora",
+            "subclassed-merge_lora",
+        ),
+        itertools.product(PRETRAINED, ["merge_lora", "remove_lora"]),
+    ),
+)
 def test_undoing_gives_the_plain_model_back(build, undo, tmp_path):
     plain = compile_(build())
     plain.layers[1].trainable = False
@@ -91,8 +102,10 @@ def test_undoing_gives_the_plain_model_back(build, undo, tmp_path):
 
 @pytest.mark.parametrize(
     ("build", "bias"),
-    [*((build, "all") for build in PRETRAINED), (sequential, "none")],
-    ids=lambda value: getattr(value, "__name__", value),
+    slow_but(
+        ("sequential-none", "convolutional-all", "subclassed-all"),
+        [*((build, "all") for build in PRETRAINED), (sequential, "none")],
+    ),
 )
 def test_reload_goes_on_as_if_never_stopped(build, bias, tmp_path):
     model, report = adapt(build, bias=bias, dropout=0.3, also_train=["head"])

@@ -7,8 +7,8 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from layer_cases import CASES, KINDS, fill, merged_kernels, over, to_numpy
-from pretrained import convolutional, sequential, subclassed, transformer
+from layer_cases import CASES, KINDS, fill, merged_kernels, over, slow_but, to_numpy
+from pretrained import PRETRAINED, sequential, subclassed
 from shared import EAGERLY, assert_close
 
 import keras_lora
@@ -240,7 +240,10 @@ def small():
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("build", [sequential, convolutional, transformer, subclassed])
+@pytest.mark.parametrize(
+    "build",
+    slow_but(("sequential", "transformer", "subclassed"), PRETRAINED),
+)
 def test_each_row_is_the_model_with_its_adapter(build):
     model = build()
     weights = model.get_weights()
@@ -708,6 +711,7 @@ def test_a_subclassed_model_is_looked_at_in_its_first_call():
 # A language model.
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     BACKEND == "jax" and os.environ.get("JAX_ENABLE_X64") == "1",
     reason="KerasHub's cache mixes integers of 64 and 32 bits there",

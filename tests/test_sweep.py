@@ -26,6 +26,7 @@ def swept(model, x, y, **more):
     return keras_lora.sweep(model, (x, y), SETTINGS, **arguments | more)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:overflow")
 def test_the_best_setting_is_found_and_the_model_left_alone(tmp_path):
     model, (x, y) = sequential(), data()
