@@ -19,7 +19,7 @@ from page_sections import write_section
 from their_models import BERT, GEMMA, GPT2, SIZES, loaded_by_peft
 
 import keras_lora
-from keras_lora.models.sites import layers_by_path, sites_by_path
+from keras_lora.models.sites import Paths, layers_by_path
 
 TEXT = {**SIZES, "num_attention_heads": 2, "intermediate_size": 24}
 SEQUENCE = {"max_position_embeddings": 12}
@@ -546,7 +546,7 @@ def exchange(name, folder):
     also_train = HEADS if family.heads else None
     options = {"exclude": exclude or None, "also_train": also_train}
     rows = keras_lora.apply_lora(model, rank=2, dry_run=True, **options)
-    banks = [x for x in sites_by_path(layers_by_path(model)) if re.fullmatch(BANKS, x)]
+    banks = [x for x in Paths(model).sites if re.fullmatch(BANKS, x)]
     if banks:
         options["target"] = [row.path for row in rows] + banks
         rows = keras_lora.apply_lora(model, rank=2, dry_run=True, **options)

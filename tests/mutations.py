@@ -1035,7 +1035,7 @@ FAULTS = {
     ],
     "models/choose.py": [
         (
-            "in matches_of(target, layers_and_sites, all_sites, candidates)",
+            "in matches_of(target, layers_and_sites, paths.sites, candidates)",
             'in targets.matching_paths(target, layers_and_sites, "target", candidates)',
             "test_every_weight.py -k in_a_layer_that_trains",
         ),
@@ -1060,8 +1060,8 @@ FAULTS = {
             "test_report.py -k subclassed",
         ),
         (
-            "while owner and layers_by_path.get(owner, layer) is layer:",
-            "while owner and owner not in layers_by_path:",
+            "while owner and paths.layers.get(owner, layer) is layer:",
+            "while owner and owner not in paths.layers:",
             "test_every_weight.py -k calls_itself",
         ),
         (
@@ -1070,7 +1070,7 @@ FAULTS = {
             "test_every_weight.py -k means_the_weights",
         ),
         (
-            "for x in (p, *sites_at(p, layers_by_path, all_sites))",
+            "for x in (p, *sites_at(p, paths, paths.sites))",
             "for x in (p,)",
             "test_every_weight.py -k means_the_weights",
         ),
@@ -1102,7 +1102,7 @@ FAULTS = {
             "test_apply.py -k test_patterns",
         ),
         (
-            "    sites.refuse_adapters(layers_by_path)\n",
+            "    sites.refuse_adapters(paths)\n",
             "",
             "test_apply.py -k applying_twice",
         ),
@@ -1201,7 +1201,7 @@ FAULTS = {
     ],
     "models/initialize.py": [
         (
-            "and site.lora.keyword != token_rows.KEYWORD",
+            "if not site.lora.trains_rows",
             "",
             "test_starts.py -k token_rows",
         ),

@@ -18,7 +18,7 @@ import keras_lora
 from keras_lora.files.names import modules_of
 from keras_lora.files.save import adapter_of
 from keras_lora.keras_internals import keras_hub as internals
-from keras_lora.models.sites import adapted_sites, layers_by_path
+from keras_lora.models.sites import Paths, adapted_sites, layers_by_path
 
 TABLES = {
     "bert": ("BertBackbone", "BertTextClassifier", {"num_classes": 3}),
@@ -40,15 +40,14 @@ def task(name, **kwargs):
 def test_the_tables_written_by_hand_are_derived(table, names):
     bare = backbones.backbone(TABLES[table][0])
     for model in (bare, task(table)):
-        paths = layers_by_path(model)
-        derived = modules_of(paths, table if names == "family" else names, model)
-        path_of = {id(layer): path for path, layer in paths.items()}
+        paths = Paths(model)
+        derived = modules_of(paths, table if names == "family" else names)
         found = {
-            path_of[id(layer)]: module
+            paths.path_of[id(layer)]: module
             for module, layer in derived.items()
             if module not in derived.unnamed
         }
-        expected = {path: NAME_TABLES[table](path) for path in paths}
+        expected = {path: NAME_TABLES[table](path) for path in paths.layers}
         expected = {path: module for path, module in expected.items() if module}
         assert found == expected
         linear = {m for m in found.values() if "c_" in m}
@@ -132,7 +131,7 @@ def test_a_backbone_made_of_layers_has_the_same_names_over_integers():
                 model.quantize("int8")
             else:
                 keras_lora.apply_lora(model, rank=1)
-        found = modules_of(layers_by_path(model), "transformers", model)
+        found = modules_of(Paths(model), "transformers")
         names.append(found.keys() - found.unnamed)
     assert names[0] == names[1] == names[2]
 
@@ -266,7 +265,7 @@ def test_asking_makes_no_variables(monkeypatch):
     monkeypatch.setattr(
         keras.Variable, "_initialize_with_initializer", lambda v, _: made.append(v)
     )
-    modules_of(layers_by_path(backbone), "transformers", backbone)
+    modules_of(Paths(backbone), "transformers")
     with keras.StatelessScope():  # which initializes what is left
         pass
     assert made == []
@@ -274,9 +273,9 @@ def test_asking_makes_no_variables(monkeypatch):
 
 def test_a_quantized_model_has_the_names_of_the_float_one():
     model = backbones.backbone("Llama3Backbone")
-    expected = modules_of(layers_by_path(model), "transformers", model)
+    expected = modules_of(Paths(model), "transformers")
     model.quantize("int4")  # whose kernels have another shape
-    found = modules_of(layers_by_path(model), "transformers", model)
+    found = modules_of(Paths(model), "transformers")
     assert list(found) == list(expected)
 
 
@@ -377,7 +376,7 @@ def test_derived_names_are_modules_there(name):
     """Of families that no other test runs live; transformers 5's own names."""
     there = dict(THERE[name]().named_modules())
     backbone = plain(name)
-    modules = modules_of(layers_by_path(backbone), "transformers", backbone)
+    modules = modules_of(Paths(backbone), "transformers")
     named = {module.partition("[")[0] for module in modules.keys() - modules.unnamed}
     assert len(named) > 20
     assert named <= there.keys()

@@ -135,15 +135,15 @@ def analyze_adapter(adapter, name):
 
 
 def analyze_model(model):
-    from keras_lora.layers import lora_layer, torch_layout
+    from keras_lora.layers import torch_layout
     from keras_lora.models import sites
 
     sites.sites_outside_contexts(model)
     rows, methods, trained = [], [], []
-    for path, site in sites.sites_by_path(sites.layers_by_path(model)).items():
-        if lora_layer.is_adapted(site) and site.lora.rank is None:
+    for path, site in sites.Paths(model).adapted.items():
+        if site.lora.trains_rows:
             trained.append(path)
-        elif lora_layer.is_adapted(site):
+        else:
             kernel = torch_layout.to_numpy(site.base_kernel(site.lora.variable_dtype))
             norm, pair = np.linalg.norm(kernel), matrices(path, site)
             rows.append(update(path, site.lora.rank, *pair, kernel=norm))

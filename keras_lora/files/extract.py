@@ -62,9 +62,9 @@ def extract_adapter(
                     f"The layer {path!r} of {model.name!r} is quantized, and integer "
                     "kernels have no low-rank difference. Give the float models."
                 )
-    layers_by_path = sites.layers_by_path(base_model)
-    base = modules_of(layers_by_path, names, base_model)
-    tuned = modules_of(sites.layers_by_path(tuned_model), names, tuned_model)
+    paths = sites.Paths(base_model)
+    base = modules_of(paths, names)
+    tuned = modules_of(sites.Paths(tuned_model), names)
     adapters, updates, trained, errors = {}, {}, [], {}
     kernels = {
         id(kinds.as_site(site).frozen_kernel): module
@@ -90,7 +90,7 @@ def extract_adapter(
         raise ValueError(
             "No kernel that can be adapted differs between the two models."
         )
-    with apply.adapt_layers(base_model, layers_by_path, adapters):
+    with apply.adapt_layers(paths, adapters):
         for module, (a, b) in updates.items():
             lora = base.sites[module].lora
             distribution.assign(lora.a, a)

@@ -69,12 +69,14 @@ class Family(NamedTuple):
         return names | {path: outer + head for path, head in self.heads.items()}
 
 
-def family(model, layers_by_path, names) -> Family:
+def family(paths, names) -> Family:
     """Asks KerasHub's converter for the model's backbone.
 
-    names: its family's, or "transformers".
+    Args:
+        paths: The `Paths` of a model.
+        names: The name of its family, or "transformers".
     """
-    layers = [model, *layers_by_path.values()]
+    layers = [paths.model, *paths.layers.values()]
     backbone = next((layer for layer in layers if keras_hub.is_backbone(layer)), None)
     name, described = None, "a model without a backbone of KerasHub"
     if backbone is not None:
@@ -101,11 +103,10 @@ def family(model, layers_by_path, names) -> Family:
             f"{type(error).__name__}: {error}. Give `names` as a dict from the model's "
             "paths to module names."
         ) from error
-    path_of = {id(layer): path for path, layer in layers_by_path.items()}
     backbone_layers = sites.layers_by_path(backbone)
     root = family_names.ROOTS.get(name, "model")
     regions = {
-        path_of[id(backbone_layers[path])]: region.without_prefix(f"{root}.")
+        paths.path_of[id(backbone_layers[path])]: region.without_prefix(f"{root}.")
         for path, region in backbone_regions.items()
         if path in backbone_layers
     }
@@ -113,14 +114,11 @@ def family(model, layers_by_path, names) -> Family:
         regions = {  # a language model alone is a class of its own there
             path: p.without_prefix("language_model.") for path, p in regions.items()
         }
-    regions |= expert_regions(
-        sites.sites_by_path(layers_by_path), regions, family_names.EXPERTS.get(name)
-    )
-    heads = {} if backbone is model else family_names.HEADS.get(name, {})
-    heads = {path: head for path, head in heads.items() if path in layers_by_path}
-    return Family(
-        root, backbone is model, regions, heads, family_names.SINCE_5.get(name, {})
-    )
+    regions |= expert_regions(paths.sites, regions, family_names.EXPERTS.get(name))
+    alone = backbone is paths.model
+    heads = {} if alone else family_names.HEADS.get(name, {})
+    heads = {path: head for path, head in heads.items() if path in paths.layers}
+    return Family(root, alone, regions, heads, family_names.SINCE_5.get(name, {}))
 
 
 def expert_regions(sites, regions, experts) -> dict:

@@ -48,7 +48,7 @@ def load_keras_lora(
         >>> [(row.path, row.rank) for row in report]
         [('dense', 4)]
     """
-    layers_by_path = sites.layers_by_path(model)
+    paths = sites.Paths(model)
     if isinstance(source, (str, Path)):
         factors = read_factors(model, source)
     elif not isinstance(source, keras.layers.Layer):
@@ -57,17 +57,16 @@ def load_keras_lora(
             f"{type(source).__name__}."
         )
     else:
-        factors = factors_of_model(layers_by_path, source)
-    path_of = {id(layer): path for path, layer in layers_by_path.items()}
+        factors = factors_of_model(paths.layers, source)
     tensors, ranks, alphas = {}, {}, {}
     for layer, a, b, scaling in factors:
-        module = path_of[id(layer)].replace("/", ".")
+        module = paths.path_of[id(layer)].replace("/", ".")
         suffixes = kinds.kind_of(layer).file_suffixes
         a, b = convert(layer, a, b, module)
         tensors[module + suffixes[0]], tensors[module + suffixes[1]] = a, b
         ranks[module], alphas[module] = len(a), scaling * len(a)
     adapter = Adapter(tensors, config.make_config(ranks, alphas, False))
-    return load.load_into(model, layers_by_path, adapter)
+    return load.load_into(paths, adapter)
 
 
 def read_factors(model, path):

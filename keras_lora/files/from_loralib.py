@@ -75,8 +75,8 @@ def load_loralib(
             "`state_dict` must be what `loralib.lora_state_dict(model)` returns, or a "
             f"file of it. Received: {type(state_dict).__name__}."
         )
-    layers_by_path = sites.layers_by_path(model)
-    modules = modules_of(layers_by_path, names, model)
+    paths = sites.Paths(model)
+    modules = modules_of(paths, names)
     arrays = {key: to_array(key, value) for key, value in state_dict.items()}
     tensors, ranks = {}, {}
     for key in [key for key in arrays if key.endswith(".lora_A")]:
@@ -118,9 +118,7 @@ def load_loralib(
     if any(".base_layer." not in key for key in biases):
         bias = "all"
     config = make_config(ranks, alphas, use_rslora=False, bias=bias)
-    return load.load_into(
-        model, layers_by_path, Adapter(tensors | biases, config), names
-    )
+    return load.load_into(paths, Adapter(tensors | biases, config), names)
 
 
 def read_state_dict(path):

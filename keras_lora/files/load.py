@@ -70,11 +70,9 @@ def load_adapter(
         >>> [row.rank for row in report]
         [8]
     """
-    layers_by_path = sites.layers_by_path(model)
+    paths = sites.Paths(model)
     sites.refuse_unbuilt(model)
-    return load_into(
-        model, layers_by_path, read_for(model, directory), names, trainable
-    )
+    return load_into(paths, read_for(model, directory), names, trainable)
 
 
 def read_for(model, directory) -> Adapter:
@@ -100,14 +98,11 @@ def fingerprint(adapter) -> str:
     return disk.digest(adapter.tensors, texts)
 
 
-def load_into(model, layers_by_path, adapter, names=None, trainable=True) -> Report:
-    """Loads an `Adapter` into a model.
-
-    layers_by_path: All its layers.
-    """
-    file = matching.match(adapter, modules_of(layers_by_path, names, model, adapter))
+def load_into(paths, adapter, names=None, trainable=True) -> Report:
+    """Loads an `Adapter` into the model of some `Paths`."""
+    model, layers_and_model, notes = paths.model, paths.with_model, []
+    file = matching.match(adapter, modules_of(paths, names, adapter))
     refuse_tied_head(model, names, file.sites | file.heads)
-    layers_and_model, notes = sites.with_model(model, layers_by_path), []
     if any(map(lora_layer.has_adapters, layers_and_model.values())):
         sites.sites_outside_contexts(model)
         matching.refuse_different_modules(file)
@@ -118,7 +113,7 @@ def load_into(model, layers_by_path, adapter, names=None, trainable=True) -> Rep
         }
         for module, site in file.tables.items():
             adapters[site] = {token_rows.KEYWORD: file.rows[module][0]}
-        with apply.adapt_layers(model, layers_by_path, adapters) as change:
+        with apply.adapt_layers(paths, adapters) as change:
             values = matching.values_for(file)
             heads = list(file.heads.values())
             training_state.freeze_all_but_lora(model, file.bias, heads)
@@ -137,7 +132,7 @@ def load_into(model, layers_by_path, adapter, names=None, trainable=True) -> Rep
         training_state.freeze_adapters(layers_and_model)
     if training_state.trainable_flags(layers_and_model) != flags:
         notes += compiled.compile_again(model)
-    return Report(model, layers_by_path, notes=notes)
+    return Report(paths, notes=notes)
 
 
 def unread_base_values(layers, values):

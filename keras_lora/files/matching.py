@@ -149,9 +149,7 @@ def refuse_different_modules(file):
     }
     refuse_different_rows(adapted_sites, file)
     modules = set(file.factors)
-    adapted = {
-        m for m, s in adapted_sites.items() if s.lora.keyword != token_rows.KEYWORD
-    }
+    adapted = {m for m, site in adapted_sites.items() if not site.lora.trains_rows}
     if modules != adapted:
         raise ValueError(
             "The file and the model adapt different layers. Only in the model: "
@@ -177,9 +175,7 @@ def refuse_different_modules(file):
 def refuse_different_rows(sites, file):
     """Raises if the file does not train the rows that the model trains."""
     in_model = {
-        m: s.lora.indices
-        for m, s in sites.items()
-        if s.lora.keyword == token_rows.KEYWORD
+        m: site.lora.indices for m, site in sites.items() if site.lora.trains_rows
     }
     in_file = {module: ids for module, (ids, _) in file.rows.items()}
     if in_model != in_file:

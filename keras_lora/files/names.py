@@ -9,7 +9,7 @@ import numpy as np
 from keras_lora.files import experts, families, family_names
 from keras_lora.keras_internals.layer_state import layer_variables
 from keras_lora.layers import kinds, lora_layer
-from keras_lora.models import sites, targets
+from keras_lora.models import targets
 
 
 class Modules(dict):
@@ -59,22 +59,24 @@ def name_function(names: Mapping | Callable | None, layers_and_sites) -> Callabl
     return names.get
 
 
-def modules_of(layers_by_path, names, model, adapter=None) -> Modules:
+def modules_of(paths, names, adapter=None) -> Modules:
     """Module -> layer.
 
-    model: the model of these layers. adapter: the adapter that is read, if any; its
-    names may be from an earlier transformers or have another prefix.
+    Args:
+        paths: The `Paths` of a model.
+        names: As in `save_adapter`.
+        adapter: The adapter that is read, if any; its names may be from an earlier
+            transformers or have another prefix.
     """
-    sites_by_path = sites.sites_by_path(layers_by_path)
     if isinstance(names, str):
-        modules = names_from_converters(layers_by_path, names, model, adapter)
-        modules.sites = sites_by_module(modules, sites_by_path, modules.weights.get)
+        modules = names_from_converters(paths, names, adapter)
+        modules.sites = sites_by_module(modules, paths.sites, modules.weights.get)
         named = {*modules, *modules.weights.values()}
         modules.unnamed |= modules.sites.keys() - named
         return modules
-    get = name_function(names, {**sites_by_path, **layers_by_path})
+    get = name_function(names, {**paths.sites, **paths.layers})
     modules = Modules()
-    for path, layer in layers_by_path.items():
+    for path, layer in paths.layers.items():
         module = get(path) or path.replace("/", ".")
         if not isinstance(module, str):
             raise ValueError(
@@ -85,7 +87,7 @@ def modules_of(layers_by_path, names, model, adapter=None) -> Modules:
             modules[module] = layer
         elif holds_weights(layer):
             raise ValueError(f"`names` gives two layers the name {module!r}.")
-    modules.sites = sites_by_module(modules, sites_by_path, get)
+    modules.sites = sites_by_module(modules, paths.sites, get)
     return modules
 
 
@@ -116,14 +118,14 @@ def holds_weights(layer):
     return lora_layer.has_adapters(layer) or bool(layer_variables(layer))
 
 
-def names_from_converters(layers_by_path, names, model, adapter) -> Modules:
+def names_from_converters(paths, names, adapter) -> Modules:
     """Returns the modules under the names from KerasHub's converters."""
-    family = families.family(model, layers_by_path, names)
+    family = families.family(paths, names)
     if adapter is None:
         named = family.written(since_5=names != families.TRANSFORMERS_4)
         if names == families.TRANSFORMERS_4:  # where each expert has its own modules
             named = {
-                path: module for path, module in named.items() if path in layers_by_path
+                path: module for path, module in named.items() if path in paths.layers
             }
     else:
         named = family.read(adapter.tensors)
@@ -142,8 +144,8 @@ def names_from_converters(layers_by_path, names, model, adapter) -> Modules:
         is_whole = all(region.is_whole for region in regions.values())
         for index, path in enumerate(parts):
             name = module if is_whole else f"{module}[{index}/{len(parts)}]"
-            if path in layers_by_path:
-                modules[name] = layers_by_path[path]
+            if path in paths.layers:
+                modules[name] = paths.layers[path]
             else:
                 modules.weights[path] = name
                 modules.parameters[module] = experts.parameter_of(module)
@@ -154,7 +156,7 @@ def names_from_converters(layers_by_path, names, model, adapter) -> Modules:
             if names != families.TRANSFORMERS_4 and family_names.ROUTER.fullmatch(name):
                 modules.parameters[name] = experts.parameter_of(name)
     reached = set(map(id, modules.values()))
-    for path, layer in layers_by_path.items():
+    for path, layer in paths.layers.items():
         if id(layer) not in reached:
             name = path.replace("/", ".")
             name = f"/{path}" if name in modules else name

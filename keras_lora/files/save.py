@@ -189,8 +189,7 @@ def adapter_of(model, names=None, trained=None) -> Adapter:
     trained: (module, variable) to save with the factors; by default those that train
     or trained together with them.
     """
-    layers_by_path = sites.layers_by_path(model)
-    modules = modules_of(layers_by_path, names, model)
+    modules = modules_of(sites.Paths(model), names)
     sites.built_sites(model)
     adapters = {
         m: site for m, site in modules.sites.items() if lora_layer.is_adapted(site)
@@ -200,7 +199,7 @@ def adapter_of(model, names=None, trained=None) -> Adapter:
     changed = {
         **{module: modules[module] for module, _ in trained},
         # A tied head uses the trained rows, in PEFT too.
-        **{m: s for m, s in adapters.items() if s.lora.keyword != token_rows.KEYWORD},
+        **{m: s for m, s in adapters.items() if not s.lora.trains_rows},
     }
     refuse_tied_head(model, names, changed)
     return adapter_from(modules, adapters, trained)
@@ -215,7 +214,7 @@ def adapter_from(modules, adapters, trained) -> Adapter:
         trained: (module, variable) to save with the factors.
     """
     refuse_unnamed(modules, adapters)
-    tables = {m: s for m, s in adapters.items() if s.lora.keyword == token_rows.KEYWORD}
+    tables = {m: s for m, s in adapters.items() if s.lora.trains_rows}
     adapters = {m: s for m, s in adapters.items() if m not in tables}
     stacks = modules.parameters.keys() & {slices.without_slice(m) for m in adapters}
     parameters = {module: modules.parameters[module] for module in sorted(stacks)}

@@ -88,12 +88,14 @@ class MethodFiles:
         takes_value: Whether the keyword has a value, other than a Boolean.
         more_suffixes: Suffixes of arrays in a file other than A and B.
         also_trains: What else the method trains, besides A @ B, in words.
+        trains_rows: Whether it trains rows of W instead of A and B.
     """
 
     keyword: str | None = None
     takes_value = False
     more_suffixes: tuple[str, ...] = ()
     also_trains = ""
+    trains_rows = False
 
     @classmethod
     def suffixes_for(cls, suffixes) -> tuple:
@@ -113,7 +115,7 @@ class TokenRowsFiles(MethodFiles):
     """Trainable rows of a table, instead of A and B."""
 
     keyword = "trainable_token_indices"
-    takes_value = True
+    takes_value = trains_rows = True
     also_trains = "rows of the table"
 
 

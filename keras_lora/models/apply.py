@@ -134,15 +134,15 @@ def apply_tentatively(
     settings.validate_bias(bias)
     settings.Settings(rank, alpha, use_rslora)
     settings.validate_dropout(dropout)
-    layers_by_path = sites.layers_by_path(model)
+    paths = sites.Paths(model)
     sites.refuse_unbuilt(model)
-    sites.refuse_adapters(layers_by_path)
+    sites.refuse_adapters(paths)
     trained = (
-        targets.matching_paths(also_train, layers_by_path, "also_train")
+        targets.matching_paths(also_train, paths.layers, "also_train")
         if also_train
         else []
     )
-    tokens = token_sites(layers_by_path, trainable_token_indices, trained)
+    tokens = token_sites(paths, trainable_token_indices, trained)
     chosen, skipped, notes = {}, {}, []
     if target is None and not tokens:
         raise ValueError(
@@ -150,7 +150,7 @@ def apply_tentatively(
             f"Received: {trainable_token_indices!r}."
         )
     if target is not None:
-        chosen, skipped, notes = choose(model, layers_by_path, target, exclude, trained)
+        chosen, skipped, notes = choose(paths, target, exclude, trained)
     refuse_both(tokens, chosen)
     ranks = targets.pattern_values(rank_pattern, chosen, "rank_pattern")
     alphas = targets.pattern_values(alpha_pattern, chosen, "alpha_pattern")
@@ -167,7 +167,7 @@ def apply_tentatively(
     adapters |= {
         site: {token_rows.KEYWORD: indices} for site, indices in tokens.values()
     }
-    also_train_layers = [layers_by_path[path] for path in trained]
+    also_train_layers = [paths.layers[path] for path in trained]
     without = [
         path for path, site in chosen.items() if not kinds.as_site(site).takes_dropout
     ]
@@ -176,28 +176,27 @@ def apply_tentatively(
             *notes,
             f"No dropout: {join(without)} (the adapter has no inputs)",
         ]
-    with adapt_layers(model, layers_by_path, adapters) as change:
+    with adapt_layers(paths, adapters) as change:
         warn_of_high_ranks(chosen)
         training_state.freeze_all_but_lora(model, bias, also_train_layers)
         skipped = {p: why for p, why in skipped.items() if p not in tokens}
-        yield Report(model, layers_by_path, skipped, notes), change
+        yield Report(paths, skipped, notes), change
 
 
 @contextlib.contextmanager
-def adapt_layers(model, layers_by_path, adapters):
+def adapt_layers(paths, adapters):
     """Adapts a model inside the context, and for good if `commit()` is called.
 
     Otherwise, or if anything fails, everything is restored: classes, order of weights,
     flags, records, the optimizer and compiled functions.
 
     Args:
-        model: A Keras model or layer.
-        layers_by_path: All layers of the model.
+        paths: The `Paths` of the model.
         adapters: Site -> the arguments of its adapter.
     """
+    model, layers_and_model = paths.model, paths.with_model
     compiled.restore_jax_weights(model)
     processes.barrier(model)
-    layers_and_model = sites.with_model(model, layers_by_path)
     with distribution.strategy_scope(model), contextlib.ExitStack() as undo:
         new = {
             site: sites.new_adapter(site, options) for site, options in adapters.items()
@@ -269,7 +268,7 @@ def mark_only_lora_as_trainable(model: keras.layers.Layer, bias: str = "none"):
     """
     settings.validate_bias(bias)
     sites.built_sites(model)
-    with adapt_layers(model, sites.layers_by_path(model), {}) as change:
+    with adapt_layers(sites.Paths(model), {}) as change:
         training_state.freeze_all_but_lora(model, bias)
         notes = change.commit()
     for note in notes:
@@ -292,23 +291,22 @@ def warn_of_high_ranks(chosen):
 TOKEN_TABLES = ("token_embedding", "embed_tokens", "word_embeddings", "tokens")
 
 
-def token_sites(layers_by_path, ids, trained) -> dict:
+def token_sites(paths, ids, trained) -> dict:
     """Path -> (site, indices), for the tables and heads of which some rows train.
 
     Args:
-        layers_by_path: All layers of the model.
+        paths: The `Paths` of the model.
         ids: Ids of tokens, or {path: ids}, or None.
         trained: Paths of layers that train in full.
     """
     if ids is None:
         return {}
-    sites_by_path = sites.sites_by_path(layers_by_path)
-    tables = {p: s for p, s in sites_by_path.items() if kinds.looks_up(s)}
+    tables = {p: s for p, s in paths.sites.items() if kinds.looks_up(s)}
     if isinstance(ids, Mapping):
         chosen = {}
         for rule, indices in ids.items():
             matches = targets.matching_paths(
-                [rule], {**sites_by_path, **layers_by_path}, token_rows.KEYWORD, tables
+                [rule], {**paths.sites, **paths.layers}, token_rows.KEYWORD, tables
             )
             if len(matches) != 1:
                 raise ValueError(
@@ -320,7 +318,7 @@ def token_sites(layers_by_path, ids, trained) -> dict:
         chosen = {token_table(tables): ids}
     tokens = {}
     for path, indices in chosen.items():
-        site = sites_by_path.get(path)
+        site = paths.sites.get(path)
         if site is None or not (kinds.looks_up(site) or is_head(site)):
             raise ValueError(
                 f"`{token_rows.KEYWORD}` names {path!r}, which is neither an embedding "

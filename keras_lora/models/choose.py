@@ -8,38 +8,40 @@ import keras
 from keras_lora.keras_internals import calls, layer_state, warn_caller
 from keras_lora.layers import kinds
 from keras_lora.layers.adapter import LowRankAdapter
-from keras_lora.models import sites, tables, targets
+from keras_lora.models import tables, targets
 
 WHOLE_MODEL = ("all-linear", "all")
 
 
-def choose(model, layers_by_path, target, exclude, trained):
-    """Returns path -> site to adapt, path -> reason to skip, and notes."""
+def choose(paths, target, exclude, trained):
+    """Returns path -> site to adapt, path -> reason to skip, and notes.
+
+    Args:
+        paths: The `Paths` of a model.
+        target: As in `apply_lora`.
+        exclude: As in `apply_lora`.
+        trained: Paths of layers that train in full.
+    """
     inside_trained = tuple(f"{path}/" for path in trained)
-    all_sites = sites.sites_by_path(layers_by_path)
     candidates = {
         path: site
-        for path, site in all_sites.items()
+        for path, site in paths.sites.items()
         if path not in trained and not path.startswith(inside_trained)
     }
     everything = isinstance(target, str) and target in WHOLE_MODEL
     if everything:
-        paths_meant, skipped = paths_of_whole_model(model, candidates, target)
-        for path, layer in sites.with_model(model, layers_by_path).items():
+        paths_meant, skipped = paths_of_whole_model(paths.model, candidates, target)
+        for path, layer in paths.with_model.items():
             if not f"{path}/".startswith(inside_trained):
                 for weight, why in kinds.out_of_reach(layer).items():
                     skipped[f"{path}/{weight}".lstrip("/")] = why
     else:
         skipped = {}
-        paths_meant = paths_of_rule(
-            layers_by_path, all_sites, candidates, target, trained
-        )
+        paths_meant = paths_of_rule(paths, candidates, target, trained)
     if exclude is not None:
-        layers_and_sites = {**all_sites, **layers_by_path}
+        layers_and_sites = {**paths.sites, **paths.layers}
         left_out = targets.matching_paths(exclude, layers_and_sites, "exclude")
-        excluded = {
-            x for p in left_out for x in (p, *sites_at(p, layers_by_path, all_sites))
-        }
+        excluded = {x for p in left_out for x in (p, *sites_at(p, paths, paths.sites))}
         if paths_meant and excluded.issuperset(paths_meant):
             raise ValueError(
                 f"`exclude` {exclude!r} leaves nothing of `target` {target!r}."
@@ -47,10 +49,10 @@ def choose(model, layers_by_path, target, exclude, trained):
         paths_meant = [path for path in paths_meant if path not in excluded]
         skipped = {p: why for p, why in skipped.items() if p not in excluded}
     by_name = isinstance(target, (list, tuple, set, frozenset))
-    chosen, holders = {}, paths_of_weights(all_sites)
+    chosen, holders = {}, paths_of_weights(paths.sites)
     for path in paths_meant:
         site, layer = candidates[path], kinds.layer_of(candidates[path])
-        owner = owner_of(model, layers_by_path, path, layer)
+        owner = owner_of(paths, path, layer)
         reason = (
             kinds.obstacle(site)
             or reassignment_reason(owner)
@@ -71,7 +73,7 @@ def choose(model, layers_by_path, target, exclude, trained):
     warn_of_axes(map(kinds.layer_of, chosen.values()))
     if not chosen:
         raise ValueError(no_match_message(target, skipped))
-    notes = notes_on_outputs(model, candidates, chosen) if everything else []
+    notes = notes_on_outputs(paths.model, candidates, chosen) if everything else []
     return chosen, skipped, notes
 
 
@@ -189,30 +191,30 @@ def why_not_linear(site):
     )
 
 
-def paths_of_rule(layers_by_path, all_sites, candidates, target, trained):
+def paths_of_rule(paths, candidates, target, trained):
     """Returns the paths of the sites that a user's rule means, in the model's order."""
     # A list may name a layer without weights: that is then the error.
     by_name = isinstance(target, (list, tuple, set, frozenset))
-    by_name = by_name or (isinstance(target, str) and target in layers_by_path)
+    by_name = by_name or (isinstance(target, str) and target in paths.layers)
     layers_and_sites = {
         p: x
-        for p, x in layers_by_path.items()
-        if by_name or sites_at(p, layers_by_path, candidates)
+        for p, x in paths.layers.items()
+        if by_name or sites_at(p, paths, candidates)
     }
     layers_and_sites |= {
         path: site for path, site in candidates.items() if path not in layers_and_sites
     }
     meant = set()
-    for path in matches_of(target, layers_and_sites, all_sites, candidates):
+    for path in matches_of(target, layers_and_sites, paths.sites, candidates):
         paths_there = (
-            [path] if path in candidates else sites_at(path, layers_by_path, candidates)
+            [path] if path in candidates else sites_at(path, paths, candidates)
         )
         if not paths_there:
             raise ValueError(
-                unsupported_message(path, layers_by_path[path], trained, candidates)
+                unsupported_message(path, paths.layers[path], trained, candidates)
             )
         meant |= {
-            x for x in paths_there if x == path or not is_named_bias(all_sites[x])
+            x for x in paths_there if x == path or not is_named_bias(candidates[x])
         }
     return [path for path in candidates if path in meant]
 
@@ -231,20 +233,20 @@ def matches_of(target, layers_and_sites, all_sites, candidates) -> list:
     )
 
 
-def sites_at(path, layers_by_path, sites_by_path) -> list:
-    """Returns the paths of all sites of a layer.
+def sites_at(path, paths, sites_by_path) -> list:
+    """Returns the paths of those sites that are of the layer at a path.
 
     A layer that wraps another one, such as Bidirectional, has those of what it wraps.
     """
-    layer = layers_by_path.get(path)
+    layer = paths.layers.get(path)
     if layer is None:
         return []
     inside = kinds.wrapped_layers(layer)
     if inside:
         owners = [
-            p for p, x in layers_by_path.items() if any(x is part for part in inside)
+            p for p, x in paths.layers.items() if any(x is part for part in inside)
         ]
-        return [x for p in owners for x in sites_at(p, layers_by_path, sites_by_path)]
+        return [x for p in owners for x in sites_at(p, paths, sites_by_path)]
     return [p for p, site in sites_by_path.items() if kinds.layer_of(site) is layer]
 
 
@@ -267,12 +269,12 @@ def no_match_message(target, skipped):
     )
 
 
-def owner_of(model, layers_by_path, path, layer):
+def owner_of(paths, path, layer):
     """Returns the layer that holds the layer at a path, or the layer of that weight."""
     owner = path.rpartition("/")[0]
-    while owner and layers_by_path.get(owner, layer) is layer:
+    while owner and paths.layers.get(owner, layer) is layer:
         owner = owner.rpartition("/")[0]
-    return layers_by_path.get(owner, model)
+    return paths.layers.get(owner, paths.model)
 
 
 def unsupported_message(path, layer, trained, candidates):

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 
 from keras_lora.keras_internals import compiled, distribution, layer_state, processes
-from keras_lora.layers import kinds, lora_layer, methods, token_rows, torch_layout
+from keras_lora.layers import kinds, methods, torch_layout
 from keras_lora.layers.settings import validate_rank
 from keras_lora.models import merge, sites, start_values
 from keras_lora.models.report import Report
@@ -74,13 +74,9 @@ def initialize_lora(
     """
     sites.sites_outside_contexts(model)
     validate_arguments(method, data, budget)
-    sites_by_path = sites.sites_by_path(
-        sites.with_model(model, sites.layers_by_path(model))
-    )
+    paths = sites.Paths(model)
     adapted = {
-        path: site
-        for path, site in sites_by_path.items()
-        if lora_layer.is_adapted(site) and site.lora.keyword != token_rows.KEYWORD
+        path: site for path, site in paths.adapted.items() if not site.lora.trains_rows
     }
     if not adapted:
         raise ValueError("The model has no adapters with A and B, only token rows.")
@@ -122,7 +118,7 @@ def initialize_lora(
             sites.make_plain(site)
             site.trainable = False
     errors = {path: start.errors for path, start in starts.items() if start.errors}
-    return Report(model, notes=compiled.compile_again(model), errors=errors)
+    return Report(paths, notes=compiled.compile_again(model), errors=errors)
 
 
 def validate_arguments(method, data, budget):

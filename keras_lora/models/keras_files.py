@@ -32,7 +32,7 @@ class Carrier(Rematerialized):
     def get_config(self):
         if calls.legacy_format():
             refuse_legacy_format(self)
-        layers_by_path = {"": self, **sites.layers_by_path(self, alone=False)}
+        layers_by_path = sites.Paths(self, alone=False).with_model
         carried = {
             p: x for p, x in layers_by_path.items() if not isinstance(x, LowRankAdapter)
         }
@@ -78,8 +78,8 @@ class Carrier(Rematerialized):
         model = keras.saving.deserialize_keras_object(
             presets.plain_part(config), custom_objects=custom_objects
         )
-        inside = sites.layers_by_path(model, alone=False)
-        layers_by_path = {"": model, **inside}
+        paths = sites.Paths(model, alone=False)
+        inside, layers_by_path = paths.layers, paths.with_model
         carried = [p for p, x in inside.items() if not isinstance(x, LowRankAdapter)]
         # A model may give its layers other names once it has a name itself.
         indices = config["places"].items()
@@ -108,7 +108,7 @@ class Carrier(Rematerialized):
         quantized.fix_quantized(layers_by_path.values())
         for path, merge_weights in config["merge_weights"].items():
             layers_by_path[present_paths[path]].merge_weights = merge_weights
-        layers_now = {"": model, **sites.layers_by_path(model, alone=False)}
+        layers_now = sites.Paths(model, alone=False).with_model
         training_state.restore_flags(layers_now, config["trainable"])
         trained_beside = config.get("trained_beside", {})
         for path, present_path in present_paths.items():

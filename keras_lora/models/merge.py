@@ -163,8 +163,7 @@ def merge_lora(
     adapted = sites.sites_outside_contexts(model)
     quantized_sites = [site for site in adapted if site.is_quantized]
     validate_way(quantized_sites, quantized)
-    layers_by_path = sites.layers_by_path(model) if quantized_sites else {}
-    path_of = {id(layer): path for path, layer in layers_by_path.items()}
+    path_of = sites.Paths(model).path_of if quantized_sites else {}
     report, merged, small = [], {}, {}
     for site in adapted:
         kernel = finite_merged_kernel(site)

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import keras
 
 from keras_lora.keras_internals import layer_state
-from keras_lora.layers import lora_layer
 from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.models import sites, tables, training_state
 
@@ -46,28 +45,19 @@ class Report(tables.Rows):
 
     is_dry_run = False  # whether the model is without these adapters
 
-    def __init__(self, model, layers_by_path=None, skipped=(), notes=(), errors=()):
-        if layers_by_path is None:
-            layers_by_path = sites.layers_by_path(model)
-        layers_by_path = sites.with_model(model, layers_by_path)
+    def __init__(self, paths, skipped=(), notes=(), errors=()):
+        model, adapted = paths.model, paths.adapted
         self.model_name = model.name
         self.skipped = dict(skipped)
         self.notes = list(notes)
         self.errors = dict(errors)
-        adapted = {
-            path: site
-            for path, site in sites.sites_by_path(layers_by_path).items()
-            if lora_layer.is_adapted(site)
-        }
         self.rows = [adapted_row(path, site) for path, site in adapted.items()]
-        trained = {
-            path: trained_parameters(layer) for path, layer in layers_by_path.items()
-        }
+        trained = {path: trained_parameters(x) for path, x in paths.with_model.items()}
         self.also_trained = [path for path, variables in trained.items() if variables]
         self.also_trained_parameters = sum(map(count, trained.values()))
         built = [site for site in adapted.values() if site.lora.built]
         self.adapted_parameters = sum(
-            count(s.lora.weights) if s.lora.rank is None else math.prod(s.kernel_shape)
+            count(s.lora.weights) if s.lora.trains_rows else math.prod(s.kernel_shape)
             for s in built
         )
         # An int4 kernel is stored in half as many numbers.
@@ -150,7 +140,7 @@ def summary(model: keras.layers.Layer) -> Report:
         >>> [row.path for row in report]
         ['dense']
     """
-    report = Report(model)
+    report = Report(sites.Paths(model))
     print(report)
     return report
 

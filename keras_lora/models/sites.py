@@ -12,6 +12,40 @@ from keras_lora.layers.adapter import LowRankAdapter
 from keras_lora.layers.lora_layer import LoRALayer
 
 
+class Paths:
+    """The layers and sites of a model, by their paths.
+
+    Attributes:
+        model: A Keras model or layer.
+        layers: Path -> layer inside it, as in `layers_by_path`.
+        sites: Path -> site, for all weights that can have an adapter.
+    """
+
+    def __init__(self, model, alone=True):
+        self.model, self.layers = model, layers_by_path(model, alone)
+
+    @property
+    def with_model(self) -> dict:
+        """Path -> layer, with the model itself as "" unless it is among them."""
+        alone = any(layer is self.model for layer in self.layers.values())
+        return dict(self.layers) if alone else {"": self.model, **self.layers}
+
+    @functools.cached_property
+    def sites(self) -> dict:
+        return sites_by_path(self.layers)
+
+    @property
+    def adapted(self) -> dict:
+        """Path -> site, for those that have an adapter."""
+        sites = sites_by_path(self.with_model)
+        return {p: site for p, site in sites.items() if lora_layer.is_adapted(site)}
+
+    @functools.cached_property
+    def path_of(self) -> dict:
+        """Id of a layer -> its path."""
+        return {id(layer): path for path, layer in self.layers.items()}
+
+
 def sites_by_path(layers_by_path) -> dict:
     """Path -> site, for all weights that can have an adapter, in the model's order.
 
@@ -127,12 +161,6 @@ def layers_by_path(model, alone=True) -> dict:
     return by_path
 
 
-def with_model(model, layers_by_path) -> dict:
-    """Returns the paths, with the model itself as "" unless it is among them."""
-    alone = any(layer is model for layer in layers_by_path.values())
-    return dict(layers_by_path) if alone else {"": model, **layers_by_path}
-
-
 def given_name(layer, owners, parent):
     """The layer's name without those of its owners; None if Keras made it up."""
     name = layer.name
@@ -221,9 +249,9 @@ def refuse_unbuilt(model):
         )
 
 
-def refuse_adapters(layers_by_path):
+def refuse_adapters(paths):
     """Raises if a layer of a model has an adapter already, or is in a bank."""
-    for path, layer in layers_by_path.items():
+    for path, layer in paths.layers.items():
         if lora_layer.has_adapters(layer):
             lora = next(iter(layer.loras.values()))
             raise ValueError(

@@ -146,7 +146,7 @@ def loftq(sites_by_path, float_model) -> dict:
     takes the best pair of several steps. The first Q is the layer's own.
     """
     merge.refuse_calibrating("loftq", sites_by_path.values())
-    float_layers = sites.with_model(float_model, sites.layers_by_path(float_model))
+    float_layers = sites.Paths(float_model).with_model
     starts = {}
     for path, site in sites_by_path.items():
         other = float_layers.get(path)

@@ -84,7 +84,7 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
         target: str | Sequence | type | Callable | None = None,
         names: str | Mapping | Callable | None = None,
     ):
-        paths = sites.layers_by_path(model)
+        paths = sites.Paths(model)
         sites.refuse_adapters(paths)
         compiled.restore_jax_weights(model)
         barrier = functools.partial(processes.barrier, model)
@@ -96,7 +96,7 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
         for name, adapter in adapters.items():
             with naming(name):
                 adapter, sources[name] = training.read_with_source(model, adapter)
-                readings[name] = read(model, paths, adapter, names, highest_rank)
+                readings[name] = read(paths, adapter, names, highest_rank)
         all_parts = [item for x in readings.values() for item in x.parts.items()]
         lora_ranks = [part.rank for _, part in all_parts if not part.in_full]
         with distribution.strategy_scope(model):
@@ -119,10 +119,10 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
         self.__dict__["depends_on_base"] = {}  # name -> whether the adapter does
         self.__dict__["counted_layers"] = weakref.WeakSet()
         with_gain = any(part.has_gain for _, part in all_parts)
-        chosen = [] if target is None else bankable_sites(model, paths, target)
+        chosen = [] if target is None else bankable_sites(paths, target)
         with distribution.strategy_scope(model), contextlib.ExitStack() as undo:
             undo.callback(self.hosts.release)
-            for path, layer in paths.items():
+            for path, layer in paths.layers.items():
                 ranks = [part.rank for other, part in all_parts if other == path]
                 if ranks or path in chosen:
                     rank = max([self.max_rank, *ranks])
@@ -177,7 +177,7 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
         with self.running.call(lambda: (None, ())), self._write_lock:
             with naming(name):
                 adapter, source = training.read_with_source(self.model, adapter)
-                arguments = self.model, self.hosts.paths, adapter, self.names_given
+                arguments = self.hosts.paths, adapter, self.names_given
                 parts = read(*arguments, self.max_rank).parts
                 self.hosts.prepare(parts)
             return parts, source
@@ -227,12 +227,12 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
 
     def _guard_weights(self):
         """Refuses assignments to the model while an adapter depends on its values."""
-        for layer in self.hosts.paths.values():
+        for layer in self.hosts.paths.layers.values():
             for variable in layer_state.layer_variables(layer):
                 variable_state.guard_assign(variable, self._refuse_other_weights)
 
     def _release_weights(self):
-        for layer in self.hosts.paths.values():
+        for layer in self.hosts.paths.layers.values():
             for variable in layer_state.layer_variables(layer):
                 variable_state.release_assign(variable)
 

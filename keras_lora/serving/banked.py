@@ -234,7 +234,7 @@ class Hosts:
     """The layers of a bank's model, and those among them that hold adapters.
 
     Attributes:
-        paths: Path -> layer, for the whole model.
+        paths: The `Paths` of the model.
         layers: Path -> layer, for the layers that hold adapters.
         input_specs: Shapes and dtypes of the model's inputs; None if not known yet.
     """

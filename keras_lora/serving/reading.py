@@ -152,12 +152,11 @@ def host_view(layer):
     return classes.view_with(layer, lora_class, {"lora": UNREAD})
 
 
-def read(model, paths, adapter, names, max_rank) -> Reading:
+def read(paths, adapter, names, max_rank) -> Reading:
     """Reads what an adapter changes in each layer, without changing the model.
 
     Args:
-        model: A plain model, or one in a bank.
-        paths: Path -> layer, of all its layers.
+        paths: The `Paths` of a plain model, or of one in a bank.
         adapter: An `Adapter`.
         names: As in `load_adapter`.
         max_rank: The highest rank that there is room for.
@@ -166,8 +165,8 @@ def read(model, paths, adapter, names, max_rank) -> Reading:
         ValueError: As in load_adapter; or if a rank is higher, or the adapter trains
             weights that all rows share.
     """
-    modules = modules_of(paths, names, model, adapter)
-    path_of = {id(layer): path for path, layer in paths.items()}
+    modules = modules_of(paths, names, adapter)
+    path_of = dict(paths.path_of)
     hosts = copy.copy(modules)  # with all its attributes
     hosts.update((module, host_view(x) or x) for module, x in modules.items())
     for module, layer in modules.items():
@@ -182,7 +181,7 @@ def read(model, paths, adapter, names, max_rank) -> Reading:
     for module, site in file.sites.items():
         refuse_substituted(site, module)
     changed = {module: modules[module] for module in [*file.factors, *file.heads]}
-    refuse_tied_head(model, names, changed)
+    refuse_tied_head(paths.model, names, changed)
     for module, host in file.sites.items():
         rank = own_rank(host, file.factors[module].rank, module)
         if rank > max_rank:
@@ -214,9 +213,9 @@ def read(model, paths, adapter, names, max_rank) -> Reading:
     return reading
 
 
-def bankable_sites(model, paths, target) -> dict:
+def bankable_sites(paths, target) -> dict:
     """Path -> site, for the sites of a target whose adapters a bank can hold."""
-    chosen, _, _ = choose.choose(model, paths, target, None, [])
+    chosen, _, _ = choose.choose(paths, target, None, [])
     able = {p: x for p, x in chosen.items() if kinds.form_of(x, 1).down is not None}
     if target not in choose.WHOLE_MODEL or not able:
         for path, site in chosen.items():

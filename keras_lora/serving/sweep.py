@@ -224,7 +224,7 @@ def sweep(
         ... )
         >>> report = keras_lora.load_adapter(base, result.adapter)
     """
-    sites.refuse_adapters(sites.layers_by_path(model))
+    sites.refuse_adapters(sites.Paths(model))
     settings = name_settings(settings)
     if loss is None:
         loss = getattr(model, "loss", None)

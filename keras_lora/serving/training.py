@@ -36,7 +36,7 @@ class Trainee(keras.layers.Layer):
 
     def __init__(self, bank, adapter_name, adapter):
         super().__init__(dtype="float32")
-        arguments = bank.model, bank.hosts.paths, adapter, bank.names_given
+        arguments = bank.hosts.paths, adapter, bank.names_given
         reading = read(*arguments, bank.max_rank)
         self.adapter_name = adapter_name
         # Past Keras's tracking, because views of the model's layers are not its own.
@@ -253,7 +253,7 @@ class Training:
             raise ValueError("Call `bank.compile(optimizer, loss)` before it trains.")
         if not names:
             raise ValueError("No row names an adapter: there is nothing to train.")
-        for path, layer in self.hosts.paths.items():
+        for path, layer in self.hosts.paths.layers.items():
             if getattr(layer, "activity_regularizer", None) is not None:
                 raise ValueError(
                     f"{path!r} has an activity regularizer, which is a loss over all "
@@ -317,7 +317,7 @@ class Training:
     @contextlib.contextmanager
     def _model_frozen(self):
         """Context in which the model is frozen, also its normalization."""
-        layers = {"": self.model, **self.hosts.paths}
+        layers = self.hosts.paths.with_model
         flags = training_state.trainable_flags(layers)
         self.model.trainable = False
         try:
