@@ -48,7 +48,11 @@ class Mutation(NamedTuple):
 # File -> [(text, what stands in its place, the tests that should see it)]
 FAULTS = {
     "layers/settings.py": [
-        ("min(ids) < 0", "False", "test_token_rows.py -k ids_that_are_none"),
+        (
+            "is_whole(i, lowest=0)",
+            "is_whole(i, lowest=-9)",
+            "test_token_rows.py -k ids_that_are_none",
+        ),
         (
             "math.sqrt(rank) if use_rslora else rank",
             "rank",
@@ -59,7 +63,7 @@ FAULTS = {
             "** 1",
             "test_combining.py -k rslora_stays",
         ),
-        ("or rank < lowest", "or False", "test_bad_input.py -k test_rank"),
+        ("and value >= lowest", "", "test_bad_input.py -k test_rank"),
         ("or alpha <= 0", "or alpha < 0", "test_bad_input.py -k test_alpha"),
         ("0 <= dropout < 1", "0 <= dropout <= 1", "test_bad_input.py -k test_dropout"),
     ],
@@ -1087,7 +1091,7 @@ FAULTS = {
     ],
     "models/apply.py": [
         (
-            "if target is None and not tokens:",
+            "if asked.target is None and not tokens:",
             "if False:",
             "test_token_rows.py -k ids_that_are_none",
         ),
@@ -1097,8 +1101,8 @@ FAULTS = {
             "test_apply.py -k dry_run",
         ),
         (
-            '"rank": ranks.get(path, rank)',
-            '"rank": rank',
+            '"rank": ranks.get(path, asked.rank)',
+            '"rank": asked.rank',
             "test_apply.py -k test_patterns",
         ),
         (

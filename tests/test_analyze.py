@@ -132,7 +132,7 @@ def test_of_dora_it_is_the_update_without_the_lengths(tmp_path):
     keras_lora.save_adapter(model, tmp_path / "one")
     for source in (model, tmp_path / "one"):
         found = keras_lora.analyze(source)
-        assert "without the lengths m" in str(found)
+        assert "without the magnitudes m" in str(found)
         for row in found:
             delta = to_numpy(model.get_layer(row.path).lora.delta())
             assert_values(row.singular_values, by_numpy("", delta))

@@ -151,7 +151,7 @@ def test_there_is_room_for_dora_if_one_of_the_first_adapters_has_it():
     model = layer_model(case)
     adapters, inputs, expected = layer_adapters(case, model, use_dora=True)
     bank = AdapterBank(model, capacity=2, target=["wide"])
-    with pytest.raises(ValueError, match=r"'wide': DoRA's lengths"):
+    with pytest.raises(ValueError, match=r"'wide': DoRA's magnitudes"):
         bank.add("a", adapters["a"])
     bank.release()
     bank = AdapterBank(model, {"x": adapters["b"]}, capacity=3)

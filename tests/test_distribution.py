@@ -367,7 +367,7 @@ for kind in KINDS:
 print(json.dumps([]))
 """
 
-# A token table that is cut along its ids, and DoRA's lengths, as their kernels are;
+# A token table that is cut along its ids, and DoRA's magnitudes, as their kernels are;
 # and one warning for what does not divide over the devices.
 TABLES = """
 import json, warnings

@@ -159,7 +159,7 @@ def matrices(path, site):
     if not {"a", "b"} <= set(lora.factor_names):
         raise ValueError(f"{path!r} has no A and B, but {lora.factor_names}.")
     if not form.is_product(site.kernel_shape):
-        matrix, _ = form.as_matrix(to_numpy(lora.delta()))
+        matrix = form.as_matrix(to_numpy(lora.delta()))
         return matrix, np.eye(matrix.shape[-1])
     a, b = lora.factors(lora.variable_dtype)
     a, b = to_numpy(a), to_numpy(form.spread(b))
@@ -270,7 +270,7 @@ def tensor_differences(one, two) -> list:
 
 
 def other_tensors(file):
-    """Key -> array for everything but factors: heads, biases, DoRA's lengths."""
+    """Key -> array for everything but factors: heads, biases, DoRA's magnitudes."""
     arrays = {
         module + suffix: x.tensors[suffix]
         for module, x in file.factors.items()

@@ -127,7 +127,7 @@ def is_of_kind(site):
 
 def nearest_factors(layer, delta, rank):
     """A and B of the nearest update of a rank, and its relative error."""
-    matrix, _ = kinds.form_of(layer, 1).as_matrix(delta.astype("float64"))
+    matrix = kinds.form_of(layer, 1).as_matrix(delta.astype("float64"))
     left, values, right = np.linalg.svd(matrix, full_matrices=False)
     rank = min(rank, values.shape[-1])
     root = np.sqrt(values[..., None, :rank])

@@ -254,8 +254,8 @@ def region_of(layer, variable, hook, size):
     form = kinds.form_of(layer, 1)
     if form.batch_axes:
         return None
-    matrix, back = form.as_matrix(np.broadcast_to(np.int32(0), shape))
-    probes = [back(x) for x in indices(*matrix.shape)]
+    matrix = form.as_matrix(np.broadcast_to(np.int32(0), shape))
+    probes = [form.from_matrix(x, shape) for x in indices(*matrix.shape)]
     if form.looks_up or kind.weight_to_file(layer, probes[0]).ndim != 2:
         ends = (convert(kind.weight_to_file(layer, x), hook, shape) for x in probes)
         if all(map(np.array_equal, ends, probes)):
@@ -271,7 +271,7 @@ def region_of(layer, variable, hook, size):
         ends = [convert(source, hook, shape) for source in sources]
         if any(end is None for end in ends):
             continue
-        rows, columns = (form.as_matrix(end)[0] for end in ends)
+        rows, columns = map(form.as_matrix, ends)
         if is_constant(rows, 0) and is_constant(columns, 1):
             rows, columns = rows[0], columns[:, 0]
             if not (

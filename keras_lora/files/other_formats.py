@@ -46,8 +46,8 @@ FORMATS = [
     Format(
         "DoRA of LyCORIS or ComfyUI",
         r"\.dora_scale$",
-        "PEFT stores DoRA's lengths as `lora_magnitude_vector`, in another shape, and "
-        "LyCORIS may take the norm over the other axis of the kernel. Merge it with "
+        "PEFT stores DoRA's magnitudes as `lora_magnitude_vector`, in another shape, "
+        "and LyCORIS may take the norm over the other axis of the kernel. Merge it with "
         "its own library, or train it in PEFT.",
     ),
     Format(

@@ -113,7 +113,7 @@ def is_register(value) -> bool:
 
 
 def replace_optimizer(model, optimizer):
-    """Replaces a model's optimizer, past Keras's and TensorFlow's tracking."""
+    """Replaces a model's optimizer, which Keras and TensorFlow do not track."""
     old = model.optimizer
     config = getattr(model, "_compile_config", None)
     if old is not optimizer:

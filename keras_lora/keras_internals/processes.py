@@ -108,7 +108,7 @@ def timeout_error(strategy):
 def exchange_texts(text, process, seconds) -> list:
     """Sends a text to all JAX processes; returns those of all, in their order.
 
-    They go through the coordinator. A collective of devices might wait for ever for a
+    They go through the coordinator. A collective of devices might wait forever for a
     missing process.
     """
     probes.require(private_names.PROCESSES)

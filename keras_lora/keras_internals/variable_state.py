@@ -188,7 +188,7 @@ def assign_guarded(variable, assign, refuse, value):
 
 
 def release_assign(variable):
-    """The inverse of `guard_assign`."""
+    """Gives a variable the `assign` back that it had before `guard_assign`."""
     guarded = vars(variable).pop("assign")
     if guarded.args[1] is not None:
         variable.assign = guarded.args[1]
@@ -227,7 +227,7 @@ def warn_of_read(what):
 
 
 def unfreeze(layer, variable, place):
-    """The inverse of `freeze`: same order of weights, same flags."""
+    """Undoes `freeze`: the weights have their old order, and their old flags."""
     layer._untrack_variable(variable)
     vars(variable).pop("assign", None)
     variable.__class__ = getattr(variable, "unwatched_class", type(variable))

@@ -180,8 +180,6 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
     def quantize(self, mode=None, type_check=True, config=None):
         """Does nothing: A and B stay float when their model is quantized."""
 
-    # Calls.
-
     def outputs(self, host, inputs, training):
         """Returns the layer's outputs before bias and activation."""
         merges = host.merges_in_call and host.form.merges_at_inference(inputs)

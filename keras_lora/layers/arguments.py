@@ -50,7 +50,7 @@ Args:
     alpha: Number > 0, default `rank`. The update is scaled by alpha / rank.
     dropout: Number in [0, 1), the dropout on the adapter's inputs in training.
     use_rslora: Boolean, scale by alpha / sqrt(rank) instead.
-    use_dora: Boolean, train the lengths m of the columns of W + delta separately
+    use_dora: Boolean, train the magnitudes m of W + delta's columns separately
         (DoRA). They start as those of W. Every call also computes A^T @ W, which for
         an embedding reads the whole table; with dropout, training needs a second
         product with W. Call `layer.lora.start_from_kernel()` if W is assigned after

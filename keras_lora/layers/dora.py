@@ -1,4 +1,4 @@
-"""DoRA: LoRA's update, with a trained length for each column of the kernel."""
+"""DoRA: LoRA's update, with a trained magnitude for each column of the kernel."""
 
 import string
 
@@ -17,7 +17,7 @@ from keras_lora.layers.torch_layout import DoRAFiles
 
 @keras.saving.register_keras_serializable(package="keras_lora")
 class DoRAAdapter(DoRAFiles, LowRankAdapter):
-    """Trainable factors A and B, and a trainable length m of each column.
+    """Trainable factors A and B, and a trainable magnitude m of each column.
 
         V  = W + scaling * A @ B
         n  = ||V|| over the axes that are summed over; no gradient goes through n
@@ -74,8 +74,6 @@ class DoRAAdapter(DoRAFiles, LowRankAdapter):
     def start_from_kernel(self):
         self.magnitude.assign(self.starting_magnitude())
 
-    # The formula.
-
     def norm(self, kernel, a, scaled_b):
         """n, in the shape of the kernel's axes that are not summed over."""
         form = self.form
@@ -98,7 +96,7 @@ class DoRAAdapter(DoRAFiles, LowRankAdapter):
         return ops.sqrt(ops.maximum(squares + update, 0))
 
     def gain(self, kernel):
-        """m / n for each output; 1 where there is no length, and in `disabled()`."""
+        """m / n for each output; 1 where W + delta is 0, and in `disabled()`."""
         norm = self.norm(kernel, *self.factors(self.variable_dtype))
         norm = self.select_adapted(norm)
         there = norm > 0
@@ -114,14 +112,12 @@ class DoRAAdapter(DoRAFiles, LowRankAdapter):
         return ops.take(values, np.flatnonzero(adapted))
 
     def expand_to_outputs(self, gain):
-        """The inverse: the others are left as they are."""
+        """Returns a gain for every output: 1 for those without an update."""
         adapted = self.form.adapted_outputs
         if adapted is None:
             return gain
         places = np.where(adapted, np.cumsum(adapted) - 1, np.sum(adapted))
         return ops.take(ops.append(gain, ops.ones((1,), gain.dtype)), places)
-
-    # What the layer's call makes of it.
 
     def effective_kernel(self, kernel):
         """V * m / n."""
@@ -151,8 +147,6 @@ class DoRAAdapter(DoRAFiles, LowRankAdapter):
     def times(self, values, gain):
         """Multiplies in float32 at least: half precision would move whole columns."""
         return ops.multiply(ops.cast(values, self.variable_dtype), gain)
-
-    # What is kept.
 
     def to_file(self, suffixes):
         magnitude = torch_layout.to_numpy(self.magnitude)

@@ -5,10 +5,9 @@ import string
 from typing import NamedTuple
 
 import keras
-import numpy as np
 from keras import ops
 
-from keras_lora.keras_internals import warn_caller
+from keras_lora.keras_internals import classes, warn_caller
 from keras_lora.layers import form, quantized_host
 from keras_lora.layers.form import LowRankForm
 from keras_lora.layers.lora_layer import LoRALayer
@@ -123,16 +122,6 @@ def split_equation(equation):
     )
 
 
-def as_matrix(layer, kernel):
-    """Returns an einsum kernel as (inputs, outputs); a stack stays a stack."""
-    split = split_equation(layer.equation)
-    if split.batch:
-        return kernel
-    contracted = split.axes(split.contracted)
-    rows = math.prod(kernel.shape[axis] for axis in contracted)
-    return kernel.transpose(*contracted, *split.axes(split.new)).reshape(rows, -1)
-
-
 class QuantizedEinsum:
     """Mixin of LoRAEinsumDense with the methods that `QuantizedHost` needs."""
 
@@ -227,16 +216,15 @@ class LoRAEinsumDense(QuantizedEinsum, LoRALayer, keras.layers.EinsumDense):
 
     @classmethod
     def weight_to_file(cls, layer, kernel, inputs_first=False):
-        return super().weight_to_file(layer, as_matrix(layer, kernel), inputs_first)
+        own = classes.view_as(layer, cls).low_rank_form(1)
+        kernel = kernel if own.batch_axes else own.as_matrix(kernel)
+        return super().weight_to_file(layer, kernel, inputs_first)
 
     @classmethod
     def weight_from_file(cls, layer, value, inputs_first=False):
         value = super().weight_from_file(layer, value, inputs_first)
-        split, shape = split_equation(layer.equation), layer.kernel.shape
-        if split.batch:
-            return value
-        axes = split.axes(split.contracted + split.new)
-        return value.reshape([shape[x] for x in axes]).transpose(np.argsort(axes))
+        own = classes.view_as(layer, cls).low_rank_form(1)
+        return value if own.batch_axes else own.from_matrix(value, layer.kernel.shape)
 
     def low_rank_form(self, rank):
         split = split_equation(self.equation)

@@ -240,17 +240,18 @@ class LowRankForm:
         return first + [axis for axis in range(ndim) if axis not in first]
 
     def as_matrix(self, kernel):
-        """Returns a kernel (NumPy) as (batch..., inputs, outputs), and the inverse."""
-        axes, sizes = self.matrix_axes(kernel.ndim), kernel.shape
-        lead = [sizes[axis] for axis in self.batch_axes]
-        rows = math.prod(sizes[axis] for axis in self.input_axes)
-        matrix = kernel.transpose(axes).reshape(*lead, rows, -1)
+        """Returns a kernel (NumPy) as (batch..., inputs, outputs)."""
+        lead = [kernel.shape[axis] for axis in self.batch_axes]
+        rows = math.prod(kernel.shape[axis] for axis in self.input_axes)
+        axes = self.matrix_axes(kernel.ndim)
+        return kernel.transpose(axes).reshape(*lead, rows, -1)
 
-        def back(matrix):
-            shape = [sizes[axis] for axis in axes]
-            return matrix.reshape(shape).transpose(np.argsort(axes))
-
-        return matrix, back
+    def from_matrix(self, matrix, sizes):
+        """Returns the kernel of these sizes for a matrix as from `as_matrix`."""
+        axes = self.matrix_axes(len(sizes))
+        return matrix.reshape([sizes[axis] for axis in axes]).transpose(
+            np.argsort(axes)
+        )
 
 
 def matmul_by_row(inputs, stack, slots, transpose=False):

@@ -137,7 +137,7 @@ class LoRALayer(Rematerialized, QuantizedHost, Site):
         raise NotImplementedError
 
     def low_rank_form(self, rank: int) -> LowRankForm:
-        """Returns the `LowRankForm` of the built kernel at a rank."""
+        """Returns the `LowRankForm` of the built kernel for a rank."""
         raise NotImplementedError
 
     def input_rows(self, inputs):
@@ -182,7 +182,7 @@ class LoRALayer(Rematerialized, QuantizedHost, Site):
         vars(self)["kernel_shape"] = shape
 
     def base_kernel(self, dtype):
-        """W as a value."""
+        """Returns W as a tensor of a dtype, dequantized if it is quantized."""
         if self.is_quantized:
             return self.dequantized_kernel(dtype)
         return super().base_kernel(dtype)

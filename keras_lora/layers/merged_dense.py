@@ -1,16 +1,17 @@
 """LoRAMergedDense: several projections in one kernel, some of them adapted."""
 
+import dataclasses
+
 import keras
 import numpy as np
 from keras import ops
 
 from keras_lora.layers import form, loralib
-from keras_lora.layers.form import LowRankForm
-from keras_lora.layers.lora_layer import LoRALayer
+from keras_lora.layers.dense import LoRADense
 
 
 @keras.saving.register_keras_serializable(package="keras_lora")
-class LoRAMergedDense(LoRALayer, keras.layers.Dense):
+class LoRAMergedDense(LoRADense):
     """Dense layer whose kernel is n slices side by side, G of them adapted.
 
     It is used for one kernel of query, key and value, of which query and value are
@@ -43,38 +44,26 @@ class LoRAMergedDense(LoRALayer, keras.layers.Dense):
     """
 
     plain_class = keras.layers.Dense
+    kernel_is_matrix = False  # but several, side by side
     adapted_slices = (True,)
 
     def __init__(self, units, *args, enable_lora: tuple = (True,), **kwargs):
         super().__init__(units, *args, **kwargs)
         self.adapted_slices = loralib.validate_mask(enable_lora, units)
 
-    def linear(self, inputs, kernel):
-        return ops.matmul(inputs, kernel)
-
-    def input_rows(self, inputs):
-        return ops.reshape(inputs, (-1, self.kernel_shape[0]))
-
     def low_rank_form(self, rank):
         inputs, units = self.kernel_shape
         adapted = sum(self.adapted_slices)
-        return LowRankForm(
+        return dataclasses.replace(
+            super().low_rank_form(rank),
             a_shape=(inputs, adapted * rank),
             b_shape=(adapted, rank, units // len(self.adapted_slices)),
-            fan_in=inputs,
             compose=lambda a, b: ops.matmul(a, self.spread(b)),
-            down=ops.matmul,
             up=lambda hidden, b: ops.matmul(hidden, self.spread(b)),
             adapted_outputs=np.repeat(
                 self.adapted_slices, units // len(self.adapted_slices)
             ),
             spread=self.spread,
-            down_by_row=form.matmul_by_row,
-            acts_on_rows=True,
-            merges_from=form.merging_size(inputs * units, inputs, units),
-            gradient_of_a=lambda x, of_hidden: form.gradient_of_matrix(
-                self.input_rows(x), of_hidden
-            ),
             up_by_row=self._up_by_row,
             to_file=lambda a, b: (a.T, ops.convert_to_numpy(self.spread(b)).T),
             from_file=lambda a, b: gather_blocks(self, a.T, b.T),

@@ -1,4 +1,4 @@
-"""Runs a layer's own Keras call with other products in the place of those with W."""
+"""Runs a layer's own Keras call with other products instead of those with W."""
 
 import keras
 from keras import ops

@@ -173,7 +173,7 @@ class AdapterFiles(MethodFiles):
         }
 
     def from_file(self, arrays, suffixes) -> dict:
-        """The inverse: name of a factor -> array. Shapes were compared before."""
+        """Name of a factor -> array, from a file's. Shapes were compared before."""
         pair = [arrays[suffix] for suffix in suffixes]
         if not self.has_start:
             return dict(zip(("a", "b"), self.form.read_file(*pair), strict=True))

@@ -4,8 +4,6 @@ import dataclasses
 import math
 import numbers
 
-import numpy as np
-
 BIASES = ("none", "all", "lora_only")
 
 
@@ -62,11 +60,7 @@ def alpha_at(new_rank, alpha, rank, use_rslora):
 
 
 def validate_rank(rank, lowest=1):
-    if (
-        isinstance(rank, bool)
-        or not isinstance(rank, numbers.Integral)
-        or rank < lowest
-    ):
+    if not is_whole(rank, lowest):
         raise ValueError(
             f"`rank` must be a whole number >= {lowest}. Received: rank={rank!r}. "
             "Common ranks are 4 to 64; a LoRA layer with rank=0 has no adapter."
@@ -106,11 +100,7 @@ def validate_indices(indices) -> tuple:
         ids = list(indices)
     except TypeError:
         ids = [None]
-    whole = all(
-        isinstance(i, (numbers.Integral, np.integer)) and not isinstance(i, bool)
-        for i in ids
-    )
-    if not ids or not whole or min(ids) < 0:
+    if not ids or not all(is_whole(i, lowest=0) for i in ids):
         raise ValueError(
             "`trainable_token_indices` must be ids of tokens, whole numbers >= 0. "
             f"Received: {indices!r}."
@@ -122,6 +112,11 @@ def validate_indices(indices) -> tuple:
             "once."
         )
     return tuple(int(i) for i in ids)
+
+
+def is_whole(value, lowest):
+    """Whether a value is a whole number that is not below another one."""
+    return is_number(value) and isinstance(value, numbers.Integral) and value >= lowest
 
 
 def is_number(value):

@@ -135,11 +135,11 @@ class Site(TorchLayout):
         return self.lora.form
 
     def low_rank_form(self, rank):
-        """Returns the `LowRankForm` for the kernel at a rank."""
+        """Returns the `LowRankForm` of the kernel for a rank."""
         raise NotImplementedError
 
     def base_kernel(self, dtype):
-        """W as a value."""
+        """Returns W as a tensor of a dtype."""
         kernel = variable_state.without_watch(self.frozen_kernel)
         return ops.cast(ops.convert_to_tensor(kernel), dtype)
 

@@ -20,7 +20,7 @@ from keras_lora.layers.site import (
 
 
 class SubstitutedSite(Site):
-    """A weight that the layer's own Keras call reads, with W + delta in its place.
+    """A weight that the layer's own Keras call reads, with W + delta instead.
 
         y = call(x) of the Keras layer in which W is W + scaling * A @ B
 
@@ -67,7 +67,7 @@ class WeightSite(SubstitutedSite):
         kernel_keys: The keys from the layer to W, as in `weight_places`.
     """
 
-    # Plain attributes, in the place of Site's properties.
+    # Plain attributes instead of Site's properties.
     lora_class = weight_name = kernel_keys = None
 
     def __init__(self, layer, weight, keys, lora_class):
@@ -216,7 +216,7 @@ class SubstitutedLayer(SubstitutedSite, LoRALayer):
         places, *kept_for = vars(self).get(KEPT, ({}, [], []))
         if not places or kept_for != [adapters, variable_ids(self, places)]:
             places = self.places_of(self)
-            # Past Keras's and torch's tracking of attributes.
+            # Not an attribute that Keras and torch track.
             vars(self)[KEPT] = places, adapters, variable_ids(self, places)
         return places
 

@@ -115,8 +115,6 @@ class TokenRows(TokenRowsFiles, LowRankAdapter):
         both = ops.concatenate([outputs, ops.cast(own, outputs.dtype)], axis=-1)
         return ops.where(self.switched > 0, ops.take(both, source, axis=-1), outputs)
 
-    # Configuration and files.
-
     def options(self):
         return {KEYWORD: list(self.indices)}
 

@@ -30,7 +30,7 @@ class TorchLayout:
 
     @classmethod
     def weight_from_file(cls, layer, value, inputs_first=False):
-        """The inverse of `weight_to_file`."""
+        """Returns a kernel in the layout of Keras, from that of its torch module."""
         if value.ndim < 2 or (inputs_first and value.ndim == 2):
             return value
         return np.moveaxis(value, (0, 1), (-1, -2))
@@ -104,11 +104,11 @@ class MethodFiles:
 
 
 class DoRAFiles(MethodFiles):
-    """DoRA, with its lengths m."""
+    """DoRA, with its magnitudes m."""
 
     keyword = "use_dora"
     more_suffixes = (".lora_magnitude_vector",)
-    also_trains = "the lengths m, which change the kernel too"
+    also_trains = "the magnitudes m, which change the kernel too"
 
 
 class TokenRowsFiles(MethodFiles):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import types
 from collections.abc import Callable, Mapping, Sequence
 
 import keras
@@ -70,7 +71,7 @@ def apply_lora(
         rank_pattern: Dict from regular expressions for ends of paths to ranks.
         alpha_pattern: Dict from regular expressions for ends of paths to alphas.
         use_rslora: Boolean, scale by alpha / sqrt(rank).
-        use_dora: Boolean, train the lengths of the columns of W + delta separately, as
+        use_dora: Boolean, train the magnitudes of the columns of W + delta apart, as
             `layer.lora.magnitude` (DoRA). A training step costs more, with dropout or
             on an embedding much more.
         bias: Which biases train: "none", "lora_only" (of adapted layers) or "all".
@@ -101,9 +102,7 @@ def apply_lora(
         [LoRA: Hu et al., 2021](https://arxiv.org/abs/2106.09685);
         [DoRA: Liu et al., 2024](https://arxiv.org/abs/2402.09353)
     """
-    parameters = dict(locals())
-    del parameters["dry_run"]
-    with apply_tentatively(**parameters) as (report, change):
+    with apply_tentatively(**locals()) as (report, change):
         report.is_dry_run = bool(dry_run)
         if not dry_run:
             processes.warn_of_process_group()
@@ -112,55 +111,46 @@ def apply_lora(
 
 
 @contextlib.contextmanager
-def apply_tentatively(
-    model,
-    rank,
-    alpha,
-    dropout,
-    target,
-    exclude,
-    rank_pattern,
-    alpha_pattern,
-    use_rslora,
-    use_dora,
-    bias,
-    also_train,
-    trainable_token_indices,
-):
+def apply_tentatively(model, **arguments):
     """Adapts a model inside the context; yields the report and the `Change`.
 
-    The arguments are those of `apply_lora`. Without a commit, the change is undone.
+    Without a commit, the change is undone.
+
+    Args:
+        model: A Keras model.
+        arguments: The others of `apply_lora`, all of them.
     """
-    settings.validate_bias(bias)
-    settings.Settings(rank, alpha, use_rslora)
-    settings.validate_dropout(dropout)
+    asked = types.SimpleNamespace(**arguments)
+    settings.validate_bias(asked.bias)
+    settings.Settings(asked.rank, asked.alpha, asked.use_rslora)
+    settings.validate_dropout(asked.dropout)
     paths = sites.Paths(model)
     sites.refuse_unbuilt(model)
     sites.refuse_adapters(paths)
     trained = (
-        targets.matching_paths(also_train, paths.layers, "also_train")
-        if also_train
+        targets.matching_paths(asked.also_train, paths.layers, "also_train")
+        if asked.also_train
         else []
     )
-    tokens = token_sites(paths, trainable_token_indices, trained)
+    tokens = token_sites(paths, asked.trainable_token_indices, trained)
     chosen, skipped, notes = {}, {}, []
-    if target is None and not tokens:
+    if asked.target is None and not tokens:
         raise ValueError(
             f"target=None adapts no layer, so `{token_rows.KEYWORD}` must name tokens. "
-            f"Received: {trainable_token_indices!r}."
+            f"Received: {asked.trainable_token_indices!r}."
         )
-    if target is not None:
-        chosen, skipped, notes = choose(paths, target, exclude, trained)
+    if asked.target is not None:
+        chosen, skipped, notes = choose(paths, asked.target, asked.exclude, trained)
     refuse_both(tokens, chosen)
-    ranks = targets.pattern_values(rank_pattern, chosen, "rank_pattern")
-    alphas = targets.pattern_values(alpha_pattern, chosen, "alpha_pattern")
+    ranks = targets.pattern_values(asked.rank_pattern, chosen, "rank_pattern")
+    alphas = targets.pattern_values(asked.alpha_pattern, chosen, "alpha_pattern")
     adapters = {
         site: {
-            "rank": ranks.get(path, rank),
-            "alpha": alphas.get(path, alpha),
-            "dropout": dropout,
-            "use_rslora": use_rslora,
-            "use_dora": use_dora,
+            "rank": ranks.get(path, asked.rank),
+            "alpha": alphas.get(path, asked.alpha),
+            "dropout": asked.dropout,
+            "use_rslora": asked.use_rslora,
+            "use_dora": asked.use_dora,
         }
         for path, site in chosen.items()
     }
@@ -171,14 +161,14 @@ def apply_tentatively(
     without = [
         path for path, site in chosen.items() if not kinds.as_site(site).takes_dropout
     ]
-    if dropout and without:
+    if asked.dropout and without:
         notes = [
             *notes,
             f"No dropout: {join(without)} (the adapter has no inputs)",
         ]
     with adapt_layers(paths, adapters) as change:
         warn_of_high_ranks(chosen)
-        training_state.freeze_all_but_lora(model, bias, also_train_layers)
+        training_state.freeze_all_but_lora(model, asked.bias, also_train_layers)
         skipped = {p: why for p, why in skipped.items() if p not in tokens}
         yield Report(paths, skipped, notes), change
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from keras_lora.keras_internals import compiled, distribution, layer_state, processes
 from keras_lora.layers import kinds, methods, torch_layout
-from keras_lora.layers.settings import validate_rank
+from keras_lora.layers.settings import is_whole
 from keras_lora.models import merge, sites, start_values
 from keras_lora.models.report import Report
 
@@ -32,8 +32,8 @@ def initialize_lora(
     A and B start at A0 and B0, which are kept as frozen weights. So W does not move and
     the outputs do not change. In adapter files, the adapter is a LoRA of twice the rank
     over the original model. If A0 @ B0 = 0, as with "eva", nothing is subtracted and
-    the rank is kept. With DoRA, the lengths m start as those of W. Token rows are left
-    as they are.
+    the rank is kept. DoRA's magnitudes m start as those of W. Token rows are left as
+    they are.
 
     Args:
         model: A Keras model whose adapters have not trained.
@@ -141,13 +141,11 @@ def validate_budget(method, budget):
         raise ValueError(
             f"`budget` is for 'eva', which moves ranks. Received: method={method!r}."
         )
-    try:
-        validate_rank(budget)
-    except ValueError:
+    if not is_whole(budget, lowest=1):
         raise ValueError(
             "`budget` must be a whole number > 0, the sum of all ranks. Received: "
             f"{budget!r}."
-        ) from None
+        )
 
 
 def refuse_used(path, site):

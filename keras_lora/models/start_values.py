@@ -17,7 +17,7 @@ LOFTQ_STEPS = 5
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """Initial A and B of one layer, in the shapes of its form at a rank.
+    """Initial A and B of one layer, in the shapes of its form for a rank.
 
     Attributes:
         keeps_outputs: Boolean, whether A @ B is subtracted if it is not zero.
@@ -60,12 +60,12 @@ def make_start(site, rank, a, b, **options):
 
 
 def finite_matrix(path, site, kernel):
-    """Returns a kernel as a matrix, or a stack of them, and the inverse function."""
+    """Returns a kernel as a matrix, or a stack of them; raises if not finite."""
     if not np.isfinite(kernel).all():
         raise ValueError(f"The kernel of {path!r} holds values that are not finite.")
-    matrix, back = site.form.as_matrix(kernel)
+    matrix = site.form.as_matrix(kernel)
     refuse_rank(path, site.lora.rank, min(matrix.shape[-2:]))
-    return matrix, back
+    return matrix
 
 
 def refuse_rank(path, rank, most):
@@ -82,7 +82,7 @@ def from_kernel(path, site, method: str | Callable) -> Start:
         a, b = (torch_layout.to_numpy(value) for value in method(site))
         return Start(rank, a, b)
     kernel = torch_layout.to_numpy(site.base_kernel(site.lora.variable_dtype))
-    matrix, _ = finite_matrix(path, site, kernel.astype("float64"))
+    matrix = finite_matrix(path, site, kernel.astype("float64"))
     try:
         a, b = KERNEL_STARTS[method](matrix, rank, site.lora.scaling)
     except ValueError as error:
@@ -177,9 +177,9 @@ def quantized_start(path, site, kernel) -> Start:
             plain = merge.make_merged_layer(site, remainder, "requantize")
             seen = classes.view_with(plain, type(site), {})
         lost = kernel - torch_layout.to_numpy(seen.base_kernel(dtype))
-        matrix, back = finite_matrix(path, site, lost)
+        matrix = finite_matrix(path, site, lost)
         a, b = pissa(matrix, rank, site.lora.scaling)
-        nearest = back(site.lora.scaling * a @ b)
+        nearest = site.form.from_matrix(site.lora.scaling * a @ b, kernel.shape)
         error = float(np.linalg.norm(lost - nearest) / length)
         before = tried[0].errors[0] if tried else float(np.linalg.norm(lost) / length)
         options = {"plain": plain, "errors": (before, error)}
@@ -294,7 +294,7 @@ class Moments:
 
 
 class Recorder:
-    """Records a layer's inputs in the place of its adapter while a model is called.
+    """Records a layer's inputs instead of its adapter while a model is called.
 
     groups: digest of a layer's first rows -> Moments. Layers with equal inputs, such as
     query, key and value, share one.

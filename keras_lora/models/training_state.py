@@ -51,9 +51,6 @@ def set_record(layer, record):
         vars(layer)["_lora_record"] = record
 
 
-# Values.
-
-
 def remember_base_values(layer, variables):
     """Remembers the values of variables that will train with A and B."""
     chosen = set(map(id, variables))
@@ -153,9 +150,6 @@ def base_value_names(owner, owner_class) -> dict:
     return {f"{BASE_PREFIX}{place}": entry for place, entry in enumerate(entries)}
 
 
-# Flags.
-
-
 def remember_flags(layer):
     if record_of(layer).flags is None:
         flags = [variable.trainable for variable in layer_state.own_variables(layer)]
@@ -175,7 +169,7 @@ def trainable_flags(layers_by_path) -> dict:
 
 
 def restore_flags(layers_by_path, flags):
-    """The inverse of `trainable_flags`; a layer that is gone, or new, is ignored.
+    """Sets flags as from `trainable_flags`; a layer that is gone, or new, is ignored.
 
     In a copy with other names, layers with variables are matched by their order.
     """

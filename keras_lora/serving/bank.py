@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import numbers
 import os
 import threading
 import weakref
@@ -47,7 +46,7 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
     kernels, and each layer has a stack with the factors of all adapters. Adapters may
     have different ranks, alphas and layers; in layers that an adapter leaves out, its
     rows use the base model. Biases, Dense layers that trained in full and DoRA's
-    lengths are kept for each adapter. `fit` trains several adapters at once.
+    magnitudes are kept for each adapter. `fit` trains several adapters at once.
 
     Args:
         model: A Keras model that is built and holds no adapter.
@@ -241,8 +240,8 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
         if names:
             raise ValueError(
                 f"{what} is part of a model in an AdapterBank. The adapters "
-                f"{names[:9]} have DoRA's lengths, or trained biases and layers, which "
-                "fit only the present weights. Nothing was changed. Call "
+                f"{names[:9]} have DoRA's magnitudes, or trained biases and layers, "
+                "which fit only the present weights. Nothing was changed. Call "
                 "bank.release(), load the weights, and create the bank again."
             )
 
@@ -346,14 +345,11 @@ def validate_adapters(adapters, target) -> dict:
 
 
 def validate_capacity(capacity, adapters):
-    capacity = max(len(adapters), 1) if capacity is None else capacity
-    if (
-        isinstance(capacity, bool)
-        or not isinstance(capacity, numbers.Integral)
-        or capacity < max(len(adapters), 1)
-    ):
+    lowest = max(len(adapters), 1)
+    capacity = lowest if capacity is None else capacity
+    if not settings.is_whole(capacity, lowest):
         raise ValueError(
-            f"`capacity` must be a whole number >= {max(len(adapters), 1)}, as many as "
+            f"`capacity` must be a whole number >= {lowest}, as many as "
             f"there are adapters. Received: capacity={capacity!r}."
         )
     return int(capacity)

@@ -293,7 +293,7 @@ class Hosts:
             if part.rank > stacks.rank:
                 no_room[path] = f"rank {part.rank}, with room for {stacks.rank}"
             elif part.has_gain and stacks.gain is None:
-                no_room[path] = "DoRA's lengths"
+                no_room[path] = "DoRA's magnitudes"
             else:
                 values = part.slot_values(layer.form, layer.over_outputs)
                 prepared[path] = {

@@ -290,6 +290,5 @@ def validate_rate(rate):
 def fresh_adapter(model, settings) -> Adapter:
     """Returns the adapter that apply_lora would create; the model is not changed."""
     arguments = with_defaults(apply.apply_lora, model, **settings)
-    del arguments["dry_run"]
     with apply.apply_tentatively(**arguments):
         return save.adapter_of(model)
