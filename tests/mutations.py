@@ -300,6 +300,11 @@ FAULTS = {
     ],
     "layers/conv.py": [
         (
+            "return np.moveaxis(a, (0, 1), (-1, -2)), b",
+            "return np.moveaxis(a, (0, 1), (-2, -1)), b",
+            "test_adapter_files.py -k 'every_kind and conv'",
+        ),
+        (
             "(self.dilation_rate[0] * (self.kernel_size[0] - 1), 0)",
             "(0, self.dilation_rate[0] * (self.kernel_size[0] - 1))",
             "test_laws.py -k 'fresh_adapter and causal'",
@@ -538,11 +543,6 @@ FAULTS = {
         ),
     ],
     "layers/torch_layout.py": [
-        (
-            "return np.moveaxis(a, (0, 1), (-1, -2)), b",
-            "return np.moveaxis(a, (0, 1), (-2, -1)), b",
-            "test_adapter_files.py -k 'every_kind and conv'",
-        ),
         (
             "if kernel.ndim < 2 or (inputs_first and kernel.ndim == 2):",
             "if kernel.ndim < 2:",
@@ -1074,7 +1074,7 @@ FAULTS = {
             "test_every_weight.py -k means_the_weights",
         ),
         (
-            "for x in (p, *sites_at(p, paths, paths.sites))",
+            "for x in (p, *paths.sites_of.get(p, ()))",
             "for x in (p,)",
             "test_every_weight.py -k means_the_weights",
         ),

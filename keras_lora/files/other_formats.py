@@ -47,8 +47,8 @@ FORMATS = [
         "DoRA of LyCORIS or ComfyUI",
         r"\.dora_scale$",
         "PEFT stores DoRA's magnitudes as `lora_magnitude_vector`, in another shape, "
-        "and LyCORIS may take the norm over the other axis of the kernel. Merge it with "
-        "its own library, or train it in PEFT.",
+        "and LyCORIS may take the norm over the other axis of the kernel. Merge it "
+        "with its own library, or train it in PEFT.",
     ),
     Format(
         "VeLoRA of PEFT",

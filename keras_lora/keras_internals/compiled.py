@@ -8,11 +8,12 @@ import types
 
 import keras
 
-from keras_lora.keras_internals import calls, distribution, optimizers, warn_caller
-from keras_lora.keras_internals.layer_state import (
-    flatten_layers,
-    layer_variables,
-    refresh_torch_parameters,
+from keras_lora.keras_internals import (
+    calls,
+    distribution,
+    layer_state,
+    optimizers,
+    warn_caller,
 )
 
 WARNED_AT = types.SimpleNamespace(count=0)  # frozen objects at the last warning
@@ -25,15 +26,15 @@ def models_sharing_layers(model) -> list:
     not know its owners, so they are found among the garbage collector's objects. Layers
     without variables do not count.
     """
-    layers = flatten_layers(model)
+    layers = layer_state.flatten_layers(model)
     own = {id(vars(layer)) for layer in layers}  # views share it
-    shared = {id(layer) for layer in layers if layer_variables(layer)}
+    shared = {id(layer) for layer in layers if layer_state.layer_variables(layer)}
     around = [
         found
         for found in live_models()
         if id(vars(found)) not in own
         and "_layers" in vars(found)
-        and not shared.isdisjoint(map(id, flatten_layers(found)))
+        and not shared.isdisjoint(map(id, layer_state.flatten_layers(found)))
     ]
     return layers + around
 
@@ -151,7 +152,7 @@ def compile_all_again(layers) -> list:
     for layer in compiled:
         optimizers.replace_optimizer(layer, renewed[id(layer.optimizer)])
     renew_compiled_functions(layers)
-    refresh_torch_parameters(layers)
+    layer_state.refresh_torch_parameters(layers)
     return notes
 
 

@@ -4,11 +4,16 @@ import math
 from functools import partial
 
 import keras
+import numpy as np
 from keras import ops
 
-from keras_lora.layers import loralib, torch_layout
+from keras_lora.layers import loralib
 from keras_lora.layers.form import LowRankForm
 from keras_lora.layers.lora_layer import LoRALayer
+
+GROUPS_NOTE = (
+    " The convolution has groups: PEFT's form for it cannot be merged or loaded."
+)
 
 
 class LoRAConv(LoRALayer):
@@ -54,7 +59,10 @@ class LoRAConv(LoRALayer):
             # convolution to few channels takes as long as one to sixteen.
             merges_from=math.prod(self.kernel_shape) * 16 // max(rank, 16),
             forms_gradient=self.groups == 1 and filters <= 2 * max(rank, 16),
-            **torch_layout.convolutions_in_file(self.groups, len(self.kernel_shape)),
+            to_file=to_file,
+            from_file=from_file,
+            vector_to_file=lambda vector: vector.reshape(1, -1, *[1] * self.rank),
+            file_note=GROUPS_NOTE if self.groups > 1 else "",
         )
 
     def over_outputs(self, value):
@@ -177,6 +185,16 @@ class LoRAConv3D(LoRAConv, keras.layers.Conv3D):
     """  # noqa: E501
 
     plain_class = keras.layers.Conv3D
+
+
+def to_file(a, b):
+    """Returns A and B as torch's two convolutions: (r, in, *k), (out, r, 1, ...)."""
+    a = np.moveaxis(a, (-1, -2), (0, 1))
+    return a, b.T.reshape(*b.T.shape, *[1] * (a.ndim - 2))
+
+
+def from_file(a, b):
+    return np.moveaxis(a, (0, 1), (-1, -2)), b.reshape(b.shape[:2]).T
 
 
 def down(layer, inputs, a):

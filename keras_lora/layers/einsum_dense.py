@@ -122,52 +122,8 @@ def split_equation(equation):
     )
 
 
-class QuantizedEinsum:
-    """Mixin of LoRAEinsumDense with the methods that `QuantizedHost` needs."""
-
-    equation: str
-    name: str
-    quantization_mode: str | None
-
-    def linear_back(self, upstream, kernel):
-        return ops.einsum(split_equation(self.equation).back, upstream, kernel)
-
-    def warn_of_quantization(self):
-        split = split_equation(self.equation)
-        mode = self.quantization_mode
-        first = split.kernel.startswith(split.contracted)
-        if (
-            mode in quantized_host.CALIBRATED
-        ):  # where the largest axis tells the inputs' from others
-            axes = split.axes(split.contracted)
-            inputs = math.prod(self.kernel_shape[axis] for axis in axes)
-            first = first and self.g_idx.shape[0] == inputs
-        scale, zero, _ = quantized_host.quantization(self, "kernel")
-        if not first and not self.scales_outputs(scale, zero):
-            warn_caller(
-                f"The {mode} kernel of {self.name!r} has a large error: Keras "
-                f"quantizes it along axes over which {self.equation!r} does not sum. "
-                "Its error is several times that of a Dense kernel. Use int8 for this "
-                "layer, or leave it in float (`filters` of `Model.quantize`)."
-            )
-
-    def scales_outputs(self, scale, zero):
-        """Whether a scale has the outputs' layout: int8, and int4 in Keras 3.12."""
-        return zero is None and (self.quantization_mode == "int8" or scale.ndim > 1)
-
-    def from_integers(self, integers, scale, zero, groups):
-        if self.scales_outputs(scale, zero):
-            split = split_equation(self.equation)
-            scale = split.over_kernel(scale, integers.shape)
-            return quantized_host.dequantize(integers, scale)
-        # Keras reshapes the kernel to a matrix without reordering its axes.
-        matrix = ops.reshape(integers, (-1, scale.shape[-1]))
-        values = quantized_host.dequantize(matrix, scale, zero, groups)
-        return ops.reshape(values, integers.shape)
-
-
 @keras.saving.register_keras_serializable(package="keras_lora")
-class LoRAEinsumDense(QuantizedEinsum, LoRALayer, keras.layers.EinsumDense):
+class LoRAEinsumDense(LoRALayer, keras.layers.EinsumDense):
     """EinsumDense layer with a frozen kernel and an update of true rank r.
 
     The equation splits the kernel's axes: those that are summed over are contracted,
@@ -255,6 +211,44 @@ class LoRAEinsumDense(QuantizedEinsum, LoRALayer, keras.layers.EinsumDense):
             gradient_of_a=self._gradient_of_a if split.keeps_order else None,
             **in_file,
         )
+
+    # Over a quantized kernel.
+
+    def linear_back(self, upstream, kernel):
+        return ops.einsum(split_equation(self.equation).back, upstream, kernel)
+
+    def warn_of_quantization(self):
+        split = split_equation(self.equation)
+        mode = self.quantization_mode
+        first = split.kernel.startswith(split.contracted)
+        if (
+            mode in quantized_host.CALIBRATED
+        ):  # where the largest axis tells the inputs' from others
+            axes = split.axes(split.contracted)
+            inputs = math.prod(self.kernel_shape[axis] for axis in axes)
+            first = first and self.g_idx.shape[0] == inputs
+        scale, zero, _ = quantized_host.quantization(self, "kernel")
+        if not first and not self.scales_outputs(scale, zero):
+            warn_caller(
+                f"The {mode} kernel of {self.name!r} has a large error: Keras "
+                f"quantizes it along axes over which {self.equation!r} does not sum. "
+                "Its error is several times that of a Dense kernel. Use int8 for this "
+                "layer, or leave it in float (`filters` of `Model.quantize`)."
+            )
+
+    def scales_outputs(self, scale, zero):
+        """Whether a scale has the outputs' layout: int8, and int4 in Keras 3.12."""
+        return zero is None and (self.quantization_mode == "int8" or scale.ndim > 1)
+
+    def from_integers(self, integers, scale, zero, groups):
+        if self.scales_outputs(scale, zero):
+            split = split_equation(self.equation)
+            scale = split.over_kernel(scale, integers.shape)
+            return quantized_host.dequantize(integers, scale)
+        # Keras reshapes the kernel to a matrix without reordering its axes.
+        matrix = ops.reshape(integers, (-1, scale.shape[-1]))
+        values = quantized_host.dequantize(matrix, scale, zero, groups)
+        return ops.reshape(values, integers.shape)
 
     def _gradient_of_a(self, inputs, of_hidden):
         matrix = form.gradient_of_matrix(self.input_rows(inputs), of_hidden)

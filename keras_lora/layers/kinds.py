@@ -8,60 +8,45 @@ import keras
 from keras.layers import Layer
 
 from keras_lora.keras_internals import classes, layer_state
-from keras_lora.layers import experts
+from keras_lora.layers import (
+    conv,
+    dense,
+    einsum_dense,
+    embedding,
+    experts,
+    recurrent,
+    substituted_conv,
+)
 from keras_lora.layers.adapter import LowRankAdapter
-from keras_lora.layers.conv import LoRAConv1D, LoRAConv2D, LoRAConv3D
-from keras_lora.layers.dense import LoRADense
-from keras_lora.layers.einsum_dense import LoRAEinsumDense
-from keras_lora.layers.embedding import LoRAEmbedding
-from keras_lora.layers.experts import Experts
 from keras_lora.layers.form import Axes
 from keras_lora.layers.lora_layer import LoRALayer
-from keras_lora.layers.recurrent import LoRAGRU, LoRALSTM, LoRARNN, LoRASimpleRNN
-from keras_lora.layers.site import (
-    Site,
-    refuse_bound_functions,
-    refuse_constraint,
-    refuse_keras_adapter,
-)
-from keras_lora.layers.substituted import (
-    SeveralWeights,
-    SubstitutedLayer,
-    WeightSite,
-)
-from keras_lora.layers.substituted_conv import (
-    LoRAConv1DTranspose,
-    LoRAConv2DTranspose,
-    LoRAConv3DTranspose,
-    LoRADepthwiseConv1D,
-    LoRADepthwiseConv2D,
-    LoRASeparableConv1D,
-    LoRASeparableConv2D,
-)
+from keras_lora.layers.site import Site
+from keras_lora.layers.substituted import SeveralWeights, SubstitutedLayer, WeightSite
 
-LORA_CLASSES = {
-    keras.layers.Dense: LoRADense,
-    keras.layers.EinsumDense: LoRAEinsumDense,
-    keras.layers.Embedding: LoRAEmbedding,
-    keras.layers.Conv1D: LoRAConv1D,
-    keras.layers.Conv2D: LoRAConv2D,
-    keras.layers.Conv3D: LoRAConv3D,
-    keras.layers.SimpleRNN: LoRASimpleRNN,
-    keras.layers.LSTM: LoRALSTM,
-    keras.layers.GRU: LoRAGRU,
-    keras.layers.RNN: LoRARNN,
-    keras.layers.Conv1DTranspose: LoRAConv1DTranspose,
-    keras.layers.Conv2DTranspose: LoRAConv2DTranspose,
-    keras.layers.Conv3DTranspose: LoRAConv3DTranspose,
-    keras.layers.SeparableConv1D: LoRASeparableConv1D,
-    keras.layers.SeparableConv2D: LoRASeparableConv2D,
-    keras.layers.DepthwiseConv1D: LoRADepthwiseConv1D,
-    keras.layers.DepthwiseConv2D: LoRADepthwiseConv2D,
-}
+KINDS = [
+    conv.LoRAConv1D,
+    conv.LoRAConv2D,
+    conv.LoRAConv3D,
+    dense.LoRADense,
+    einsum_dense.LoRAEinsumDense,
+    embedding.LoRAEmbedding,
+    recurrent.LoRAGRU,
+    recurrent.LoRALSTM,
+    recurrent.LoRARNN,
+    recurrent.LoRASimpleRNN,
+    substituted_conv.LoRAConv1DTranspose,
+    substituted_conv.LoRAConv2DTranspose,
+    substituted_conv.LoRAConv3DTranspose,
+    substituted_conv.LoRADepthwiseConv1D,
+    substituted_conv.LoRADepthwiseConv2D,
+    substituted_conv.LoRASeparableConv1D,
+    substituted_conv.LoRASeparableConv2D,
+]
 if hasattr(keras.layers, "ReversibleEmbedding"):  # since Keras 3.13
     from keras_lora.layers.reversible_embedding import LoRAReversibleEmbedding
 
-    LORA_CLASSES[keras.layers.ReversibleEmbedding] = LoRAReversibleEmbedding
+    KINDS.append(LoRAReversibleEmbedding)
+LORA_CLASSES: dict = {kind.plain_class: kind for kind in KINDS}
 
 
 # Layer class -> {weight: Axes}, as given to `register_lora_layer`.
@@ -199,7 +184,7 @@ def substituted_class(cls, weight):
     weight: Its only weight that can be adapted, or None if there are several.
     """
     mixin = SeveralWeights if weight is None else SubstitutedLayer
-    mixin = Experts if experts.is_expert_layer(cls) else mixin
+    mixin = experts.Experts if experts.is_expert_layer(cls) else mixin
     attributes = {
         "plain_class": cls,
         "kernel_name": weight,
@@ -258,7 +243,7 @@ def wrapped_layers(layer) -> tuple:
 def looks_up(site):
     """Whether a layer picks rows of its kernel by ids."""
     is_table = not isinstance(site, WeightSite)  # not an untied head
-    return is_table and issubclass(kind_of(site), LoRAEmbedding)
+    return is_table and issubclass(kind_of(site), embedding.LoRAEmbedding)
 
 
 def out_of_reach(layer) -> dict:
@@ -299,12 +284,7 @@ def obstacle(site):
     try:
         refuse_axes(site)
         if isinstance(site, WeightSite):
-            refuse_keras_adapter(site.lora_layer())
-            refuse_bound_functions(site.lora_layer())
-            constraint = site.frozen_kernel.constraint
-            refuse_constraint(
-                site.lora_layer(), f"{site.weight_name}_constraint", constraint
-            )
+            site.refuse_unadaptable()
         else:
             class_with_adapter(site).check_host(site)
     except ValueError as error:

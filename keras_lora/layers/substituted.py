@@ -77,6 +77,13 @@ class WeightSite(SubstitutedSite):
     def lora_layer(self):
         return self.layer
 
+    def refuse_unadaptable(self):
+        """Raises ValueError if an adapter would not work here."""
+        refuse_keras_adapter(self.layer)
+        refuse_bound_functions(self.layer)
+        constraint = self.frozen_kernel.constraint
+        refuse_constraint(self.layer, f"{self.weight_name}_constraint", constraint)
+
     @property
     def name(self):
         return f"{self.lora_layer().name}/{self.weight_name}"

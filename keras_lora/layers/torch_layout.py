@@ -5,9 +5,6 @@ import numpy as np
 # The names of A and B in PEFT's files, after the module's name.
 LINEAR = (".lora_A.weight", ".lora_B.weight")
 EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
-GROUPS_NOTE = (
-    " The convolution has groups: PEFT's form for it cannot be merged or loaded."
-)
 
 
 class TorchLayout:
@@ -55,29 +52,6 @@ def to_numpy(value):
     if "float" in str(value.dtype) and "64" not in str(value.dtype):
         value = ops.cast(value, "float32")
     return np.array(distribution.fetch(value))
-
-
-def convolutions_to_file(a, b):
-    """Returns A and B as torch's two convolutions: (r, in, *k), (out, r, 1, ...)."""
-    a = np.moveaxis(a, (-1, -2), (0, 1))
-    return a, b.T.reshape(*b.T.shape, *[1] * (a.ndim - 2))
-
-
-def convolutions_from_file(a, b):
-    return np.moveaxis(a, (0, 1), (-1, -2)), b.reshape(b.shape[:2]).T
-
-
-def convolutions_in_file(groups, ndim):
-    """Returns the arguments about files for a convolution's form.
-
-    ndim: the number of axes of the kernel.
-    """
-    files = {
-        "to_file": convolutions_to_file,
-        "from_file": convolutions_from_file,
-        "vector_to_file": lambda vector: vector.reshape(1, -1, *[1] * (ndim - 2)),
-    }
-    return files | ({"file_note": GROUPS_NOTE} if groups > 1 else {})
 
 
 class MethodFiles:

@@ -11,12 +11,9 @@ from keras_lora.keras_internals import (
     classes,
     compiled,
     distribution,
+    layer_state,
     processes,
     warn_caller,
-)
-from keras_lora.keras_internals.layer_state import (
-    flatten_layers,
-    refresh_torch_parameters,
 )
 from keras_lora.layers import arguments, kinds, settings, token_rows
 from keras_lora.layers.lora_layer import LoRALayer
@@ -191,7 +188,9 @@ def adapt_layers(paths, adapters):
         new = {
             site: sites.new_adapter(site, options) for site, options in adapters.items()
         }
-        undo.callback(refresh_torch_parameters, flatten_layers(model))
+        undo.callback(
+            layer_state.refresh_torch_parameters, layer_state.flatten_layers(model)
+        )
         undo.callback(
             training_state.restore_flags,
             layers_and_model,
@@ -208,7 +207,7 @@ def adapt_layers(paths, adapters):
             sites.add_adapter(site, adapter)
         for layer in quantized.fix_quantized(layers_and_model.values()):
             undo.callback(sites.make_plain, layer)
-        refresh_torch_parameters(flatten_layers(model))
+        layer_state.refresh_torch_parameters(layer_state.flatten_layers(model))
         yield Change(model, undo)
 
 

@@ -41,7 +41,7 @@ def choose(paths, target, exclude, trained):
     if exclude is not None:
         layers_and_sites = {**paths.sites, **paths.layers}
         left_out = targets.matching_paths(exclude, layers_and_sites, "exclude")
-        excluded = {x for p in left_out for x in (p, *sites_at(p, paths, paths.sites))}
+        excluded = {x for p in left_out for x in (p, *paths.sites_of.get(p, ()))}
         if paths_meant and excluded.issuperset(paths_meant):
             raise ValueError(
                 f"`exclude` {exclude!r} leaves nothing of `target` {target!r}."
@@ -196,19 +196,16 @@ def paths_of_rule(paths, candidates, target, trained):
     # A list may name a layer without weights: that is then the error.
     by_name = isinstance(target, (list, tuple, set, frozenset))
     by_name = by_name or (isinstance(target, str) and target in paths.layers)
-    layers_and_sites = {
-        p: x
-        for p, x in paths.layers.items()
-        if by_name or sites_at(p, paths, candidates)
+    sites_of = {
+        path: [x for x in own if x in candidates]
+        for path, own in paths.sites_of.items()
     }
-    layers_and_sites |= {
-        path: site for path, site in candidates.items() if path not in layers_and_sites
+    layers_and_sites = candidates | {
+        path: x for path, x in paths.layers.items() if by_name or sites_of[path]
     }
     meant = set()
     for path in matches_of(target, layers_and_sites, paths.sites, candidates):
-        paths_there = (
-            [path] if path in candidates else sites_at(path, paths, candidates)
-        )
+        paths_there = [path] if path in candidates else sites_of[path]
         if not paths_there:
             raise ValueError(
                 unsupported_message(path, paths.layers[path], trained, candidates)
@@ -231,23 +228,6 @@ def matches_of(target, layers_and_sites, all_sites, candidates) -> list:
         f"`target` {target!r} names {tables.join(both)}, and `also_train` names the "
         "layer that holds it. Leave it out of one of them."
     )
-
-
-def sites_at(path, paths, sites_by_path) -> list:
-    """Returns the paths of those sites that are of the layer at a path.
-
-    A layer that wraps another one, such as Bidirectional, has those of what it wraps.
-    """
-    layer = paths.layers.get(path)
-    if layer is None:
-        return []
-    inside = kinds.wrapped_layers(layer)
-    if inside:
-        owners = [
-            p for p, x in paths.layers.items() if any(x is part for part in inside)
-        ]
-        return [x for p in owners for x in sites_at(p, paths, sites_by_path)]
-    return [p for p, site in sites_by_path.items() if kinds.layer_of(site) is layer]
 
 
 def no_match_message(target, skipped):

@@ -10,14 +10,9 @@ from keras import ops
 from keras_lora.keras_internals import (
     compiled,
     distribution,
+    layer_state,
     variable_state,
     warn_caller,
-)
-from keras_lora.keras_internals.layer_state import (
-    flatten_layers,
-    listed_instead,
-    refresh_torch_parameters,
-    unlisted,
 )
 from keras_lora.layers import quantized_host, saved_values
 from keras_lora.layers.adapter import FixedKernel
@@ -68,13 +63,13 @@ def merged(model: keras.layers.Layer):
 @contextlib.contextmanager
 def _merged(model):
     sites = sites_outside_contexts(model)  # as they are at entry
-    functions = compiled.take_compiled_functions(flatten_layers(model))
+    functions = compiled.take_compiled_functions(layer_state.flatten_layers(model))
     refusing = compiled.refusing_to_train(model, UNTRAINED.format("merged"))
     try:
         with standing_in(sites), refusing:
             yield model
     finally:
-        compiled.take_compiled_functions(flatten_layers(model))
+        compiled.take_compiled_functions(layer_state.flatten_layers(model))
         for owner, name, function in functions:
             setattr(owner, name, function)
 
@@ -105,7 +100,7 @@ def disabled(model: keras.layers.Layer):
         ...     without = model.predict(x, verbose=0)
     """
     built_sites(model)
-    training_state.warn_of_variables_without_base(flatten_layers(model))
+    training_state.warn_of_variables_without_base(layer_state.flatten_layers(model))
     return _disabled(model)
 
 
@@ -114,7 +109,7 @@ def _disabled(model):
     sites = built_sites(model)
     values = [
         pair
-        for layer in flatten_layers(model)
+        for layer in layer_state.flatten_layers(model)
         for pair in training_state.base_values(layer)
     ]
     # Inside `merged`, its kernels get the values of W too.
@@ -201,13 +196,15 @@ def listing_merged_kernels(model):
             floats, undo.enter_context(standing_in(floats)), strict=True
         ):
             undo.enter_context(
-                listed_instead(site.kernel_owner(), site.frozen_kernel, stand_in.kernel)
+                layer_state.listed_instead(
+                    site.kernel_owner(), site.frozen_kernel, stand_in.kernel
+                )
             )
-            undo.enter_context(unlisted(site.lora_layer(), site.lora))
-        refresh_torch_parameters(flatten_layers(model))
+            undo.enter_context(layer_state.unlisted(site.lora_layer(), site.lora))
+        layer_state.refresh_torch_parameters(layer_state.flatten_layers(model))
         undo.enter_context(quantized_host.tracing_artefact())
         yield model
-    refresh_torch_parameters(flatten_layers(model))
+    layer_state.refresh_torch_parameters(layer_state.flatten_layers(model))
 
 
 def kernel_variable(site, values):

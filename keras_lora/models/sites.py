@@ -34,6 +34,23 @@ class Paths:
     def sites(self) -> dict:
         return sites_by_path(self.layers)
 
+    @functools.cached_property
+    def sites_of(self) -> dict:
+        """Path of a layer -> the paths of its sites.
+
+        A layer that wraps another one, such as Bidirectional, has those of what it
+        wraps.
+        """
+        own = collections.defaultdict(list)
+        for path, site in self.sites.items():
+            own[id(kinds.layer_of(site))].append(path)
+
+        def paths_of(layer):
+            inside = kinds.wrapped_layers(layer)
+            return [x for part in inside for x in paths_of(part)] or own[id(layer)]
+
+        return {path: paths_of(layer) for path, layer in self.layers.items()}
+
     @property
     def adapted(self) -> dict:
         """Path -> site, for those that have an adapter."""
