@@ -21,8 +21,8 @@ class OutputScale(LowRankAdapter):
     factor_names = ("scale",)
     more_suffixes = (".output_scale",)
 
-    def build_factors(self, form, regularizer, read_kernel):
-        sizes = list(read_kernel(self.variable_dtype).shape)
+    def build_factors(self, form, regularizer):
+        sizes = list(self.read_kernel().shape)
         shape = [n for axis, n in enumerate(sizes) if axis not in form.input_axes]
         self.scale = self.add_factor("scale", shape, "ones", regularizer)
 

@@ -473,7 +473,7 @@ def test_an_optimizer_s_failure_leaves_the_adapters(monkeypatch):
         if next(calls) == 2:
             raise MemoryError
 
-    monkeypatch.setattr(keras_lora.LoRALayer, "build_factors", fails)
+    monkeypatch.setattr(keras_lora.LoRALayer, "build_adapter", fails)
     with pytest.raises(MemoryError):
         keras_lora.initialize_lora(model, "pissa")
     assert [layer.lora for layer in model.layers] == adapters

@@ -94,16 +94,18 @@ class LowRankAdapter(AdapterFiles, keras.layers.Layer):
     # Variables.
 
     def build(self, form, regularizer=None, read_kernel=None):
-        self.form = form
-        self.build_factors(form, regularizer, read_kernel)
+        # A function of a dtype that returns W, as a variable among these arguments
+        # would become a weight.
+        self.form, self.read_kernel_as = form, read_kernel
+        self.build_factors(form, regularizer)
         self.make_scaling()
 
-    def build_factors(self, form, regularizer, read_kernel):
-        """Creates the variables that are named in `factor_names`.
+    def read_kernel(self):
+        """W in the adapter's dtype, for methods that need it outside of calls."""
+        return self.read_kernel_as(self.variable_dtype)
 
-        read_kernel: a function of a dtype that returns W, for methods that start from
-        it. (A variable among build's arguments would become a weight.)
-        """
+    def build_factors(self, form, regularizer):
+        """Creates the variables that are named in `factor_names`."""
         self.a = self.add_factor(
             "a",
             form.a_shape,

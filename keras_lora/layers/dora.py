@@ -46,15 +46,14 @@ class DoRAAdapter(DoRAFiles, LowRankAdapter):
     has_gain = takes_start = True
     factor_names = ("a", "b", "magnitude")
 
-    def build_factors(self, form, regularizer, read_kernel):
-        super().build_factors(form, regularizer, read_kernel)
+    def build_factors(self, form, regularizer):
+        super().build_factors(form, regularizer)
         if calls.traced_for_xla():
             raise ValueError(
                 "With `use_dora` a layer cannot be built inside a function that XLA "
                 "compiles: m starts from W. Build the model first, with "
                 "`model.build(input_shape)` or by one call."
             )
-        self.read_kernel = lambda: read_kernel(self.variable_dtype)
         sizes = tuple(self.read_kernel().shape)
         refuse_other_products(form, sizes)
         shape = [n for axis, n in enumerate(sizes) if axis not in form.input_axes]

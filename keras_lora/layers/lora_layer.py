@@ -233,6 +233,7 @@ class LoRALayer(Rematerialized, QuantizedHost, Site):
     def build_adapters(self):
         for site in self.sites().values():
             site.build_adapter()
+            site.freeze_kernel()
 
     def build(self, input_shape=None):
         super().build(input_shape)
@@ -285,8 +286,7 @@ class LoRALayer(Rematerialized, QuantizedHost, Site):
     # Configuration and files.
 
     def get_config(self):
-        options = self.adapter_config()
-        options["merge_weights"] = self.merge_weights
+        options = {**self.adapter_config(), "merge_weights": self.merge_weights}
         if self.trainable and self.loras:
             own = layer_state.own_variables(self)
             frozen = [v.name for v in own if not v.trainable]

@@ -154,7 +154,7 @@ class Site(TorchLayout):
     def detach_adapter(self):
         layer_state.detach(self.lora_layer(), self.adapter_attribute)
 
-    def build_factors(self):
+    def build_adapter(self):
         """Creates A and B for W."""
         form = self.low_rank_form(self.lora.rank)
         layout = distribution.layout_of(self.frozen_kernel)
@@ -162,9 +162,8 @@ class Site(TorchLayout):
         with distribution.laid_out_by(axes, layout):
             self.lora.build(form, self.factor_regularizer, self.base_kernel)
 
-    def build_adapter(self):
-        """Creates A and B for W, and freezes W."""
-        self.build_factors()
+    def freeze_kernel(self):
+        """Freezes W, and remembers its old position for `release_kernel`."""
         if self.is_quantized:  # then it is frozen already
             variable_state.mark_frozen(self.frozen_kernel)
             self.warn_of_quantization()

@@ -38,9 +38,9 @@ class SubstitutedSite(Site):
             axes = self.lora_class.axes_of(self.weight_name, ndim)
         return weight_form(self.kernel_shape, axes, rank)
 
-    def build_adapter(self):
+    def freeze_kernel(self):
         """Also watches W, which other code than this layer's call may read."""
-        super().build_adapter()
+        super().freeze_kernel()
         variable_state.watch_reads(self.frozen_kernel, f"kernel of {self.name!r}")
 
     @property

@@ -43,14 +43,14 @@ class TokenRows(TokenRowsFiles, LowRankAdapter):
         super().__init__(1, dtype=dtype, name=name)
         self.indices = settings.validate_indices(trainable_token_indices)
 
-    def build_factors(self, form, regularizer, read_kernel):
+    def build_factors(self, form, regularizer):
         self.axis = 0 if form.looks_up else 1
-        kernel = read_kernel(self.variable_dtype)
+        kernel = self.read_kernel()
         refuse_outside(self.indices, kernel.shape[self.axis])
         self.rows = self.add_factor(
             "rows",
             (len(self.indices), kernel.shape[1 - self.axis]),
-            lambda shape, dtype: self.own_rows(read_kernel(self.variable_dtype)),
+            lambda shape, dtype: self.own_rows(self.read_kernel()),
         )
 
     def factor_axes(self, form, axes) -> dict:
@@ -76,12 +76,8 @@ class TokenRows(TokenRowsFiles, LowRankAdapter):
         """Does nothing: rows are not scaled."""
 
     def delta(self):
-        kernel = self.read_table()
+        kernel = self.read_kernel()
         return ops.subtract(self.effective_kernel(kernel), kernel)
-
-    def build(self, form, regularizer=None, read_kernel=None):
-        self.read_table = lambda: read_kernel(self.variable_dtype)
-        super().build(form, regularizer, read_kernel)
 
     def outputs(self, host, inputs, training):
         if host.form.looks_up:

@@ -229,7 +229,7 @@ def replace_adapters(model, options):
             undo.callback(replace_adapter, site, site.lora)
             replace_adapter(site, adapter)
             with layer_state.name_scope_of(site.lora_layer()):
-                site.build_factors()
+                site.build_adapter()
         yield
         undo.pop_all()
 

@@ -217,10 +217,10 @@ def class_without_adapter(cls):
 
 def new_adapter(site, options) -> LowRankAdapter:
     """Creates an adapter for a site, without dropout if the site takes none."""
-    if not kinds.as_site(site).takes_dropout:
+    site = kinds.as_site(site)
+    if not site.takes_dropout:
         options = {**options, "dropout": 0.0}
-    name = getattr(site, "adapter_attribute", "lora")
-    return methods.make_adapter(options, site.variable_dtype, name)
+    return methods.make_adapter(options, site.variable_dtype, site.adapter_attribute)
 
 
 def add_adapter(site, adapter):
@@ -231,6 +231,7 @@ def add_adapter(site, adapter):
     site.attach_adapter(adapter)
     with layer_state.name_scope_of(layer):
         site.build_adapter()
+        site.freeze_kernel()
 
 
 def make_plain(layer):

@@ -194,7 +194,7 @@ def read(paths, adapter, names, max_rank) -> Reading:
         options = {**load.adapter_options(file, module), "rank": rank, "alpha": None}
         lora = sites.new_adapter(host, options)
         vars(host)["lora"] = lora  # past the tracker, which is the layer's
-        host.build_factors()
+        host.build_adapter()
     pairs, parts = matching.values_for(file), {}
     factors = {
         id(factor)
