@@ -59,9 +59,14 @@ FAULTS = {
             "test_laws.py -k 'delta_is_scaling and rslora'",
         ),
         (
-            "** (0.5 if use_rslora else 1)",
-            "** 1",
+            "divisor(rank, use_rslora) / divisor(self.rank, self.use_rslora)",
+            "rank / self.rank",
             "test_combining.py -k rslora_stays",
+        ),
+        (
+            "return self.alpha / divisor(self.rank, self.use_rslora)",
+            "return self.alpha / self.rank",
+            "test_laws.py -k 'delta_is_scaling and rslora'",
         ),
         ("and value >= lowest", "", "test_bad_input.py -k test_rank"),
         ("or alpha <= 0", "or alpha < 0", "test_bad_input.py -k test_alpha"),
@@ -616,8 +621,8 @@ FAULTS = {
     ],
     "files/slices.py": [
         (
-            "[block * (s / scaling[0])",
-            "[block * 1",
+            "block * (own.scaling / first.scaling)",
+            "block * 1",
             "test_name_tables.py -k slices_of_other",
         ),
         (
@@ -632,11 +637,6 @@ FAULTS = {
         ),
     ],
     "files/factors.py": [
-        (
-            "self.alpha / settings.divisor(self.rank, self.use_rslora)",
-            "self.alpha / self.rank",
-            "test_analyze.py -k 'a_folder_says and sequential'",
-        ),
         (
             "if not np.isfinite(values).all():",
             "if False:",
@@ -697,8 +697,8 @@ FAULTS = {
             "test_token_rows.py -k combined",
         ),
         (
-            "weight * term.scaling / first.scaling for",
-            "weight * term.scaling for",
+            "weight * term.settings.scaling / scaling for",
+            "weight * term.settings.scaling for",
             "test_combining.py -k exact",
         ),
         (
@@ -712,8 +712,8 @@ FAULTS = {
             "test_expert_files.py -k spectra",
         ),
         (
-            'ranks, {x for f in files for x in f.settings["target_parameters"]}',
-            "ranks, ()",
+            'new_settings, {x for f in files for x in f.config["target_parameters"]}',
+            "new_settings, ()",
             "test_expert_files.py -k spectra",
         ),
     ],
@@ -736,8 +736,8 @@ FAULTS = {
         ),
         ("[b, -other_b]", "[b, other_b]", "test_command.py -k diff"),
         (
-            "abs(x.scaling - scaling)",
-            "0 * abs(x.scaling - scaling)",
+            "abs(x.settings.scaling - usual.scaling)",
+            "0 * abs(x.settings.scaling - usual.scaling)",
             "test_check_adapter.py",
         ),
         (
@@ -910,12 +910,17 @@ FAULTS = {
     ],
     "files/save.py": [
         (
+            "settings.with_rank(site.lora.file_rank, use_rslora)",
+            "settings",
+            "test_adapter_files.py -k 'every_kind and merged'",
+        ),
+        (
             "processes.run_on_all(model, lambda: writes and adapter.save(directory))",
             "writes and adapter.save(directory)",
             WORKERS,
         ),
         (
-            'bias = "all" if biases - ranks.keys() else "lora_only"',
+            'bias = "all" if biases - settings.keys() else "lora_only"',
             'bias = "lora_only"',
             "test_adapter_files.py -k which_biases",
         ),
@@ -942,11 +947,6 @@ FAULTS = {
     ],
     "files/tensors.py": [
         (
-            "return site.lora.scaling * settings.divisor(rank, use_rslora)",
-            "return site.lora.alpha",
-            "test_adapter_files.py -k 'every_kind and merged'",
-        ),
-        (
             '    if variable.name == "bias":\n        return value.reshape(-1)',
             "",
             "test_adapter_files.py test_name_tables.py -k 'biases or peft_loads_ours'",
@@ -971,8 +971,8 @@ FAULTS = {
     ],
     "files/load.py": [
         (
-            "site.lora.set_alpha(alpha, file.use_rslora)",
-            "site.lora.set_alpha(alpha)",
+            "site.lora.set_alpha(settings.alpha, settings.use_rslora)",
+            "site.lora.set_alpha(settings.alpha)",
             "test_adapter_files.py -k every_kind",
         ),
         (
@@ -1017,7 +1017,11 @@ FAULTS = {
         ),
     ],
     "files/from_loralib.py": [
-        ("alpha * ranks[module] / rank", "alpha", "test_loralib_files.py"),
+        (
+            "given.with_rank(given.rank if loralib_form else len(a))",
+            "given",
+            "test_loralib_files.py",
+        ),
     ],
     "models/targets.py": [
         (

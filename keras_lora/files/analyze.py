@@ -10,6 +10,7 @@ import numpy as np
 from keras_lora.files import factors
 from keras_lora.files.folder import Adapter
 from keras_lora.layers import settings, torch_layout
+from keras_lora.layers.settings import Settings
 from keras_lora.models import tables
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def analyze(source: "keras.layers.Layer | Adapter | str | os.PathLike") -> Analy
 def analyze_adapter(adapter, name):
     file = factors.factors_of(adapter)
     rows = [
-        update(module, x.rank, *x.product(), x.scaling)
+        update(module, x.settings.rank, *x.product(), x.settings.scaling)
         for module in tables.sort_by_number(file.factors)
         for x in [file.factors[module]]
     ]
@@ -260,7 +261,7 @@ def tensor_differences(one, two) -> list:
     ):
         pair = [file.factors.get(module) for file in files]
         if difference := update_difference(*pair):
-            ranks = [str(x.rank if x else "-") for x in pair]
+            ranks = [str(x.settings.rank if x else "-") for x in pair]
             rows.append([module, " and ".join(dict.fromkeys(ranks)), difference])
     full = [other_tensors(file) for file in files]
     for key in tables.sort_by_number(full[0].keys() | full[1].keys()):
@@ -283,7 +284,7 @@ def update_difference(one, two):
     """The relative difference of two updates in words, None where they are equal."""
     if one is None or two is None:
         return f"only in the {'second' if one is None else 'first'}"
-    if one.scaling == two.scaling and all(
+    if one.settings.scaling == two.settings.scaling and all(
         suffix in two.tensors
         and np.array_equal(one.tensors[suffix], two.tensors[suffix])
         for suffix in one.low_rank
@@ -292,7 +293,7 @@ def update_difference(one, two):
     (b, a), (other_b, other_a) = one.product(), two.product()
     if b.shape[:-1] != other_b.shape[:-1] or a.shape[-1] != other_a.shape[-1]:
         return "different shapes"
-    b, other_b = b * one.scaling, other_b * two.scaling
+    b, other_b = b * one.settings.scaling, other_b * two.settings.scaling
     both = np.concatenate([b, -other_b], -1), np.concatenate([a, other_a], -2)
     norms = [
         np.linalg.norm(singular_values(*pair))
@@ -348,7 +349,7 @@ def check_adapter(
     max_lora_rank = settings.validate_rank(max_lora_rank)
     adapter = adapter if isinstance(adapter, Adapter) else Adapter.read(adapter)
     file, problems = factors.factors_of(adapter, ()), []
-    if heads := file.settings["modules_to_save"]:
+    if heads := file.config["modules_to_save"]:
         problems.append(
             f"{VLLM} refuses modules_to_save, here {heads}: train without "
             "`also_train`, or merge and serve the whole model."
@@ -375,25 +376,24 @@ def check_adapter(
         )
     if not adapter.config.get("target_modules"):
         problems.append(f"{VLLM} needs target_modules, which the file lacks.")
-    largest = max(file.factors.values(), key=lambda factors: factors.rank)
-    if largest.rank > max_lora_rank:
+    largest = max(file.factors.values(), key=lambda factors: factors.settings.rank)
+    if largest.settings.rank > max_lora_rank:
         problems.append(
             f"{VLLM} refuses ranks above max_lora_rank={max_lora_rank}, and "
-            f"{largest.module!r} has {largest.rank}: start the server with a higher "
-            "--max-lora-rank, or lower the rank with combine_adapters([adapter], "
-            f"rank={max_lora_rank})."
+            f"{largest.module!r} has {largest.settings.rank}: start the server with a "
+            "higher --max-lora-rank, or lower the rank with combine_adapters([adapter],"
+            f" rank={max_lora_rank})."
         )
-    divisor = settings.divisor(file.settings["r"], file.use_rslora)
-    scaling = file.settings["lora_alpha"] / divisor
+    usual = Settings(file.config["r"], file.config["lora_alpha"], file.use_rslora)
     otherwise = [
         module
         for module, x in file.factors.items()
-        if abs(x.scaling - scaling) > 1e-6 * scaling
+        if abs(x.settings.scaling - usual.scaling) > 1e-6 * usual.scaling
     ]
     if otherwise:
         problems.append(
             f"{VLLM} ignores rank_pattern and alpha_pattern: it would scale "
-            f"{otherwise[:5]} by {scaling:.4g}, which changes the adapter. Use one "
-            "rank and one alpha for all layers, or the same ratio of the two."
+            f"{otherwise[:5]} by {usual.scaling:.4g}, which changes the adapter. Use "
+            "one rank and one alpha for all layers, or the same ratio of the two."
         )
     return problems

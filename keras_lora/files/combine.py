@@ -81,7 +81,7 @@ def combine_adapters(
         for term in file.factors.values():
             term.product()  # raises if they are not matrices
     use_rslora = all(file.use_rslora for file in files)
-    tensors, ranks, alphas, errors = {}, {}, {}, {}
+    tensors, new_settings, errors = {}, {}, {}
     for module in dict.fromkeys(m for file in files for m in file.factors):
         terms = [
             (file.factors[module], weight)
@@ -91,7 +91,8 @@ def combine_adapters(
         first, _ = terms[0]
         refuse_different_shapes(module, [term for term, _ in terms])
         pairs = [[term.tensors[x] for x in first.low_rank] for term, _ in terms]
-        scales = [weight * term.scaling / first.scaling for term, weight in terms]
+        scaling = first.settings.scaling
+        scales = [weight * term.settings.scaling / scaling for term, weight in terms]
         a = np.concatenate([a for a, _ in pairs])
         b = np.concatenate(
             [b * scale for (_, b), scale in zip(pairs, scales, strict=True)], axis=1
@@ -110,29 +111,20 @@ def combine_adapters(
                 b = left.astype(b.dtype).reshape(len(b), -1, *b.shape[2:])
         keys = (module + suffix for suffix in first.low_rank)
         tensors |= zip(keys, (a, b), strict=True)
-        ranks[module] = len(a)
-        alphas[module] = first.scaling * settings.divisor(len(a), use_rslora)
-        if use_rslora == first.use_rslora:  # exact if there is one adapter
-            alphas[module] = settings.alpha_at(
-                len(a), first.alpha, first.rank, use_rslora
-            )
-    slice_ranks = slices.fuse(tensors, ranks, alphas, use_rslora)
+        new_settings[module] = first.settings.with_rank(len(a), use_rslora)
+    slice_ranks = slices.fuse(tensors, new_settings)
     tensors |= combine_full_weights(files, heads)
     ids = {m: list(own) for file in files for m, (own, _) in file.rows.items()}
     bias = max((file.bias for file in files), key=BIAS_ORDER.index)
     facts = {key: {x.config.get(key) for x in opened} for key in config.FACTS}
     new_config = config.make_config(
-        ranks,
-        alphas,
-        use_rslora,
-        lora_dropout=max(file.settings["dropout"] for file in files),
+        new_settings,
+        lora_dropout=max(file.config["dropout"] for file in files),
         bias=None if bias == "none" else bias,
-        modules_to_save=sorted(
-            {m for f in files for m in f.settings["modules_to_save"]}
-        ),
+        modules_to_save=sorted({m for f in files for m in f.config["modules_to_save"]}),
         fan_in_fan_out=any(x.config.get("fan_in_fan_out") for x in opened),
         parameters=experts.parameters_in(
-            ranks, {x for f in files for x in f.settings["target_parameters"]}
+            new_settings, {x for f in files for x in f.config["target_parameters"]}
         ),
         **{key: values.pop() for key, values in facts.items() if len(values) == 1},
         **{validation.KEYWORD: ids},

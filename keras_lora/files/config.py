@@ -9,7 +9,8 @@ from types import MappingProxyType
 from keras_lora.files import slices
 from keras_lora.files.patterns import Budget, Pattern
 from keras_lora.keras_internals import warn_caller
-from keras_lora.layers import settings, torch_layout
+from keras_lora.layers import torch_layout
+from keras_lora.layers.settings import Settings
 
 CONFIG = "adapter_config.json"
 # Settings that decide how the tensors are read; the tensors' metadata has them too.
@@ -40,15 +41,17 @@ def model_facts(model, facts):
     return {key: facts[key] or loaded[key] for key in FACTS}
 
 
-def make_config(ranks, alphas, use_rslora, parameters=None, **options):
-    """The configuration of an adapter with these ranks and alphas per module.
+def make_config(settings, parameters=None, **options):
+    """The configuration of an adapter.
 
-    parameters: module -> name of the parameter that PEFT adapts there.
+    Args:
+        settings: module -> Settings, all of the same `use_rslora`.
+        parameters: module -> name of the parameter that PEFT adapts there.
+        options: Further settings under PEFT's names.
     """
     parameters = parameters or {}
-    alphas = {
-        module: settings.validate_alpha(alpha) for module, alpha in alphas.items()
-    }
+    ranks = {module: own.rank for module, own in settings.items()}
+    alphas = {module: own.alpha for module, own in settings.items()}
     config = {
         "peft_type": "LORA",
         "task_type": None,
@@ -64,7 +67,7 @@ def make_config(ranks, alphas, use_rslora, parameters=None, **options):
         "target_parameters": sorted(parameters.values()),
         "rank_pattern": pattern(ranks, config["r"], parameters),
         "alpha_pattern": pattern(alphas, config["lora_alpha"], parameters),
-        "use_rslora": use_rslora,
+        "use_rslora": any(own.use_rslora for own in settings.values()),
         **options,
     }
     return config | {key: value for key, value in optional.items() if value}
@@ -121,6 +124,16 @@ def values_by_module(config, pattern_key, default_key, modules, warns=True):
         unmatched = [key for key in config[pattern_key] if key not in used]
         warn_of_unmatched(pattern_key, unmatched)
     return values
+
+
+def settings_by_module(config, modules) -> dict:
+    """Module -> Settings; config: checked."""
+    ranks = values_by_module(config, "rank_pattern", "r", modules)
+    alphas = values_by_module(config, "alpha_pattern", "lora_alpha", modules)
+    return {
+        module: Settings(ranks[module], alphas[module], config["use_rslora"])
+        for module in modules
+    }
 
 
 def ends_of(name) -> list:

@@ -68,18 +68,20 @@ def wrapped_modules(owner, parameters) -> dict:
     }
 
 
-def unwrap(tensors, settings) -> dict:
+def unwrap(tensors, file_config) -> dict:
     """The tensors of a file, with stacks under the names of their parameters.
 
-    settings: From `validate_config`.
+    file_config: From `validate_config`.
     """
     depths = collections.defaultdict(set)
     for key in tensors:
         if match := WRAPPED.fullmatch(key):
             depths[match[1]].add(match[2].count("."))
     names = [f"{owner}.{name}" for owner in depths for name in PARAMETERS]
-    meant = parameters_in(names, settings["target_parameters"])
-    ranks = config.values_by_module(settings, "rank_pattern", "r", meant, warns=False)
+    meant = parameters_in(names, file_config["target_parameters"])
+    ranks = config.values_by_module(
+        file_config, "rank_pattern", "r", meant, warns=False
+    )
     tensors = dict(tensors)
     for owner, own_depths in depths.items():
         modules = wrapped_modules(owner, meant)
@@ -178,31 +180,31 @@ def build_stacks(adapter, tensors, values, modules):
     ]
     every = [*other_modules, *itertools.chain(*modules.values())]
     config.refuse_unmatched_targets(in_file, every)
-    settings = [
-        config.values_by_module(in_file, *keys, every)
-        for keys in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
-    ]
-    ranks, alphas = ({m: setting[m] for m in other_modules} for setting in settings)
+    in_modules = config.settings_by_module(in_file, every)
+    settings = {module: in_modules[module] for module in other_modules}
     for stack, pairs in values.items():
-        for setting, of_stack in zip(settings, (ranks, alphas), strict=True):
-            different = {setting[module] for module in modules[stack]}
-            if len(different) > 1:
-                raise ValueError(
-                    f"The experts of {slices.without_slice(stack)!r} have different "
-                    f"ranks or alphas, {sorted(different)}; a stack of experts has one "
-                    "for all."
-                )
-            of_stack[stack] = different.pop()
+        different = {(x.rank, x.alpha) for x in map(in_modules.get, modules[stack])}
+        if len(different) > 1:
+            raise ValueError(
+                f"The experts of {slices.without_slice(stack)!r} have different ranks "
+                f"and alphas, {sorted(different)}; a stack of experts has one for all."
+            )
+        settings[stack] = in_modules[next(iter(modules[stack]))]
         a, b = (sort_by_expert(stack, pairs[suffix]) for suffix in torch_layout.LINEAR)
         tensors[stack + torch_layout.LINEAR[0]] = np.stack(a, 1)
         tensors[stack + torch_layout.LINEAR[1]] = np.stack(b, 2)
-    slice_ranks = slices.fuse(tensors, ranks, alphas, in_file["use_rslora"])
+    slice_ranks = slices.fuse(tensors, settings)
     names = {slices.without_slice(stack) for stack in values}
     changed = {
         "target_modules": sorted(other_modules),
         "target_parameters": sorted({*in_file["target_parameters"], *names}),
-        "rank_pattern": config.pattern(ranks, in_file["r"]),
-        "alpha_pattern": config.pattern(alphas, in_file["lora_alpha"]),
+        "rank_pattern": config.pattern(
+            {module: own.rank for module, own in settings.items()}, in_file["r"]
+        ),
+        "alpha_pattern": config.pattern(
+            {module: own.alpha for module, own in settings.items()},
+            in_file["lora_alpha"],
+        ),
     }
     return dataclasses.replace(
         adapter,

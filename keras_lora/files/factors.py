@@ -5,8 +5,13 @@ import dataclasses
 import numpy as np
 
 from keras_lora.files import disk, experts, slices, validation
-from keras_lora.files.config import CONFIG, refuse_unmatched_targets, values_by_module
-from keras_lora.layers import settings, torch_layout
+from keras_lora.files.config import (
+    CONFIG,
+    refuse_unmatched_targets,
+    settings_by_module,
+)
+from keras_lora.layers import torch_layout
+from keras_lora.layers.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,15 +20,8 @@ class Factors:
 
     module: str
     tensors: dict  # suffix -> array
-    rank: int
-    alpha: float
-    use_rslora: bool
+    settings: Settings
     parameter: str | None  # the one that PEFT adapts, if the module has several
-
-    @property
-    def scaling(self) -> float:
-        """The factor in front of B @ A."""
-        return self.alpha / settings.divisor(self.rank, self.use_rslora)
 
     @property
     def low_rank(self) -> tuple:
@@ -58,7 +56,7 @@ class Factors:
         a, b = (self.tensors[suffix] for suffix in self.low_rank)
         if self.is_stack:
             return b.transpose(2, 0, 1), a.transpose(1, 0, 2)
-        rank = self.rank
+        rank = self.settings.rank
         if len(a) != rank or b.shape[1] != rank or b.size != len(b) * rank:
             raise ValueError(
                 f"The factors of {self.module!r} have shapes {a.shape} and {b.shape}, "
@@ -76,21 +74,21 @@ class FileFactors:
     factors: dict  # module -> Factors
     weights: dict  # key -> array, for those that trained in full
     unadapted: dict  # slice of an adapted module -> {suffix: array}, without A and B
-    settings: dict  # checked
+    config: dict  # checked, with PEFT's defaults
     rows: dict  # module -> (ids of tokens, their rows)
 
     @property
     def bias(self) -> str:
-        return self.settings["bias"]
+        return self.config["bias"]
 
     @property
     def use_rslora(self) -> bool:
-        return self.settings["use_rslora"]
+        return self.config["use_rslora"]
 
     @property
     def method(self) -> dict:
         """The keyword of a method other than LoRA."""
-        return self.settings["method"]
+        return self.config["method"]
 
 
 def slice_names(adapters) -> list:
@@ -112,13 +110,13 @@ def factors_of(adapter, modules=None) -> FileFactors:
     modules: Names that may mean slices, as in `keras_lora.files.slices`; by default
         those of the slices that the adapter itself has.
     """
-    settings_in_file = validation.validate_config(adapter.config)
+    config = validation.validate_config(adapter.config)
     modules = slice_names([adapter]) if modules is None else modules
     tensors = dict(adapter.tensors)
     for key, value in tensors.items():
         refuse_not_finite(key, value)
     shares = slices.split(tensors, modules, adapter.slices)
-    method = torch_layout.method_in(settings_in_file["method"])
+    method = torch_layout.method_in(config["method"])
     arrays, weights = group_by_module(tensors, method)
     rows = validation.take_rows(weights)
     if not arrays and not rows:
@@ -136,22 +134,18 @@ def factors_of(adapter, modules=None) -> FileFactors:
     }
     refuse_incomplete(arrays, method)
     if arrays:
-        refuse_unmatched_targets(settings_in_file, arrays)
-    ranks, alphas = ranks_and_alphas(settings_in_file, arrays, shares)
-    parameters = experts.parameters_in(arrays, settings_in_file["target_parameters"])
+        refuse_unmatched_targets(config, arrays)
+    settings = settings_by_module(config, arrays)
+    refuse_other_ranks(settings, arrays, shares)
+    for name, share in shares.items():
+        settings[name] = settings[name].with_rank(share.rank)
+    parameters = experts.parameters_in(arrays, config["target_parameters"])
     factors = {
-        module: Factors(
-            module,
-            values,
-            ranks[module],
-            alphas[module],
-            settings_in_file["use_rslora"],
-            parameters.get(module),
-        )
+        module: Factors(module, values, settings[module], parameters.get(module))
         for module, values in arrays.items()
     }
-    rows = validation.validate_rows(rows, settings_in_file["tokens"])
-    return FileFactors(factors, weights, unadapted, settings_in_file, rows)
+    rows = validation.validate_rows(rows, config["tokens"])
+    return FileFactors(factors, weights, unadapted, config, rows)
 
 
 def group_by_module(tensors, method) -> tuple:
@@ -181,34 +175,33 @@ def refuse_incomplete(arrays, method):
             )
 
 
-def ranks_and_alphas(settings_in_file, arrays, shares) -> tuple:
-    """Returns {module: rank} and {module: alpha}, of slices where there are some."""
-    ranks = values_by_module(settings_in_file, "rank_pattern", "r", arrays)
-    alphas = values_by_module(settings_in_file, "alpha_pattern", "lora_alpha", arrays)
+def refuse_other_ranks(settings, arrays, shares):
+    """Raises if the tensors cannot have the ranks of the settings.
+
+    settings: module -> Settings. A slice has those of its module.
+    """
     low_rank = torch_layout.LINEAR + torch_layout.EMBEDDING
     for module, values in arrays.items():
         factors = [values[suffix] for suffix in low_rank if suffix in values]
-        if any(x.ndim < 2 or ranks[module] > x.size for x in factors):
+        rank = settings[module].rank
+        if any(x.ndim < 2 or rank > x.size for x in factors):
             shapes = [value.shape for value in values.values()]
             raise ValueError(
-                f"{module!r} has rank {ranks[module]} in {CONFIG}, but factors of "
+                f"{module!r} has rank {rank} in {CONFIG}, but factors of "
                 f"shapes {shapes}."
             )
-    for name, (rank, total) in shares.items():
-        if ranks[name] != total:
+    for name, share in shares.items():
+        rank = settings[name].rank
+        if rank != share.total:
             raise ValueError(
-                f"The rank of {slices.without_slice(name)!r} is {ranks[name]} in "
-                f"{CONFIG}, but {total} in {disk.TENSORS}."
+                f"The rank of {slices.without_slice(name)!r} is {rank} in {CONFIG}, "
+                f"but {share.total} in {disk.TENSORS}."
             )
-        ranks[name] = rank
-        use_rslora = settings_in_file["use_rslora"]
-        alphas[name] = settings.alpha_at(rank, alphas[name], total, use_rslora)
-    return ranks, alphas
 
 
 def validate_starts(starts, factors):
     for module in starts:
-        if module not in factors or factors[module].rank % 2:
+        if module not in factors or factors[module].settings.rank % 2:
             raise ValueError(
                 f"The file has initial values for {module!r}, but no factors of an "
                 "even rank. Load it with the same `names` with which it was saved."

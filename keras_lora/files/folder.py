@@ -221,8 +221,8 @@ def parts_of(adapter, most=math.inf):
         row = [
             module,
             " ".join(map(str, shapes)),
-            f"{factors.rank}",
-            f"{factors.alpha:g}",
+            f"{factors.settings.rank}",
+            f"{factors.settings.alpha:g}",
             f"{factors.size:,}",
             size(factors.tensors.values()),
         ]
@@ -262,8 +262,8 @@ def in_words(adapter):
     return ", ".join(
         [
             tables.plural(len(file.factors), "module"),
-            f"rank {reach([x.rank for x in file.factors.values()])}",
-            f"alpha {reach([x.alpha for x in file.factors.values()])}",
+            f"rank {reach([x.settings.rank for x in file.factors.values()])}",
+            f"alpha {reach([x.settings.alpha for x in file.factors.values()])}",
             tables.plural(parameters, "parameter"),
             size(adapter.tensors.values()),
             *([f"errors up to {max(errors):.2g}"] if errors else []),

@@ -12,6 +12,7 @@ from keras_lora.files.folder import Adapter
 from keras_lora.keras_internals.layer_state import flatten_layers
 from keras_lora.layers import kinds, torch_layout
 from keras_lora.layers.adapter import LowRankAdapter
+from keras_lora.layers.settings import Settings
 from keras_lora.models import sites
 from keras_lora.models.report import Report
 
@@ -58,14 +59,14 @@ def load_keras_lora(
         )
     else:
         factors = factors_of_model(paths.layers, source)
-    tensors, ranks, alphas = {}, {}, {}
+    tensors, settings = {}, {}
     for layer, a, b, scaling in factors:
         module = paths.path_of[id(layer)].replace("/", ".")
         suffixes = kinds.kind_of(layer).file_suffixes
         a, b = convert(layer, a, b, module)
         tensors[module + suffixes[0]], tensors[module + suffixes[1]] = a, b
-        ranks[module], alphas[module] = len(a), scaling * len(a)
-    adapter = Adapter(tensors, config.make_config(ranks, alphas, False))
+        settings[module] = Settings(len(a), scaling * len(a))
+    adapter = Adapter(tensors, config.make_config(settings))
     return load.load_into(paths, adapter)
 
 

@@ -12,6 +12,7 @@ from keras_lora.files.config import make_config
 from keras_lora.files.folder import Adapter
 from keras_lora.files.names import modules_of
 from keras_lora.layers import kinds, settings
+from keras_lora.layers.settings import Settings
 from keras_lora.models import sites
 from keras_lora.models.report import Report
 
@@ -67,7 +68,7 @@ def load_loralib(
         >>> [(row.path, row.rank) for row in report]
         [('dense', 4)]
     """
-    rank, alpha = settings.validate_rank(rank), settings.validate_alpha(alpha)
+    given = Settings(rank, settings.validate_alpha(alpha))
     if isinstance(state_dict, (str, Path)):
         state_dict = read_state_dict(Path(state_dict))
     if not isinstance(state_dict, Mapping):
@@ -78,7 +79,7 @@ def load_loralib(
     paths = sites.Paths(model)
     modules = modules_of(paths, names)
     arrays = {key: to_array(key, value) for key, value in state_dict.items()}
-    tensors, ranks = {}, {}
+    tensors, settings_of = {}, {}
     for key in [key for key in arrays if key.endswith(".lora_A")]:
         module = key.removesuffix(".lora_A")
         layer, b_key = modules.get(module), f"{module}.lora_B"
@@ -95,12 +96,12 @@ def load_loralib(
             )
         mask = enable_lora.get(module) if isinstance(enable_lora, dict) else enable_lora
         kind = kinds.kind_of(layer)
-        a, b = kind.read_loralib(layer, a, b, rank, mask, module)
+        a, b = kind.read_loralib(layer, a, b, given.rank, mask, module)
         suffixes = kind.file_suffixes
         tensors[module + suffixes[0]], tensors[module + suffixes[1]] = a, b
         loralib_form = getattr(layer, "factorization", None) == "loralib"
-        ranks[module] = rank if loralib_form else len(a)
-    if not ranks:
+        settings_of[module] = given.with_rank(given.rank if loralib_form else len(a))
+    if not settings_of:
         raise ValueError("The state dict holds no lora_A.")
     biases = {}
     for key, value in arrays.items():
@@ -111,13 +112,12 @@ def load_loralib(
             raise ValueError(
                 f"The state dict has {key!r}, which the model does not have."
             )
-        infix = ".base_layer" if module in ranks else ""
+        infix = ".base_layer" if module in settings_of else ""
         biases[f"{module}{infix}.bias"] = value
-    alphas = {module: alpha * ranks[module] / rank for module in ranks}
     bias = "lora_only" if biases else None
     if any(".base_layer." not in key for key in biases):
         bias = "all"
-    config = make_config(ranks, alphas, use_rslora=False, bias=bias)
+    config = make_config(settings_of, bias=bias)
     return load.load_into(paths, Adapter(tensors | biases, config), names)
 
 

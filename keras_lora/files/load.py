@@ -7,14 +7,13 @@ from collections.abc import Callable, Mapping
 
 import keras
 
-from keras_lora.files import config, disk, matching, tensors
+from keras_lora.files import config, disk, matching
 from keras_lora.files.folder import Adapter
 from keras_lora.files.names import modules_of, refuse_tied_head
 from keras_lora.keras_internals import compiled, distribution, processes
 from keras_lora.keras_internals.layer_state import layer_variables
 from keras_lora.layers import lora_layer, token_rows
 from keras_lora.layers.adapter import LowRankAdapter
-from keras_lora.layers.settings import Settings
 from keras_lora.models import apply, sites, training_state
 from keras_lora.models.report import Report
 
@@ -123,8 +122,8 @@ def load_into(paths, adapter, names=None, trainable=True) -> Report:
     for variable, value in values:
         distribution.assign(variable, value)
     for module, site in file.sites.items():
-        alpha = tensors.own_alpha(site, file.factors[module].alpha, file.use_rslora)
-        site.lora.set_alpha(alpha, file.use_rslora)
+        settings = file.factors[module].settings.with_rank(site.lora.rank)
+        site.lora.set_alpha(settings.alpha, settings.use_rslora)
     flags = training_state.trainable_flags(layers_and_model)
     if trainable:
         training_state.train_adapters(layers_and_model)
@@ -152,12 +151,11 @@ def unread_base_values(layers, values):
 
 def adapter_options(file, module) -> dict:
     """The arguments of the adapter that a file has for a module."""
-    factors = file.factors[module]
-    settings = Settings(factors.rank, factors.alpha, factors.use_rslora)
+    settings = file.factors[module].settings
     if module in file.starts:
         settings = settings.with_rank(settings.rank // 2)
     return {
         **dataclasses.asdict(settings),
-        "dropout": file.settings["dropout"],
+        "dropout": file.config["dropout"],
         **file.method_of(module),
     }

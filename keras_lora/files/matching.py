@@ -53,7 +53,7 @@ def match(adapter, modules) -> MatchedFile:
     file = MatchedFile(
         **vars(contents),
         modules=modules,
-        heads=heads_of(contents.settings["modules_to_save"], modules, contents.weights),
+        heads=heads_of(contents.config["modules_to_save"], modules, contents.weights),
         starts=validate_starts(adapter.starts, contents.factors),
     )
     tensors.split_weights(file)
@@ -126,14 +126,15 @@ def refuse_ranks_without_values(factors, modules):
     for module, module_factors in factors.items():
         if not module_factors.low_rank:
             continue
+        rank = module_factors.settings.rank
         site = modules.sites[module]
         updates = kinds.form_of(site, 1).file_rank or 1  # side by side
-        form = kinds.form_of(site, max(module_factors.rank // updates, 1))
+        form = kinds.form_of(site, max(rank // updates, 1))
         if math.prod(form.a_shape) + math.prod(form.b_shape) > module_factors.size:
             shapes = " and ".join(str(x.shape) for x in module_factors.tensors.values())
             raise ValueError(
                 f"The file's factors of {module!r}, with shapes {shapes}, are smaller "
-                f"than rank {module_factors.rank} needs for this model's kernel of "
+                f"than rank {rank} needs for this model's kernel of "
                 f"shape {kinds.shape_of(site)}: the adapter belongs to another model."
             )
 
@@ -223,7 +224,7 @@ def factor_values(file) -> list:
     values = []
     for module, factors in file.factors.items():
         site = file.sites[module]
-        rank, rank_here = factors.rank, site.lora.file_rank
+        rank, rank_here = factors.settings.rank, site.lora.file_rank
         if rank != rank_here:
             lower = (
                 " Or lower the file's rank: combine_adapters([adapter], "
@@ -273,7 +274,7 @@ def weight_values(file) -> list:
         # A model with transformers' Conv1D may have a Linear head.
         linear = tensors.weight_to_tensor(layer, variable).shape
         is_linear = value.shape == linear and linear != linear[::-1]
-        inputs_first = file.settings["fan_in_fan_out"] and not is_linear
+        inputs_first = file.config["fan_in_fan_out"] and not is_linear
         value = tensors.weight_from_tensor(layer, variable, value, key, inputs_first)
         values.append((variable, value))
     return values

@@ -10,6 +10,7 @@ import numpy as np
 from keras_lora.files import disk
 from keras_lora.files.config import CONFIG, make_config
 from keras_lora.layers import settings
+from keras_lora.layers.settings import Settings
 
 
 class Format(NamedTuple):
@@ -235,15 +236,16 @@ def to_peft(modules, alphas, **options):
         for module, parts in modules.items()
         for part in "AB"
     }
-    ranks = {module: len(parts["A"]) for module, parts in modules.items()}
+    own_settings = {}
     for module, parts in modules.items():
-        if parts["B"].ndim < 2 or parts["B"].shape[1] != ranks[module]:
+        rank = len(parts["A"])
+        if parts["B"].ndim < 2 or parts["B"].shape[1] != rank:
             shapes = parts["A"].shape, parts["B"].shape
             raise ValueError(
                 f"A and B of {module!r} have shapes {shapes}, with different ranks."
             )
-        settings.validate_alpha(alphas[module])
-    return make_config(ranks, alphas, False, **options), tensors
+        own_settings[module] = Settings(rank, alphas[module])
+    return make_config(own_settings, **options), tensors
 
 
 # kohya's names have underscores for dots: lora_unet_down_blocks_0_attn_to_q.

@@ -225,9 +225,11 @@ def adapter_from(modules, adapters, trained) -> Adapter:
         arrays |= {module + suffix: value for suffix, value in factors.items()}
     arrays |= tensors_of_unadapted_slices(modules, adapters)
     use_rslora = bool(adapters) and all(s.lora.use_rslora for s in adapters.values())
-    ranks = {module: site.lora.file_rank for module, site in adapters.items()}
-    alphas = {m: tensors.file_alpha(s, use_rslora) for m, s in adapters.items()}
-    slice_ranks = slices.fuse(arrays, ranks, alphas, use_rslora, modules.regions)
+    settings = {
+        module: site.lora.settings.with_rank(site.lora.file_rank, use_rslora)
+        for module, site in adapters.items()
+    }
+    slice_ranks = slices.fuse(arrays, settings, modules.regions)
     weights, names = {}, collections.defaultdict(set)
     for module, variable in trained:
         name = tensors.torch_name(modules[module], variable)
@@ -236,18 +238,16 @@ def adapter_from(modules, adapters, trained) -> Adapter:
             modules[module], variable, inputs_first
         )
         names[module].add(name)
-    refuse_ambiguous_names(ranks, weights)
+    refuse_ambiguous_names(settings, weights)
     tensors.fuse_weights(weights, modules)
     for (module, name), value in weights.items():
-        infix = ".base_layer" if module in ranks else ""
+        infix = ".base_layer" if module in settings else ""
         arrays[f"{module}{infix}.{name}"] = value
     biases = {slices.without_slice(m) for m, own in names.items() if own == {"bias"}}
-    bias = "all" if biases - ranks.keys() else "lora_only"
-    heads = {module for module, _ in weights} - ranks.keys() - biases
-    settings = config.make_config(
-        ranks,
-        alphas,
-        use_rslora,
+    bias = "all" if biases - settings.keys() else "lora_only"
+    heads = {module for module, _ in weights} - settings.keys() - biases
+    file_config = config.make_config(
+        settings,
         lora_dropout=file_dropout(adapters, parameters),
         bias=bias if biases else None,
         modules_to_save=sorted(heads),
@@ -257,7 +257,7 @@ def adapter_from(modules, adapters, trained) -> Adapter:
         **{token_rows.KEYWORD: {m: list(s.lora.indices) for m, s in tables.items()}},
     )
     starts = sorted(m for m, site in adapters.items() if site.lora.has_start)
-    return Adapter(arrays, settings, slice_ranks, starts=starts)
+    return Adapter(arrays, file_config, slice_ranks, starts=starts)
 
 
 def refuse_parameters(adapters, parameters):

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from keras_lora.layers import settings, torch_layout
+from keras_lora.layers import torch_layout
 
 SLICE = re.compile(r"(.+)\[(\d+)/(\d+)\]")
 
@@ -111,11 +111,17 @@ def outputs_axis(value, inputs_first):
     return 1 if inputs_first and value.ndim == 2 else 0
 
 
-def fuse(tensors, ranks, alphas, use_rslora, regions=None) -> dict:
-    """Puts the factors of slices together, in place: {module: ranks of its slices}."""
+def fuse(tensors, settings, regions=None) -> dict:
+    """Puts the factors of slices together, in place: {module: ranks of its slices}.
+
+    settings: module or slice -> Settings.
+    """
     stacked = {}
-    for module, layout in layouts(ranks, regions).items():
-        adapted = [name for name in layout.names if name in ranks]
+    for module, layout in layouts(settings, regions).items():
+        adapted = {
+            name: settings.pop(name) for name in layout.names if name in settings
+        }
+        first, *_ = adapted.values()
         a, b = (
             [tensors.pop(name + suffix) for name in adapted]
             for suffix in torch_layout.LINEAR
@@ -128,25 +134,21 @@ def fuse(tensors, ranks, alphas, use_rslora, regions=None) -> dict:
             parts = {name: tensors.pop(name + suffix, None) for name in layout.names}
             if parts[layout.names[0]] is not None:
                 tensors[module + suffix] = layout.gather(parts)
-        scaling = [
-            alphas[name] / settings.divisor(ranks[name], use_rslora) for name in adapted
+        b = [
+            block * (own.scaling / first.scaling)
+            for block, own in zip(b, adapted.values(), strict=True)
         ]
-        b = [block * (s / scaling[0]) for block, s in zip(b, scaling, strict=True)]
         shared = all(np.array_equal(a[0], other) for other in a)
         if len(adapted) < len(layout.names) or not shared:
-            stacked[module] = [ranks.get(name, 0) for name in layout.names]
+            stacked[module] = [
+                adapted[name].rank if name in adapted else 0 for name in layout.names
+            ]
             a, b = [np.concatenate(a)], side_by_side(b)
         fused_a = layout.order_inputs(a[0], 1)
         fused_b = layout.gather(dict(zip(adapted, b, strict=True)))
         for suffix, value in zip(torch_layout.LINEAR, (fused_a, fused_b), strict=True):
             tensors[module + suffix] = np.ascontiguousarray(value)
-        total = len(fused_a)
-        alpha = settings.alpha_at(
-            total, alphas[adapted[0]], ranks[adapted[0]], use_rslora
-        )
-        for name in adapted:
-            del ranks[name], alphas[name]
-        ranks[module], alphas[module] = total, alpha
+        settings[module] = first.with_rank(len(fused_a))
     return stacked
 
 

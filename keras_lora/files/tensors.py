@@ -15,28 +15,12 @@ import numpy as np
 
 from keras_lora.files import slices
 from keras_lora.keras_internals import layer_state
-from keras_lora.layers import kinds, saved_values, settings, torch_layout
-from keras_lora.layers.settings import Settings
+from keras_lora.layers import kinds, saved_values, torch_layout
 
 
 def suffixes(site):
     """Returns the suffixes of A and B in a file, for a plain or adapted layer."""
     return kinds.kind_of(site).file_suffixes
-
-
-def file_alpha(site, use_rslora):
-    """Returns the alpha that gives the layer's scaling with the file's rank."""
-    rank = site.lora.file_rank
-    if use_rslora == site.lora.use_rslora and rank == site.lora.rank:
-        return site.lora.alpha
-    return site.lora.scaling * settings.divisor(rank, use_rslora)
-
-
-def own_alpha(site, alpha, use_rslora):
-    """The inverse of `file_alpha`: the layer's alpha for a file's alpha."""
-    return (
-        Settings(site.lora.file_rank, alpha, use_rslora).with_rank(site.lora.rank).alpha
-    )
 
 
 def to_tensors(site):
@@ -161,7 +145,7 @@ def split_weights(file):
             name = key.split(".")[-1]
             if key.endswith(".base_layer.weight"):
                 continue  # PEFT repeats a targeted head
-            axis = slices.outputs_axis(value, file.settings["fan_in_fan_out"])
+            axis = slices.outputs_axis(value, file.config["fan_in_fan_out"])
             if not layout.fits(value, axis):
                 raise ValueError(
                     f"The tensor {key!r} has shape {value.shape}, which does not "

@@ -41,22 +41,18 @@ class Settings:
         """The factor in front of A @ B."""
         return self.alpha / divisor(self.rank, self.use_rslora)
 
-    def with_rank(self, rank: int) -> "Settings":
-        """Returns settings of another rank with the same scaling."""
-        if rank == self.rank:
+    def with_rank(self, rank: int, use_rslora: bool | None = None) -> "Settings":
+        """Returns settings of another rank, or rule, with the same scaling."""
+        use_rslora = self.use_rslora if use_rslora is None else use_rslora
+        if (rank, use_rslora) == (self.rank, self.use_rslora):
             return self
-        alpha = alpha_at(rank, self.alpha, self.rank, self.use_rslora)
-        return dataclasses.replace(self, rank=rank, alpha=alpha)
+        factor = divisor(rank, use_rslora) / divisor(self.rank, self.use_rslora)
+        return Settings(rank, self.alpha * factor, use_rslora)
 
 
 def divisor(rank, use_rslora):
     """Returns the number by which alpha is divided."""
     return math.sqrt(rank) if use_rslora else rank
-
-
-def alpha_at(new_rank, alpha, rank, use_rslora):
-    """Returns the alpha that gives the same scaling at another rank."""
-    return alpha * (new_rank / rank) ** (0.5 if use_rslora else 1)
 
 
 def validate_rank(rank, lowest=1):

@@ -7,7 +7,7 @@ import math
 import numpy as np
 from keras import ops
 
-from keras_lora.files import load, matching, tensors
+from keras_lora.files import load, matching
 from keras_lora.files.names import modules_of, refuse_tied_head
 from keras_lora.keras_internals import classes, distribution
 from keras_lora.keras_internals.layer_state import layer_variables
@@ -183,7 +183,7 @@ def read(paths, adapter, names, max_rank) -> Reading:
     changed = {module: modules[module] for module in [*file.factors, *file.heads]}
     refuse_tied_head(paths.model, names, changed)
     for module, host in file.sites.items():
-        rank = own_rank(host, file.factors[module].rank, module)
+        rank = own_rank(host, file.factors[module].settings.rank, module)
         if rank > max_rank:
             raise ValueError(
                 f"The adapter has rank {rank} at {module!r}, but the bank has room for "
@@ -205,8 +205,8 @@ def read(paths, adapter, names, max_rank) -> Reading:
         if id(variable) in factors:
             distribution.assign(variable, value)
     for module, host in file.sites.items():
-        alpha = tensors.own_alpha(host, file.factors[module].alpha, file.use_rslora)
-        host.lora.set_alpha(alpha, file.use_rslora)
+        settings = file.factors[module].settings.with_rank(host.lora.rank)
+        host.lora.set_alpha(settings.alpha, settings.use_rslora)
         parts[path_of[id(host)]] = Part(modules[module], host)
     reading = Reading(parts, file.sites, hosts, [])
     add_trained_weights(reading, pairs, modules, path_of)
