@@ -12,7 +12,7 @@ from keras_lora.files.names import modules_of
 from keras_lora.keras_internals import distribution, layer_state
 from keras_lora.layers import kinds, settings, torch_layout
 from keras_lora.layers.substituted import WeightSite
-from keras_lora.models import apply, sites
+from keras_lora.models import apply, sites, start_values
 
 
 def extract_adapter(
@@ -83,8 +83,14 @@ def extract_adapter(
         for name, (own, other) in pairs.items():
             delta = torch_layout.to_numpy(other) - torch_layout.to_numpy(own)
             site = base.sites[name]
-            a, b, own_rank, errors[name] = nearest_factors(site, delta, rank)
-            updates[name] = a, b
+            matrix = kinds.form_of(site, 1).as_matrix(delta.astype("float64"))
+            own_rank = min(rank, *matrix.shape[-2:])
+            a, b = start_values.pissa(matrix, own_rank, scaling=1.0)
+            errors[name] = float(
+                np.linalg.norm(matrix - a @ b) / np.linalg.norm(matrix)
+            )
+            form = kinds.form_of(site, own_rank)
+            updates[name] = a.reshape(form.a_shape), b.reshape(form.b_shape)
             adapters[site] = {"rank": own_rank}
     if not adapters:
         raise ValueError(
@@ -123,15 +129,3 @@ def differ(one, two):
 def is_of_kind(site):
     """Whether adapter files can name the weight: a known layer's, or one of several."""
     return isinstance(site, WeightSite) or kinds.lora_class_of(type(site)) is not None
-
-
-def nearest_factors(layer, delta, rank):
-    """A and B of the nearest update of a rank, and its relative error."""
-    matrix = kinds.form_of(layer, 1).as_matrix(delta.astype("float64"))
-    left, values, right = np.linalg.svd(matrix, full_matrices=False)
-    rank = min(rank, values.shape[-1])
-    root = np.sqrt(values[..., None, :rank])
-    a, b = left[..., :rank] * root, root.swapaxes(-1, -2) * right[..., :rank, :]
-    error = np.linalg.norm(values[..., rank:]) / np.linalg.norm(values)
-    form = kinds.form_of(layer, rank)
-    return a.reshape(form.a_shape), b.reshape(form.b_shape), rank, float(error)
