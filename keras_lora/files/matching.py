@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import difflib
 import math
 
 import ml_dtypes
@@ -12,7 +11,7 @@ from keras_lora.files import experts, other_formats, tensors
 from keras_lora.files.factors import FileFactors, factors_of, validate_starts
 from keras_lora.files.slices import without_slice
 from keras_lora.keras_internals import layer_state
-from keras_lora.layers import kinds, lora_layer, token_rows, torch_layout
+from keras_lora.layers import arguments, kinds, lora_layer, token_rows, torch_layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +85,7 @@ def refuse_unknown_modules(factors, modules):
         layer = modules.sites.get(module, modules.get(module))
         if module not in modules.sites or not can_hold(layer):
             able = [m for m, site in modules.sites.items() if can_hold(site)]
-            close = difflib.get_close_matches(module, able, n=3, cutoff=0.3)
-            hint = f" The closest are {close}." if close else ""
+            hint = arguments.closest(module, able, cutoff=0.3)
             hint += prefix_between(factors, able)
             raise ValueError(
                 f"The file has an adapter for {module!r}, which the model does not have"
@@ -267,8 +265,7 @@ def weight_values(file) -> list:
         if key.endswith(".base_layer.weight"):
             continue  # PEFT repeats a targeted embedding or head
         if key not in variables:
-            close = difflib.get_close_matches(key, variables, n=3)
-            hint = f" The closest are {close}." if close else ""
+            hint = arguments.closest(key, variables)
             raise ValueError(f"Unexpected tensor {key!r}.{hint}")
         layer, variable = variables[key]
         # A model with transformers' Conv1D may have a Linear head.

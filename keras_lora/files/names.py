@@ -1,14 +1,13 @@
 """Maps the layers of a model to module names of another framework."""
 
 import collections
-import difflib
 from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from keras_lora.files import experts, families, family_names
 from keras_lora.keras_internals.layer_state import layer_variables
-from keras_lora.layers import kinds, lora_layer
+from keras_lora.layers import arguments, kinds, lora_layer
 from keras_lora.models import targets
 
 
@@ -50,11 +49,10 @@ def name_function(names: Mapping | Callable | None, layers_and_sites) -> Callabl
         )
     unknown = [path for path in names if path not in layers_and_sites]
     if unknown:
-        close = difflib.get_close_matches(str(unknown[0]), layers_and_sites, n=3)
-        hint = f"The closest are {close}." if close else ""
-        hint = hint or "`keras_lora.summary` shows paths."
+        hint = arguments.closest(unknown[0], layers_and_sites)
         raise ValueError(
-            f"`names` has {unknown[0]!r}, which is not the path of a layer. {hint}"
+            f"`names` has {unknown[0]!r}, which is not the path of a layer."
+            f"{hint or ' `keras_lora.summary` shows paths.'}"
         )
     return names.get
 

@@ -96,6 +96,12 @@ def refusing_foreign_keywords(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
+def closest(name, known, cutoff=0.6) -> str:
+    """Returns " The closest are [...]." for a wrong name; "" if none is similar."""
+    close = difflib.get_close_matches(str(name), known, n=3, cutoff=cutoff)
+    return f" The closest are {close}." if close else ""
+
+
 def validate_keywords(function, kwargs):
     """Raises for an unknown keyword, with the right or similar ones."""
     refuse_foreign_keywords(function.__name__, kwargs, MODEL_KEYWORDS)

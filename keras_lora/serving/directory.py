@@ -1,12 +1,13 @@
 """The ids of a bank's adapters, and the slots that they mean."""
 
 import collections
-import difflib
 from collections.abc import Mapping
 
 import keras
 import numpy as np
 from keras import ops
+
+from keras_lora.layers import arguments
 
 BASE = 0  # the slot of the base model: zeros
 SLOTS = "slots"  # replaces "adapter" among a bank's inputs
@@ -106,9 +107,9 @@ class Directory(keras.layers.Layer):
             name = str(name)
         if name is None or (isinstance(name, str) and name in self.id_of):
             return name
-        close = difflib.get_close_matches(str(name), self.names, n=3, cutoff=0.3)
-        hint = f"The closest are {close}." if close else f"It has {self.names[:9]}."
-        raise ValueError(f"The bank has no adapter {name!r}. {hint}")
+        hint = arguments.closest(name, self.names, cutoff=0.3)
+        hint = hint or f" It has {self.names[:9]}."
+        raise ValueError(f"The bank has no adapter {name!r}.{hint}")
 
 
 def refuse_names(x):
@@ -160,7 +161,7 @@ class FixedIds:
     def batches(self, batches):
         """Replaces ids in a dataset or any other iterable of batches."""
         if isinstance(batches, keras.utils.PyDataset):
-            return Batches(batches, self)
+            return BatchesOfSlots(batches, self)
         if hasattr(batches, "element_spec"):
             return batches.map(self.in_dataset)
         return (self.batch(batch) for batch in batches)
@@ -178,7 +179,7 @@ class FixedIds:
         return (inputs, *targets) if targets else inputs
 
 
-class Batches(keras.utils.PyDataset):
+class BatchesOfSlots(keras.utils.PyDataset):
     """A PyDataset with slots instead of ids."""
 
     def __init__(self, dataset, fixed):
