@@ -117,7 +117,8 @@ def factors_of(adapter, modules=None) -> FileFactors:
         refuse_not_finite(key, value)
     shares = slices.split(tensors, modules, adapter.slices)
     method = torch_layout.method_in(config["method"])
-    arrays, weights = group_by_module(tensors, method)
+    suffixes = torch_layout.LINEAR + torch_layout.EMBEDDING + method.more_suffixes
+    arrays, weights = group_by_module(tensors, suffixes)
     rows = validation.take_rows(weights)
     if not arrays and not rows:
         keys = ", ".join(map(repr, [*tensors][:3])) or "nothing"
@@ -148,9 +149,8 @@ def factors_of(adapter, modules=None) -> FileFactors:
     return FileFactors(factors, weights, unadapted, config, rows)
 
 
-def group_by_module(tensors, method) -> tuple:
-    """Returns {module: {suffix: array}} of a method's factors, and other tensors."""
-    suffixes = (*torch_layout.LINEAR, *torch_layout.EMBEDDING, *method.more_suffixes)
+def group_by_module(tensors, suffixes) -> tuple:
+    """Returns {module: {suffix: array}}, and the tensors that have no such suffix."""
     arrays, others = {}, {}
     for key, value in tensors.items():
         suffix = next((x for x in suffixes if key.endswith(x)), None)

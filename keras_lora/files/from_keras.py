@@ -63,7 +63,7 @@ def load_keras_lora(
     for layer, a, b, scaling in factors:
         module = paths.path_of[id(layer)].replace("/", ".")
         suffixes = kinds.kind_of(layer).file_suffixes
-        a, b = convert(layer, a, b, module)
+        a, b = factors_in_file(layer, a, b, module)
         tensors[module + suffixes[0]], tensors[module + suffixes[1]] = a, b
         settings[module] = Settings(len(a), scaling * len(a))
     adapter = Adapter(tensors, config.make_config(settings))
@@ -173,7 +173,7 @@ def factors_of_model(layers_by_path, source):
     return factors
 
 
-def convert(layer, a, b, module):
+def factors_in_file(layer, a, b, module):
     """Keras's A (*kernel axes but the last, r) and B (r, last), as a file has them."""
     kind = kinds.kind_of(layer)
     kernel = getattr(layer, kind.kernel_name, None)

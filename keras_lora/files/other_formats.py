@@ -1,13 +1,12 @@
 """Adapters in formats other than PEFT's: converted, or refused with a next step."""
 
-import collections
 import re
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from keras_lora.files import disk
+from keras_lora.files import disk, factors
 from keras_lora.files.config import CONFIG, make_config
 from keras_lora.layers import settings
 from keras_lora.layers.settings import Settings
@@ -152,24 +151,22 @@ def tensors_in(folder):
     return None
 
 
-def group_by_module(file, tensors, parts) -> dict:
-    """Module -> {part: array}; parts: the ending of a key -> the part it holds."""
-    modules, other_keys = collections.defaultdict(dict), []
-    for key, value in tensors.items():
-        ending = next((x for x in parts if key.endswith(x)), None)
-        if ending is None:
-            other_keys.append(key)
-        else:
-            modules[key.removesuffix(ending)][parts[ending]] = value
-    if other_keys:
+def parts_by_module(file, tensors, parts) -> dict:
+    """Module -> {part: array}; parts: the suffix of a key -> the part it holds."""
+    arrays, others = factors.group_by_module(tensors, parts)
+    if others:
         raise ValueError(
-            f"{file} has {sorted(other_keys)[:3]} besides its factors, which a LoRA "
+            f"{file} has {sorted(others)[:3]} besides its factors, which a LoRA "
             "cannot store. Leave them out, or merge the adapter with its own library."
         )
-    for module, arrays in modules.items():
-        if not {"A", "B"} <= arrays.keys():
+    modules = {
+        module: {parts[suffix]: value for suffix, value in own.items()}
+        for module, own in arrays.items()
+    }
+    for module, own in modules.items():
+        if not {"A", "B"} <= own.keys():
             raise ValueError(
-                f"{file} has only {sorted(arrays)} of {module!r}: A and B are needed."
+                f"{file} has only {sorted(own)} of {module!r}: A and B are needed."
             )
     return modules
 
@@ -188,7 +185,7 @@ def from_kohya(file, tensors):
 
     If there is none, alpha is the rank, as in sd-scripts.
     """
-    modules = group_by_module(file, tensors, KOHYA)
+    modules = parts_by_module(file, tensors, KOHYA)
     alphas = {}
     for module, parts in modules.items():
         alpha = np.ravel(parts.get("alpha", len(parts["A"])))
@@ -206,7 +203,7 @@ def from_mlx(file, tensors, config):
     parameters = config.get("lora_parameters")
     scale = parameters.get("scale") if isinstance(parameters, dict) else None
     kind = config.get("fine_tune_type", "lora")
-    modules = group_by_module(file, tensors, MLX)
+    modules = parts_by_module(file, tensors, MLX)
     if kind != "lora" or any("m" in parts for parts in modules.values()):
         raise ValueError(
             f"{file} is an adapter of mlx ({kind!r}) with tensors other than A and B. "

@@ -47,11 +47,11 @@ def split_data(data, validation_data):
                 f"{count} rows are too few to split: give `validation_data`."
             )
         whole = checked[0]
-        checked = [take_rows(whole, slice(first)), take_rows(whole, slice(first, None))]
+        checked = [rows_of(whole, slice(first)), rows_of(whole, slice(first, None))]
     return checked
 
 
-def take_rows(data, rows):
+def rows_of(data, rows):
     return [
         None if x is None else keras.tree.map_structure(lambda part: part[rows], x)
         for x in data
@@ -76,7 +76,7 @@ class Batches(keras.utils.PyDataset):
         first = index * self.batch_size
         rows = self.order[first : first + self.batch_size]
         ids = self.bank.ids(np.repeat(self.names, len(rows)))
-        x, y, weights = take_rows(self.data, np.tile(rows, len(self.names)))
+        x, y, weights = rows_of(self.data, np.tile(rows, len(self.names)))
         batch = {"inputs": x, "adapter": ids}, y
         return batch if weights is None else (*batch, weights)
 
