@@ -1,6 +1,5 @@
 """Loads an adapter from PEFT's files into a model."""
 
-import dataclasses
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -108,7 +107,7 @@ def load_into(paths, adapter, names=None, trainable=True) -> Report:
         values = matching.values_for(file)
     else:
         adapters = {
-            site: adapter_options(file, module) for module, site in file.sites.items()
+            site: file.options_of(module) for module, site in file.sites.items()
         }
         for module, site in file.tables.items():
             adapters[site] = {token_rows.KEYWORD: file.rows[module][0]}
@@ -122,7 +121,7 @@ def load_into(paths, adapter, names=None, trainable=True) -> Report:
     for variable, value in values:
         distribution.assign(variable, value)
     for module, site in file.sites.items():
-        settings = file.factors[module].settings.with_rank(site.lora.rank)
+        settings = file.settings_of(module)
         site.lora.set_alpha(settings.alpha, settings.use_rslora)
     flags = training_state.trainable_flags(layers_and_model)
     if trainable:
@@ -147,15 +146,3 @@ def unread_base_values(layers, values):
             base_values = training_state.base_values(layer)
             unread += [(v, x) for v, x in base_values if id(v) not in read]
     return unread
-
-
-def adapter_options(file, module) -> dict:
-    """The arguments of the adapter that a file has for a module."""
-    settings = file.factors[module].settings
-    if module in file.starts:
-        settings = settings.with_rank(settings.rank // 2)
-    return {
-        **dataclasses.asdict(settings),
-        "dropout": file.config["dropout"],
-        **file.method_of(module),
-    }

@@ -9,16 +9,18 @@ import numpy as np
 
 from keras_lora.files import experts, other_formats, tensors
 from keras_lora.files.factors import FileFactors, factors_of, validate_starts
+from keras_lora.files.names import Modules
 from keras_lora.files.slices import without_slice
 from keras_lora.keras_internals import layer_state
 from keras_lora.layers import arguments, kinds, lora_layer, token_rows, torch_layout
+from keras_lora.layers.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)
 class MatchedFile(FileFactors):
     """A file's arrays, under the names of a model's modules."""
 
-    modules: dict  # module -> layer, for all of the model
+    modules: Modules  # of the whole model
     heads: dict  # module -> layer
     starts: list  # modules whose factors have a second, frozen half
 
@@ -33,8 +35,31 @@ class MatchedFile(FileFactors):
         """Module -> site, for the tables that have rows in the file."""
         return {module: self.modules.sites[module] for module in self.rows}
 
+    def settings_of(self, module) -> Settings:
+        """The settings of a site's adapter, which can have a lower rank than the file.
+
+        A file has updates side by side, and initial values, as one of a higher rank.
+        """
+        settings = self.factors[module].settings
+        updates = updates_side_by_side(self.modules.sites[module])
+        if settings.rank % updates:
+            raise ValueError(
+                f"The rank of {module!r} is {settings.rank} in the file, which does "
+                f"not divide into the {updates} updates of the layer."
+            )
+        rank = settings.rank // updates
+        return settings.with_rank(rank // 2 if module in self.starts else rank)
+
+    def options_of(self, module) -> dict:
+        """The arguments of a site's adapter."""
+        return {
+            **dataclasses.asdict(self.settings_of(module)),
+            "dropout": self.config["dropout"],
+            **self.method_of(module),
+        }
+
     def method_of(self, module):
-        """The keyword arguments of a layer's adapter."""
+        """The keyword of a site's method, and whether it has initial values."""
         start = {"frozen_start": True} if module in self.starts else {}
         return {**self.method, **start}
 
@@ -126,8 +151,7 @@ def refuse_ranks_without_values(factors, modules):
             continue
         rank = module_factors.settings.rank
         site = modules.sites[module]
-        updates = kinds.form_of(site, 1).file_rank or 1  # side by side
-        form = kinds.form_of(site, max(rank // updates, 1))
+        form = kinds.form_of(site, max(rank // updates_side_by_side(site), 1))
         if math.prod(form.a_shape) + math.prod(form.b_shape) > module_factors.size:
             shapes = " and ".join(str(x.shape) for x in module_factors.tensors.values())
             raise ValueError(
@@ -135,6 +159,11 @@ def refuse_ranks_without_values(factors, modules):
                 f"than rank {rank} needs for this model's kernel of "
                 f"shape {kinds.shape_of(site)}: the adapter belongs to another model."
             )
+
+
+def updates_side_by_side(site) -> int:
+    """How many updates of a layer are one in a file: the slices of a merged Dense."""
+    return kinds.form_of(site, 1).file_rank or 1
 
 
 def can_hold(site):

@@ -7,7 +7,7 @@ import math
 import numpy as np
 from keras import ops
 
-from keras_lora.files import load, matching
+from keras_lora.files import matching
 from keras_lora.files.names import modules_of, refuse_tied_head
 from keras_lora.keras_internals import classes, distribution
 from keras_lora.keras_internals.layer_state import layer_variables
@@ -166,11 +166,8 @@ def read(paths, adapter, names, max_rank) -> Reading:
             weights that all rows share.
     """
     modules = modules_of(paths, names, adapter)
-    path_of = dict(paths.path_of)
     hosts = copy.copy(modules)  # with all its attributes
     hosts.update((module, host_view(x) or x) for module, x in modules.items())
-    for module, layer in modules.items():
-        path_of[id(hosts[module])] = path_of[id(layer)]
     hosts.sites = {m: hosts.get(m, site) for m, site in modules.sites.items()}
     file = matching.match(adapter, hosts)
     if file.rows:
@@ -183,33 +180,32 @@ def read(paths, adapter, names, max_rank) -> Reading:
     changed = {module: modules[module] for module in [*file.factors, *file.heads]}
     refuse_tied_head(paths.model, names, changed)
     for module, host in file.sites.items():
-        rank = own_rank(host, file.factors[module].settings.rank, module)
-        if rank > max_rank:
+        lora = sites.new_adapter(host, file.options_of(module))
+        if lora.product_rank > max_rank:
             raise ValueError(
-                f"The adapter has rank {rank} at {module!r}, but the bank has room for "
-                f"{max_rank}. Create the bank with max_rank={rank}."
+                f"The adapter has rank {lora.product_rank} at {module!r}, but the bank "
+                f"has room for {max_rank}. Create the bank with "
+                f"max_rank={lora.product_rank}."
             )
-        if module in file.starts:  # they are the other half of the factors
-            rank //= 2
-        options = {**load.adapter_options(file, module), "rank": rank, "alpha": None}
-        lora = sites.new_adapter(host, options)
         vars(host)["lora"] = lora  # past the tracker, which is the layer's
         host.build_adapter()
-    pairs, parts = matching.values_for(file), {}
-    factors = {
-        id(factor)
-        for host in file.sites.values()
-        for factor in host.lora.named_factors().values()
+    parts = {
+        paths.path_of[id(modules[module])]: Part(modules[module], host)
+        for module, host in file.sites.items()
     }
-    for variable, value in pairs:
-        if id(variable) in factors:
-            distribution.assign(variable, value)
-    for module, host in file.sites.items():
-        settings = file.factors[module].settings.with_rank(host.lora.rank)
-        host.lora.set_alpha(settings.alpha, settings.use_rslora)
-        parts[path_of[id(host)]] = Part(modules[module], host)
     reading = Reading(parts, file.sites, hosts, [])
-    add_trained_weights(reading, pairs, modules, path_of)
+    module_of = {
+        id(variable): module
+        for module, host in hosts.items()
+        for variable in layer_variables(host)
+    }
+    for variable, value in matching.values_for(file):
+        module = module_of.get(id(variable))
+        if module is None:  # a factor
+            distribution.assign(variable, value)
+        else:
+            path = paths.path_of[id(modules[module])]
+            add_trained_weight(reading, module, path, modules[module], variable, value)
     return reading
 
 
@@ -234,46 +230,25 @@ def refuse_substituted(site, name):
         )
 
 
-def own_rank(host, rank, module):
-    """Returns the rank in the layer for the rank of a module in a file."""
-    parts = host.low_rank_form(1).file_rank or 1  # updates side by side
-    if rank % parts:
+def add_trained_weight(reading, module, path, layer, variable, value):
+    """Adds a bias, or a weight of a layer that trained in full, to a reading."""
+    view, part, own = reading.modules[module], None, None
+    if isinstance(view, LoRALayer):
+        part = reading.parts.get(path, Part(layer, view))
+    if part is not None and variable.name == "bias":
+        part.bias = own = copy_variable(variable, value)
+    elif part is not None and (own := full_kernel(part, variable, value)) is not None:
+        part.kernel = own
+    elif not np.array_equal(torch_layout.to_numpy(variable), value):
         raise ValueError(
-            f"The rank of {module!r} is {rank} in the file, which does not divide into "
-            f"the {parts} updates of the layer."
+            f"The adapter has trained {variable.name!r} of {path!r}, a "
+            f"{type(layer).__name__}, which all rows of a batch share: a bank keeps "
+            "only factors, biases and dense heads for each adapter. Train without it, "
+            "or serve this adapter in a model of its own."
         )
-    return rank // parts
-
-
-def add_trained_weights(reading, pairs, layers, path_of):
-    """Adds biases, and layers that trained in full, to a reading.
-
-    layers: Module -> the model's own layer.
-    """
-    owners = {
-        id(variable): module
-        for module, layer in reading.modules.items()
-        for variable in layer_variables(layer)
-    }
-    for variable, value in pairs:
-        module = owners.get(id(variable))
-        if module is None:
-            continue  # a factor
-        layer, view = layers[module], reading.modules[module]
-        path, part, own = path_of[id(layer)], None, None
-        if isinstance(view, LoRALayer):
-            part = reading.parts.get(path, Part(layer, view))
-        if part is not None and variable.name == "bias":
-            part.bias = own = copy_variable(variable, value)
-        elif (
-            part is not None and (own := full_kernel(part, variable, value)) is not None
-        ):
-            part.kernel = own
-        elif not np.array_equal(torch_layout.to_numpy(variable), value):
-            raise ValueError(shared_weight_message(path, layer, variable))
-        reading.trained.append((module, layer, variable, own))
-        if own is not None:
-            reading.parts[path] = part
+    reading.trained.append((module, layer, variable, own))
+    if own is not None:
+        reading.parts[path] = part
 
 
 def full_kernel(part, variable, value):
@@ -294,12 +269,3 @@ def copy_variable(like, value):
     )
     copied.regularizer = like.regularizer
     return copied
-
-
-def shared_weight_message(path, layer, variable):
-    return (
-        f"The adapter has trained {variable.name!r} of {path!r}, a "
-        f"{type(layer).__name__}, which all rows of a batch share: a bank keeps only "
-        "factors, biases and dense heads for each adapter. Train without it, or serve "
-        "this adapter in a model of its own."
-    )
