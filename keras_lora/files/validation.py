@@ -29,6 +29,17 @@ REFUSED = (
     "use_bdlora",
     "use_qalora",
 )
+# Key -> its value if it is null, false, empty or missing; its types, and what they are.
+EXPECTED: dict[str, tuple] = {
+    "use_rslora": (False, bool, "a Boolean"),
+    "fan_in_fan_out": (False, bool, "a Boolean"),
+    "modules_to_save": ([], list, "a list of names"),
+    "target_parameters": ([], list, "a list of names"),
+    "target_modules": ([], (list, str), "a list of names or a regular expression"),
+    "rank_pattern": ({}, dict, "an object"),
+    "alpha_pattern": ({}, dict, "an object"),
+    **dict.fromkeys(config.FACTS, (None, (str, type(None)), "a name")),
+}
 
 
 def validate_config(file) -> dict:
@@ -58,65 +69,36 @@ def validate_config(file) -> dict:
             "weights too, so the tensors do not fit the original model. Convert the "
             "adapter in PEFT first."
         )
-    rslora = file.get("use_rslora", False)
-    heads = file.get("modules_to_save") or []
-    if not isinstance(rslora, bool) or not is_list_of(heads, str):
+    values = {key: file.get(key) or default for key, (default, *_) in EXPECTED.items()}
+    for key, (_, types, words) in EXPECTED.items():
+        value = values[key]
+        names = value if isinstance(value, list) else []
+        if not isinstance(value, types) or not all(isinstance(x, str) for x in names):
+            raise ValueError(
+                f"{config.CONFIG}: {key} must be {words}. Received: {value!r}."
+            )
+    tokens = validate_tokens(file.get(KEYWORD))
+    if not (values["target_modules"] or values["target_parameters"] or tokens):
         raise ValueError(
-            f"{config.CONFIG}: use_rslora must be a Boolean and modules_to_save a list "
-            f"of names. Received: {rslora!r} and {heads!r}."
+            f"{config.CONFIG}: target_modules must name the modules that have an "
+            f"adapter. Received: {file.get('target_modules')!r}."
         )
     bias = file.get("bias", "none")
     settings.validate_bias(bias if isinstance(bias, str) else repr(bias))
-    parameters = file.get("target_parameters") or []
-    if not is_list_of(parameters, str):
-        raise ValueError(
-            f"{config.CONFIG}: target_parameters must be a list of names. Received: "
-            f"{parameters!r}."
-        )
-    targets = file.get("target_modules") or []
-    tokens = validate_tokens(file.get(KEYWORD))
-    named = isinstance(targets, str) or is_list_of(targets, str)
-    if not named or not (targets or parameters or tokens):
-        raise ValueError(
-            f"{config.CONFIG}: target_modules must be a list of names or a regular "
-            f"expression. Received: {targets!r}."
-        )
-    for key in config.FACTS:
-        if not isinstance(file.get(key), (str, type(None))):
-            raise ValueError(
-                f"{config.CONFIG}: {key} must be a name. Received: {file[key]!r}."
-            )
-    fan_in_fan_out = file.get("fan_in_fan_out") or False
-    if not isinstance(fan_in_fan_out, bool):
-        raise ValueError(
-            f"{config.CONFIG}: fan_in_fan_out must be a Boolean. Received: "
-            f"{fan_in_fan_out!r}."
-        )
     budget = Budget()
     for key, check in (
         ("rank_pattern", settings.validate_rank),
         ("alpha_pattern", validate_file_alpha),
     ):
-        values = file.get(key) or {}
-        if not isinstance(values, dict):
-            raise ValueError(
-                f"{config.CONFIG}: {key} must be an object. Received: {values!r}."
-            )
-        for rule, value in values.items():
+        for rule, value in values[key].items():
             Pattern(rule, budget)
             check(value)
     return {
+        **values,
         "r": settings.validate_rank(file.get("r", 8)),
         "lora_alpha": validate_file_alpha(file.get("lora_alpha", 8)),
-        "rank_pattern": file.get("rank_pattern") or {},
-        "alpha_pattern": file.get("alpha_pattern") or {},
         "dropout": settings.validate_dropout(file.get("lora_dropout", 0.0)),
-        "use_rslora": rslora,
-        "fan_in_fan_out": fan_in_fan_out,
-        "target_modules": targets,
-        "target_parameters": parameters,
         "bias": bias,
-        "modules_to_save": heads,
         "method": {
             word: True
             for word, method in torch_layout.METHODS.items()
@@ -131,10 +113,6 @@ def warn_of_unknown(file):
     unknown = sorted(key for key in file.keys() - known if file[key])
     if unknown:
         warn_caller(f"{config.CONFIG}: ignored {', '.join(unknown)}.")
-
-
-def is_list_of(values, kind):
-    return isinstance(values, list) and all(isinstance(v, kind) for v in values)
 
 
 def validate_file_alpha(alpha):
