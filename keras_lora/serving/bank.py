@@ -21,9 +21,9 @@ from keras_lora.keras_internals import (
 )
 from keras_lora.layers import settings
 from keras_lora.models import sites
-from keras_lora.serving import directory, rows, training
+from keras_lora.serving import directory, reading, rows, training
 from keras_lora.serving.banked import Hosts
-from keras_lora.serving.calls import Calls, Running
+from keras_lora.serving.calls import Running
 from keras_lora.serving.directory import Directory
 from keras_lora.serving.export import (
     export_by_id,
@@ -32,12 +32,11 @@ from keras_lora.serving.export import (
     swap_arrays,
 )
 from keras_lora.serving.outside import CompiledFunctions, OutsideCalls
-from keras_lora.serving.reading import bankable_sites, read
 from keras_lora.serving.rows import SlotChoice
 from keras_lora.serving.training import Training
 
 
-class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
+class AdapterBank(OutsideCalls, Training, keras.Model):
     """Holds many adapters over one model; each row of a batch uses one of them.
 
         y[i] = what the model gives for x[i] with the adapter that ids[i] means
@@ -95,7 +94,7 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
         for name, adapter in adapters.items():
             with naming(name):
                 adapter, sources[name] = training.read_with_source(model, adapter)
-                readings[name] = read(paths, adapter, names, highest_rank)
+                readings[name] = reading.read(paths, adapter, names, highest_rank)
         all_parts = [item for x in readings.values() for item in x.parts.items()]
         lora_ranks = [part.rank for _, part in all_parts if not part.in_full]
         with distribution.strategy_scope(model):
@@ -118,7 +117,7 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
         self.__dict__["depends_on_base"] = {}  # name -> whether the adapter does
         self.__dict__["counted_layers"] = weakref.WeakSet()
         with_gain = any(part.has_gain for _, part in all_parts)
-        chosen = [] if target is None else bankable_sites(paths, target)
+        chosen = [] if target is None else reading.bankable_sites(paths, target)
         with distribution.strategy_scope(model), contextlib.ExitStack() as undo:
             undo.callback(self.hosts.release)
             for path, layer in paths.layers.items():
@@ -128,10 +127,9 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
                     self.stacks.append(self.hosts.add(path, layer, rank, with_gain))
             rows.find_leading_axes(self, rows.sample_inputs(model))
             self.hosts.input_specs = specs_of(rows.specs_in(model))
-            for name, reading in readings.items():
+            for name, own in readings.items():
                 with naming(name):
-                    self.hosts.prepare(reading.parts)
-                self._put(name, reading.parts, sources[name])
+                    self._put(name, own.parts, sources[name])
             self._count_outside_calls()
             self._guard_weights()
             undo.pop_all()
@@ -167,19 +165,21 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
         self._refuse_released()
         self.running.begin_change("bank.add", lambda call: call.alone)
         self.directory.refuse_if_full(name)
-        parts, source = self._read(name, adapter)
+        parts, source = self._read_with_source(name, adapter)
         with self.running.writing("bank.add"):
             self._put(name, parts, source)
 
-    def _read(self, name, adapter):
+    def _read_with_source(self, name, adapter):
         """Returns the parts of an adapter, for which there is room, and its source."""
         with self.running.call(lambda: (None, ())), self._write_lock:
             with naming(name):
                 adapter, source = training.read_with_source(self.model, adapter)
-                arguments = self.hosts.paths, adapter, self.names_given
-                parts = read(*arguments, self.max_rank).parts
+                parts = self._read(adapter).parts
                 self.hosts.prepare(parts)
             return parts, source
+
+    def _read(self, adapter) -> reading.Reading:
+        return reading.read(self.hosts.paths, adapter, self.names_given, self.max_rank)
 
     def _put(self, name, parts, source):
         """Writes an adapter into a free slot, and makes its name mean that slot."""
@@ -301,7 +301,7 @@ class AdapterBank(Calls, OutsideCalls, Training, keras.Model):
         >>> swap(**bank.swap_inputs("french", "adapters/fr-2"))  # doctest: +SKIP
         """
         validate_adapters({name: adapter}, None)
-        parts, _ = self._read(name, adapter)
+        parts, _ = self._read_with_source(name, adapter)
         arrays = swap_arrays(self, self.hosts.prepare(parts))
         return {name: ops.convert_to_tensor(x) for name, x in arrays.items()} | {
             "adapter": ops.convert_to_tensor(name)

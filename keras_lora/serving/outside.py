@@ -4,26 +4,17 @@ import contextlib
 import functools
 from collections.abc import Sequence
 
-import keras
-
 from keras_lora.keras_internals import calls, compiled, layer_state
-from keras_lora.serving.banked import Banked, Hosts
-from keras_lora.serving.calls import Running, empties_variables
-from keras_lora.serving.directory import Directory
-from keras_lora.serving.rows import SlotChoice
+from keras_lora.serving.banked import Banked
+from keras_lora.serving.calls import Calls, empties_variables
 
 TRAINING = ("fit", "train_on_batch")
 COUNTED = ("call", "generate", *compiled.LOOPS)
 
 
-class OutsideCalls:
+class OutsideCalls(Calls):
     """Mixin of the bank: adapters for calls of the model itself."""
 
-    model: keras.Model
-    directory: Directory
-    choice: SlotChoice
-    hosts: Hosts
-    running: Running
     _row_names: Sequence | None
 
     def activate(self, name: str | None):

@@ -20,10 +20,8 @@ from keras_lora.keras_internals import (
 from keras_lora.keras_internals.layer_state import attach, detach
 from keras_lora.models import training_state
 from keras_lora.serving import directory
-from keras_lora.serving.calls import Running, empties_variables
-from keras_lora.serving.directory import Directory
+from keras_lora.serving.calls import Calls, empties_variables
 from keras_lora.serving.per_adapter import PerAdapterLoss, PerAdapterOptimizer
-from keras_lora.serving.reading import read
 
 
 class Trainee(keras.layers.Layer):
@@ -34,10 +32,8 @@ class Trainee(keras.layers.Layer):
         parts: Path -> Part, which hold the variables.
     """
 
-    def __init__(self, bank, adapter_name, adapter):
+    def __init__(self, adapter_name, adapter, reading):
         super().__init__(dtype="float32")
-        arguments = bank.hosts.paths, adapter, bank.names_given
-        reading = read(*arguments, bank.max_rank)
         self.adapter_name = adapter_name
         # Past Keras's tracking, because views of the model's layers are not its own.
         vars(self).update(parts=reading.parts, reading=reading)
@@ -126,14 +122,12 @@ class Trainees(keras.layers.Layer):
         self.built = True
 
 
-class Training:
+class Training(Calls):
     """Mixin of the bank: several adapters train at once, each with its own rows."""
 
     trainees = None
     in_training = False  # inside fit or train_on_batch
-    directory: Directory
     sources: dict
-    running: Running
 
     def compile(self, optimizer="rmsprop", loss=None, **kwargs):
         """Compiles as `keras.Model.compile`, with an optimizer for each adapter.
@@ -282,7 +276,8 @@ class Training:
         source = self.sources[name]
         if isinstance(source, Trainee):
             return source
-        return Trainee(self, name, processes.run_on_all(self.model, source.read))
+        adapter = processes.run_on_all(self.model, source.read)
+        return Trainee(name, adapter, self._read(adapter))
 
     def _point_to_trainees(self):
         """Makes rows in training use the trainees instead of their slots."""
