@@ -1373,8 +1373,8 @@ FAULTS = {
     ],
     "serving/per_adapter.py": [
         (
-            "list(grads), distribution.gather_over_replicas(self.ids)",
-            "list(grads), self.ids",
+            "list(grads), distribution.gather_over_replicas(self.batch.ids)",
+            "list(grads), self.batch.ids",
             REPLICAS,
         ),
         (

@@ -141,15 +141,15 @@ class BankAdapters:
         return [*self.stacks.variables, *self.choice.variables]
 
     def outputs(self, host, inputs, training):
-        trainees = self.choice.trainees
+        trainees, seen = self.choice.thread.trainees, self.choice.thread.seen
         if training and trainees is None:
             raise ValueError(
                 f"{self.name!r} holds the adapters of an AdapterBank, which train only "
                 "in `bank.fit`: it cannot be called with training=True."
             )
         inputs = ops.convert_to_tensor(inputs, sparse=False)
-        if self.choice.probe is not None:
-            self.choice.probe.record(self, inputs)
+        if seen is not None:
+            seen.setdefault(self, []).append(torch_layout.to_numpy(inputs))
             return host.frozen_linear(inputs)
         chosen = self.choice.current().for_layer(self, ops.shape(inputs)[0])
         stacks = self.stacks

@@ -111,6 +111,12 @@ def sum_by_row(values):
     return ops.sum(values, axis=axes) if axes else values
 
 
+class Batch(threading.local):
+    """The batch whose gradients a thread applies."""
+
+    ids = None
+
+
 class PerAdapterOptimizer(keras.optimizers.Optimizer):
     """Trains each trainee with a copy of an optimizer.
 
@@ -127,7 +133,7 @@ class PerAdapterOptimizer(keras.optimizers.Optimizer):
         vars(self).update(  # past TensorFlow's tracking
             sources={name: validate_optimizer(x) for name, x in by_name.items()},
             members=[],  # (trainee, its id in batches, its optimizer)
-            _batch=threading.local(),
+            batch=Batch(),
         )
 
     def train(self, trainees, id_of):
@@ -160,15 +166,11 @@ class PerAdapterOptimizer(keras.optimizers.Optimizer):
     @contextlib.contextmanager
     def for_rows(self, ids):
         """Context in which `apply` gets the gradients of a batch with these ids."""
-        self._batch.ids = ids
+        self.batch.ids = ids
         try:
             yield
         finally:
-            self._batch.ids = None
-
-    @property
-    def ids(self):
-        return getattr(self._batch, "ids", None)
+            self.batch.ids = None
 
     def build(self, variables):
         self.built = True
@@ -190,7 +192,7 @@ class PerAdapterOptimizer(keras.optimizers.Optimizer):
             optimizer.learning_rate = learning_rate
 
     def apply(self, grads, trainable_variables=None):
-        grads, ids = list(grads), distribution.gather_over_replicas(self.ids)
+        grads, ids = list(grads), distribution.gather_over_replicas(self.batch.ids)
         for trainee, own_id, optimizer in self.members:
             count = len(trainee.trainable_variables)
             gradients, grads = grads[:count], grads[count:]
@@ -210,14 +212,9 @@ class PerAdapterOptimizer(keras.optimizers.Optimizer):
         values += zip(trained, trainable_variables, strict=True)
         with keras.StatelessScope(state_mapping=values) as scope:
             self.apply(grads)
-        results = [
-            [value if new is None else new for value, new in pairs]
-            for pairs in (
-                [(x, scope.get_current_value(v)) for v, x in values[len(variables) :]],
-                [(x, scope.get_current_value(v)) for v, x in values[: len(variables)]],
-            )
-        ]
-        return tuple(results)
+        return tuple(
+            [scope.get_current_value(v) for v in x] for x in (trained, variables)
+        )
 
     def finalize_variable_values(self, var_list):
         for trainee, _, optimizer in self.members:

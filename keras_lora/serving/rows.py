@@ -105,6 +105,18 @@ def refuse_other_row_count(size, rows, name):
         tf.debugging.assert_equal(size, rows, message)
 
 
+class ThreadState(threading.local):
+    """What one thread does with the layers of a bank.
+
+    Attributes:
+        slots: The slots of the rows in this call of the bank, or None outside.
+        trainees: The adapters that train in this call; None if it does not train.
+        seen: {adapters of a layer: its inputs, call by call} while they are recorded.
+    """
+
+    slots = trainees = seen = None
+
+
 class SlotChoice(keras.layers.Layer):
     """Chooses which slots the layers of a bank use in this call.
 
@@ -122,7 +134,7 @@ class SlotChoice(keras.layers.Layer):
         self._rows_by_count = {}  # number of rows -> variable
         self.rows = None
         self.leading_axes_known = False  # of all layers in the bank
-        self._local = threading.local()
+        self.thread = ThreadState()
         self.built = True
 
     def add_slots_variable(self, shape, name):
@@ -145,56 +157,31 @@ class SlotChoice(keras.layers.Layer):
         self.rows = None if count is None else self._rows_by_count[count]
 
     def current(self):
-        slots = getattr(self._local, "slots", None)
-        if slots is None:
-            slots = self.rows
+        slots = self.rows if self.thread.slots is None else self.thread.slots
         return OneForAll(self.active) if slots is None else RowByRow(slots)
 
     @property
-    def probe(self):
-        """The probe that records layers' inputs in this thread, if one is running."""
-        return getattr(self._local, "probe", None)
-
-    @probe.setter
-    def probe(self, probe):
-        self._local.probe = probe
-
-    @property
     def is_inside(self):
-        """Whether this thread is inside a call of the bank or a probe run."""
-        return getattr(self._local, "slots", None) is not None or self.probe is not None
-
-    @property
-    def trainees(self):
-        """The adapters that train in this call; None if it does not train."""
-        return getattr(self._local, "trainees", None)
+        """Whether this thread is inside a call of the bank, or records inputs."""
+        return self.thread.slots is not None or self.thread.seen is not None
 
     @contextlib.contextmanager
     def using(self, slots, trainees=None):
         """Context in which calls of this thread use slots, and train the trainees."""
         if trainees is not None:
             slots = ops.take(self.slots_in_training, slots)
-        before = getattr(self._local, "slots", None), self.trainees
-        self._local.slots, self._local.trainees = slots, trainees
+        thread = self.thread
+        before = thread.slots, thread.trainees
+        thread.slots, thread.trainees = slots, trainees
         try:
             yield
         finally:
-            self._local.slots, self._local.trainees = before
+            thread.slots, thread.trainees = before
 
 
 LEADING_AXES = (ROWS, REPEAT, TILE)
 PROBE_ROWS = 3
 OPEN_SIZES = (11, 64, 5)  # to try for axes that the model leaves open
-
-
-class Probe:
-    """Records the inputs of all layers of a bank in one run of the model."""
-
-    def __init__(self):
-        self.seen = {}  # adapters of a layer -> its inputs, call by call
-
-    def record(self, adapters, inputs):
-        self.seen.setdefault(adapters, []).append(torch_layout.to_numpy(inputs))
 
 
 def find_leading_axes(bank, samples, raising=False):
@@ -211,12 +198,12 @@ def find_leading_axes(bank, samples, raising=False):
     choice = bank.choice
 
     def run(inputs):
-        choice.probe = Probe()
+        choice.thread.seen = seen = {}
         try:
             bank.model(inputs, training=False)
-            return choice.probe.seen
+            return seen
         finally:
-            choice.probe = None
+            choice.thread.seen = None
 
     for inputs in samples:
         try:
@@ -244,7 +231,7 @@ def leading_axes(run, inputs) -> dict:
     Each row is changed in turn, to see which rows of a layer's inputs change with it.
 
     Args:
-        run: A function of inputs that runs the model and returns a `Probe`'s `seen`.
+        run: A function of inputs that runs the model and returns what was `seen`.
         inputs: Nested arrays of three rows.
     """
     first = run(inputs)

@@ -150,7 +150,7 @@ class Training(Calls):
             optimizer = PerAdapterOptimizer(optimizer)
         if loss is not None:
             loss = keras.tree.map_structure(
-                lambda x: PerAdapterLoss(x, lambda: optimizer.ids), loss
+                lambda x: PerAdapterLoss(x, lambda: optimizer.batch.ids), loss
             )
         super().compile(optimizer, loss, auto_scale_loss=False, **kwargs)
 
