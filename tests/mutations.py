@@ -813,7 +813,7 @@ FAULTS = {
             "test_expert_files.py -k nothing_but",
         ),
         (
-            "            if other_place > place:\n                break\n",
+            "            if other_index > index:\n                break\n",
             "",
             "test_hostile_files.py test_adapter_files.py test_peft_settings.py",
         ),
@@ -1344,7 +1344,7 @@ FAULTS = {
             "test_bank.py -k lengths_of_its_dora",
         ),
     ],
-    "serving/directory.py": [
+    "serving/id_table.py": [
         (
             "self.id_of.pop(name) + self.capacity + 1",
             "self.id_of.pop(name)",
@@ -1358,8 +1358,8 @@ FAULTS = {
     ],
     "serving/rows.py": [
         (
-            "place = ops.floor_divide(place, times)",
-            "place = ops.mod(place, times)",
+            "row = ops.floor_divide(row, times)",
+            "row = ops.mod(row, times)",
             "test_bank.py -k another_leading_axis",
         ),
         ("kept / (1 - rates)", "kept", "test_bank_fit.py -k dropout"),

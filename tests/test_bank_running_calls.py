@@ -342,7 +342,7 @@ def test_a_change_waits_for_calls_and_not_for_ever(served, monkeypatch):
     data = {"inputs": x(), "adapter": bank.ids(["a"] * 5)}
     go, found = threading.Event(), []
     threads = []
-    for _ in range(bank.directory.slot_count):
+    for _ in range(bank.id_table.slot_count):
         inside = threading.Event()
         bank.model.get_layer("middle").pause = lambda own=inside: (
             own.set(),

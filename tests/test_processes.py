@@ -233,9 +233,9 @@ def banks():
     bank = keras_lora.AdapterBank(network(), {"one": places[0], "two": places[1]}, 3)
     if kind == "across":
         stacks = {path: layer.lora.stacks for path, layer in bank.hosts.layers.items()}
-        assert share([stacks["up"].b]) == 4 * 2 * 2 * bank.directory.slot_count
-        assert share([stacks["down"].a]) == 4 * 2 * 2 * bank.directory.slot_count
-        assert share([stacks["up"].gain]) == 4 * 2 * bank.directory.slot_count
+        assert share([stacks["up"].b]) == 4 * 2 * 2 * bank.id_table.slot_count
+        assert share([stacks["down"].a]) == 4 * 2 * 2 * bank.id_table.slot_count
+        assert share([stacks["up"].gain]) == 4 * 2 * bank.id_table.slot_count
     names = ["one", None, "two", "one"] * 4
     def called(names):
         inputs = {"inputs": placed(ids), "adapter": placed(bank.ids(names))}

@@ -165,9 +165,9 @@ def refuse_different_shapes(module, terms):
             raise ValueError(
                 f"{module!r} is an embedding in only some of the adapters."
             )
-        for place, suffix in enumerate(term.low_rank):
+        for axis, suffix in enumerate(term.low_rank):
             both = (term.tensors[suffix], first.tensors[suffix])
-            shapes = [np.delete(value.shape, place) for value in both]
+            shapes = [np.delete(value.shape, axis) for value in both]
             if not np.array_equal(*shapes):
                 shape, other_shape = (value.shape for value in both)
                 raise ValueError(

@@ -278,8 +278,8 @@ def write(title, head, rows, lines=()):
     table = rich.table.Table(
         title=Text(tables.make_printable(title)), title_justify="left"
     )
-    for place, name in enumerate(head):
-        justify = "left" if place < 2 else "right"
+    for index, name in enumerate(head):
+        justify = "left" if index < 2 else "right"
         table.add_column(
             Text(tables.make_printable(name)), justify=justify, overflow="fold"
         )

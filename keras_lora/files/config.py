@@ -100,18 +100,18 @@ def values_by_module(config, pattern_key, default_key, modules, warns=True):
     warns: Boolean, whether to warn about keys that match no module.
     """
     budget, names, expressions = Budget(), {}, []
-    for place, key in enumerate(config[pattern_key]):
+    for index, key in enumerate(config[pattern_key]):
         if match := EXACT.fullmatch(key):  # as `pattern` writes them
             name = re.sub(r"\\(\W)", r"\1", match[1])
-            names.setdefault(name, (place, key))
+            names.setdefault(name, (index, key))
         else:
-            expressions.append((place, key, Pattern(key, budget)))
+            expressions.append((index, key, Pattern(key, budget)))
     values, used = {}, set()
     for module in modules:
         name = slices.without_slice(module)
-        place, first = names.get(name, (len(config[pattern_key]), None))
-        for other_place, key, expression in expressions:
-            if other_place > place:
+        index, first = names.get(name, (len(config[pattern_key]), None))
+        for other_index, key, expression in expressions:
+            if other_index > index:
                 break
             if expression.matches(name, part=True):
                 first = key
@@ -138,7 +138,7 @@ def settings_by_module(config, modules) -> dict:
 
 def ends_of(name) -> list:
     """Returns a name, and the part after each of its dots."""
-    return [name[place:] for place in [0, *(x.end() for x in re.finditer(r"\.", name))]]
+    return [name[index:] for index in [0, *(x.end() for x in re.finditer(r"\.", name))]]
 
 
 def refuse_unmatched_targets(config, modules_with_tensors):

@@ -110,7 +110,10 @@ def unwrap(tensors, file_config) -> dict:
 
 
 def wrap(tensors, entries) -> dict:
-    """The inverse; entries: the file's `target_parameters`."""
+    """The tensors for a file, with stacks as PEFT wraps them: the inverse of `unwrap`.
+
+    entries: The file's `target_parameters`.
+    """
     modules = (
         k.removesuffix(torch_layout.LINEAR[0])
         for k in tensors

@@ -1,6 +1,6 @@
 """Regular expressions for module names, from files that are not trusted.
 
-`re` backtracks, which can take for ever. Expressions that could are refused: those with
+`re` backtracks, which can take forever. Expressions that could are refused: those with
 repeats inside repeats, and those with more ways to match than there is time for.
 """
 
@@ -70,11 +70,13 @@ def ways(expression):
     As no repeat holds another repeat or a choice, a name of n characters has at most
     choices * comb(n + repeats, repeats) ways to match.
     """
-    groups, closed, place = [[0, 0, 1]], None, 0  # start, repeats, choices
-    while place < len(expression):
-        token = TOKEN.match(expression, place)
+    groups, closed, position = [[0, 0, 1]], None, 0  # start, repeats, choices
+    while position < len(expression):
+        token = TOKEN.match(expression, position)
         if token is None:
-            raise ValueError(f"{expression[place : place + 9]!r} is not supported")
+            raise ValueError(
+                f"{expression[position : position + 9]!r} is not supported"
+            )
         if token["repeat"]:
             if closed and (closed[1] or closed[2] > 1):
                 raise ValueError("a repeated group holds a repeat or a choice")
@@ -82,7 +84,7 @@ def ways(expression):
         elif token["option"]:
             groups[-1][2] *= 2
         elif token["either"]:
-            groups[-1].append(place)
+            groups[-1].append(position)
         elif token["open"]:
             groups.append([token.end(), 0, 1])
         closed = None
@@ -90,16 +92,16 @@ def ways(expression):
             if len(groups) == 1:
                 raise ValueError("unbalanced parenthesis")
             closed = groups.pop()
-            closed[2] *= choices(expression[closed[0] : place], len(closed) - 3)
+            closed[2] *= choices(expression[closed[0] : position], len(closed) - 3)
             groups[-1][1] += closed[1]
             groups[-1][2] *= closed[2]
-        place = token.end()
+        position = token.end()
     (start, repeats, product, *bars), *_ = groups
     return repeats, product * choices(expression[start:], len(bars))
 
 
 def choices(text, bars):
-    """Returns how many alternatives of a text can match at one place of a name."""
+    """Returns how many alternatives of a text can match at one position of a name."""
     if not bars or not WORDS.fullmatch(text):
         return 1 + bars
     words = text.split("|")

@@ -64,7 +64,7 @@ class Layout(NamedTuple):
         return whole
 
     def scatter(self, whole, axis=0):
-        """The inverse of `gather`, for all slices."""
+        """Splits a value of the module into {slice: value}: the inverse of `gather`."""
         total = whole.shape[axis]
         return {name: whole.take(self.rows(name, total), axis) for name in self.names}
 
@@ -163,7 +163,10 @@ def side_by_side(blocks):
 
 
 def split(tensors, modules, stacked) -> dict:
-    """The inverse, in place: {slice: Share} for the slices that are adapted."""
+    """Cuts the factors of modules into those of slices, in place; inverse of `fuse`.
+
+    Returns {slice: Share} for the slices that are adapted.
+    """
     shares, regions = {}, getattr(modules, "regions", {})
     for module, layout in layouts(getattr(modules, "sites", modules), regions).items():
         keys = [module + suffix for suffix in torch_layout.LINEAR]

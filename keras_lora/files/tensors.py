@@ -29,7 +29,10 @@ def to_tensors(site):
 
 
 def from_tensors(site, arrays, where):
-    """The inverse, as [(variable, value)]; raises if a shape does not fit."""
+    """Returns [(variable, value)] of the factors from a file's arrays.
+
+    Raises ValueError if a shape does not fit.
+    """
     expected = to_tensors(site)
     if arrays.keys() != expected.keys():
         raise ValueError(
@@ -89,7 +92,10 @@ def kernel_to_tensor(layer):
 
 
 def weight_from_tensor(layer, variable, value, where, inputs_first=False):
-    """The inverse; raises if the shape does not fit."""
+    """Returns the value of a variable for a file's tensor, with Keras's axes.
+
+    Raises ValueError if the shape does not fit.
+    """
     expected = weight_to_tensor(layer, variable, inputs_first).shape
     if value.shape != expected:
         raise ValueError(

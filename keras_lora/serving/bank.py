@@ -21,16 +21,16 @@ from keras_lora.keras_internals import (
 )
 from keras_lora.layers import settings
 from keras_lora.models import sites
-from keras_lora.serving import directory, reading, rows, training
+from keras_lora.serving import id_table, reading, rows, training
 from keras_lora.serving.banked import Hosts
-from keras_lora.serving.calls import Running
-from keras_lora.serving.directory import Directory
+from keras_lora.serving.calls import RunningCalls
 from keras_lora.serving.export import (
     export_by_id,
     export_by_name,
     specs_of,
     swap_arrays,
 )
+from keras_lora.serving.id_table import IdTable
 from keras_lora.serving.outside import CompiledFunctions, OutsideCalls
 from keras_lora.serving.rows import SlotChoice
 from keras_lora.serving.training import Training
@@ -102,9 +102,9 @@ class AdapterBank(OutsideCalls, Training, keras.Model):
         self.autocast = False
         self.model, self.capacity, self.names_given = model, capacity, names
         self.max_rank = max_rank or max(lora_ranks, default=8) or 8
-        self.directory = Directory(capacity)
-        self.choice = SlotChoice(self.directory.slot_count)
-        self.hosts = Hosts(paths, self.choice, self.directory.slot_count)
+        self.id_table = IdTable(capacity)
+        self.choice = SlotChoice(self.id_table.slot_count)
+        self.hosts = Hosts(paths, self.choice, self.id_table.slot_count)
         # Past Keras's tracking, because some are trainees.
         self.__dict__["sources"] = {}
         self.stacks = []
@@ -112,8 +112,8 @@ class AdapterBank(OutsideCalls, Training, keras.Model):
         self._active = None
         self._row_names = None
         self._compiled = CompiledFunctions(model)
-        self.running = Running(self._write_active, barrier)
-        self._slots_outside = [directory.BASE]
+        self.running = RunningCalls(self._write_active, barrier)
+        self._slots_outside = [id_table.BASE]
         self.__dict__["depends_on_base"] = {}  # name -> whether the adapter does
         self.__dict__["counted_layers"] = weakref.WeakSet()
         with_gain = any(part.has_gain for _, part in all_parts)
@@ -139,7 +139,7 @@ class AdapterBank(OutsideCalls, Training, keras.Model):
     @property
     def names(self) -> list:
         """The names of the adapters in the bank."""
-        return self.directory.names
+        return self.id_table.names
 
     # Adapters.
 
@@ -163,8 +163,8 @@ class AdapterBank(OutsideCalls, Training, keras.Model):
         """
         validate_adapters({name: adapter}, None)
         self._refuse_released()
-        self.running.begin_change("bank.add", lambda call: call.alone)
-        self.directory.refuse_if_full(name)
+        self.running.begin_change("bank.add", lambda call: call.exclusive)
+        self.id_table.refuse_if_full(name)
         parts, source = self._read_with_source(name, adapter)
         with self.running.writing("bank.add"):
             self._put(name, parts, source)
@@ -183,7 +183,7 @@ class AdapterBank(OutsideCalls, Training, keras.Model):
 
     def _put(self, name, parts, source):
         """Writes an adapter into a free slot, and makes its name mean that slot."""
-        free = self.directory.free_slots
+        free = self.id_table.free_slots
         with self.running.lock:
             self.running.wait("bank.add", lambda: self._next_slot() is not None)
             slot = self._next_slot()
@@ -192,33 +192,33 @@ class AdapterBank(OutsideCalls, Training, keras.Model):
             with self._write_lock:
                 self.hosts.write(slot, self.hosts.prepare(parts))
                 with self.running.lock:
-                    self.directory.refuse_if_full(name)
-                    self.directory.publish(name, slot)
+                    self.id_table.refuse_if_full(name)
+                    self.id_table.publish(name, slot)
                     self.sources[name] = source
                     needed = any(x.depends_on_base for x in parts.values())
                     self.depends_on_base[name] = needed
                     self.running.write_active_soon()
         except BaseException:
             with self.running.lock:
-                if slot not in self.directory.slot_of.values():
+                if slot not in self.id_table.slot_of.values():
                     free.append(slot)
             raise
 
     def _next_slot(self):
         """Returns the slot that has been free longest and that no call reads."""
-        free, reads = self.directory.free_slots, self.running.reads
+        free, reads = self.id_table.free_slots, self.running.reads
         return next((slot for slot in free if not reads[slot]), None)
 
     def remove(self, name: str):
         """Removes an adapter. From then on, rows with its id are NaN."""
         with self.running.writing("bank.remove"), self.running.lock:
-            if self.directory.validate_name(name) is None:
+            if self.id_table.validate_name(name) is None:
                 raise ValueError("None is the base model, which cannot be removed.")
             if name == self._active:
                 raise ValueError(
                     f"{name!r} is active: bank.activate(None) first, or another name."
                 )
-            self.directory.withdraw(name)
+            self.id_table.withdraw(name)
             del self.sources[name], self.depends_on_base[name]
             self.running.write_active_soon()
 

@@ -118,7 +118,7 @@ def write_slot(stack, slot, value):
 
 
 class BankAdapters:
-    """The adapters of a bank in one layer, in the place of its `lora`.
+    """The adapters of a bank in one layer, which holds them as its `lora`.
 
         y = gain[s] * (linear(x, W) + linear(x, A[s]) @ B[s]) + bias[s]
 

@@ -12,9 +12,9 @@ import numpy as np
 from keras import ops
 
 from keras_lora.keras_internals import calls, compiled, distribution
-from keras_lora.serving import directory, export, rows
+from keras_lora.serving import export, id_table, rows
 from keras_lora.serving.banked import Hosts
-from keras_lora.serving.directory import SLOTS, Directory, FixedIds
+from keras_lora.serving.id_table import SLOTS, FixedIds, IdTable
 from keras_lora.serving.rows import SlotChoice
 
 PATIENCE = 60.0  # seconds that a change waits for running calls
@@ -31,16 +31,16 @@ class Call:
 
     Attributes:
         outside: Whether it uses the active adapter, or `rows`.
-        alone: Whether no other call or change can run at the same time.
+        exclusive: Whether no other call or change can run at the same time.
         slots: The slots that it may read.
     """
 
     outside: bool = False
-    alone: bool = False
+    exclusive: bool = False
     slots: frozenset = frozenset()
 
 
-class Running:
+class RunningCalls:
     """Counts running calls; changes wait for calls that they would disturb.
 
     A slot is written only when no call reads it. The variables that outside calls read
@@ -73,16 +73,16 @@ class Running:
     # Calls.
 
     @contextlib.contextmanager
-    def call(self, choose, outside=False, alone=False):
+    def call(self, choose, outside=False, exclusive=False):
         """Context of a call.
 
         Args:
             choose: A function that returns what the context yields, and the slots that
                 the call reads.
             outside: As in `Call`.
-            alone: As in `Call`.
+            exclusive: As in `Call`.
         """
-        call = Call(outside, alone)
+        call = Call(outside, exclusive)
         with self.lock:
             if not self.own_calls:
                 self._wait_for_turn(call)
@@ -116,11 +116,11 @@ class Running:
 
     def _has_turn(self, call):
         before = self.queue[: self.queue.index(call)]
-        if call.alone:
+        if call.exclusive:
             return not (self.calls or self.changes or before)
         if call.outside and self.is_write_due:
             return False
-        return not any(other.alone for other in [*before, *self.other_calls()])
+        return not any(other.exclusive for other in [*before, *self.other_calls()])
 
     # Changes.
 
@@ -129,14 +129,14 @@ class Running:
         with self.lock:
             other_calls = self.other_calls()
             self.is_write_due = any(c.outside for c in [*other_calls, *self.own_calls])
-            self.is_write_due |= any(c.alone for c in other_calls)
+            self.is_write_due |= any(c.exclusive for c in other_calls)
             if not self.is_write_due:
                 self.write_active()
 
     @contextlib.contextmanager
     def writing(self, what):
         """Context of a change, during which no call on JAX empties the variables."""
-        self.begin_change(what, lambda call: call.alone)
+        self.begin_change(what, lambda call: call.exclusive)
         with self.lock:
             if not self._wait_for_turn(Call(), PATIENCE):
                 raise ValueError(timeout_message(what))
@@ -190,10 +190,10 @@ class Calls:
     """
 
     model: keras.Model
-    directory: Directory
+    id_table: IdTable
     choice: SlotChoice
     hosts: Hosts
-    running: Running
+    running: RunningCalls
 
     def ids(self, names: Sequence) -> np.ndarray:
         """Returns one id per name, for the rows of a batch; None means the base model.
@@ -201,11 +201,11 @@ class Calls:
         Raises:
             ValueError: If a name is not known.
         """
-        names = self.directory.validate_names(names)
-        return np.array([self.directory.id_of[name] for name in names], "int32")
+        names = self.id_table.validate_names(names)
+        return np.array([self.id_table.id_of[name] for name in names], "int32")
 
     def __call__(self, inputs, *args, **kwargs):
-        directory.refuse_names(inputs)
+        id_table.refuse_names(inputs)
         self._refuse_released()
         if calls.in_a_trace(inputs):
             return super().__call__(inputs, *args, **kwargs)
@@ -222,8 +222,8 @@ class Calls:
             if distribution.in_cross_replica_context():
                 # Keras infers shapes here, from what the replicas get.
                 ids = ops.cast(ids, "int32")
-            directory.refuse_other_ids(ids)
-            slots = self.directory.slots(ids)
+            id_table.refuse_other_ids(ids)
+            slots = self.id_table.slots(ids)
         self._find_leading_axes(inputs["inputs"])
         trainees = self.trainees.members if training and self.trainees else None
         with self.choice.using(slots, trainees):
@@ -252,25 +252,25 @@ class Calls:
 
         The slots keep their adapters inside the context.
         """
-        directory.refuse_names(x)
+        id_table.refuse_names(x)
         self._refuse_released()
         one = isinstance(x, Mapping) or method not in ("predict", "evaluate")
         if one and not (isinstance(x, Mapping) and set(x) in INPUTS):
             raise ValueError(unlike_inputs(x))
-        ids = directory.validate_ids(x["adapter"]) if one and "adapter" in x else None
+        ids = id_table.validate_ids(x["adapter"]) if one and "adapter" in x else None
         if ids is not None and method != "call":
             # Before: on JAX the model has no values during Keras's loops.
             self._find_leading_axes(x["inputs"])
 
         def choose():
-            fixed = FixedIds(self.directory.values(), self.directory.no_slot)
+            fixed = FixedIds(self.id_table.values(), self.id_table.no_slot)
             if ids is not None:
                 return fixed.inputs(x), fixed.slots(ids).tolist()
-            return (x if one else fixed.batches(x)), self.directory.slot_of.values()
+            return (x if one else fixed.batches(x)), self.id_table.slot_of.values()
 
-        alone = empties_variables(method)
-        keeping = calls.keeping_weights(self) if alone else contextlib.nullcontext()
-        with self.running.call(choose, alone=alone) as fixed, keeping:
+        exclusive = empties_variables(method)
+        keeping = calls.keeping_weights(self) if exclusive else contextlib.nullcontext()
+        with self.running.call(choose, exclusive=exclusive) as fixed, keeping:
             yield fixed
 
     def evaluate(self, x=None, *args, **kwargs):

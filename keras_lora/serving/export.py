@@ -42,7 +42,7 @@ def export_by_name(bank, path):
             values = [inputs[name] for name in flat]
             inputs = keras.tree.pack_sequence_as(specs, values)
             outputs = keras.tree.flatten(serve(inputs, adapter))
-            return {f"output_{place}": value for place, value in enumerate(outputs)}
+            return {f"output_{index}": value for index, value in enumerate(outputs)}
 
         def swap(adapter, **arrays):
             slot = look_up_slots(table, adapter[None], adapters, lowest=1)[0]
@@ -118,8 +118,8 @@ def compact_stacks(bank):
     """Context in which layers read stacks without free slots; yields them by path."""
     import tensorflow as tf
 
-    directory, hosts = bank.directory, bank.hosts.layers
-    order = [directory.slot_of[name] for name in (None, *bank.names)]
+    id_table, hosts = bank.id_table, bank.hosts.layers
+    order = [id_table.slot_of[name] for name in (None, *bank.names)]
     before = {path: layer.lora.stacks for path, layer in hosts.items()}
     stacks_of = {}
     try:

@@ -28,7 +28,7 @@ class OutsideCalls(Calls):
         """
         self.running.begin_change("bank.activate", disturbed)
         with self.running.lock:
-            self._active = self.directory.validate_name(name)
+            self._active = self.id_table.validate_name(name)
             self.running.write_active_soon()
 
     @contextlib.contextmanager
@@ -46,7 +46,7 @@ class OutsideCalls(Calls):
         """
         self.running.begin_change("bank.rows", disturbed)
         with self.running.lock:
-            names = self.directory.validate_names(names)
+            names = self.id_table.validate_names(names)
             if self._row_names is not None:
                 raise ValueError("The bank is already inside `rows`.")
             self._row_names = names
@@ -60,7 +60,7 @@ class OutsideCalls(Calls):
 
     def _write_active(self):
         """Writes the slots of the active adapter and of the rows into the variables."""
-        slot_of, names = self.directory.slot_of, self._row_names
+        slot_of, names = self.id_table.slot_of, self._row_names
         count = None if names is None else len(names)
         if count != self._compiled.count:
             self.choice.set_rows(count)
@@ -68,7 +68,7 @@ class OutsideCalls(Calls):
         self.choice.active.assign(slot_of[self._active])
         slots = [slot_of[self._active]]
         if names is not None:
-            slots = [slot_of.get(name, self.directory.no_slot) for name in names]
+            slots = [slot_of.get(name, self.id_table.no_slot) for name in names]
             self.choice.rows.assign(slots)
         self._slots_outside = slots
 
@@ -100,12 +100,12 @@ class OutsideCalls(Calls):
             return contextlib.nullcontext()
         return self._outside_call()
 
-    def _outside_call(self, alone=False):
+    def _outside_call(self, exclusive=False):
         choose = lambda: (None, self._slots_outside)  # noqa: E731
-        return self.running.call(choose, outside=True, alone=alone)
+        return self.running.call(choose, outside=True, exclusive=exclusive)
 
     def _count(self, layer, name):
-        method, alone = getattr(layer, name), empties_variables(name)
+        method, exclusive = getattr(layer, name), empties_variables(name)
 
         @functools.wraps(method)
         def run(*args, **kwargs):
@@ -120,8 +120,8 @@ class OutsideCalls(Calls):
                     "only in `bank.fit`."
                 )
             with contextlib.ExitStack() as around:
-                around.enter_context(self._outside_call(alone))
-                if alone:
+                around.enter_context(self._outside_call(exclusive))
+                if exclusive:
                     around.enter_context(calls.keeping_weights(layer))
                 return method(*args, **kwargs)
 
@@ -135,7 +135,7 @@ class OutsideCalls(Calls):
 
 
 def disturbed(call):
-    return call.outside or call.alone
+    return call.outside or call.exclusive
 
 
 class CompiledFunctions:

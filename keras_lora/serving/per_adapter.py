@@ -86,8 +86,8 @@ class FunctionLoss(keras.losses.Loss):
 
 def match_axes(*pair):
     """Gives two tensors the same number of axes, such as (rows,) and (rows, 1)."""
-    low, high = sorted((0, 1), key=lambda place: len(pair[place].shape))
-    matched, ranks = list(pair), [len(pair[place].shape) for place in (low, high)]
+    low, high = sorted((0, 1), key=lambda index: len(pair[index].shape))
+    matched, ranks = list(pair), [len(pair[index].shape) for index in (low, high)]
     if ranks[0] + 1 == ranks[1] and pair[high].shape[-1] == 1:
         if ranks[0] == 1:
             matched[low] = ops.expand_dims(pair[low], -1)
@@ -121,7 +121,7 @@ class PerAdapterOptimizer(keras.optimizers.Optimizer):
     """Trains each trainee with a copy of an optimizer.
 
     A trainee without rows in a batch takes no step: its variables, momenta and step
-    count do not change by a bit.
+    count stay exactly as they are.
 
     Args:
         optimizer: A Keras optimizer or its name, or a dict {adapter's name: one}.

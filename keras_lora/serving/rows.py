@@ -16,7 +16,7 @@ from keras_lora.layers import torch_layout
 ROWS, REPEAT, TILE = "rows", "repeat", "tile"
 
 
-class OneForAll:
+class OneSlot:
     """All rows use one slot, which is a scalar variable."""
 
     def __init__(self, slot):
@@ -60,13 +60,13 @@ class RowByRow:
         if adapters.leading == ROWS:
             refuse_other_row_count(size, rows, adapters.name)
             return self
-        place, rows = ops.arange(size), ops.maximum(rows, 1)  # 0 in an empty batch
+        row, rows = ops.arange(size), ops.maximum(rows, 1)  # 0 in an empty batch
         if adapters.leading == REPEAT:
             times = ops.maximum(ops.floor_divide(size, rows), 1)
-            place = ops.floor_divide(place, times)
+            row = ops.floor_divide(row, times)
         else:
-            place = ops.mod(place, rows)
-        return RowByRow(ops.take(self.slots, place))
+            row = ops.mod(row, rows)
+        return RowByRow(ops.take(self.slots, row))
 
     def bypass(self, form, inputs, a, b, training):
         return form.bypass_by_row(inputs, a, b, self.slots, training)
@@ -158,7 +158,7 @@ class SlotChoice(keras.layers.Layer):
 
     def current(self):
         slots = self.rows if self.thread.slots is None else self.thread.slots
-        return OneForAll(self.active) if slots is None else RowByRow(slots)
+        return OneSlot(self.active) if slots is None else RowByRow(slots)
 
     @property
     def is_inside(self):

@@ -271,7 +271,7 @@ def name_settings(settings) -> dict:
         validate_rate(setting.get("learning_rate", 0.0))
     if isinstance(settings, Mapping):
         return dict(settings)
-    return {f"{place}": setting for place, setting in enumerate(settings, start=1)}
+    return {f"{number}": setting for number, setting in enumerate(settings, start=1)}
 
 
 def validate_rate(rate):

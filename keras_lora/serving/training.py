@@ -19,7 +19,7 @@ from keras_lora.keras_internals import (
 )
 from keras_lora.keras_internals.layer_state import attach, detach
 from keras_lora.models import training_state
-from keras_lora.serving import directory
+from keras_lora.serving import id_table
 from keras_lora.serving.calls import Calls, empties_variables
 from keras_lora.serving.per_adapter import PerAdapterLoss, PerAdapterOptimizer
 
@@ -159,7 +159,7 @@ class Training(Calls):
 
             L = sum over the adapters k of loss(y[ids == k], f(x)[ids == k])
 
-        Everything else, including the model's own weights, does not change by a bit.
+        Nothing else changes, not even the model's own weights.
         Each adapter trains as it would alone on its own rows of each batch. An adapter
         without rows in a batch takes no step, and its optimizer state does not change.
         The loss in the logs is L. The model's kernels are frozen during training, as
@@ -218,19 +218,17 @@ class Training(Calls):
             ValueError: If the name is not known, or the adapter's folder holds
                 another adapter by now.
         """
-        if self.directory.validate_name(name) is None:
+        if self.id_table.validate_name(name) is None:
             raise ValueError("None is the base model, which has no adapter.")
         return self.sources[name].read()
-
-    # How it is done.
 
     def _names_in(self, x):
         if not isinstance(x, Mapping) or "adapter" not in x:
             return self.names
-        directory.refuse_names(x)
+        id_table.refuse_names(x)
         ids = set(np.unique(keras.ops.convert_to_numpy(x["adapter"])).tolist())
-        names = [name for name in self.names if self.directory.id_of[name] in ids]
-        unknown = ids - {self.directory.id_of[name] for name in [None, *names]}
+        names = [name for name in self.names if self.id_table.id_of[name] in ids]
+        unknown = ids - {self.id_table.id_of[name] for name in [None, *names]}
         if unknown:
             raise ValueError(
                 f'"adapter" has ids of no adapter: {sorted(unknown)[:9]}. '
@@ -256,7 +254,7 @@ class Training(Calls):
         now = {} if self.trainees is None else self.trainees_by_name()
         if keep:
             names = [*now, *(name for name in names if name not in now)]
-        id_of = self.directory.id_of
+        id_of = self.id_table.id_of
         with distribution.strategy_scope(self.model):
             members = [self._trainee(name) for name in names]
             if members == [*now.values()] and self.optimizer.is_for(members, id_of):
@@ -281,11 +279,11 @@ class Training(Calls):
 
     def _point_to_trainees(self):
         """Makes rows in training use the trainees instead of their slots."""
-        slots_in_training = np.arange(self.directory.slot_count)
-        for place, trainee in enumerate(self.trainees.members):
+        slots_in_training = np.arange(self.id_table.slot_count)
+        for index, trainee in enumerate(self.trainees.members):
             if self.sources.get(trainee.adapter_name) is trainee:
-                slot = self.directory.slot_of[trainee.adapter_name]
-                slots_in_training[slot] = self.directory.slot_count + place
+                slot = self.id_table.slot_of[trainee.adapter_name]
+                slots_in_training[slot] = self.id_table.slot_count + index
         self.choice.slots_in_training.assign(slots_in_training)
 
     def write_back(self):
@@ -301,7 +299,9 @@ class Training(Calls):
     @contextlib.contextmanager
     def _training(self, method):
         """Context of training, a call that reads no slot but the base model's."""
-        call = self.running.call(lambda: (None, ()), alone=empties_variables(method))
+        call = self.running.call(
+            lambda: (None, ()), exclusive=empties_variables(method)
+        )
         with call, calls.keeping_weights(self):
             self.in_training = True
             try:
@@ -340,7 +340,7 @@ class Training(Calls):
 
     def _ids_of(self, data):
         x, *_ = keras.utils.unpack_x_y_sample_weight(data)
-        ids = x[directory.SLOTS] if directory.SLOTS in x else x["adapter"]
+        ids = x[id_table.SLOTS] if id_table.SLOTS in x else x["adapter"]
         return self.optimizer.for_rows(keras.ops.convert_to_tensor(ids))
 
 

@@ -14,7 +14,7 @@ SLOTS = "slots"  # replaces "adapter" among a bank's inputs
 MOST_SPARE = 8  # slots for replaced adapters that calls still read
 
 
-class Directory(keras.layers.Layer):
+class IdTable(keras.layers.Layer):
     """The ids of a bank, and the slot of each.
 
         table   (capacity + 1, 2)   the present id and slot of each entry
