@@ -136,7 +136,6 @@ def analyze_adapter(adapter, name):
 
 
 def analyze_model(model):
-    from keras_lora.layers import torch_layout
     from keras_lora.models import sites
 
     sites.sites_outside_contexts(model)
@@ -154,9 +153,7 @@ def analyze_model(model):
 
 def matrices(path, site):
     """Two matrices, or stacks of them, whose product is the update."""
-    from keras_lora.layers.torch_layout import to_numpy
-
-    lora, form = site.lora, site.form
+    lora, form, to_numpy = site.lora, site.form, torch_layout.to_numpy
     if not {"a", "b"} <= set(lora.factor_names):
         raise ValueError(f"{path!r} has no A and B, but {lora.factor_names}.")
     if not form.is_product(site.kernel_shape):

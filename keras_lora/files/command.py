@@ -19,7 +19,7 @@ from keras_lora.models import atomic, tables
 
 def main(arguments=None) -> int:
     """Runs the command given by the arguments, by default those of the process."""
-    options = parser(show, diff, combine, merge, check).parse_args(arguments)
+    options = parser().parse_args(arguments)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of other packages, not for users
         warnings.simplefilter("always", UserWarning)
@@ -157,8 +157,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(1, f"error: {message}. See `{self.prog} --help`.\n")
 
 
-def parser(show, diff, combine, merge, check):
-    """The parser of the command line; each function takes its options."""
+def parser():
     top = Parser(
         prog="python -m keras_lora",
         description="Shows, compares, combines, checks and merges adapters that "

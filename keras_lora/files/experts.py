@@ -114,12 +114,7 @@ def wrap(tensors, entries) -> dict:
 
     entries: The file's `target_parameters`.
     """
-    modules = (
-        k.removesuffix(torch_layout.LINEAR[0])
-        for k in tensors
-        if k.endswith(torch_layout.LINEAR[0])
-    )
-    stacks = [module for module in modules if STACK.fullmatch(module)]
+    stacks = [module for module in linear_modules(tensors) if STACK.fullmatch(module)]
     meant, tensors = parameters_in(stacks, entries), dict(tensors)
     for owner in dict.fromkeys(stack.rpartition(".")[0] for stack in meant):
         for parameter, module in wrapped_modules(owner, meant).items():
@@ -128,6 +123,12 @@ def wrap(tensors, entries) -> dict:
             pair = (module + suffix for suffix in torch_layout.LINEAR)
             tensors |= zip(pair, (a, b.reshape(len(b), -1)), strict=True)
     return tensors
+
+
+def linear_modules(tensors) -> list:
+    """The modules for which there is an A, other than embeddings."""
+    suffix, _ = torch_layout.LINEAR
+    return [key.removesuffix(suffix) for key in tensors if key.endswith(suffix)]
 
 
 def stack_key(key):
@@ -176,11 +177,7 @@ def build_stacks(adapter, tensors, values, modules):
         modules: Half of a stack -> the linear modules of its experts.
     """
     in_file = validation.validate_config(adapter.config)
-    other_modules = [
-        key.removesuffix(torch_layout.LINEAR[0])
-        for key in tensors
-        if key.endswith(torch_layout.LINEAR[0])
-    ]
+    other_modules = linear_modules(tensors)
     every = [*other_modules, *itertools.chain(*modules.values())]
     config.refuse_unmatched_targets(in_file, every)
     in_modules = config.settings_by_module(in_file, every)

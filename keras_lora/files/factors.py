@@ -104,18 +104,21 @@ def refuse_not_finite(name, values):
         raise ValueError(f"The tensor {name!r} holds values that are not finite.")
 
 
-def factors_of(adapter, modules=None) -> FileFactors:
+def factors_of(adapter, names=None, regions=None) -> FileFactors:
     """Reads an adapter's tensors and settings, module by module.
 
-    modules: Names that may mean slices, as in `keras_lora.files.slices`; by default
-        those of the slices that the adapter itself has.
+    Args:
+        adapter: An `Adapter`.
+        names: Names that may mean slices, as in `keras_lora.files.slices`; by default
+            those of the slices that the adapter itself has.
+        regions: As there.
     """
     config = validation.validate_config(adapter.config)
-    modules = slice_names([adapter]) if modules is None else modules
+    names = slice_names([adapter]) if names is None else names
     tensors = dict(adapter.tensors)
     for key, value in tensors.items():
         refuse_not_finite(key, value)
-    shares = slices.split(tensors, modules, adapter.slices)
+    shares = slices.split(tensors, names, adapter.slices, regions)
     method = torch_layout.method_in(config["method"])
     suffixes = torch_layout.LINEAR + torch_layout.EMBEDDING + method.more_suffixes
     arrays, weights = group_by_module(tensors, suffixes)

@@ -259,7 +259,7 @@ def region_of(layer, variable, hook, size):
     if form.looks_up or kind.weight_to_file(layer, probes[0]).ndim != 2:
         ends = (convert(kind.weight_to_file(layer, x), hook, shape) for x in probes)
         if all(map(np.array_equal, ends, probes)):
-            return whole_region(matrix.shape[1])
+            return Region("", np.arange(matrix.shape[1]), total=matrix.shape[1])
         return None
     inputs = len(matrix)
     for total, inputs_first in itertools.product(
@@ -288,10 +288,6 @@ def indices(*shape):
     """The index of each row and that of each column, as matrices that hold no more."""
     rows, columns = (np.arange(size, dtype="int32") for size in shape)
     return [np.broadcast_to(x, shape) for x in (rows[:, None], columns)]
-
-
-def whole_region(size):
-    return Region("", np.arange(size), total=size)
 
 
 def vector_region(shape, hook, size):

@@ -66,7 +66,7 @@ class MatchedFile(FileFactors):
 
 def match(adapter, modules) -> MatchedFile:
     adapter = experts.stack_experts(adapter, modules.parameters)
-    contents = factors_of(adapter, modules)
+    contents = factors_of(adapter, modules.sites, modules.regions)
     for name in [*contents.factors]:
         module = other_formats.module_of(name, modules)
         renamed = dataclasses.replace(contents.factors.pop(name), module=module)

@@ -162,13 +162,13 @@ def side_by_side(blocks):
         yield wide
 
 
-def split(tensors, modules, stacked) -> dict:
+def split(tensors, names, stacked, regions=None) -> dict:
     """Cuts the factors of modules into those of slices, in place; inverse of `fuse`.
 
     Returns {slice: Share} for the slices that are adapted.
     """
-    shares, regions = {}, getattr(modules, "regions", {})
-    for module, layout in layouts(getattr(modules, "sites", modules), regions).items():
+    shares = {}
+    for module, layout in layouts(names, regions).items():
         keys = [module + suffix for suffix in torch_layout.LINEAR]
         if not all(key in tensors for key in keys):
             continue

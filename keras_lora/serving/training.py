@@ -39,13 +39,14 @@ class Trainee(keras.layers.Layer):
         vars(self).update(parts=reading.parts, reading=reading)
         vars(self)["facts"] = {key: adapter.config.get(key) for key in config.FACTS}
         self.loras = [p.lora for p in reading.parts.values() if p.lora is not None]
-        self.trained_weights = [
-            variable
-            for part in reading.parts.values()
-            for variable in (part.bias, part.kernel)
-            if variable is not None
-        ]
-        self.refuse_shared(reading)
+        for module, layer, variable, own in reading.trained:
+            if own is None:
+                raise ValueError(
+                    f"The adapter {adapter_name!r} trains {variable.name!r} of "
+                    f"{module!r}, a {type(layer).__name__}, which all rows of a batch "
+                    "share. Train it in a model of its own."
+                )
+        self.trained_weights = [own for *_, own in reading.trained]
         if any(part.has_gain and part.dropout for part in reading.parts.values()):
             raise ValueError(
                 f"The adapter {adapter_name!r} has DoRA with dropout, which a bank "
@@ -53,16 +54,6 @@ class Trainee(keras.layers.Layer):
                 "lora_dropout to 0 in its config."
             )
         self.built = True
-
-    def refuse_shared(self, reading):
-        """Raises ValueError if the adapter trains weights that all rows share."""
-        for module, layer, variable, own in reading.trained:
-            if own is None:
-                raise ValueError(
-                    f"The adapter {self.adapter_name!r} trains {variable.name!r} of "
-                    f"{module!r}, a {type(layer).__name__}, which all rows of a batch "
-                    "share. Train it in a model of its own."
-                )
 
     def read(self) -> Adapter:
         """Returns the adapter with its present values."""
