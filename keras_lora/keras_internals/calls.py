@@ -192,8 +192,10 @@ def keeping_weights(model):
     On JAX, these loops take the values out of the variables, and Keras does not put
     them back after an error. The variables get the loop's last values, or else those
     from its beginning.
+
+    model: The model, or None to restore nothing.
     """
-    if keras.backend.backend() != "jax":
+    if model is None or keras.backend.backend() != "jax":
         yield
         return
     vars(model).pop("_jax_state", None)  # left by a loop that failed

@@ -20,9 +20,10 @@ from keras_lora.serving.rows import SlotChoice
 PATIENCE = 60.0  # seconds that a change waits for running calls
 
 
-def empties_variables(method):
-    """Whether a method empties the model's variables while it runs."""
-    return keras.backend.backend() == "jax" and method in compiled.LOOPS
+def emptied_by(method, model):
+    """Returns the model if a method of it empties its variables while it runs."""
+    loops = compiled.LOOPS if keras.backend.backend() == "jax" else ()
+    return model if method in loops else None
 
 
 @dataclasses.dataclass(eq=False)
@@ -73,16 +74,16 @@ class RunningCalls:
     # Calls.
 
     @contextlib.contextmanager
-    def call(self, choose, outside=False, exclusive=False):
+    def call(self, choose, outside=False, emptied=None):
         """Context of a call.
 
         Args:
             choose: A function that returns what the context yields, and the slots that
                 the call reads.
             outside: As in `Call`.
-            exclusive: As in `Call`.
+            emptied: The model whose variables it empties, which excludes other calls.
         """
-        call = Call(outside, exclusive)
+        call = Call(outside, exclusive=emptied is not None)
         with self.lock:
             if not self.own_calls:
                 self._wait_for_turn(call)
@@ -91,7 +92,8 @@ class RunningCalls:
             self.reads.update(call.slots)
             self.calls.setdefault(threading.get_ident(), []).append(call)
         try:
-            yield chosen
+            with calls.keeping_weights(emptied):
+                yield chosen
         finally:
             with self.lock:
                 self.reads.subtract(call.slots)
@@ -268,9 +270,7 @@ class Calls:
                 return fixed.inputs(x), fixed.slots(ids).tolist()
             return (x if one else fixed.batches(x)), self.id_table.slot_of.values()
 
-        exclusive = empties_variables(method)
-        keeping = calls.keeping_weights(self) if exclusive else contextlib.nullcontext()
-        with self.running.call(choose, exclusive=exclusive) as fixed, keeping:
+        with self.running.call(choose, emptied=emptied_by(method, self)) as fixed:
             yield fixed
 
     def evaluate(self, x=None, *args, **kwargs):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from keras_lora.keras_internals import calls, compiled, layer_state
 from keras_lora.serving.banked import Banked
-from keras_lora.serving.calls import Calls, empties_variables
+from keras_lora.serving.calls import Calls, emptied_by
 
 TRAINING = ("fit", "train_on_batch")
 COUNTED = ("call", "generate", *compiled.LOOPS)
@@ -100,12 +100,12 @@ class OutsideCalls(Calls):
             return contextlib.nullcontext()
         return self._outside_call()
 
-    def _outside_call(self, exclusive=False):
+    def _outside_call(self, emptied=None):
         choose = lambda: (None, self._slots_outside)  # noqa: E731
-        return self.running.call(choose, outside=True, exclusive=exclusive)
+        return self.running.call(choose, outside=True, emptied=emptied)
 
     def _count(self, layer, name):
-        method, exclusive = getattr(layer, name), empties_variables(name)
+        method, emptied = getattr(layer, name), emptied_by(name, layer)
 
         @functools.wraps(method)
         def run(*args, **kwargs):
@@ -119,10 +119,7 @@ class OutsideCalls(Calls):
                     f"{layer.name!r} holds the adapters of an AdapterBank, which train "
                     "only in `bank.fit`."
                 )
-            with contextlib.ExitStack() as around:
-                around.enter_context(self._outside_call(exclusive))
-                if exclusive:
-                    around.enter_context(calls.keeping_weights(layer))
+            with self._outside_call(emptied):
                 return method(*args, **kwargs)
 
         return run

@@ -20,7 +20,7 @@ from keras_lora.keras_internals import (
 from keras_lora.keras_internals.layer_state import attach, detach
 from keras_lora.models import training_state
 from keras_lora.serving import id_table
-from keras_lora.serving.calls import Calls, empties_variables
+from keras_lora.serving.calls import Calls, emptied_by
 from keras_lora.serving.per_adapter import PerAdapterLoss, PerAdapterOptimizer
 
 
@@ -186,7 +186,7 @@ class Training(Calls):
             )
             callbacks = [writer, *callbacks]
         try:
-            with self._training("fit"), self._model_frozen():
+            with self._training("fit"):
                 history = super().fit(x, *args, callbacks=callbacks, **kwargs)
         except BaseException:
             self.write_back()
@@ -197,7 +197,7 @@ class Training(Calls):
     def train_on_batch(self, x, *args, **kwargs):
         """Trains as `keras.Model.train_on_batch`; x as in `fit`."""
         self._train(self._names_in(x), keep=True)
-        with self._training("train_on_batch"), self._model_frozen():
+        with self._training("train_on_batch"):
             logs = super().train_on_batch(x, *args, **kwargs)
         self.write_back()
         return logs
@@ -289,27 +289,19 @@ class Training(Calls):
 
     @contextlib.contextmanager
     def _training(self, method):
-        """Context of training, a call that reads no slot but the base model's."""
-        call = self.running.call(
-            lambda: (None, ()), exclusive=empties_variables(method)
-        )
-        with call, calls.keeping_weights(self):
-            self.in_training = True
+        """Context of training, a call that reads no slot but the base model's.
+
+        The model is frozen inside, also its normalization.
+        """
+        layers = self.hosts.paths.with_model
+        with self.running.call(lambda: (None, ()), emptied=emptied_by(method, self)):
+            flags = training_state.trainable_flags(layers)
+            self.in_training, self.model.trainable = True, False
             try:
                 yield
             finally:
                 self.in_training = False
-
-    @contextlib.contextmanager
-    def _model_frozen(self):
-        """Context in which the model is frozen, also its normalization."""
-        layers = self.hosts.paths.with_model
-        flags = training_state.trainable_flags(layers)
-        self.model.trainable = False
-        try:
-            yield
-        finally:
-            training_state.restore_flags(layers, flags)
+                training_state.restore_flags(layers, flags)
 
     def train_step(self, *args):
         if not self.in_training:
