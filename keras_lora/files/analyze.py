@@ -131,7 +131,7 @@ def analyze_adapter(adapter, name):
         for module in tables.sort_by_number(file.factors)
         for x in [file.factors[module]]
     ]
-    notes = notes_of([torch_layout.method_in(file.method)])
+    notes = notes_of([torch_layout.method_in(file.config["method"])])
     return Analysis(name, rows, [*notes, *notes_of_tables(file.rows)])
 
 
@@ -346,23 +346,24 @@ def check_adapter(
     max_lora_rank = settings.validate_rank(max_lora_rank)
     adapter = adapter if isinstance(adapter, Adapter) else Adapter.read(adapter)
     file, problems = factors.factors_of(adapter, ()), []
-    if heads := file.config["modules_to_save"]:
+    config = file.config
+    if heads := config["modules_to_save"]:
         problems.append(
             f"{VLLM} refuses modules_to_save, here {heads}: train without "
             "`also_train`, or merge and serve the whole model."
         )
-    for word in file.method:
+    for word in config["method"]:
         problems.append(
             f"{VLLM} refuses {word}: serve the merged model, or the nearest plain "
             "LoRA, which extract_adapter finds."
         )
-    if file.bias != "none":
+    if config["bias"] != "none":
         problems.append(
-            f"{VLLM} refuses trained biases, here bias={file.bias!r}: train "
+            f"{VLLM} refuses trained biases, here bias={config['bias']!r}: train "
             'with bias="none".'
         )
     other_tensors = sorted(file.weights)
-    if other_tensors and not heads and file.bias == "none":
+    if other_tensors and not heads and config["bias"] == "none":
         problems.append(
             f"{VLLM} refuses tensors other than A and B: {other_tensors[:5]}."
         )
@@ -381,7 +382,7 @@ def check_adapter(
             "higher --max-lora-rank, or lower the rank with combine_adapters([adapter],"
             f" rank={max_lora_rank})."
         )
-    usual = Settings(file.config["r"], file.config["lora_alpha"], file.use_rslora)
+    usual = Settings(config["r"], config["lora_alpha"], config["use_rslora"])
     otherwise = [
         module
         for module, x in file.factors.items()

@@ -80,7 +80,7 @@ def combine_adapters(
     for file in files:
         for term in file.factors.values():
             term.product()  # raises if they are not matrices
-    use_rslora = all(file.use_rslora for file in files)
+    use_rslora = all(file.config["use_rslora"] for file in files)
     tensors, new_settings, errors = {}, {}, {}
     for module in dict.fromkeys(m for file in files for m in file.factors):
         terms = [
@@ -115,7 +115,7 @@ def combine_adapters(
     slice_ranks = slices.fuse(tensors, new_settings)
     tensors |= combine_full_weights(files, heads)
     ids = {m: list(own) for file in files for m, (own, _) in file.rows.items()}
-    bias = max((file.bias for file in files), key=BIAS_ORDER.index)
+    bias = max((file.config["bias"] for file in files), key=BIAS_ORDER.index)
     facts = {key: {x.config.get(key) for x in opened} for key in config.FACTS}
     new_config = config.make_config(
         new_settings,
@@ -133,7 +133,7 @@ def combine_adapters(
 
 
 def refuse_methods(files):
-    for word in [word for file in files for word in file.method]:
+    for word in [word for file in files for word in file.config["method"]]:
         raise ValueError(
             f"Adapters with {word} cannot be added. Load the adapter into a model, "
             "call `merge_lora(model)`, and combine what `extract_adapter(base_model, "

@@ -4,12 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from keras_lora.files import disk, experts, slices, validation
-from keras_lora.files.config import (
-    CONFIG,
-    refuse_unmatched_targets,
-    settings_by_module,
-)
+from keras_lora.files import config, disk, experts, slices, validation
+from keras_lora.files.config import CONFIG
 from keras_lora.layers import torch_layout
 from keras_lora.layers.settings import Settings
 
@@ -77,19 +73,6 @@ class FileFactors:
     config: dict  # checked, with PEFT's defaults
     rows: dict  # module -> (ids of tokens, their rows)
 
-    @property
-    def bias(self) -> str:
-        return self.config["bias"]
-
-    @property
-    def use_rslora(self) -> bool:
-        return self.config["use_rslora"]
-
-    @property
-    def method(self) -> dict:
-        """The keyword of a method other than LoRA."""
-        return self.config["method"]
-
 
 def slice_names(adapters) -> list:
     """Names of the slices of modules in these adapters."""
@@ -113,13 +96,13 @@ def factors_of(adapter, names=None, regions=None) -> FileFactors:
             those of the slices that the adapter itself has.
         regions: As there.
     """
-    config = validation.validate_config(adapter.config)
+    checked = validation.validate_config(adapter.config)
     names = slice_names([adapter]) if names is None else names
     tensors = dict(adapter.tensors)
     for key, value in tensors.items():
         refuse_not_finite(key, value)
     shares = slices.split(tensors, names, adapter.slices, regions)
-    method = torch_layout.method_in(config["method"])
+    method = torch_layout.method_in(checked["method"])
     suffixes = torch_layout.LINEAR + torch_layout.EMBEDDING + method.more_suffixes
     arrays, weights = group_by_module(tensors, suffixes)
     rows = validation.take_rows(weights)
@@ -138,18 +121,18 @@ def factors_of(adapter, names=None, regions=None) -> FileFactors:
     }
     refuse_incomplete(arrays, method)
     if arrays:
-        refuse_unmatched_targets(config, arrays)
-    settings = settings_by_module(config, arrays)
+        config.refuse_unmatched_targets(checked, arrays)
+    settings = config.settings_by_module(checked, arrays)
     refuse_other_ranks(settings, arrays, shares)
     for name, share in shares.items():
         settings[name] = settings[name].with_rank(share.rank)
-    parameters = experts.parameters_in(arrays, config["target_parameters"])
+    parameters = experts.parameters_in(arrays, checked["target_parameters"])
     factors = {
         module: Factors(module, values, settings[module], parameters.get(module))
         for module, values in arrays.items()
     }
-    rows = validation.validate_rows(rows, config["tokens"])
-    return FileFactors(factors, weights, unadapted, config, rows)
+    rows = validation.validate_rows(rows, checked["tokens"])
+    return FileFactors(factors, weights, unadapted, checked, rows)
 
 
 def group_by_module(tensors, suffixes) -> tuple:

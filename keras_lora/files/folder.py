@@ -236,7 +236,7 @@ def parts_of(adapter, most=math.inf):
 
 def totals(adapter, file):
     """The lines below the rows."""
-    method = ", ".join(["LoRA", *file.method])
+    method = ", ".join(["LoRA", *file.config["method"]])
     lines = [f"{method}: {in_words(adapter)}"]
     if file.weights:
         sizes = sum(value.size for value in file.weights.values())

@@ -114,7 +114,7 @@ def load_into(paths, adapter, names=None, trainable=True) -> Report:
         with apply.adapt_layers(paths, adapters) as change:
             values = matching.values_for(file)
             heads = list(file.heads.values())
-            training_state.freeze_all_but_lora(model, file.bias, heads)
+            training_state.freeze_all_but_lora(model, file.config["bias"], heads)
             notes += change.commit()
     config.remember_facts(model, adapter.config)
     values += unread_base_values(layers_and_model, values)

@@ -61,7 +61,7 @@ class MatchedFile(FileFactors):
     def method_of(self, module):
         """The keyword of a site's method, and whether it has initial values."""
         start = {"frozen_start": True} if module in self.starts else {}
-        return {**self.method, **start}
+        return {**self.config["method"], **start}
 
 
 def match(adapter, modules) -> MatchedFile:
@@ -220,7 +220,7 @@ def refuse_changed_slices(file):
             raise ValueError(
                 f"`names` maps no layer to {module!r}, which the file has."
             )
-        method = torch_layout.method_in(file.method)
+        method = torch_layout.method_in(file.config["method"])
         expected = method.of_plain_layer(tensors.kernel_to_tensor(file.modules[module]))
         for suffix, value in arrays.items():
             if value.shape != expected[suffix].shape or not np.allclose(

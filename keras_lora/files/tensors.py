@@ -18,14 +18,9 @@ from keras_lora.keras_internals import layer_state
 from keras_lora.layers import kinds, saved_values, torch_layout
 
 
-def suffixes(site):
-    """Returns the suffixes of A and B in a file, for a plain or adapted layer."""
-    return kinds.kind_of(site).file_suffixes
-
-
 def to_tensors(site):
     """Suffix -> the layer's factors in PEFT's layout, contiguous."""
-    return site.lora.to_file(suffixes(site))
+    return site.lora.to_file(kinds.kind_of(site).file_suffixes)
 
 
 def from_tensors(site, arrays, where):
@@ -46,7 +41,7 @@ def from_tensors(site, arrays, where):
                 f"layer needs {expected[suffix].shape}.{site.form.file_note}"
             )
     try:
-        values = site.lora.from_file(arrays, suffixes(site))
+        values = site.lora.from_file(arrays, kinds.kind_of(site).file_suffixes)
     except ValueError as error:
         raise ValueError(f"The adapter of {where!r}: {error}") from error
     factors = site.lora.named_factors()

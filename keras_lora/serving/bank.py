@@ -21,15 +21,9 @@ from keras_lora.keras_internals import (
 )
 from keras_lora.layers import settings
 from keras_lora.models import sites
-from keras_lora.serving import id_table, reading, rows, training
+from keras_lora.serving import export, id_table, reading, rows, training
 from keras_lora.serving.banked import Hosts
 from keras_lora.serving.calls import RunningCalls
-from keras_lora.serving.export import (
-    export_by_id,
-    export_by_name,
-    specs_of,
-    swap_arrays,
-)
 from keras_lora.serving.id_table import IdTable
 from keras_lora.serving.outside import CompiledFunctions, OutsideCalls
 from keras_lora.serving.rows import SlotChoice
@@ -126,7 +120,7 @@ class AdapterBank(OutsideCalls, Training, keras.Model):
                     rank = max([self.max_rank, *ranks])
                     self.stacks.append(self.hosts.add(path, layer, rank, with_gain))
             rows.find_leading_axes(self, rows.sample_inputs(model))
-            self.hosts.input_specs = specs_of(rows.specs_in(model))
+            self.hosts.input_specs = export.specs_of(rows.specs_in(model))
             for name, own in readings.items():
                 with naming(name):
                     self._put(name, own.parts, sources[name])
@@ -289,10 +283,10 @@ class AdapterBank(OutsideCalls, Training, keras.Model):
                 'bank({"inputs": ..., "adapter": ...}).'
             )
         if format == "tf_saved_model":
-            export_by_name(self, path)
+            export.export_by_name(self, path)
         else:
             write = super().export
-            export_by_id(self, write, path, format=format, **kwargs)
+            export.export_by_id(self, write, path, format=format, **kwargs)
 
     def swap_inputs(self, name: str, adapter: Adapter | str | os.PathLike) -> dict:
         """Returns the inputs of the artefact's signature "swap" for a new adapter.
@@ -302,7 +296,7 @@ class AdapterBank(OutsideCalls, Training, keras.Model):
         """
         validate_adapters({name: adapter}, None)
         parts, _ = self._read_with_source(name, adapter)
-        arrays = swap_arrays(self, self.hosts.prepare(parts))
+        arrays = export.swap_arrays(self, self.hosts.prepare(parts))
         return {name: ops.convert_to_tensor(x) for name, x in arrays.items()} | {
             "adapter": ops.convert_to_tensor(name)
         }

@@ -10,12 +10,7 @@ import numpy as np
 from keras_lora.files import save
 from keras_lora.files.folder import Adapter
 from keras_lora.keras_internals import optimizers
-from keras_lora.layers.arguments import (
-    MODEL_KEYWORDS,
-    refuse_foreign_keywords,
-    refusing_foreign_keywords,
-    with_defaults,
-)
+from keras_lora.layers import arguments
 from keras_lora.layers.settings import is_number
 from keras_lora.models import apply, sites, tables
 from keras_lora.serving.bank import AdapterBank
@@ -109,7 +104,7 @@ class Validator(keras.callbacks.Callback):
 
 
 # Keywords of other libraries, which a setting may not have.
-SETTING_KEYWORDS = {**MODEL_KEYWORDS, "lr": "learning_rate"}
+SETTING_KEYWORDS = {**arguments.MODEL_KEYWORDS, "lr": "learning_rate"}
 del SETTING_KEYWORDS["learning_rate"]
 
 
@@ -178,7 +173,7 @@ class Sweep(tables.Rows):
         tables.draw_sweep(self, path)
 
 
-@refusing_foreign_keywords
+@arguments.refusing_foreign_keywords
 def sweep(
     model: keras.Model,
     data: tuple,
@@ -267,7 +262,7 @@ def name_settings(settings) -> dict:
                 "A setting is a dict of `learning_rate` and arguments of apply_lora. "
                 f"Received: {setting!r}."
             )
-        refuse_foreign_keywords("A setting", setting, SETTING_KEYWORDS)
+        arguments.refuse_foreign_keywords("A setting", setting, SETTING_KEYWORDS)
         validate_rate(setting.get("learning_rate", 0.0))
     if isinstance(settings, Mapping):
         return dict(settings)
@@ -289,6 +284,6 @@ def validate_rate(rate):
 
 def fresh_adapter(model, settings) -> Adapter:
     """Returns the adapter that apply_lora would create; the model is not changed."""
-    arguments = with_defaults(apply.apply_lora, model, **settings)
-    with apply.apply_tentatively(**arguments):
+    options = arguments.with_defaults(apply.apply_lora, model, **settings)
+    with apply.apply_tentatively(**options):
         return save.adapter_of(model)
