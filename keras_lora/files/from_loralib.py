@@ -11,6 +11,7 @@ from keras_lora.files import disk, load
 from keras_lora.files.config import make_config
 from keras_lora.files.folder import Adapter
 from keras_lora.files.names import modules_of
+from keras_lora.files.tensors import weight_key
 from keras_lora.layers import kinds, settings
 from keras_lora.layers.settings import Settings
 from keras_lora.models import sites
@@ -112,8 +113,7 @@ def load_loralib(
             raise ValueError(
                 f"The state dict has {key!r}, which the model does not have."
             )
-        infix = ".base_layer" if module in settings_of else ""
-        biases[f"{module}{infix}.bias"] = value
+        biases[weight_key(module, "bias", settings_of)] = value
     bias = "lora_only" if biases else None
     if any(".base_layer." not in key for key in biases):
         bias = "all"

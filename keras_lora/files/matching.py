@@ -284,9 +284,9 @@ def weight_values(file) -> list:
     """[(variable, value)] for biases, and for layers that trained in full."""
     variables, values = {}, []
     for module, layer in file.modules.items():
-        infix = ".base_layer" if module in file.factors else ""
         for variable in layer_state.layer_variables(layer):
-            key = f"{module}{infix}.{tensors.torch_name(layer, variable)}"
+            name = tensors.torch_name(layer, variable)
+            key = tensors.weight_key(module, name, file.factors)
             variables[key] = layer, variable
             if module in file.heads and key not in file.weights:
                 refuse_missing_tensor(layer, key)

@@ -241,8 +241,7 @@ def adapter_from(modules, adapters, trained) -> Adapter:
     refuse_ambiguous_names(settings, weights)
     tensors.fuse_weights(weights, modules)
     for (module, name), value in weights.items():
-        infix = ".base_layer" if module in settings else ""
-        arrays[f"{module}{infix}.{name}"] = value
+        arrays[tensors.weight_key(module, name, settings)] = value
     biases = {slices.without_slice(m) for m, own in names.items() if own == {"bias"}}
     bias = "all" if biases - settings.keys() else "lora_only"
     heads = {module for module, _ in weights} - settings.keys() - biases

@@ -67,6 +67,11 @@ def torch_name(layer, variable):
     return TORCH_NAMES.get(variable.name, variable.name)
 
 
+def weight_key(module, name, adapted):
+    """The key of a weight that trained in full; PEFT wraps the adapted modules."""
+    return f"{module}.base_layer.{name}" if module in adapted else f"{module}.{name}"
+
+
 def weight_to_tensor(layer, variable, inputs_first=False):
     """Returns the value of a variable that trained in full, with torch's axes.
 
@@ -155,5 +160,4 @@ def split_weights(file):
             if value.ndim > 1:
                 value = layout.order_inputs(value, 1 - axis, inverse=True)
             for part, values in layout.scatter(value, axis).items():
-                infix = ".base_layer" if part in file.factors else ""
-                file.weights[f"{part}{infix}.{name}"] = values
+                file.weights[weight_key(part, name, file.factors)] = values

@@ -250,11 +250,9 @@ class Hosts:
         bias = getattr(layer, "bias", None)
         bias_shape = gain_shape = None
         if bias is not None:
-            bias_shape = lay_out(host.over_outputs, np.zeros(bias.shape)).shape
+            bias_shape = host.over_outputs(ops.zeros(bias.shape)).shape
         if with_gain:
-            gain_shape = lay_out(
-                form.over_outputs, np.ones(outputs_of(host, form))
-            ).shape
+            gain_shape = form.over_outputs(ops.ones(outputs_of(host, form))).shape
         dtype = layer.variable_dtype
         layout = distribution.layout_of(host.frozen_kernel)
         axes = {} if layout is None else form.factor_axes(layout.axes)
@@ -318,8 +316,3 @@ def outputs_of(host, form):
     return [
         n for axis, n in enumerate(host.kernel_shape) if axis not in form.input_axes
     ]
-
-
-def lay_out(function, value):
-    """Returns a bias or gain in the shape in which it combines with outputs."""
-    return torch_layout.to_numpy(function(ops.convert_to_tensor(value)))

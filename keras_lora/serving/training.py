@@ -176,23 +176,16 @@ class Training(Calls):
         if isinstance(x, Mapping):
             self._find_leading_axes(x["inputs"])
         writer = WriteBack(self)
-        callbacks = kwargs.pop("callbacks", None)
+        callbacks = kwargs.pop("callbacks", None) or []
         if isinstance(callbacks, keras.callbacks.CallbackList):
             callbacks.append(writer)
         else:
-            callbacks = [] if callbacks is None else callbacks
-            callbacks = (
-                callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]
-            )
-            callbacks = [writer, *callbacks]
+            callbacks = [writer, *keras.tree.flatten(callbacks)]
         try:
             with self._training("fit"):
-                history = super().fit(x, *args, callbacks=callbacks, **kwargs)
-        except BaseException:
+                return super().fit(x, *args, callbacks=callbacks, **kwargs)
+        finally:
             self.write_back()
-            raise
-        self.write_back()
-        return history
 
     def train_on_batch(self, x, *args, **kwargs):
         """Trains as `keras.Model.train_on_batch`; x as in `fit`."""
