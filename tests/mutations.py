@@ -808,8 +808,8 @@ FAULTS = {
     ],
     "files/config.py": [
         (
-            '"target_modules": sorted(ranks.keys() - parameters.keys()),',
-            '"target_modules": sorted(ranks.keys() - parameters.keys()) or None,',
+            '"target_modules": sorted(settings.keys() - parameters.keys()),',
+            '"target_modules": sorted(settings.keys() - parameters.keys()) or None,',
             "test_expert_files.py -k nothing_but",
         ),
         (

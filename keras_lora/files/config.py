@@ -3,8 +3,6 @@
 import collections
 import re
 import weakref
-from collections.abc import Mapping
-from types import MappingProxyType
 
 from keras_lora.files import slices
 from keras_lora.files.patterns import Budget, Pattern
@@ -50,23 +48,22 @@ def make_config(settings, parameters=None, **options):
         options: Further settings under PEFT's names.
     """
     parameters = parameters or {}
-    ranks = {module: own.rank for module, own in settings.items()}
-    alphas = {module: own.alpha for module, own in settings.items()}
+    # PEFT obeys a pattern for a parameter, but warns about it.
+    decisive = [settings[module] for module in parameters] or [*settings.values()]
     config = {
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": None,
         "inference_mode": True,
         # Not None, for which PEFT would choose modules itself.
-        "target_modules": sorted(ranks.keys() - parameters.keys()),
-        # PEFT obeys a pattern for a parameter, but warns about it.
-        "r": most_common([ranks[m] for m in parameters] or ranks.values()),
-        "lora_alpha": most_common([alphas[m] for m in parameters] or alphas.values()),
+        "target_modules": sorted(settings.keys() - parameters.keys()),
+        "r": most_common([own.rank for own in decisive]),
+        "lora_alpha": most_common([own.alpha for own in decisive]),
     }
     optional = {
         "target_parameters": sorted(parameters.values()),
-        "rank_pattern": pattern(ranks, config["r"], parameters),
-        "alpha_pattern": pattern(alphas, config["lora_alpha"], parameters),
+        "rank_pattern": pattern(settings, "rank", config["r"], parameters),
+        "alpha_pattern": pattern(settings, "alpha", config["lora_alpha"], parameters),
         "use_rslora": any(own.use_rslora for own in settings.values()),
         **options,
     }
@@ -81,16 +78,21 @@ def most_common(values):
 EXACT = re.compile(r"\^((?:\\\W|[^\\^$.|?*+(){}\[\]])+)")
 
 
-def pattern(values, usual, parameters: Mapping = MappingProxyType({})):
-    """One key for each module whose value differs from the usual one.
+def pattern(settings, attribute, usual, parameters=None):
+    """One key for each module whose rank or alpha differs from the usual one.
 
-    parameters: module -> name of the parameter that PEFT adapts there.
+    Args:
+        settings: module -> Settings.
+        attribute: "rank" or "alpha".
+        usual: The value without a key.
+        parameters: module -> name of the parameter that PEFT adapts there.
     """
-    ends = {module: r"(\.weight)?" for module, x in parameters.items() if x != module}
+    in_peft = (parameters or {}).items()
+    ends = {module: r"(\.weight)?" for module, name in in_peft if name != module}
     return {
-        f"^{re.escape(module)}{ends.get(module, '')}": value
-        for module, value in values.items()
-        if value != usual
+        f"^{re.escape(module)}{ends.get(module, '')}": getattr(own, attribute)
+        for module, own in settings.items()
+        if getattr(own, attribute) != usual
     }
 
 

@@ -145,8 +145,8 @@ def stack_experts(adapter, parameters):
     parameters: The stacks that the model has; other tensors are unchanged.
     """
     owners = {match[1] for x in parameters if (match := STACK.fullmatch(x))}
-    values = collections.defaultdict(lambda: collections.defaultdict(dict))
-    other_tensors, modules = {}, {}
+    stacks = collections.defaultdict(lambda: collections.defaultdict(dict))
+    other_tensors = {}
     for key, value in adapter.tensors.items():
         suffix = next((x for x in torch_layout.LINEAR if key.endswith(x)), "")
         module = key.removesuffix(suffix)
@@ -160,51 +160,42 @@ def stack_experts(adapter, parameters):
             )
         else:
             stack = f"{match[1]}.{HALVES[match[3]]}"
-            values[stack][suffix][int(match[2])] = value
-            modules.setdefault(stack, {})[module] = None
-    if not values:
-        return adapter
-    return build_stacks(adapter, other_tensors, values, modules)
+            stacks[stack][module][suffix] = value
+    return build_stacks(adapter, other_tensors, stacks) if stacks else adapter
 
 
-def build_stacks(adapter, tensors, values, modules):
+def build_stacks(adapter, tensors, stacks):
     """The second half of `stack_experts`.
 
     Args:
         adapter: The adapter as it was read.
         tensors: The tensors that belong to no single expert.
-        values: Half of a stack -> {suffix: {expert: value}}.
-        modules: Half of a stack -> the linear modules of its experts.
+        stacks: Half of a stack -> {linear module of an expert: {suffix: value}}.
     """
     in_file = validation.validate_config(adapter.config)
     other_modules = linear_modules(tensors)
-    every = [*other_modules, *itertools.chain(*modules.values())]
+    every = [*other_modules, *itertools.chain(*stacks.values())]
     config.refuse_unmatched_targets(in_file, every)
     in_modules = config.settings_by_module(in_file, every)
     settings = {module: in_modules[module] for module in other_modules}
-    for stack, pairs in values.items():
-        different = {(x.rank, x.alpha) for x in map(in_modules.get, modules[stack])}
+    for stack, modules in stacks.items():
+        different = {(x.rank, x.alpha) for x in map(in_modules.get, modules)}
         if len(different) > 1:
             raise ValueError(
                 f"The experts of {slices.without_slice(stack)!r} have different ranks "
                 f"and alphas, {sorted(different)}; a stack of experts has one for all."
             )
-        settings[stack] = in_modules[next(iter(modules[stack]))]
-        a, b = (sort_by_expert(stack, pairs[suffix]) for suffix in torch_layout.LINEAR)
+        settings[stack] = in_modules[next(iter(modules))]
+        a, b = (sort_by_expert(stack, modules, x) for x in torch_layout.LINEAR)
         tensors[stack + torch_layout.LINEAR[0]] = np.stack(a, 1)
         tensors[stack + torch_layout.LINEAR[1]] = np.stack(b, 2)
     slice_ranks = slices.fuse(tensors, settings)
-    names = {slices.without_slice(stack) for stack in values}
+    names = {slices.without_slice(stack) for stack in stacks}
     changed = {
         "target_modules": sorted(other_modules),
         "target_parameters": sorted({*in_file["target_parameters"], *names}),
-        "rank_pattern": config.pattern(
-            {module: own.rank for module, own in settings.items()}, in_file["r"]
-        ),
-        "alpha_pattern": config.pattern(
-            {module: own.alpha for module, own in settings.items()},
-            in_file["lora_alpha"],
-        ),
+        "rank_pattern": config.pattern(settings, "rank", in_file["r"]),
+        "alpha_pattern": config.pattern(settings, "alpha", in_file["lora_alpha"]),
     }
     return dataclasses.replace(
         adapter,
@@ -214,8 +205,13 @@ def build_stacks(adapter, tensors, values, modules):
     )
 
 
-def sort_by_expert(stack, values):
-    """The values of all experts, by their numbers."""
+def sort_by_expert(stack, modules, suffix):
+    """The arrays of all experts with a suffix, by the experts' numbers."""
+    values = {
+        int(EXPERT.match(module)[2]): arrays[suffix]
+        for module, arrays in modules.items()
+        if suffix in arrays
+    }
     shapes = {value.shape for value in values.values()}
     is_complete = values.keys() == set(range(len(values)))
     if not is_complete or [len(shape) for shape in shapes] != [2]:
