@@ -71,7 +71,7 @@ def extract_adapter(
         for module, site in base.sites.items()
         if site.built and is_of_kind(site) and module not in base.unnamed
     }
-    for module, (_, variables) in pair_layers(base, tuned).items():
+    for module, variables in pair_variables(base, tuned).items():
         changed = [(v, other) for v, other in variables if differ(v, other)]
         pairs = {kernels[id(v)]: (v, x) for v, x in changed if id(v) in kernels}
         unadapted = [(v, other) for v, other in changed if id(v) not in kernels]
@@ -105,8 +105,8 @@ def extract_adapter(
     return dataclasses.replace(adapter, errors=errors)
 
 
-def pair_layers(base, tuned):
-    """{module: (layer, [(variable, the tuned one)])}."""
+def pair_variables(base, tuned):
+    """{module: [(variable, the tuned one)]}."""
     if base.keys() != tuned.keys():
         raise ValueError(
             "The two models have different layers: "
@@ -118,7 +118,7 @@ def pair_layers(base, tuned):
         names = [[(v.name, v.shape) for v in variables] for variables in both]
         if names[0] != names[1]:
             raise ValueError(f"The variables of {module!r} differ in name or shape.")
-        pairs[module] = layer, list(zip(*both, strict=True))
+        pairs[module] = list(zip(*both, strict=True))
     return pairs
 
 

@@ -158,16 +158,10 @@ def factors_of_model(layers_by_path, source):
         if path not in layers_by_path:
             raise ValueError(f"The model has no layer {path!r}.")
         name = kinds.kind_of(layer).kernel_name
-        a, b = (getattr(layer, f"lora_{name}_{factor}") for factor in "ab")
+        pair = (getattr(layer, f"lora_{name}_{factor}") for factor in "ab")
         scaling = layer.lora_alpha / layer.lora_rank
-        factors.append(
-            (
-                layers_by_path[path],
-                torch_layout.to_numpy(a),
-                torch_layout.to_numpy(b),
-                scaling,
-            )
-        )
+        a, b = map(torch_layout.to_numpy, pair)
+        factors.append((layers_by_path[path], a, b, scaling))
     if not factors:
         raise ValueError(f"No layer of {source.name!r} has Keras's `enable_lora`.")
     return factors
