@@ -8,8 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_lora.keras_internals import classes, distribution
-from keras_lora.layers import kinds, methods, torch_layout
-from keras_lora.layers.lora_layer import LoRALayer
+from keras_lora.layers import methods, torch_layout
 from keras_lora.serving import reading
 
 
@@ -220,9 +219,8 @@ class Banked:
 @functools.cache
 def banked_class(cls):
     """Returns the class of a layer in a bank, which has the name of its own class."""
-    lora_class = cls if issubclass(cls, LoRALayer) else kinds.lora_class_of(cls)
     attributes = {"__module__": cls.__module__, "class_before": cls}
-    banked = type(cls.__name__, (Banked, lora_class), attributes)
+    banked = type(cls.__name__, (Banked, reading.lora_class_for(cls)), attributes)
     package, _, name = keras.saving.get_registered_name(cls).rpartition(">")
     if package:
         for each in (banked, cls):  # the last one keeps the name

@@ -138,16 +138,17 @@ class Reading:
     trained: list
 
 
+def lora_class_for(cls):
+    """Returns a LoRA class itself, or that of a plain layer's class; None without."""
+    return cls if issubclass(cls, LoRALayer) else kinds.lora_class_of(cls)
+
+
 def host_view(layer):
     """Returns a view of a layer under its LoRA class; None if it cannot be adapted."""
-    if isinstance(layer, LoRALayer):
-        cls = getattr(type(layer), "class_before", type(layer))
-        lora_class = cls if issubclass(cls, LoRALayer) else kinds.lora_class_of(cls)
-    else:
-        lora_class = kinds.lora_class_of(type(layer))
-        if lora_class is None or kinds.obstacle(layer) is not None:
-            return None
-    if not layer.built:
+    lora_class = lora_class_for(getattr(type(layer), "class_before", type(layer)))
+    if lora_class is None or not layer.built:
+        return None
+    if not isinstance(layer, LoRALayer) and kinds.obstacle(layer) is not None:
         return None
     return classes.view_with(layer, lora_class, {"lora": UNREAD})
 
