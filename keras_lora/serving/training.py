@@ -235,13 +235,13 @@ class Training(Calls):
                     f"{path!r} has an activity regularizer, which is a loss over all "
                     "rows together, so the adapters cannot be trained separately."
                 )
-        now = {} if self.trainees is None else self.trainees_by_name()
+        present = [] if self.trainees is None else self.trainees.members
         if keep:
-            names = [*now, *(name for name in names if name not in now)]
+            names = dict.fromkeys([*(x.adapter_name for x in present), *names])
         id_of = self.id_table.id_of
         with distribution.strategy_scope(self.model):
             members = [self._trainee(name) for name in names]
-            if members == [*now.values()] and self.optimizer.is_for(members, id_of):
+            if members == present and self.optimizer.is_for(members, id_of):
                 return
             self.optimizer.train(members, id_of)
         self.sources.update((trainee.adapter_name, trainee) for trainee in members)
@@ -250,9 +250,6 @@ class Training(Calls):
         attach(self, "trainees", Trainees(members))
         self.train_function = None
         self._point_to_trainees()
-
-    def trainees_by_name(self):
-        return {x.adapter_name: x for x in self.trainees.members}
 
     def _trainee(self, name):
         source = self.sources[name]
