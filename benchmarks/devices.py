@@ -368,7 +368,7 @@ def measure_calls(folder, programs):
     see("`bank.release`", bank.release)
     bank = arrays = None
     see("`load_adapter` again", keras_lora.load_adapter, model, saved)
-    see("`export`", keras_lora.export, model, f"{folder}/artefact")
+    see("`export`", keras_lora.export, model, f"{folder}/artifact")
     watch.ended.set()
     watch.join()
     return watch.rows

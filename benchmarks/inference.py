@@ -42,10 +42,10 @@ def dense(network, arguments, rounds):
     def served(model, export):
         with tempfile.TemporaryDirectory() as folder:
             export(model, str(Path(folder, "served")))
-            artefact = tf.saved_model.load(str(Path(folder, "served")))
+            artifact = tf.saved_model.load(str(Path(folder, "served")))
         inputs = tf.constant(x)
-        artefact.serve(inputs), artefact.serve(inputs)
-        return lambda: artefact.serve(inputs).numpy()
+        artifact.serve(inputs), artifact.serve(inputs)
+        return lambda: artifact.serve(inputs).numpy()
 
     merged = adapted()
     keras_lora.merge_lora(merged)

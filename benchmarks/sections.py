@@ -505,9 +505,9 @@ SECTIONS = [
         ),
     ),
     Section(
-        "Serving: one artefact, or one for each adapter",
+        "Serving: one artifact, or one for each adapter",
         "The same network with 8 adapters, exported as a bank and as 8 merged models.",
-        [("8 adapters, r=8", serving.artefacts, "", (768, 128, 8, 8), 3)],
+        [("8 adapters, r=8", serving.artifacts, "", (768, 128, 8, 8), 3)],
     ),
     Section(
         "Adopting 1,000 layers",

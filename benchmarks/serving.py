@@ -83,8 +83,8 @@ def size(path):
     return sum(file.stat().st_size for file in files) / 1e6
 
 
-def artefacts(network, arguments, rounds):
-    """One artefact of N adapters, and N exported models: MB, and seconds to switch."""
+def artifacts(network, arguments, rounds):
+    """One artifact of N adapters, and N exported models: MB, and seconds to switch."""
     width, length, rank, count = arguments
     bank = bank_of(count, width, length, rank)
     adapter = some_adapter(transformer(width, length), rank)
@@ -113,6 +113,6 @@ def artefacts(network, arguments, rounds):
                 lambda: served.serve(x, names).numpy(), rounds
             ),
             "add to the bank, s": add,
-            "swap in the artefact, s": swapping,
+            "swap in the artifact, s": swapping,
         }
     return {name: Ratio(*[value] * 4) for name, value in found.items()}

@@ -41,9 +41,9 @@ import sys
 sys.modules["keras"] = sys.modules["keras_lora"] = None  # neither can be imported
 import numpy as np
 import tensorflow as tf
-artefact = tf.saved_model.load(sys.argv[1])
+artifact = tf.saved_model.load(sys.argv[1])
 images = np.load(sys.argv[2])
-np.save(sys.argv[3], artefact.serve(images).numpy())
+np.save(sys.argv[3], artifact.serve(images).numpy())
 """
 
 
@@ -213,7 +213,7 @@ def main(picture="finetune_digits.png"):
     outputs = adapted.predict(unseen, verbose=0)
 
     # %% Merged, exported and served
-    # Where the artefact is served, neither Keras nor keras_lora can be imported.
+    # Where the artifact is served, neither Keras nor keras_lora can be imported.
 
     served = serve_elsewhere(adapted, unseen)
     difference = np.abs(served - outputs).max()

@@ -2,7 +2,7 @@
 
 The text and the transformer are those of adapt_text_model.py. Each of four tenants has
 two Python modules of its own, and an adapter that tells which of the two some words are
-from. An AdapterBank holds the four over one model, and is exported as one artefact, in
+from. An AdapterBank holds the four over one model, and is exported as one artifact, in
 which the rows of a batch name their tenants.
 
 It takes less than three minutes on two cores.
@@ -92,7 +92,7 @@ def main():
         )
         assert difference < 1e-4, "a row of the bank is not what its model says"
     print(
-        f"\nOne artefact for four tenants: {sizes[0]:.1f} MB. Four exported models: "
+        f"\nOne artifact for four tenants: {sizes[0]:.1f} MB. Four exported models: "
         f"{len(TENANTS) * sizes[1]:.1f} MB."
     )
 

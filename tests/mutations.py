@@ -575,7 +575,7 @@ FAULTS = {
             "test_quantized.py -k has_no_integers",
         ),
         (
-            "    if in_artefact():\n",
+            "    if in_artifact():\n",
             "    if False:\n",
             "test_quantized.py -m slow -k 'formats and output and onnx'",
         ),
@@ -1298,7 +1298,7 @@ FAULTS = {
             "test_export.py -k format_that_is_none",
         ),
         (
-            "refuse_broken_artefact(new, format)",
+            "refuse_broken_artifact(new, format)",
             "pass",
             "test_quantized.py -m slow -k 'cannot_be_run and litert'",
         ),

@@ -136,9 +136,9 @@ def test_export_of_an_adapted_model(build, tmp_path):
     for seed, row in enumerate(report):
         fill(row.layer.lora.b, seed, 0.3)
     before = flags(model)
-    keras_lora.export(model, tmp_path / "artefact")
-    artefact = tf.saved_model.load(tmp_path / "artefact")
-    assert_same(artefact.serve(x()).numpy(), model.predict(x(), verbose=0))
+    keras_lora.export(model, tmp_path / "artifact")
+    artifact = tf.saved_model.load(tmp_path / "artifact")
+    assert_same(artifact.serve(x()).numpy(), model.predict(x(), verbose=0))
     assert flags(model) == before
 
 

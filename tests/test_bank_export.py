@@ -1,4 +1,4 @@
-"""One artefact of a bank, in processes that know nothing of keras_lora."""
+"""One artifact of a bank, in processes that know nothing of keras_lora."""
 
 import json
 import os
@@ -147,7 +147,7 @@ def test_plain_tensorflow_serves_each_row_with_its_adapter(tmp_path):
     unmoved = [1, 2, 3]
     np.testing.assert_array_equal(found["swapped"][unmoved], found["serve"][unmoved])
 
-    # The live bank is as before, and the weights stand in the artefact once.
+    # The live bank is as before, and the weights stand in the artifact once.
     live = bank({"inputs": data, "adapter": bank.ids(ROWS)})
     np.testing.assert_allclose(to_numpy(live)[1:4], wanted[1:4], atol=1e-5 * scale)
     folder = tmp_path / "served" / "variables"
@@ -159,7 +159,7 @@ def test_plain_tensorflow_serves_each_row_with_its_adapter(tmp_path):
     assert 0 <= size - factors - base < 8000
 
 
-def test_export_replaces_its_own_artefacts_alone(tmp_path):
+def test_export_replaces_its_own_artifacts_alone(tmp_path):
     model = text_model()
     adapter, _ = tuned(model, 0, inputs(), rank=1)
     bank = AdapterBank(model, {"a": adapter})

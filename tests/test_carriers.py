@@ -400,14 +400,14 @@ def test_saved_models_of_tensorflow(adapted, context, tmp_path):
         function = tf.function(lambda inputs: adapted(inputs, training=False))
         spec = tf.TensorSpec((None, 5, 4), tf.float32, name="x")
         signature = function.get_concrete_function(spec)
-        tf.saved_model.save(adapted, str(tmp_path / "artefact"), signatures=signature)
+        tf.saved_model.save(adapted, str(tmp_path / "artifact"), signatures=signature)
         module = tf.Module()
         module.model, module.serve = adapted, function
         if context == "merged":  # of these one says what all would
             tf.saved_model.save(module, str(tmp_path / "module"), signatures=signature)
     for path in tmp_path.iterdir():
-        artefact = tf.saved_model.load(str(path))
-        (found,) = artefact.signatures["serving_default"](x=tf.constant(x())).values()
+        artifact = tf.saved_model.load(str(path))
+        (found,) = artifact.signatures["serving_default"](x=tf.constant(x())).values()
         np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
 
 

@@ -129,9 +129,9 @@ def calls():
         found["merged"] = outputs(model)
     with keras_lora.disabled(model):
         found["disabled"] = outputs(model)
-    artefact = os.path.join(folder, "artefact")
-    keras_lora.export(model, artefact)
-    served = tf.saved_model.load(artefact)
+    artifact = os.path.join(folder, "artifact")
+    keras_lora.export(model, artifact)
+    served = tf.saved_model.load(artifact)
     found["exported"] = served.serve(x).numpy()[:, 0].tolist()
     losses(model, [keras_lora.AdapterCheckpoint(best)])
     keras_lora.merge_lora(model)

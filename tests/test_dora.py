@@ -455,8 +455,8 @@ def test_export(name, tmp_path):
     for seed, variable in enumerate(model.layers[0].lora.named_factors().values()):
         fill(variable, seed)
     keras_lora.export(model, tmp_path / "served")
-    artefact = tf.saved_model.load(str(tmp_path / "served"))
-    assert_close(artefact.serve(case.inputs()), model(case.inputs()), 1e-6)
+    artifact = tf.saved_model.load(str(tmp_path / "served"))
+    assert_close(artifact.serve(case.inputs()), model(case.inputs()), 1e-6)
 
 
 @over_cases

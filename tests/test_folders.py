@@ -347,40 +347,40 @@ def test_on_windows_folders_are_exchanged_by_renames(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
 def test_on_linux_folders_are_exchanged_in_one_step(tmp_path, monkeypatch):
-    (tmp_path / "artefact").mkdir()
+    (tmp_path / "artifact").mkdir()
     monkeypatch.setattr("os.rename", None)
-    with replacing(tmp_path / "artefact") as first:
+    with replacing(tmp_path / "artifact") as first:
         first.mkdir()
         (first / "file").write_text("first")
-    with replacing(tmp_path / "artefact") as second:
+    with replacing(tmp_path / "artifact") as second:
         second.mkdir()
         (second / "file").write_text("second")
-    assert tree(tmp_path) == {"artefact/file": "second"}
+    assert tree(tmp_path) == {"artifact/file": "second"}
 
 
 @posix
 def test_killed_between_two_renames_nothing_newer_is_replaced(tmp_path):
-    kill_a_writer(tmp_path, then="os.makedirs(folder / 'old/artefact')")
-    (tmp_path / "artefact").mkdir()
-    (tmp_path / "artefact/saved_model.pb").write_text("new")
+    kill_a_writer(tmp_path, then="os.makedirs(folder / 'old/artifact')")
+    (tmp_path / "artifact").mkdir()
+    (tmp_path / "artifact/saved_model.pb").write_text("new")
     atomic.clear_left_over(tmp_path)
-    assert tree(tmp_path) == {"artefact/saved_model.pb": "new"}
-    assert os.listdir(tmp_path) == ["artefact"]
+    assert tree(tmp_path) == {"artifact/saved_model.pb": "new"}
+    assert os.listdir(tmp_path) == ["artifact"]
 
 
 @posix
 def test_killed_between_two_renames_the_old_folder_comes_back(tmp_path):
-    (tmp_path / "artefact").mkdir()
-    (tmp_path / "artefact/saved_model.pb").write_text("old")
+    (tmp_path / "artifact").mkdir()
+    (tmp_path / "artifact/saved_model.pb").write_text("old")
     put_aside = (
-        "(folder / 'old').mkdir(); os.rename('artefact', folder / 'old/artefact')"
+        "(folder / 'old').mkdir(); os.rename('artifact', folder / 'old/artifact')"
     )
     kill_a_writer(tmp_path, then=f"os.chdir(sys.argv[2]); {put_aside}")
-    assert not (tmp_path / "artefact").exists()
-    with pytest.raises(ZeroDivisionError), replacing(tmp_path / "artefact"):
+    assert not (tmp_path / "artifact").exists()
+    with pytest.raises(ZeroDivisionError), replacing(tmp_path / "artifact"):
         raise ZeroDivisionError
-    assert os.listdir(tmp_path) == ["artefact"]
-    assert (tmp_path / "artefact/saved_model.pb").read_text() == "old"
+    assert os.listdir(tmp_path) == ["artifact"]
+    assert (tmp_path / "artifact/saved_model.pb").read_text() == "old"
 
 
 @pytest.fixture
@@ -399,8 +399,8 @@ def model(monkeypatch):
                 file.write("new")
 
     monkeypatch.setattr(keras.Model, "export", write)
-    # The artefact is text.
-    for check in ("refuse_broken_artefact", "refuse_format_of_other_backends"):
+    # The artifact is text.
+    for check in ("refuse_broken_artifact", "refuse_format_of_other_backends"):
         monkeypatch.setattr(f"keras_lora.models.export.{check}", lambda *given: None)
     return keras.Sequential([keras.Input((4,)), keras_lora.LoRADense(3, rank=2)])
 
@@ -433,7 +433,7 @@ def test_export_deletes_nothing_of_others(
     assert tree(tmp_path) == before
 
 
-def test_a_folder_is_no_artefact_for_the_names_in_it(model, tmp_path):
+def test_a_folder_is_no_artifact_for_the_names_in_it(model, tmp_path):
     (tmp_path / "assets").mkdir()
     (tmp_path / "assets/logo.svg").write_text("years of work")
     before = tree(tmp_path)
@@ -455,7 +455,7 @@ def test_a_format_of_one_file_does_not_go_into_a_folder(holds, model, tmp_path):
     "name, format, last",
     [("", "tf_saved_model", "saved_model.pb"), ("a.onnx", "onnx", "a.onnx")],
 )
-def test_what_makes_an_artefact_readable_comes_last(
+def test_what_makes_an_artifact_readable_comes_last(
     name, format, last, model, tmp_path, monkeypatch
 ):
     replace, moved = os.replace, []

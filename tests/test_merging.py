@@ -205,7 +205,7 @@ def test_non_finite_adapter_is_refused(operation, tmp_path):
     last = adapted_sites(model)[-1]
     arguments = []
     if operation == "export":  # in a format that every backend writes
-        arguments = [tmp_path / "artefact.onnx", "onnx"]
+        arguments = [tmp_path / "artifact.onnx", "onnx"]
     for factor, bad in itertools.product("ab", (np.nan, np.inf)):
         values = to_numpy(getattr(last.lora, factor))
         wrong = np.array(values)

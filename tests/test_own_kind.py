@@ -148,5 +148,5 @@ def test_export(tmp_path):
 
     model = adapted_model()
     keras_lora.export(model, tmp_path / "served")
-    artefact = tf.saved_model.load(str(tmp_path / "served"))
-    assert_near(artefact.serve(x()), exact(model))
+    artifact = tf.saved_model.load(str(tmp_path / "served"))
+    assert_near(artifact.serve(x()), exact(model))

@@ -173,9 +173,9 @@ def files():
     keras_lora.remove_lora(other)
     found["removed"] = weights(other)
     if kind in ("none", "across"):
-        artefact = os.path.join(folder, "artefact")
-        keras_lora.export(model, artefact)
-        served = tf.saved_model.load(artefact)
+        artifact = os.path.join(folder, "artifact")
+        keras_lora.export(model, artifact)
+        served = tf.saved_model.load(artifact)
         found["exported"] = served.serve(ids.astype("int32")).numpy().tolist()
         assert is_same(model, trained)
     keras_lora.merge_lora(model)
@@ -362,7 +362,7 @@ def errors():
     if index == 0:  # as a disk that is full
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     found["full"] = said(keras_lora.save_adapter, model, full)
-    found["full for an artefact"] = said(keras_lora.export, model, full)
+    found["full for an artifact"] = said(keras_lora.export, model, full)
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not os.path.exists(full) or not os.listdir(full)
     def disabled():
@@ -462,7 +462,7 @@ def test_what_fails_on_one_process_fails_on_all(results):
         assert kind_of_error == "FileNotFoundError"
         assert first[name][0] == "OSError"
         assert "Process 1" in first[name][1] and text in first[name][1]
-    for name in ("full", "full for an artefact"):
+    for name in ("full", "full for an artifact"):
         assert first[name][0] == second[name][0] == "OSError"
         assert "Process 0" in second[name][1]
     for found in (first, second):

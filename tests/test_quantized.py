@@ -560,7 +560,7 @@ def test_merging_says_what_it_loses(name, mode):
 @pytest.mark.parametrize(
     ("name", "mode"), slow_but(("dense-int8", "output-int4", "output-awq"), KEPT)
 )
-def test_the_exported_artefact_needs_no_package_and_gives_the_live_outputs(
+def test_the_exported_artifact_needs_no_package_and_gives_the_live_outputs(
     name, mode, tmp_path
 ):
     tf = pytest.importorskip("tensorflow")
@@ -655,10 +655,10 @@ def test_formats_that_the_plain_model_has_the_adapted_one_has_too(
 @pytest.mark.slow
 @old_packages
 @over_formats
-def test_an_artefact_that_cannot_be_run_is_not_kept(format, tmp_path, monkeypatch):
+def test_an_artifact_that_cannot_be_run_is_not_kept(format, tmp_path, monkeypatch):
     """Here of operations that keep the integers from being unpacked before."""
     monkeypatch.setattr(
-        "keras_lora.layers.quantized_host.tracing_artefact", contextlib.nullcontext
+        "keras_lora.layers.quantized_host.tracing_artifact", contextlib.nullcontext
     )
     model, inputs, _ = model_of(HOSTS["dense"], [*MODES][-1])
     model(inputs)

@@ -58,7 +58,7 @@ class LoRAEmbedding(LoRALayer, keras.layers.Embedding):
         return ops.stop_gradient(self.linear(inputs, self.frozen_kernel))
 
     def quantized_linear(self, inputs):
-        if quantized_host.in_artefact():
+        if quantized_host.in_artifact():
             return classes.view_with(self, self.plain_class, {}).quantized_call(inputs)
         ids = ops.reshape(ops.cast(inputs, "int32"), (-1,))
         rows = {

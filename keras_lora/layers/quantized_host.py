@@ -24,25 +24,25 @@ CALIBRATED = ("gptq", "awq")
 WITHOUT_FINISH = {"bias": None, "activation": None, "logit_soft_cap": None}
 
 
-_in_artefact = contextvars.ContextVar("in_artefact", default=False)
+_in_artifact = contextvars.ContextVar("in_artifact", default=False)
 
 
 @contextlib.contextmanager
-def tracing_artefact():
-    """Context for tracing an artefact, in which quantized layers compute as in Keras.
+def tracing_artifact():
+    """Context for tracing an artifact, in which quantized layers compute as in Keras.
 
     The operations that order float kernels in a compiled step may not exist in the
-    artefact's runtime, and would keep the kernels from being computed in advance.
+    artifact's runtime, and would keep the kernels from being computed in advance.
     """
-    token = _in_artefact.set(True)
+    token = _in_artifact.set(True)
     try:
         yield
     finally:
-        _in_artefact.reset(token)
+        _in_artifact.reset(token)
 
 
-def in_artefact() -> bool:
-    return _in_artefact.get()
+def in_artifact() -> bool:
+    return _in_artifact.get()
 
 
 class QuantizedHost(Leaf):
@@ -258,7 +258,7 @@ def straight_through(layer, inputs, forward, backward):
     Both get views of the layer without bias and activation, whose variables are values.
     The layer itself does not change, and only these values are kept for the gradient.
     """
-    if in_artefact():
+    if in_artifact():
         return forward(
             classes.view_with(layer, layer.plain_class, WITHOUT_FINISH), inputs
         )

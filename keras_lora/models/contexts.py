@@ -202,7 +202,7 @@ def listing_merged_kernels(model):
             )
             undo.enter_context(layer_state.unlisted(site.lora_layer(), site.lora))
         layer_state.refresh_torch_parameters(layer_state.flatten_layers(model))
-        undo.enter_context(quantized_host.tracing_artefact())
+        undo.enter_context(quantized_host.tracing_artifact())
         yield model
     layer_state.refresh_torch_parameters(layer_state.flatten_layers(model))
 

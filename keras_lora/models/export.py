@@ -1,4 +1,4 @@
-"""Merged artefacts, which are served without keras_lora."""
+"""Merged artifacts, which are served without keras_lora."""
 
 import difflib
 import importlib.util
@@ -22,12 +22,12 @@ def export(
     format: str = "tf_saved_model",
     **kwargs,
 ):
-    """Writes the merged model as an artefact for inference.
+    """Writes the merged model as an artifact for inference.
 
-    The artefact has plain layers with the kernels W + delta, without A and B, and
+    The artifact has plain layers with the kernels W + delta, without A and B, and
     gives the predictions of the live model, which is not changed. It is written under
-    another name and renamed, so a failure leaves an earlier artefact intact. A folder
-    that holds anything other than an earlier artefact is not touched. The artefact is
+    another name and renamed, so a failure leaves an earlier artifact intact. A folder
+    that holds anything other than an earlier artifact is not touched. The artifact is
     run once on zeros if its runtime is installed (TensorFlow, onnxruntime, OpenVINO or
     torch), but not if `target_spec` describes another runtime of LiteRT.
 
@@ -36,15 +36,15 @@ def export(
 
     Args:
         model: A Keras model that holds LoRA layers.
-        path: Where to write. An earlier artefact is replaced, an empty folder is
+        path: Where to write. An earlier artifact is replaced, an empty folder is
             filled, and links are followed.
         format: "tf_saved_model", or another format of `keras.Model.export`.
         kwargs: Further arguments of `keras.Model.export`.
 
     Raises:
         ValueError: If the model is not built or holds no LoRA layer, an adapter is not
-            finite, or the artefact cannot be run.
-        OSError: If the artefact cannot be written; FileExistsError if `path` is a
+            finite, or the artifact cannot be run.
+        OSError: If the artifact cannot be written; FileExistsError if `path` is a
             folder with other files in it.
 
     Examples:
@@ -73,7 +73,7 @@ def export(
                 with atomic.replacing(path) as new:
                     model.export(str(new), format=format, **kwargs)
                     if "target_spec" not in kwargs:
-                        refuse_broken_artefact(new, format)
+                        refuse_broken_artifact(new, format)
 
     with contexts.listing_merged_kernels(model):
         processes.run_on_all(model, write)
@@ -100,7 +100,7 @@ def refuse_format_of_other_backends(format):
 
 
 def refuse_occupied_path(path, format):
-    """Raises unless the path is free, an empty folder or an earlier artefact."""
+    """Raises unless the path is free, an empty folder or an earlier artifact."""
     if format == "tf_saved_model":
         atomic.refuse_file_name(path, "a SavedModel")
     if not os.path.isdir(path):
@@ -209,8 +209,8 @@ RUNTIMES = {
 }
 
 
-def refuse_broken_artefact(path, format):
-    """Raises ValueError if the artefact cannot be opened and run on zeros.
+def refuse_broken_artifact(path, format):
+    """Raises ValueError if the artifact cannot be opened and run on zeros.
 
     Nothing is checked if the package that runs it is not installed.
     """
@@ -221,6 +221,6 @@ def refuse_broken_artefact(path, format):
         run(str(path))
     except Exception as error:  # a runtime may raise anything
         raise ValueError(
-            f"The artefact in {format!r} cannot be run: {error}\nIt was deleted. Check "
-            "whether the plain model's artefact runs, or choose another format."
+            f"The artifact in {format!r} cannot be run: {error}\nIt was deleted. Check "
+            "whether the plain model's artifact runs, or choose another format."
         ) from error

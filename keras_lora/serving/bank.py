@@ -258,13 +258,13 @@ class AdapterBank(OutsideCalls, Training, keras.Model):
             )
 
     def export(self, path: str | os.PathLike, format: str = "tf_saved_model", **kwargs):
-        """Writes one artefact that serves all adapters and needs no keras_lora.
+        """Writes one artifact that serves all adapters and needs no keras_lora.
 
         A SavedModel's `serve(inputs, adapter)` takes names as strings, one for each
         row. b"" is the base model, and an unknown name raises an InvalidArgumentError.
         The signature "serving_default" takes the same by keyword: "adapter", and the
         model's inputs under their keys, or as "inputs". The signature "swap" replaces
-        one adapter in the loaded artefact, with the inputs from `swap_inputs`. Other
+        one adapter in the loaded artifact, with the inputs from `swap_inputs`. Other
         formats take as "adapter" the ids that `bank.ids` gives at the time of export.
 
         Args:
@@ -275,7 +275,7 @@ class AdapterBank(OutsideCalls, Training, keras.Model):
         Raises:
             ValueError: If the format is "tf_saved_model" on a backend other than
                 TensorFlow, or a subclassed model's inputs are not known.
-            OSError: If the artefact cannot be written.
+            OSError: If the artifact cannot be written.
         """
         if self.hosts.input_specs is None:
             raise ValueError(
@@ -289,7 +289,7 @@ class AdapterBank(OutsideCalls, Training, keras.Model):
             export.export_by_id(self, write, path, format=format, **kwargs)
 
     def swap_inputs(self, name: str, adapter: Adapter | str | os.PathLike) -> dict:
-        """Returns the inputs of the artefact's signature "swap" for a new adapter.
+        """Returns the inputs of the artifact's signature "swap" for a new adapter.
 
         >>> swap = tf.saved_model.load(path).signatures["swap"]  # doctest: +SKIP
         >>> swap(**bank.swap_inputs("french", "adapters/fr-2"))  # doctest: +SKIP
@@ -305,7 +305,7 @@ class AdapterBank(OutsideCalls, Training, keras.Model):
         raise ValueError(
             "A bank cannot be saved as a Keras model. Save an adapter with "
             "`bank.adapter(name).save(folder)`, the model without adapters with "
-            "`bank.model.save(path)`, and all in one artefact with `bank.export(path)`."
+            "`bank.model.save(path)`, and all in one artifact with `bank.export(path)`."
         )
 
 

@@ -1,4 +1,4 @@
-"""Writes one artefact that serves all adapters of a bank."""
+"""Writes one artifact that serves all adapters of a bank."""
 
 import contextlib
 import re
@@ -7,7 +7,7 @@ import keras
 
 from keras_lora.layers import quantized_host
 from keras_lora.models import atomic
-from keras_lora.models.export import refuse_broken_artefact, refuse_occupied_path
+from keras_lora.models.export import refuse_broken_artifact, refuse_occupied_path
 from keras_lora.serving import banked
 
 
@@ -28,11 +28,11 @@ def export_by_name(bank, path):
     refuse_occupied_path(path, "tf_saved_model")
     specs, adapters = bank.hosts.input_specs, bank.names
     flat = {spec.name: spec for spec in keras.tree.flatten(specs)}
-    artefact = tf.Module()
-    artefact.table = table = make_table(adapters)
+    artifact = tf.Module()
+    artifact.table = table = make_table(adapters)
     with compact_stacks(bank) as stacks:
-        artefact.held = [variable.value for variable in bank.model.variables]
-        artefact.stacks = [list(own.values()) for own in stacks.values()]
+        artifact.held = [variable.value for variable in bank.model.variables]
+        artifact.stacks = [list(own.values()) for own in stacks.values()]
 
         def serve(inputs, adapter):
             with bank.choice.using(look_up_slots(table, adapter, adapters)):
@@ -57,7 +57,7 @@ def export_by_name(bank, path):
 
         names = tf.TensorSpec([None], tf.string, "adapter")
         nested = keras.tree.map_structure(spec, specs)
-        artefact.serve = tf.function(serve, input_signature=[nested, names])
+        artifact.serve = tf.function(serve, input_signature=[nested, names])
         signatures = {
             "serving_default": tf.function(serving_default).get_concrete_function(
                 adapter=names, **{name: spec(x, name) for name, x in flat.items()}
@@ -73,11 +73,11 @@ def export_by_name(bank, path):
             ),
         }
         with atomic.replacing(path) as new:
-            tf.saved_model.save(artefact, str(new), signatures=signatures)
+            tf.saved_model.save(artifact, str(new), signatures=signatures)
 
 
 def export_by_id(bank, export, path, **kwargs):
-    """Writes an artefact of Keras's in which ids are an input.
+    """Writes an artifact of Keras's in which ids are an input.
 
     export: The method `keras.Model.export` of the bank.
     """
@@ -85,9 +85,9 @@ def export_by_id(bank, export, path, **kwargs):
     ids = keras.InputSpec(shape=(None,), dtype="int32", name="adapter")
     data = {"inputs": bank.hosts.input_specs, "adapter": ids}
     kwargs = {"verbose": False, "input_signature": [data], **kwargs}
-    with atomic.replacing(path) as new, quantized_host.tracing_artefact():
+    with atomic.replacing(path) as new, quantized_host.tracing_artifact():
         export(str(new), **kwargs)
-        refuse_broken_artefact(new, kwargs["format"])
+        refuse_broken_artifact(new, kwargs["format"])
 
 
 def swap_names(bank) -> dict:
