@@ -84,10 +84,7 @@ class StacksWithTrainees(Stacks):
         stacks, path = adapters.stacks, adapters.name
         self.variable_dtype = stacks.variable_dtype
         parts = [trainee.parts.get(path) for trainee in trainees]
-        own_values = [
-            {} if part is None else part.slot_values(host.form, host.over_outputs)
-            for part in parts
-        ]
+        own_values = [{} if part is None else part.slot_values(host) for part in parts]
         for name, stack in stacks.by_name().items():
             shape = stack.shape[1:]
             values = [
@@ -291,7 +288,7 @@ class Hosts:
             elif part.has_gain and stacks.gain is None:
                 no_room[path] = "DoRA's magnitudes"
             else:
-                values = part.slot_values(layer.form, layer.over_outputs)
+                values = part.slot_values(layer)
                 prepared[path] = {
                     name: torch_layout.to_numpy(x) for name, x in values.items()
                 }

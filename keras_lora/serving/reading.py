@@ -72,21 +72,20 @@ class Part:
             return None, None, None
         return (*full_update(self.view, self.kernel), None)
 
-    def slot_values(self, form, bias_over) -> dict:
+    def slot_values(self, host) -> dict:
         """Name -> value for one slot, as tensors with gradients.
 
-        Args:
-            form: The form of the slots, of the same rank or a higher one.
-            bias_over: A function that reshapes a bias for the outputs.
+        host: The layer in the bank, whose form has the same rank or a higher one.
         """
         values, (a, b, gain) = {}, self.factors()
         if a is not None:
             narrow = self.view.low_rank_form(self.rank)
-            values["a"], values["b"] = narrow.widen(a, b, self.rank, form)
+            values["a"], values["b"] = narrow.widen(a, b, self.rank, host.form)
         if gain is not None:
-            values["gain"] = form.over_outputs(gain)
+            values["gain"] = host.form.over_outputs(gain)
         if self.bias is not None:
-            values["bias"] = bias_over(ops.subtract(self.bias, self.layer.bias))
+            change = ops.subtract(self.bias, self.layer.bias)
+            values["bias"] = host.over_outputs(change)
         return values
 
 
