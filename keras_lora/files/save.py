@@ -224,7 +224,7 @@ def adapter_from(modules, adapters, trained) -> Adapter:
         factors = tensors.to_tensors(site)
         arrays |= {module + suffix: value for suffix, value in factors.items()}
     arrays |= tensors_of_unadapted_slices(modules, adapters)
-    use_rslora = bool(adapters) and all(s.lora.use_rslora for s in adapters.values())
+    use_rslora = all(site.lora.use_rslora for site in adapters.values())
     settings = {
         module: site.lora.settings.with_rank(site.lora.file_rank, use_rslora)
         for module, site in adapters.items()
