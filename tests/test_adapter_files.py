@@ -15,7 +15,17 @@ import safetensors.numpy
 from layer_cases import CASES, EVERY, factors, fill, frozen_kernels, to_numpy
 from pretrained import PRETRAINED, sequential, transformer
 from seeds import set_seed
-from shared import adapt, adapted, assert_same, compile_, fit, flags, predict, same_base
+from shared import (
+    adapt,
+    adapted,
+    assert_close,
+    assert_same,
+    compile_,
+    fit,
+    flags,
+    predict,
+    same_base,
+)
 
 import keras_lora
 from keras_lora.files.config import CONFIG
@@ -549,3 +559,19 @@ def test_layers_may_be_called_like_parts_of_keys(name, inside, tmp_path):
         keras_lora.save_adapter(model, tmp_path / str(place), names=names)
         keras_lora.load_adapter(other, tmp_path / str(place), names=names)
         np.testing.assert_array_equal(predict(other), predict(model))
+
+
+@pytest.mark.parametrize("mask", [(True,), (True, False, True)])
+def test_a_merged_layer_without_an_adapter_gets_that_of_a_file(mask, tmp_path):
+    def network(rank):
+        layer = keras_lora.LoRAMergedDense(6, rank=rank, enable_lora=mask)
+        return keras.Sequential([keras.Input((4,)), layer])
+
+    model, other = network(rank=2), network(rank=0)
+    (saved,), (loaded,) = model.layers, other.layers
+    fill(saved.lora.b, 1)
+    loaded.kernel.assign(saved.kernel)
+    keras_lora.save_adapter(model, tmp_path / "adapter")
+    keras_lora.load_adapter(other, tmp_path / "adapter")
+    inputs = np.random.default_rng(1).standard_normal((3, 4)).astype("float32")
+    assert_close(to_numpy(other(inputs)), model(inputs))
