@@ -29,17 +29,18 @@ REFUSED = (
     "use_bdlora",
     "use_qalora",
 )
-# Key -> its value if it is null, false, empty or missing; its types, and what they are.
+# Key -> its value if it is missing; its types, and what they are.
 EXPECTED: dict[str, tuple] = {
     "use_rslora": (False, bool, "a Boolean"),
+    **dict.fromkeys(config.FACTS, (None, (str, type(None)), "a name")),
     "fan_in_fan_out": (False, bool, "a Boolean"),
     "modules_to_save": ([], list, "a list of names"),
     "target_parameters": ([], list, "a list of names"),
     "target_modules": ([], (list, str), "a list of names or a regular expression"),
     "rank_pattern": ({}, dict, "an object"),
     "alpha_pattern": ({}, dict, "an object"),
-    **dict.fromkeys(config.FACTS, (None, (str, type(None)), "a name")),
 }
+STRICT = ("use_rslora", *config.FACTS)  # null, 0 or "" of others is as if missing
 
 
 def validate_config(file) -> dict:
@@ -69,7 +70,10 @@ def validate_config(file) -> dict:
             "weights too, so the tensors do not fit the original model. Convert the "
             "adapter in PEFT first."
         )
-    values = {key: file.get(key) or default for key, (default, *_) in EXPECTED.items()}
+    values = {
+        key: file.get(key, default) if key in STRICT else file.get(key) or default
+        for key, (default, *_) in EXPECTED.items()
+    }
     for key, (_, types, words) in EXPECTED.items():
         value = values[key]
         names = value if isinstance(value, list) else []

@@ -68,7 +68,7 @@ def apply_lora(
         rank_pattern: Dict from regular expressions for ends of paths to ranks.
         alpha_pattern: Dict from regular expressions for ends of paths to alphas.
         use_rslora: Boolean, scale by alpha / sqrt(rank).
-        use_dora: Boolean, train the magnitudes of the columns of W + delta apart, as
+        use_dora: Boolean, train the magnitudes of W + delta's columns separately, as
             `layer.lora.magnitude` (DoRA). A training step costs more, with dropout or
             on an embedding much more.
         bias: Which biases train: "none", "lora_only" (of adapted layers) or "all".
