@@ -418,7 +418,6 @@ def test_an_error_inside_a_loop_costs_no_weights(served):
         assert_close(bank.predict(base, verbose=0), outputs([None] * 5, "old"))
 
 
-@pytest.mark.slow
 def test_threads_get_the_old_adapters_or_the_new_ones(served):
     bank, outputs, refresh, _ = served
     data = {"inputs": x(), "adapter": bank.ids(ROWS)}
